@@ -5,7 +5,11 @@ READY := $(VENV)/ready
 # Threads that wait by spinning slow small models down on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-long check format generate pictures clean help
+# The GPU targets use the PyTorch of this machine, because constraints.txt pins a build for the CPU.
+GPU_VENV := .venv-gpu
+GPU_READY := $(GPU_VENV)/ready
+
+.PHONY: demo test test-all test-long test-gpu benchmark-gpu check format generate pictures clean help
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 12
@@ -23,6 +27,12 @@ test-all: $(READY)  ## run the fast and the slow tests
 test-long: $(READY)  ## run the tests that take hours: 200 kills, fuzzing with 20 times the examples
 	$(BIN)/python -m pytest -m "long and not gpu"
 	$(BIN)/python -m pytest -m "hypothesis and not gpu" --hypothesis-profile long
+
+test-gpu: $(GPU_READY)  ## run the tests that need a GPU, with this machine's PyTorch (CPU: make test-gpu DRY_RUN=1)
+	$(GPU_VENV)/bin/python -m pytest tests/gpu $(if $(DRY_RUN),--dry-run)
+
+benchmark-gpu: $(GPU_READY)  ## measure speed and memory on a GPU (8 minutes; CPU: make benchmark-gpu DRY_RUN=1)
+	$(GPU_VENV)/bin/python benchmarks/gpu.py $(if $(DRY_RUN),--dry-run)
 
 check: $(READY)  ## check lint, types, import layers, wording, generated files and doctests
 	$(BIN)/ruff check .
@@ -45,10 +55,16 @@ pictures: $(READY)  ## draw the pictures of the schedule reference
 	$(BIN)/python tools/generate.py --pictures
 
 clean:  ## remove the virtual environment and the output of runs
-	rm -rf $(VENV) run *.egg-info
+	rm -rf $(VENV) $(GPU_VENV) run *.egg-info
 
 $(READY): pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,examples]'
 	$(BIN)/python -m compileall -q onecycle engine schedules schemas
 	touch $(READY)
+
+$(GPU_READY): pyproject.toml
+	$(PYTHON) -c 'import torch; print("PyTorch", torch.__version__, "CUDA:", torch.cuda.is_available())'
+	$(PYTHON) -m venv --system-site-packages $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[gpu]'
+	touch $(GPU_READY)

@@ -3,10 +3,10 @@
     python benchmarks/checkpoint_speed.py
 
 The script prints one table each for saving, for loading, and for the time during which an
-asynchronous save blocks training. The tables show the CPU time of the training thread (medians of
-interleaved rounds), and its ratio to the time for writing, reading or copying a single buffer of
-the same size. Syncing and hashing, which make sure that a checkpoint is complete, have a separate
-row.
+asynchronous save blocks training. The tables show the CPU time of the training thread and the wall
+clock time (medians of interleaved rounds), and the ratio of each to the time for writing, reading
+or copying a single buffer of the same size. Syncing and hashing, which make sure that a checkpoint
+is complete, have a separate row.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from rich.table import Table
 
 import engine
 from engine.checkpoint import state, storage
+from engine.checkpoint.hashes import compute_hash
 
 Contender = tuple[str, Callable[[Path], object]]
 WIDTH, LAYERS = 1024, 40
@@ -56,10 +57,11 @@ def read_into(path: Path, memory: memoryview) -> None:
         file.readinto(memory)
 
 
-def cpu_time(work: Callable[[Path], object], path: Path) -> float:
-    start = time.thread_time()
+def measure(work: Callable[[Path], object], path: Path) -> tuple[float, float]:
+    """Return the CPU time and the wall-clock time of a call in seconds."""
+    starts = time.thread_time(), time.perf_counter()
     work(path)
-    return time.thread_time() - start
+    return time.thread_time() - starts[0], time.perf_counter() - starts[1]
 
 
 def main() -> None:
@@ -102,7 +104,7 @@ def main() -> None:
     def sync_and_hash(path: Path) -> None:
         for file in (path.parent / "tensors").iterdir():
             storage._sync(file)
-            storage._hash(file)
+            compute_hash(file)
 
     def read_tensors(path: Path) -> None:
         state.read(path.parent / "tensors", ours.module, ours.optimizer, strict=True)
@@ -146,7 +148,7 @@ def main() -> None:
             "onecycle, copying": (
                 "copy",
                 lambda _: state._copy_to_host(
-                    state._get_state(saver.module, saver.optimizer), allocated
+                    state._get_state(saver.module, saver.optimizer, frozen=True), allocated
                 ),
             ),
             "onecycle, async": (
@@ -158,20 +160,26 @@ def main() -> None:
     console = Console()
     try:
         times = {title: {name: [] for name in of} for title, of in tables.items()}
-        for _ in track(range(args.rounds), console=console, transient=True):
+        for number in track(range(args.rounds), console=console, transient=True):
+            place = directory / str(number)
+            place.mkdir()
             for title, contenders in tables.items():
                 for name, (path, work) in contenders.items():
-                    times[title][name].append(cpu_time(work, directory / path))
+                    times[title][name].append(measure(work, place / path))
                     saver.wait_for_checkpoint()
-            size = sum(path.stat().st_size for path in (directory / "tensors").iterdir())
-            for path in directory.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            size = sum(path.stat().st_size for path in (place / "tensors").iterdir())
+            shutil.rmtree(place)
         for title, contender_times in times.items():
-            table = Table(title, "CPU ms", "relative to first row")
+            table = Table(title, "CPU ms", "relative to first row", "wall ms", "relative")
             first = next(iter(contender_times.values()))
             for name, each in contender_times.items():
-                ratio = statistics.median(a / b for a, b in zip(each, first, strict=True))
-                table.add_row(name, f"{statistics.median(each) * 1e3:.0f}", f"{ratio:.2f}x")
+                cells = []
+                for clock in range(2):
+                    pairs = zip(each, first, strict=True)
+                    ratio = statistics.median(a[clock] / b[clock] for a, b in pairs)
+                    middle = statistics.median(seconds[clock] for seconds in each)
+                    cells += [f"{middle * 1e3:.0f}", f"{ratio:.2f}x"]
+                table.add_row(name, *cells)
             console.print(table)
         console.print(f"{payload / 1e6:.1f} MB of tensors; {size / payload:.4f} times that on disk")
     finally:

@@ -196,19 +196,19 @@ if trainer.global_rank == 1:
 torch.distributed.barrier()
 print("resumed at step", start().global_steps)
 END
-"$PYTHON" -m engine.cli.main launch --no-preflight --nproc 2 both.py > said 2>&1; status=$?
-grep -o "CheckpointError: .*\\|resumed at.*" said | tail -1; exit $status""",
+"$PYTHON" -m engine.cli.main launch --no-preflight --nproc 2 both.py > printed 2>&1; status=$?
+grep -o "CheckpointError: .*\\|resumed at.*" printed | tail -1; exit $status""",
     ),
     Fault(
         "a shard with the hash of its manifest but without valid content",
         """python <<'END'
-from engine.checkpoint import storage
+from engine.checkpoint.hashes import describe_files
 train(start(Path("run"), keep=2), 4)
 [shard] = Path("run/global_step4").glob("shard.*")
 shard.write_bytes(b"\\xff" * 100)
 path = shard.parent / "manifest.json"
 text = json.loads(path.read_text())
-text["files"][shard.name] = {"size": 100, "sha256": storage._hash(shard)}
+text["files"] |= describe_files([shard], shard.parent)
 del text["checksum"]
 path.write_text(json.dumps(text))
 start(Path("run"), keep=2)
@@ -231,8 +231,8 @@ END""",
 {"train_batch_size": 8, "scheduler": {"type": "LambdaLR", "params": {"lr_lambda": "os:_exit"}}}
 END
 echo '{"train_batch_size": -1}' > b.json
-onecycle validate a.json b.json > said; status=$?
-grep "^a.json: [v0-9]\\|^b.json: [v0-9]" said | tr '\\n' ' '; exit $status""",
+onecycle validate a.json b.json > printed; status=$?
+grep "^a.json: [v0-9]\\|^b.json: [v0-9]" printed | tr '\\n' ' '; exit $status""",
     ),
     Fault(
         "a checkpoint of DeepSpeed contains code, and its hashes match",
@@ -245,10 +245,10 @@ train(trainer, 1).save_checkpoint("run")
 [tag] = Path("run").glob("global_step*")
 target = next(path for path in tag.rglob("*.pt") if "model" in path.name)
 torch.save(Bomb(), target)
-from engine.checkpoint import storage, manifest
+from engine.checkpoint import manifest
+from engine.checkpoint.hashes import describe_files
 text = json.loads((tag / "manifest.json").read_text())
-name = str(target.relative_to(tag))
-text["files"][name] = {"size": target.stat().st_size, "sha256": storage._hash(target)}
+text["files"] |= describe_files([target], tag)
 text.pop("checksum", None)
 (tag / "manifest.json").write_text(json.dumps(text))
 trainer.load_checkpoint("run")
@@ -259,16 +259,16 @@ END""",
         """mkdir bin; printf '#!/bin/sh\\n' > bin/srun; cp bin/srun bin/scontrol
 chmod +x bin/*; touch train.py
 onecycle launch --write-sbatch job --nproc 1 --log-dir '$(touch pwned)' \\
-    --slurm-opt 'comment=`touch pwned`' train.py > said || { cat said; exit 9; }
-PATH=$PWD/bin:$PATH timeout 20 bash job > said 2>&1
+    --slurm-opt 'comment=`touch pwned`' train.py > printed || { cat printed; exit 9; }
+PATH=$PWD/bin:$PATH timeout 20 bash job > printed 2>&1
 echo "mode of the script: $(stat -c %a job), commands run: $(ls pwned 2> /dev/null | wc -l)" """,
     ),
     Fault(
         "keys with escape sequences and workflow commands",
         r"""printf '{"\\u001b[31mred": 1, "a\\n::error::b": 2, "train_batch_size": 1}' > a.json
-onecycle validate --format github a.json > said; status=$?
-echo "control characters: $(tr -d '\n[:print:]' < said | wc -c)," \
-    "commands: $(grep -c '^::error::b' said)"
+onecycle validate --format github a.json > printed; status=$?
+echo "control characters: $(tr -d '\n[:print:]' < printed | wc -c)," \
+    "commands: $(grep -c '^::error::b' printed)"
 exit $status""",
     ),
     Fault(
@@ -332,23 +332,23 @@ onecycle plot a.json""",
     Fault(
         "60,000 unknown keys",
         """"$PYTHON" -c 'print({f"k{n}": 1 for n in range(60000)})' | tr "'" '"' > a.json
-onecycle validate a.json > said; status=$?
-tail -1 said; exit $status""",
+onecycle validate a.json > printed; status=$?
+tail -1 printed; exit $status""",
     ),
     Fault("a FIFO in place of the config", "mkfifo a.json; onecycle validate a.json"),
     Fault(
         "Muon on DeepSpeed with the lock of a killed build, which is deleted later",
         """export TORCH_EXTENSIONS_DIR=$PWD/built
 mkdir -p built/fused_adam; touch built/fused_adam/lock
-touch said
-(while ! grep -q fused_adam/lock said; do sleep 0.1; done; sleep 30; rm built/fused_adam/lock) &
-python <<'END' > said 2>&1
+touch printed
+(while ! grep -q fused_adam/lock printed; do sleep 0.1; done; sleep 30; rm built/fused_adam/lock) &
+python <<'END' > printed 2>&1
 config = {"train_batch_size": 4, "optimizer": {"type": "Muon", "params": {"lr": 0.01}}}
 config |= {"zero_optimization": {"stage": 1}, "engine": {"backend": "deepspeed"}}
 engine.initialize(config=config, model=torch.nn.Linear(2, 1))
 END
 status=$?
-sed -i '/built.fused_adam.lock is/!d' said; cat said
+sed -i '/built.fused_adam.lock is/!d' printed; cat printed
 exit $status""",
     ),
     Fault(
@@ -356,8 +356,8 @@ exit $status""",
         """cat > a.json <<'END'
 {"train_batch_size": 8, "optimizer": {"type": "SGD"}, "engine": {"max_duration": "1e400ep"}}
 END
-onecycle validate a.json > said; status=$?
-grep -o "\\(error\\|warning\\)\\[.*" said | tr '\\n' ' '; exit $status""",
+onecycle validate a.json > printed; status=$?
+grep -o "\\(error\\|warning\\)\\[.*" printed | tr '\\n' ' '; exit $status""",
     ),
     Fault(
         "a manifest of valid JSON with wrong types",
@@ -374,15 +374,15 @@ onecycle checkpoint ls run""",
 {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.1, "nesterov": true}},
  "engine": {"compile": "induktor"}}
 END
-onecycle validate a.json > said; status=$?
-grep -o "\\(error\\|warning\\)\\[.*" said | tr '\\n' ' '; exit $status""",
+onecycle validate a.json > printed; status=$?
+grep -o "\\(error\\|warning\\)\\[.*" printed | tr '\\n' ' '; exit $status""",
     ),
     Fault(
         "a hostfile that starts with a byte order mark, and `--ssh-opt=-oProxyJump=gate`",
         r"""printf '\xef\xbb\xbfnode1 slots=1\nnode2 slots=1\n' > hosts; touch train.py
 onecycle launch --hostfile hosts --ssh-opt=-oProxyJump=gate --dry-run --no-preflight \
-    train.py > said; status=$?
-head -1 said; exit $status""",
+    train.py > printed; status=$?
+head -1 printed; exit $status""",
     ),
     Fault(
         "an option of torchrun that `onecycle launch` does not have",

@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import engine
 from benchmarks.fault_runs import run_faults
-from engine.checkpoint import collectives, storage
+from engine.checkpoint import collectives
+from engine.checkpoint.hashes import describe_files
 from tests.engine.checkpoint.test_checkpoint import Bomb, damage
 from tests.engine.test_initialization import model, start, train
 
@@ -113,8 +114,7 @@ def replace_model(directory: Path) -> Iterator[tuple[str, str, str]]:
     target = bomb / "global_step6" / "engine.pt"
     torch.save(Bomb(), target)
     manifest = json.loads((bomb / "global_step6" / "manifest.json").read_text())
-    size, digest = target.stat().st_size, storage._hash(target)
-    manifest["files"]["engine.pt"] = {"size": size, "sha256": digest}
+    manifest["files"] |= describe_files([target], target.parent)
     del manifest["checksum"]
     (bomb / "global_step6" / "manifest.json").write_text(json.dumps(manifest))
     yield (

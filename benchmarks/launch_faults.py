@@ -34,7 +34,7 @@ from tests.testing.lab import ONECYCLE, lab
 
 WORKER = ROOT / "tests" / "testing" / "worker.py"
 FAILING_RANK = WORKER.with_name("failing_rank.py")
-START = """$ONECYCLE launch --hostfile hosts --grace 5 worker.py {what} 2> said & pid=$!
+START = """$ONECYCLE launch --hostfile hosts --grace 5 worker.py {what} 2> printed & pid=$!
 {until}
 start=$(date +%s.%N)
 {fault}
@@ -43,7 +43,7 @@ end=$(date +%s.%N)
 sleep {settle}
 left=$(for i in 0 1; do on $i pgrep -f 'worker.py|engine.launch'; done | wc -l)
 echo "ROW|$status|$start|$end|$left"
-grep -h 'first failure\\|cannot' said | tail -n 1
+grep -h 'first failure\\|cannot' printed | tail -n 1
 """
 READY = "until [ -e pid.0 ] && [ -e pid.1 ]; do sleep 0.05; done; sleep 0.5"
 HOST_FAULTS = (
@@ -81,14 +81,16 @@ def break_host(fault: str, what: str, until: str, happens: str, settle: int) -> 
         script = START.format(what=what, until=until, fault=happens, settle=settle)
         if fault == "a host is off before launch":
             script = script.replace("$ONECYCLE", "power 1 off; $ONECYCLE").replace(
-                "2> said", "> said"
+                "2> printed", "> printed"
             )
         lines = lab(script, directory).out.splitlines()
     [row] = [line for line in lines if line.startswith("ROW|")]
     _, status, start, end, left = row.split("|")
     seconds = float(end) - float(start)
-    said = lines[-1].removeprefix("onecycle launch: ") if not lines[-1].startswith("ROW") else "-"
-    return f"| {fault} | {said} | {status} | {seconds:.1f} | {left} |"
+    printed = (
+        lines[-1].removeprefix("onecycle launch: ") if not lines[-1].startswith("ROW") else "-"
+    )
+    return f"| {fault} | {printed} | {status} | {seconds:.1f} | {left} |"
 
 
 def break_rank(fault: str, kind: str, backend: str) -> str:
@@ -110,8 +112,10 @@ def break_rank(fault: str, kind: str, backend: str) -> str:
         status = launcher.wait()
         seconds = time.time() - float((directory / "failed_at").read_text())
         time.sleep(1)
-        said = describe_end(directory)
-    return f"| {fault} | {backend} | {said} | {status} | {seconds:.1f} | {count_processes(mark)} |"
+        printed = describe_end(directory)
+    return (
+        f"| {fault} | {backend} | {printed} | {status} | {seconds:.1f} | {count_processes(mark)} |"
+    )
 
 
 def send_interrupt(launcher: subprocess.Popen[bytes], directory: Path, *, to_ranks: bool) -> None:
@@ -128,7 +132,7 @@ def send_interrupt(launcher: subprocess.Popen[bytes], directory: Path, *, to_ran
 def describe_end(directory: Path) -> str:
     """Return the last line of the traceback, if any, and the launcher's message.
 
-    If a checkpoint was saved, the returned text says so.
+    If a checkpoint was saved, the returned text also reports it.
     """
     lines = [
         line.replace("[rank1]:", "").partition("] ")[2].strip() or line
@@ -137,10 +141,10 @@ def describe_end(directory: Path) -> str:
     ]
     # The launcher repeats only the last lines of a long traceback.
     has_traceback = any('File "' in line for line in lines)
-    said = lines[-1].removeprefix("onecycle launch: first failure: ")
-    said = f"{lines[-2]}; {said}" if has_traceback else said
+    printed = lines[-1].removeprefix("onecycle launch: first failure: ")
+    printed = f"{lines[-2]}; {printed}" if has_traceback else printed
     found = storage.list_checkpoints(directory / "checkpoints")
-    return f"{said}; saved a checkpoint" if found else said
+    return f"{printed}; saved a checkpoint" if found else printed
 
 
 def count_processes(mark: str) -> int:

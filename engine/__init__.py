@@ -52,7 +52,7 @@ __all__ = sorted([*_MODULES, "__version__"])  # noqa: PLE0605  # computed, so th
 def _check_packages() -> None:
     """Check that no other module shadows onecycle's packages ``schedules`` and ``schemas``.
 
-    `onecycle.packages` makes the same check for the package ``engine``.
+    `onecycle.packages` performs the same check for the package ``engine``.
 
     Raises:
         ImportError: another module shadows one of the packages.
@@ -87,7 +87,7 @@ def _import_from_deepspeed(name: str) -> Any:
         return getattr(import_deepspeed(), name)
     except ImportError as error:
         raise ImportError(
-            f"`{name}` is a part of DeepSpeed, which cannot be imported: {error}. Run `pip install "
+            f"`{name}` is part of DeepSpeed, which cannot be imported: {error}. Run `pip install "
             "deepspeed`."
         ) from error
 

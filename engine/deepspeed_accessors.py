@@ -11,17 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
 from typing_extensions import Self
 
 from engine.backends.base import Backend
-from engine.backends.deepspeed_names import ONLY_DEEPSPEED, find_setting
+from engine.backends.deepspeed_names import find_attribute
 from engine.backends.whole_weights import collect_weights, convert_parameters, save_weights
 from engine.config import Config
+from engine.run.training_run import TrainingRun
 from engine.training.data import make_rank_loader
 from engine.training.monitors import Monitors
 from engine.training.optimizers import set_optimizer_mode
-from engine.training_run import TrainingRun
 from schedules.param_groups import read_lr, read_momenta, read_momentum
 
 __all__ = ["DeepSpeedAccessors"]
@@ -40,6 +41,15 @@ class DeepSpeedAccessors(nn.Module):
     def config(self) -> Config:
         """The validated config, with defaults and derived values filled in."""
         return self._run.config
+
+    @property
+    def lr_scheduler(self) -> LRScheduler | None:
+        """The learning-rate scheduler, stepped after each applied optimizer step, or None."""
+        return self._run.scheduler
+
+    @lr_scheduler.setter
+    def lr_scheduler(self, scheduler: LRScheduler | None) -> None:
+        self._run.scheduler = scheduler
 
     @property
     def device(self) -> torch.device:
@@ -76,7 +86,7 @@ class DeepSpeedAccessors(nn.Module):
     @property
     def cur_scale(self) -> float:
         """The factor by which the next backward pass multiplies the loss; 1 without fp16."""
-        return self._backend.loss_scale
+        return self._run.settled_backend.loss_scale
 
     @property
     def monitor(self) -> Monitors:
@@ -189,21 +199,21 @@ class DeepSpeedAccessors(nn.Module):
 
     def get_lr(self) -> list[float]:
         """Return the learning rate of each param group for the next step."""
-        return read_lr(self._backend.optimizer)
+        return read_lr(self._run.settled_backend.optimizer)
 
     def get_mom(self) -> list[float | tuple[float, ...]] | None:
         """Return the momentum of each param group (all betas for Adam).
 
         The result is None if the optimizer has no momentum. A group without momentum has 0.
         """
-        return read_momenta(self._backend.optimizer)
+        return read_momenta(self._run.settled_backend.optimizer)
 
     def get_momentum(self) -> list[float] | None:
         """Return the momentum of each param group (the first beta for Adam).
 
         The result is None if the optimizer has no momentum. A group without momentum has 0.
         """
-        return read_momentum(self._backend.optimizer)
+        return read_momentum(self._run.settled_backend.optimizer)
 
     def get_global_grad_norm(self) -> float | None:
         """Return the 2-norm of the last step's gradients over all parameters, before clipping.
@@ -211,7 +221,7 @@ class DeepSpeedAccessors(nn.Module):
         The result is None before the first step. On the DeepSpeed backend, it is also None for bf16
         without ZeRO and for mixture-of-experts models.
         """
-        return self._backend.grad_norm
+        return self._run.settled_backend.grad_norm
 
     def was_step_applied(self) -> bool:
         """Return whether the last call of `step` applied an optimizer step."""
@@ -221,16 +231,16 @@ class DeepSpeedAccessors(nn.Module):
     def global_steps(self) -> int:
         """The number of completed batches, including those of skipped steps."""
         self._run.length.is_position_known = True
-        return self._run.counters.global_steps
+        return self._run.latest.global_steps
 
     @global_steps.setter
     def global_steps(self, value: int) -> None:
-        self._run.counters.global_steps = value
+        self._run.latest.global_steps = value
 
     @property
     def global_samples(self) -> int:
         """The number of samples in the completed batches, summed over all ranks."""
-        return self._run.counters.global_samples
+        return self._run.latest.global_samples
 
     @property
     def skipped_steps(self) -> int:
@@ -240,11 +250,11 @@ class DeepSpeedAccessors(nn.Module):
     @property
     def micro_steps(self) -> int:
         """The number of micro-batches processed so far."""
-        return self._run.counters.micro_steps
+        return self._run.latest.micro_steps
 
     @micro_steps.setter
     def micro_steps(self, value: int) -> None:
-        self._run.counters.micro_steps = value
+        self._run.latest.micro_steps = value
         self._run.accumulation.micro_batches = value % self.gradient_accumulation_steps()
 
     def deepspeed_io(
@@ -300,7 +310,7 @@ class DeepSpeedAccessors(nn.Module):
             AttributeError: the run does not use the DeepSpeed backend.
             RuntimeError: `no_sync` is active.
         """
-        reduction = self._find_attribute("coalesce_grad_reduction")
+        reduction = find_attribute(self._backend, self.config, "coalesce_grad_reduction")
         with self._run.accumulation.coalesce(), reduction():
             yield
 
@@ -424,27 +434,3 @@ class DeepSpeedAccessors(nn.Module):
 
     def _is_deepspeed(self) -> bool:
         return self.config.backend.name == "deepspeed"
-
-    def _find_attribute(self, name: str) -> Any:
-        """Return an attribute of the backend or the model, or a setting by its DeepSpeed name.
-
-        This method is called for names that neither the engine nor ``nn.Module`` defines.
-
-        Raises:
-            AttributeError: the attribute does not exist. If DeepSpeed's engine has it, the message
-                states how to select the DeepSpeed backend.
-        """
-        with contextlib.suppress(KeyError):
-            return find_setting(self.config, name)
-        try:
-            return self._backend.get_attribute(name)
-        except AttributeError as error:
-            if name in ONLY_DEEPSPEED:
-                raise AttributeError(
-                    f"`{name}` exists only with the DeepSpeed backend, and this run uses the torch "
-                    'backend. Set "engine": {"backend": "deepspeed"} in the config.'
-                ) from None
-            raise AttributeError(
-                f"Neither the training engine nor the model ({type(self._backend.model).__name__}) "
-                f"has the attribute `{name}`."
-            ) from error

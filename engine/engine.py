@@ -13,20 +13,23 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from engine.backends.base import Backend
+from engine.backends.deepspeed_names import find_attribute
 from engine.checkpoint.automatic import AutomaticCheckpoints
 from engine.checkpoint.fingerprint import Identity
 from engine.checkpoint.manager import Checkpointer
 from engine.config import Config
 from engine.deepspeed_accessors import DeepSpeedAccessors
 from engine.errors import MisuseError
+from engine.run.training_loops import evaluate_batch, iterate_batches, train_pipeline
+from engine.run.training_run import TrainingRun
 from engine.training.data import call_on_batches, count_steps_per_epoch, read_epoch, repeat_batches
+from engine.training.deferred_step import StepResult
 from engine.training.evaluation import Evaluator, Metrics, Scalar, evaluation_mode
 from engine.training.loader import RunLoader
 from engine.training.monitors import Monitors
 from engine.training.optimizers import has_no_optimizer, set_optimizer_mode
 from engine.training.own_loaders import prepare_loader
 from engine.training.rng import preserve_rng_state
-from engine.training_run import TrainingRun, evaluate_batch, iterate_batches, train_pipeline
 
 __all__ = ["Engine"]
 
@@ -69,23 +72,14 @@ class Engine(DeepSpeedAccessors):
                 "`trainer.prepare`, because the length of an epoch is unknown"
             )
 
-    @property
-    def lr_scheduler(self) -> LRScheduler | None:
-        """The learning-rate scheduler, stepped after each applied optimizer step, or None."""
-        return self._run.scheduler
-
-    @lr_scheduler.setter
-    def lr_scheduler(self, scheduler: LRScheduler | None) -> None:
-        self._run.scheduler = scheduler
-
     def __getattr__(self, name: str) -> Any:
-        # nn.Module looks up modules and parameters; `_find_attribute` looks up all other names.
+        # nn.Module looks up modules and parameters; `find_attribute` looks up all other names.
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name.startswith("__") or "_backend" not in vars(self):
                 raise
-            return self._find_attribute(name)
+            return find_attribute(self._backend, self.config, name)
 
     def prepare(self, loader: LoaderT) -> LoaderT:
         """Prepare your own data loader for training. Every rank must call this method.
@@ -133,7 +127,7 @@ class Engine(DeepSpeedAccessors):
         self._checkpointer.data.set_loader(loader)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward pass in the precision that the config specifies."""
+        """Run the model's forward pass in the configured precision, on inputs on any device."""
         self._backend.prepare_backward(is_last=self._start_pass())
         return self._backend.forward(*args, **kwargs)
 
@@ -157,7 +151,7 @@ class Engine(DeepSpeedAccessors):
         divisor = self._run.accumulation.steps if scale_wrt_gas else 1
         is_last = self._start_pass()
         self._backend.backward(loss, divisor, is_last=is_last, retain_graph=retain_graph)
-        self._run.add_loss(loss)
+        self._run.add_loss(loss.detach().clone())  # CUDA graphs write each loss to the same memory
         return loss if divisor == 1 else loss / divisor
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -168,7 +162,7 @@ class Engine(DeepSpeedAccessors):
         """
         self._run.misuse.check_loss(loss)
         is_last = self._start_pass()
-        self._run.add_loss(loss)
+        self._run.add_loss(loss.detach().clone())
         return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)
 
     def _start_pass(self) -> bool:
@@ -180,7 +174,7 @@ class Engine(DeepSpeedAccessors):
 
     def step(
         self, lr_kwargs: Mapping[str, Any] | None = None, *, metric: Tensor | float | None = None
-    ) -> bool:
+    ) -> bool | StepResult:
         """Finish a micro-batch, and take an optimizer step if the micro-batch completes a batch.
 
         If you call ``loss.backward()`` yourself, this method divides the gradients by
@@ -194,13 +188,15 @@ class Engine(DeepSpeedAccessors):
 
         Returns:
             Whether an optimizer step was applied. A step with non-finite gradients is skipped, and
-            the schedule does not advance.
+            the schedule does not advance. On a GPU, the result is usually a `StepResult`, whose
+            ``bool()`` waits for the device; see ``engine.deferred_step``.
 
         Raises:
             RuntimeError: ``engine.steps_this_run`` steps have been applied, `no_sync` is active, no
                 gradients were computed, or the script itself has called ``optimizer.step()`` or
                 ``scheduler.step()``.
-            FloatingPointError: ``engine.max_skipped_steps`` steps in a row were skipped.
+            FloatingPointError: ``engine.max_skipped_steps`` steps in a row were skipped. A deferred
+                step raises it in the next call, or where the script asks for the outcome.
         """
         del lr_kwargs
         is_applied = self._run.step(metric)
@@ -400,6 +396,7 @@ class Engine(DeepSpeedAccessors):
             CheckpointError: the checkpoint is damaged, or its schedule, optimizer, batch size,
                 precision or world size does not match this run. The run stays unchanged.
         """
+        self._run.settle()
         self._run.length.is_position_known = True
         path, client_state = self._checkpointer.load(
             self._run,
@@ -425,6 +422,7 @@ class Engine(DeepSpeedAccessors):
         if all of them call this method. The model stays usable.
         """
         try:
+            self._run.settle()
             self._automatic.close(self._run)
         finally:
             self._run.progress.close()

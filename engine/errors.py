@@ -127,5 +127,5 @@ class MisuseError(RuntimeError, AssertionError):
     """Raised when a method is called at the wrong time.
 
     The class derives from `RuntimeError`. It also derives from `AssertionError`, because DeepSpeed
-    checks for such calls with ``assert``, and scripts written for DeepSpeed may catch that error.
+    detects such calls with ``assert``, so scripts written for DeepSpeed may catch `AssertionError`.
     """

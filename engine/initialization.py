@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from engine.backends.base import Backend
 from engine.checkpoint.fingerprint import build_identity, read_hyperparameters
 from engine.config import Config, ConfigError, Source, load_config
 from engine.config.batch_sizes import DataRanks, count_data_ranks
+from engine.config.resolve import drop_group_schedules
+from engine.display.param_groups import GroupRow
 from engine.distributed.ranks import (
     check_configs_match,
     get_rank,
@@ -51,7 +53,10 @@ from engine.training.optimizers import (
     has_no_optimizer,
     set_optimizer_mode,
 )
+from engine.training.param_groups import divide_parameters
 from engine.training.setup_log import log_setup
+from schedules import Schedule
+from schedules.families.per_group import PerGroup
 from schedules.torch_scheduler import bind
 
 __all__ = ["initialize"]
@@ -151,21 +156,24 @@ def initialize(
     if model_parameters is None and (resolved.optimizer or callable(optimizer)):
         check_is_trainable(model)
     is_deepspeed = resolved.backend.name == "deepspeed"
-    ranks = init_distributed(always_create_group=is_deepspeed, port=distributed_port)
+    ranks = init_distributed(
+        always_create_group=is_deepspeed, port=distributed_port, device=resolved.model.device
+    )
     check_configs_match(ranks, json.dumps(resolved.raw, sort_keys=True))
     if resolved.batch.data_ranks != ranks.world_size:
         per_model = ranks.world_size // resolved.batch.data_ranks
         shard = shard or (ranks.rank // per_model, resolved.batch.data_ranks)
         ranks = replace(ranks, shard=shard)
-    loader = None
-    if training_data is not None:
-        loader = build_loader(training_data, resolved, ranks, collate_fn)
+    loader = (
+        None if training_data is None else build_loader(training_data, resolved, ranks, collate_fn)
+    )
+    parameters, param_groups = divide_parameters(model, resolved, model_parameters)
     backend = backends.build(
         model,
         optimizer,
         resolved,
         ranks,
-        parameters=model_parameters,
+        parameters=parameters,
         mpu=mpu,
         mesh_param=mesh_param,
     )
@@ -175,7 +183,8 @@ def initialize(
     settings = read_hyperparameters(backend.basic_optimizer)
     if sweep is not None:
         resolved = spread_sweep(resolved, sweep, backend.basic_optimizer)
-    scheduler = _bind_schedule(resolved, lr_scheduler, backend, loader)
+    schedule = _choose_schedule(resolved, param_groups, backend)
+    scheduler = _bind_schedule(resolved, schedule, lr_scheduler, backend, loader)
     identity = build_identity(resolved, scheduler, settings)
     monitors = build_monitors(resolved.monitors, ranks)
     engine = Engine(resolved, backend, scheduler, loader, identity, monitors)
@@ -193,12 +202,13 @@ def initialize(
             num_parameters=backend.num_parameters,
             scheduler=scheduler,
             replacements=replacements,
+            param_groups=param_groups,
         )
         _warn_of_repeated_samples(training_data, resolved)
     run = engine._run  # noqa: SLF001  # private to the package
     engine._automatic.resume(run)  # noqa: SLF001  # private to the package
     set_optimizer_mode(backend.basic_optimizer, training=True)
-    attach_diagnostics(resolved, backend, run.progress, lambda: run.counters)
+    attach_diagnostics(resolved, backend, run.progress, lambda: run.latest)
     return engine, engine.optimizer, loader, scheduler
 
 
@@ -270,14 +280,22 @@ def _prefer_arguments(
         _check_inference(config, lr_scheduler)
     lines = []
     if optimizer is not None and config.optimizer is not None:
+        if keys := config.optimizer.group_keys:
+            raise ValueError(
+                f"`{keys[0]}` in {config.name} applies to the optimizer of the config, but the "
+                "argument `optimizer` replaces it. Remove the key or the argument."
+            )
         lines.append(
             _describe_replacement("optimizer", optimizer, f"`optimizer` ({config.optimizer.type})")
         )
         config = replace(config, optimizer=None)
-    if lr_scheduler is not None and config.schedule is not None:
-        name = config.schedule.type_name
-        lines.append(_describe_replacement("lr_scheduler", lr_scheduler, f"`scheduler` ({name})"))
-        config = replace(config, schedule=None)
+    own: tuple[Schedule[Any], ...] = () if config.schedule is None else (config.schedule,)
+    if config.optimizer is not None:
+        own = (*own, *config.optimizer.group_schedules.values())
+    if lr_scheduler is not None and own:
+        names = ", ".join(schedule.type_name for schedule in own)
+        lines.append(_describe_replacement("lr_scheduler", lr_scheduler, f"`scheduler` ({names})"))
+        config = drop_group_schedules(replace(config, schedule=None))
     return config, lines
 
 
@@ -302,16 +320,38 @@ def _describe_replacement(argument: str, given: object, replaced: str) -> str:
 
 def _bind_schedule(
     config: Config,
+    schedule: Schedule[Any] | None,
     given: LRScheduler | SchedulerFactory | None,
     backend: Backend,
     loader: RunLoader | None,
 ) -> LRScheduler | None:
-    if config.schedule is not None:
+    if schedule is not None:
         horizon = config.horizon(count_steps_per_epoch(loader, config))
-        return bind(config.schedule, backend.optimizer, horizon=horizon)
+        return bind(schedule, backend.optimizer, horizon=horizon)
     if given is None or isinstance(given, LRScheduler) or not callable(given):
         return given  # a custom scheduler may not derive from torch's class
     return given(backend.basic_optimizer)  # torch's schedulers reject DeepSpeed's wrappers
+
+
+def _choose_schedule(
+    config: Config, groups: Sequence[GroupRow], backend: Backend
+) -> Schedule[Any] | None:
+    """Return the config's schedule; if param groups have their own, one for each group."""
+    if config.optimizer is None or not config.optimizer.group_schedules:
+        return config.schedule
+    entries = [group.entry for group in groups]
+    if len(entries) != len(backend.optimizer.param_groups):
+        raise ValueError(
+            "`optimizer.param_groups` must not contain `scheduler` for a model with DeepSpeed's "
+            "MoE layers, because DeepSpeed divides the groups further. Remove it."
+        )
+    own = config.optimizer.group_schedules
+    return PerGroup(
+        schedulers=tuple(
+            config.schedule if entry is None else own.get(entry, config.schedule)
+            for entry in entries
+        )
+    )
 
 
 def _warn_of_repeated_samples(training_data: object, config: Config) -> None:

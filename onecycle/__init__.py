@@ -1,10 +1,10 @@
 """Provide the public names of `engine`, and the package `schedules`, in ``onecycle``.
 
 ``onecycle.initialize`` is `engine.initialize`, and ``onecycle.schedules`` is the package
-``schedules``. Names are imported on first use; ``__init__.pyi`` declares their types.
+``schedules``. Names are imported on first use. ``__init__.pyi`` declares their types.
 
 If one of the user's modules has the same name as a package that onecycle needs, for example an
-``engine.py`` next to the training script, importing this package raises an ImportError that names
+``engine.py`` next to the training script, importing ``onecycle`` raises an ImportError that names
 the file.
 """
 

@@ -28,6 +28,7 @@ _MODULES = {
     "ScheduleError": "schedules.core.schedule",
     "attach": "schedules.torch_scheduler",
     "from_config": "schedules.core.registry",
+    "plot": "schedules.plots",
     "register": "schedules.core.registry",
     "trace": "schedules.core.trace",
 }

@@ -55,6 +55,7 @@ from schedules.families.sambaflow import StepSchedule as step_schedule
 from schedules.feedback.autowu import AutoWU
 from schedules.feedback.base import FeedbackSchedule
 from schedules.feedback.plateau import ReduceLROnPlateau
+from schedules.plots import plot
 from schedules.torch_scheduler import attach
 
 __version__: str
@@ -113,6 +114,7 @@ __all__ = [
     "cosine_schedule_with_warmup",
     "fixed_lr",
     "from_config",
+    "plot",
     "polynomial_decay_schedule_with_warmup",
     "register",
     "step_schedule",

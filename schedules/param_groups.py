@@ -10,24 +10,19 @@ import torch
 from torch.optim import Optimizer
 
 from schedules.core.controller import Curves, Values
+from schedules.core.per_group import PRECISION
 from schedules.core.pieces import Formula
 
 __all__ = [
-    "PRECISION",
     "Group",
     "RangeWriter",
     "Slot",
-    "check_multipliers",
     "find_slots",
     "read_lr",
     "read_momenta",
     "read_momentum",
     "write_values",
 ]
-
-PRECISION = 1e-6
-"""Largest relative difference of equal values. Schedulers round differently, and a tensor can have
-only 32 bits."""
 
 Group = dict[str, Any]
 Slots = Mapping[str, Sequence["Slot"]]
@@ -127,26 +122,6 @@ def find_slots(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
             )
         slots.append(found[0])
     return tuple(slots)
-
-
-_MULTIPLIERS = {"lr": ("lr_scale", "lr_mult"), "weight_decay": ("wd_mult",)}
-"""Keys of param groups with which the schedulers of timm and Megatron-LM multiply a value."""
-
-
-def check_multipliers(hyperparameter: str, optimizer: Optimizer) -> None:
-    """Check that no param group has a multiplier of the hyperparameter, such as ``lr_scale``.
-
-    Raises:
-        ValueError: a group has such a key, and its value is not 1.
-    """
-    for index, group in enumerate(optimizer.param_groups):
-        for key in _MULTIPLIERS.get(hyperparameter, ()):
-            if group.get(key, 1) != 1:
-                raise ValueError(
-                    f"`{key}` of each param group must be 1 or absent, because schedules ignore "
-                    f"it, got {group[key]:g} in param group {index}. Multiply the "
-                    f"`{hyperparameter}` of the group by this value, and remove the key."
-                )
 
 
 def read_momenta(optimizer: Optimizer) -> list[float | tuple[float, ...]] | None:

@@ -13,12 +13,13 @@ from schedules.binding.saved_state import BaseValues
 from schedules.core.durations import Horizon
 from schedules.core.registry import build, find, from_config, to_class
 from schedules.core.schedule import Schedule
+from schedules.families.per_group import PerGroup
 
 __all__ = ["MetricBinder", "ScheduleBinder", "attach", "bind"]
 
 
 def attach(
-    schedule: str | Mapping[str, Any] | Schedule[Any] | Callable[..., Any],
+    schedule: str | Mapping[Any, Any] | Schedule[Any] | Callable[..., Any],
     optimizer: Optimizer,
     *,
     horizon: Horizon | None = None,
@@ -30,7 +31,9 @@ def attach(
 
     Args:
         schedule: name of a schedule, a ``{"type": …, "params": {…}}`` block, a `Schedule`, a
-            function that maps the step to a learning rate factor, or a PyTorch scheduler class.
+            function that maps the step to a learning rate factor, or a PyTorch scheduler class. A
+            dict that maps the index or the ``"name"`` of a param group to one of these attaches a
+            schedule per group. All other groups keep their initial values.
         optimizer: optimizer whose hyperparameters the schedule sets.
         horizon: length of the run, used to convert time strings to steps and to scale durations.
         base: initial learning rate of all param groups, or a list with one value per group. To set
@@ -42,34 +45,66 @@ def attach(
 
     Raises:
         ScheduleError: a parameter of the schedule is invalid.
-        ValueError: the name is unknown, or the schedule is incompatible with the optimizer.
+        ValueError: the name is unknown, the schedule is incompatible with the optimizer, or the
+            optimizer has no param group of the given index or name.
 
     >>> import torch
     >>> optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.5)
     >>> attach("WarmupLR", optimizer, warmup_num_steps=10).get_last_lr()
     [0.0]
     """
-    if isinstance(schedule, Mapping | Schedule):
-        if params:
-            raise ValueError(
-                "Schedule parameters can be passed as keywords only if `schedule` is a name, a "
-                f"function or a class, got {', '.join(params)} with {schedule!r}. Set them in the "
-                "schedule itself."
-            )
-        built = schedule if isinstance(schedule, Schedule) else from_config(schedule)
+    is_name = not isinstance(schedule, Mapping | Schedule)
+    if params and not is_name:
+        raise ValueError(
+            "Schedule parameters can be passed as keywords only if `schedule` is a name, a "
+            f"function or a class, got {', '.join(params)} with {schedule!r}. Set them in the "
+            "schedule itself."
+        )
+    if is_name and params.pop("last_epoch", -1) != -1:
+        raise ValueError(
+            "`last_epoch` must be -1 or absent. Pass `at` to start at a step, or load a saved "
+            "state with load_state_dict()."
+        )
+    if isinstance(schedule, Mapping) and not isinstance(schedule.get("type"), str):
+        built: Schedule[Any] = _build_per_group(schedule, optimizer)
     else:
-        if params.pop("last_epoch", -1) != -1:
-            raise ValueError(
-                "`last_epoch` must be -1 or absent. Pass `at` to start at a later step, or load a "
-                "saved state with load_state_dict()."
-            )
-        if isinstance(schedule, str):
-            cls = find(schedule)
-        else:
-            name = getattr(schedule, "__qualname__", type(schedule).__qualname__)
-            cls = to_class(f"{schedule.__module__}:{name}", schedule)
-        built = build(cls, params)
+        built = _build(schedule, params)
     return ScheduleBinder(built, optimizer, horizon=horizon, base=base, at=at)
+
+
+def _build(schedule: Any, params: Mapping[str, Any]) -> Schedule[Any]:
+    if isinstance(schedule, Schedule):
+        return schedule
+    if isinstance(schedule, Mapping):
+        return from_config(schedule)
+    if isinstance(schedule, str):
+        return build(find(schedule), params)
+    name = getattr(schedule, "__qualname__", type(schedule).__qualname__)
+    return build(to_class(f"{schedule.__module__}:{name}", schedule), params)
+
+
+def _build_per_group(schedules: Mapping[Any, Any], optimizer: Optimizer) -> PerGroup:
+    groups = optimizer.param_groups
+    found: dict[int, Schedule[Any]] = {}
+    for key, schedule in schedules.items():
+        indices = [index for index, group in enumerate(groups) if key in (index, group.get("name"))]
+        if not indices:
+            names = [repr(group["name"]) for group in groups if "name" in group]
+            named = f", named {', '.join(names)}" if names else ""
+            raise ValueError(
+                f"The keys of `schedule` must be indices or names of param groups, got {key!r}. "
+                f"The optimizer has {len(groups)} param groups{named}."
+            )
+        twice = [index for index in indices if index in found]
+        if twice:
+            raise ValueError(
+                f"`schedule` must have one schedule per param group, but {key!r} is param group "
+                f"{twice[0]}, which has one already. Remove one of the two keys."
+            )
+        found |= dict.fromkeys(indices, _build(schedule, {}))
+    if not found:
+        raise ValueError("`schedule` must not be empty. Pass a schedule for a param group.")
+    return PerGroup(schedulers=tuple(found.get(index) for index in range(len(groups))))
 
 
 def bind(

@@ -23,15 +23,27 @@ settings.register_profile("long", max_examples=20 * settings.default.max_example
 
 ROOT = Path(__file__).parent.parent
 SET_BY_LIBRARIES = {
+    "CUDA_MODULE_LOADING",
     "KINETO_LOG_LEVEL",
+    "KMP_DUPLICATE_LIB_OK",
+    "KMP_INIT_AT_FORK",
     "PYTEST_CURRENT_TEST",
     "PYTORCH_NVML_BASED_CUDA_CHECK",
     "TORCHINDUCTOR_CACHE_DIR",
 }
-"""Environment variables that pytest, torch and DeepSpeed set when they are first used."""
+"""Environment variables that pytest, torch, DeepSpeed and scikit-learn set on first use."""
 LIBRARY_THREADS = {"_AsyncWriterThread"}  # TensorBoard's writer, which the engine keeps alive
 CACHES = {".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__"}
 PATIENCE = 2.0  # seconds after a test within which its threads and processes must end
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option ``--dry-run`` of the tests in ``tests/gpu``."""
+    parser.addoption(
+        "--dry-run",
+        action="store_true",
+        help="run the GPU tests on the CPU, with smaller sizes",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

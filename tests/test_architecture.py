@@ -43,6 +43,7 @@ SCHEDULES_NAMES = [
     "__version__",
     "attach",
     "from_config",
+    "plot",
     "register",
     "trace",
 ] + [schema.stem for schema in (ROOT / "schemas/schedulers").glob("*.json")]

@@ -125,7 +125,7 @@ def test_package_imported_as_deepspeed_has_its_names(package, tmp_path):
 
 def test_deepspeed_name_without_deepspeed_raises_an_error_that_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # importing it raises ImportError
-    with pytest.raises(ImportError, match="`zero` is a part of DeepSpeed, which cannot be impor"):
+    with pytest.raises(ImportError, match="`zero` is part of DeepSpeed, which cannot be imported"):
         _ = engine.zero
     with pytest.raises(AttributeError, match="module 'onecycle' has no attribute 'nonsense'"):
         _ = onecycle.nonsense

@@ -40,6 +40,10 @@ def build_config_reference() -> Iterator[str]:
             yield f"\n{'#' * depth} {dotted_name(member.pointer)}\n"
             yield f"{member.schema['description']}{_format_marks(member.schema)}\n"
             yield from _format_table(_select_keys(member.pointer, members))
+        elif entry := member.schema.get("items", {}).get("properties"):
+            yield f"\n### {dotted_name(member.pointer)}\n"
+            yield "Each entry is an object with these keys:\n"
+            yield from _format_table(entry)
     yield "\n## optimizer.params\n"
     yield "The parameters depend on `optimizer.type`, which is not case-sensitive. Those of your"
     yield "own class, such as `my_module:MyOptimizer`, are the arguments of its constructor."

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -51,7 +50,8 @@ def build(
             if None, the config's optimizer is used.
         config: a validated config.
         ranks: rank, world size and device of this process.
-        parameters: parameters or param groups to train; if None, all that require gradients.
+        parameters: parameters or param groups to train, as `divide_parameters` returns them; if
+            None, all that require gradients.
         mpu: model-parallel unit; DeepSpeed only.
         mesh_param: shape of the device mesh; DeepSpeed only.
 
@@ -61,7 +61,7 @@ def build(
         ImportError: the config needs DeepSpeed, which is not installed.
     """
     check_stages(model, config)
-    groups = None if parameters is None else [_list_members(each) for each in parameters]
+    groups = None if parameters is None else list(parameters)
     if config.backend.name == "torch":
         check_shapes(model, config.optimizer, groups)
     if config.backend.name == "deepspeed":
@@ -82,16 +82,3 @@ def build(
     from engine.backends.pytorch import PyTorchBackend
 
     return PyTorchBackend(model, optimizer, config, ranks, parameters=groups)
-
-
-def _list_members(each: Any) -> Any:
-    """Return a param group with its parameters as a list, or a parameter without its name.
-
-    The list replaces a generator of parameters, which could be iterated only once.
-    """
-    if isinstance(each, dict):
-        members = each["params"]
-        members = [members] if isinstance(members, torch.Tensor) else members
-        return {**each, "params": [_list_members(member) for member in members]}
-    is_named = isinstance(each, tuple) and len(each) == 2  # from `model.named_parameters()`
-    return each[1] if is_named else each

@@ -16,8 +16,10 @@ from torch.optim import Optimizer
 
 from engine.config.batch_sizes import BatchSizes
 from engine.distributed.ranks import Ranks
+from engine.training.deferred_step import DeferredStep
+from engine.training.device_moves import move_to_device
 
-__all__ = ["DTYPES", "Backend", "compute_norm", "get_gradient"]
+__all__ = ["DTYPES", "Backend", "DeferringBackend", "compute_norm", "get_gradient"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype of each reduced precision."""
@@ -91,10 +93,18 @@ class Backend(ABC):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward pass in the precision that the config specifies.
 
+        Tensors in the arguments are moved to this rank's device.
+
         Args:
             args: positional arguments for the model.
             kwargs: keyword arguments for the model.
         """
+
+    def _move_inputs(self, *inputs: Any) -> Any:
+        """Return a model's inputs, moved to this rank's device, as DDP and FSDP do."""
+        if self.ranks.device.type == "cpu":
+            return inputs
+        return move_to_device(inputs, self.ranks.device)
 
     def prepare_backward(self, *, is_last: bool) -> None:  # noqa: B027  # most backends do not need it
         """Prepare for a ``loss.backward()`` call that the script may make after a forward pass.
@@ -183,8 +193,8 @@ class Backend(ABC):
         """Return the mean of a number over all ranks. Every rank must call this method."""
         if self.ranks.world_size == 1:
             return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.ranks.device)
-        dist.all_reduce(total)
+        total = torch.tensor(value, dtype=torch.float64, device="cpu")
+        dist.all_reduce(total, group=self.ranks.control_group)
         return float(total) / self.ranks.world_size
 
     @abstractmethod
@@ -237,10 +247,13 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def snapshot(self) -> Any:
+    def snapshot(self, reuse: Any = None) -> Any:
         """Return a copy of the state of the model, the optimizer and the loss scaler.
 
         Every rank must call this method.
+
+        Args:
+            reuse: an earlier snapshot that is no longer needed. Its memory may be overwritten.
         """
 
     @abstractmethod
@@ -273,3 +286,32 @@ class Backend(ABC):
     @abstractmethod
     def destroy(self) -> None:
         """Release memory and remove hooks. The model and the optimizer can still be used."""
+
+
+class DeferringBackend(Backend):
+    """Base class for backends that can take a step without waiting for the device."""
+
+    deferred: DeferredStep | None = None
+    """Object that runs the optimizer without waiting; None if the run cannot defer steps."""
+
+    @abstractmethod
+    def start_step(self, loss: Tensor | None, *, divide_by: int = 1) -> None:
+        """Start a step whose outcome `finish_step` reads. Requires `deferred`.
+
+        Args:
+            loss: mean loss of the step on this rank, or None.
+            divide_by: number to divide the gradients by, as in `step`.
+        """
+
+    @abstractmethod
+    def finish_step(self) -> tuple[bool, float]:
+        """Wait for the step that `start_step` started.
+
+        This method does not communicate, so the ranks may call it at different times.
+
+        Returns:
+            Whether the step was applied, and its mean loss over the ranks.
+
+        Raises:
+            FloatingPointError: the gradients overflow at the minimum loss scale.
+        """

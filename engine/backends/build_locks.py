@@ -1,4 +1,4 @@
-"""Find lock files of C++ extension builds, including those that killed processes left behind.
+"""Find the lock files of C++ extension builds, including stale locks of killed processes.
 
 DeepSpeed compiles its ops with `torch.utils.cpp_extension`, which creates the file ``lock`` in the
 build directory of the op and removes it afterwards. While that file exists, every run that needs
@@ -21,7 +21,7 @@ log = logging.getLogger("onecycle")
 
 
 class BuildLock(NamedTuple):
-    """The lock file of one build directory, and the process that has it open."""
+    """A lock file in a build directory, and the process that has the file open."""
 
     path: Path
     holder: int | None
@@ -43,7 +43,7 @@ class BuildLock(NamedTuple):
 
 
 def find_build_locks() -> list[BuildLock]:
-    """Return all locks in the directories in which torch builds C++ extensions."""
+    """Return all lock files in the directories in which PyTorch builds C++ extensions."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if root is not None:
         paths = Path(root).glob("*/lock")
@@ -57,7 +57,7 @@ def find_build_locks() -> list[BuildLock]:
 
 
 def log_build_locks() -> None:
-    """Log each lock: as an error if no process holds it, otherwise as a warning."""
+    """Log each lock file, as an error if no process has it open, otherwise as a warning."""
     for lock in find_build_locks():
         log.log(logging.ERROR if lock.holder is None else logging.WARNING, "%s", lock)
 

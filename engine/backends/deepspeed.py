@@ -123,6 +123,7 @@ class DeepSpeedBackend(Backend):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self._move_inputs(args, kwargs)
         return self.engine(*args, **kwargs)
 
     @override
@@ -131,7 +132,7 @@ class DeepSpeedBackend(Backend):
             self.engine.set_gradient_accumulation_boundary(is_last)
 
     def _start_backward(self, *, is_last: bool) -> None:
-        """Check the order of the passes, and tell DeepSpeed whether this backward pass ends a step.
+        """Check the order of the passes, and set whether this backward pass ends a step.
 
         DeepSpeed needs this information only if it manages gradient accumulation. Otherwise, it
         reduces all gradients in its optimizer step.
@@ -375,10 +376,10 @@ class DeepSpeedBackend(Backend):
             small[0].all_gather(small)
 
     @override
-    def snapshot(self) -> Any:
+    def snapshot(self, reuse: Any = None) -> Any:
         # Only DeepSpeed can save its state, so the snapshot is a temporary checkpoint.
         directory = [tempfile.mkdtemp(prefix="onecycle-") if self.ranks.rank == 0 else ""]
-        dist.broadcast_object_list(directory)
+        dist.broadcast_object_list(directory, group=self.ranks.control_group)
         checkpoint_dir = Path(directory[0], "snapshot")
         self.save(checkpoint_dir)
         dist.barrier()  # every rank reads the files that rank 0 wrote

@@ -43,7 +43,7 @@ def report_damage_on_all_ranks(checkpoint_dir: Path, ranks: Ranks) -> Iterator[N
         RuntimeError: the block raised an exception on another rank only.
     """
     with (
-        raise_on_all_ranks(ranks.world_size, "The checkpoint was not loaded"),
+        raise_on_all_ranks(ranks, "The checkpoint was not loaded"),
         report_damage(checkpoint_dir),
     ):
         yield

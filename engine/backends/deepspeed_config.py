@@ -38,6 +38,9 @@ _ENGINE_KEYS = (
     "wandb",
 )
 
+# The param groups are built before DeepSpeed's engine, and passed to it as `model_parameters`.
+_GROUP_KEYS = {"layer_decay", "no_decay", "param_groups"}
+
 
 def build_deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[str, Any]:
     """Build the config dict for ``deepspeed.initialize``.
@@ -70,7 +73,10 @@ def build_deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[st
         del settings["train_batch_size"]  # DeepSpeed may count the ranks of AutoTP in it
     settings["gradient_clipping"] = config.gradient_clipping
     if builds_optimizer and "optimizer" in config.raw:
-        settings["optimizer"] = _drop_parked_keys(config.raw["optimizer"])
+        block = _drop_parked_keys(config.raw["optimizer"])
+        settings["optimizer"] = {
+            key: value for key, value in block.items() if key not in _GROUP_KEYS
+        }
     else:
         # By default, DeepSpeed rejects offloading with an optimizer that it did not build.
         settings.setdefault("zero_force_ds_cpu_optimizer", False)

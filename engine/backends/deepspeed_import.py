@@ -8,7 +8,7 @@ __all__ = ["import_deepspeed", "import_for_config"]
 
 
 def import_deepspeed() -> Any:
-    """Import the package ``deepspeed`` and return it.
+    """Import and return the package ``deepspeed``.
 
     Raises:
         ImportError: DeepSpeed is not installed.
@@ -22,7 +22,7 @@ def import_deepspeed() -> Any:
 
 
 def import_for_config() -> Any:
-    """Import the package ``deepspeed`` for a config that needs it, and return it.
+    """Import and return the package ``deepspeed``, for a config that needs DeepSpeed.
 
     Raises:
         ImportError: DeepSpeed cannot be imported. The message explains how to run without it.

@@ -1,8 +1,8 @@
-"""Check that a checkpoint fits the model and the optimizer before DeepSpeed loads it.
+"""Check that a checkpoint fits the model and the optimizer, before DeepSpeed loads any of it.
 
-DeepSpeed loads the weights before it finds out that the rest of a checkpoint does not fit, so a
-failed load would leave a changed model. With ZeRO stage 3, it copies saved weights into parameters
-even if their shapes differ.
+DeepSpeed loads the weights first. If the rest of the checkpoint does not fit, loading fails only
+after the model has changed. With ZeRO stage 3, DeepSpeed copies saved weights into parameters even
+if the shapes differ.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Layout:
         ]
 
     def write(self, checkpoint_dir: Path, *, frozen: bool) -> None:
-        """Write the recorded shapes and dtypes to a checkpoint.
+        """Write the shapes and dtypes to a file in the checkpoint directory.
 
         Args:
             checkpoint_dir: directory of the checkpoint.
@@ -60,8 +60,8 @@ class Layout:
     def check(self, files: DeepSpeedFiles, *, optimizer: bool, strict: bool) -> None:
         """Check that a checkpoint fits the model and the optimizer.
 
-        The shapes and dtypes in the checkpoint are read from the file that `write` wrote or, if
-        there is none, from DeepSpeed's own files.
+        The saved shapes and dtypes are read from the file that `write` created. If this file does
+        not exist, they are read from DeepSpeed's own files.
 
         Args:
             files: files of the checkpoint.
@@ -91,15 +91,15 @@ class Layout:
         if optimizer and groups is not None and groups != self._groups:
             counts, own_counts = ([len(g) for g in each] for each in (groups, self._groups))
             raise CheckpointError(
-                f"{files.directory} does not match the optimizer: the number of parameters per "
-                f"param group is {counts} in the checkpoint and {own_counts} in this run. If these "
-                f"numbers are equal, the shapes of the parameters differ. {_FIX}"
+                f"{files.directory} does not match the optimizer: the numbers of parameters in the "
+                f"param groups are {counts} in the checkpoint and {own_counts} in this run. If "
+                f"these numbers are equal, the shapes of the parameters differ. {_FIX}"
             )
         if optimizer and groups is None and not files.is_universal:
             self._check_groups(files)
 
     def _check_groups(self, files: DeepSpeedFiles) -> None:
-        """Check the param groups of a checkpoint that contains no file from `write`."""
+        """Check the param groups of a checkpoint for which `write` was not called."""
         groups, shapes = files.find_param_groups(), files.get_trained_shapes()
         own_shapes = sorted(shape for group in self._groups for shape in group)
         if len(groups) != len(self._groups) or shapes not in (None, own_shapes):
@@ -110,7 +110,7 @@ class Layout:
             )
 
     def _read_weights(self, *, frozen: bool) -> dict[str, Tensor]:
-        """Return a meta tensor with the shape and dtype of each weight, by name."""
+        """Return a meta tensor for each weight, with its shape and dtype, keyed by its name."""
         return {
             name: torch.empty(_get_shape(value), dtype=value.dtype, device="meta")
             for name, value in self._model.state_dict(keep_vars=True).items()
@@ -121,7 +121,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Saved:
-    """Contents of a layout file: shapes and dtypes of weights, parameter shapes per param group."""
+    """Contents of ``layout.json``: shapes and dtypes of the weights, and shapes per param group."""
 
     weights: dict[str, tuple[tuple[Count, ...], str]]
     groups: tuple[tuple[tuple[Count, ...], ...], ...]

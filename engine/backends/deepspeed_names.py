@@ -6,15 +6,17 @@ Scripts written for DeepSpeed read settings from its engine, for example with
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import schemas
+from engine.backends.base import Backend
 from engine.config import Config
 from engine.config.schema import SCHEMA, get_default, walk
 
-__all__ = ["ONLY_DEEPSPEED", "find_setting"]
+__all__ = ["find_attribute", "find_setting"]
 
 _ZERO = "/zero_optimization"
 
@@ -60,7 +62,7 @@ _WITHOUT_PARALLELISM = {
 }
 """Attributes of DeepSpeed's engine, with their values for a model that PyTorch replicates."""
 
-ONLY_DEEPSPEED = frozenset(
+_ONLY_DEEPSPEED = frozenset(
     """
     aio_config all_to_all_group allreduce_bucket autotp_size buffered_allreduce_fallback
     checkpoint_engine clip_fp32_gradients coalesce_grad_reduction communication_data_type
@@ -76,6 +78,31 @@ ONLY_DEEPSPEED = frozenset(
     """.split()  # noqa: SIM905  # readable at a glance, unlike a column of strings
 )
 """Attributes of DeepSpeed's engine that have no counterpart with the torch backend."""
+
+
+def find_attribute(backend: Backend, config: Config, name: str) -> Any:
+    """Return an attribute of the backend or the model, or a setting by its DeepSpeed name.
+
+    The engine calls this function for names that neither the engine nor ``nn.Module`` defines.
+
+    Raises:
+        AttributeError: the attribute does not exist. If DeepSpeed's engine has it, the message
+            states how to select the DeepSpeed backend.
+    """
+    with contextlib.suppress(KeyError):
+        return find_setting(config, name)
+    try:
+        return backend.get_attribute(name)
+    except AttributeError as error:
+        if name in _ONLY_DEEPSPEED:
+            raise AttributeError(
+                f"`{name}` exists only with the DeepSpeed backend, and this run uses the torch "
+                'backend. Set "engine": {"backend": "deepspeed"} in the config.'
+            ) from None
+        raise AttributeError(
+            f"Neither the training engine nor the model ({type(backend.model).__name__}) "
+            f"has the attribute `{name}`."
+        ) from error
 
 
 def find_setting(config: Config, name: str) -> Any:

@@ -21,7 +21,7 @@ _UNSUPPORTED = ("Direct calls to tensor.backward()", "The size of tensor a (0)")
 class BackwardOrder:
     """Checker for the order of the forward and backward passes of a DeepSpeed engine.
 
-    DeepSpeed 0.19 loses gradients or computes wrong ones, without an error, in these cases:
+    In these cases, DeepSpeed 0.19 loses gradients or computes wrong ones without raising an error:
 
     - With ZeRO stage 1 or 2, more than one backward pass of a step is marked as the last. DeepSpeed
       averages the gradients in the first of these passes, so the gradients of the others are wrong.
@@ -60,22 +60,23 @@ class BackwardOrder:
         if self._has_averaged and self._zero_stage in {1, 2}:
             raise MisuseError(
                 f"With ZeRO stage {self._zero_stage}, DeepSpeed averages the gradients in the last "
-                "backward pass of a step, but `backward` was called again after that pass. Add "
-                "the losses and call `backward` once, or call "
-                "`set_gradient_accumulation_boundary(False)` before each `backward` call except "
-                "the last."
+                "backward pass of a step, but `backward` was called again after that pass. Sum "
+                "the losses and call `backward` once. Alternatively, call "
+                "`set_gradient_accumulation_boundary(False)` before the first `backward` call and "
+                "`set_gradient_accumulation_boundary(True)` before the last."
             )
         if self._zero_stage == 3 and self._forwards == 0 and self._has_several_forwards:
             raise MisuseError(
                 "With ZeRO stage 3, DeepSpeed computes wrong gradients if `backward` is called "
-                "twice after two forward passes. Call `backward` after each forward pass, or add "
+                "twice after two forward passes. Call `backward` after each forward pass, or sum "
                 "the losses and call `backward` once."
             )
         for name, parameter in self._frozen:
             if parameter.requires_grad:
                 raise MisuseError(
                     f"`{name}` was frozen when the engine was built, so DeepSpeed does not train "
-                    'it. Unfreeze it before `initialize`, or set "engine": {"backend": "torch"}.'
+                    "it. Unfreeze the parameter before calling `initialize`, or set "
+                    '"engine": {"backend": "torch"}.'
                 )
         self._has_several_forwards, self._forwards = self._forwards > 1, 0
         self._has_averaged = is_last
@@ -85,7 +86,8 @@ class BackwardOrder:
         """Convert DeepSpeed's errors about unsupported backward passes to errors that name a fix.
 
         Run the backward pass inside this context. DeepSpeed does not support, for example, the
-        backward pass of a GAN's generator, because its loss depends on the models of two engines.
+        backward pass of a GAN's generator, because the loss of the generator depends on the models
+        of two engines.
         """
         try:
             yield
@@ -97,8 +99,8 @@ class BackwardOrder:
             raise MisuseError(
                 f"DeepSpeed does not support this backward pass: {reason}. "
                 "Call `backward` once per forward pass. If the loss depends on the model of "
-                "another engine, as in a GAN, freeze that model with `requires_grad_(False)` "
-                'during the pass, or set "engine": {"backend": "torch"}.'
+                "another engine, as in a GAN, freeze that model with `requires_grad_(False)` for "
+                'the forward and backward pass, or set "engine": {"backend": "torch"}.'
             ) from error
 
     def start_step(self) -> None:

@@ -1,7 +1,7 @@
 """Check the structure of DeepSpeed's files before DeepSpeed loads any of them.
 
 DeepSpeed assigns the weights before it reads the other files. Without these checks, a damaged file
-would therefore leave a model with the saved weights but the optimizer's old state.
+could therefore leave the saved weights in the model, but the old state in the optimizer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NESTED = ("base_optimizer_state", _OPTIMIZER, "state", "param_groups")
 def check_structure(
     engine: Any, directory: Path, weights: Mapping[str, Any], *, strict: bool, trusts: bool
 ) -> None:
-    """Check that this rank's files have the same structure as files that DeepSpeed would write now.
+    """Check that this rank's checkpoint files have the structure that DeepSpeed would write now.
 
     Args:
         engine: DeepSpeed's engine.
@@ -84,7 +84,7 @@ def read_weights(engine: Any) -> dict[str, Any]:
     """Return the ``state_dict`` that DeepSpeed would save now, with meta tensors.
 
     With ZeRO stage 3, this is the ``state_dict`` of the sharded model. Every rank must then call
-    this function, because DeepSpeed gathers its small parameters again afterwards.
+    this function, because DeepSpeed gathers the small parameters on all ranks afterwards.
     """
     has_events = engine._optimizer_has_ckpt_event_prologue()  # noqa: SLF001  # it has no public name
     if has_events:

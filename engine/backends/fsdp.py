@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -29,6 +30,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from engine.backends.base import DTYPES
+from engine.backends.model_setup import check_has_data
 from engine.backends.pytorch import PyTorchBackend
 from engine.backends.whole_weights import accept_whole_weights
 from engine.checkpoint.optimizer_state import reshard
@@ -58,6 +60,11 @@ class FSDPBackend(PyTorchBackend):
     """Parameters that stay in 16 bits because they were frozen at the start, with their names."""
 
     @override
+    def _place(self, model: nn.Module, device: torch.device) -> None:
+        # `shard` moves one block at a time, because the whole model may not fit on a GPU.
+        check_has_data(model)
+
+    @override
     def _prepare_optimizer(
         self,
         model: nn.Module,
@@ -66,10 +73,10 @@ class FSDPBackend(PyTorchBackend):
     ) -> Optimizer:
         # Sharding replaces the model's parameters, so shard before building the optimizer.
         if not isinstance(optimizer, Optimizer):
-            sharded = shard(model, self._config, parameters, self._dtype)
+            sharded = shard(model, self._config, parameters, self._dtype, self._device)
             return _check_supported(super()._prepare_optimizer(model, optimizer, sharded))
         _check_supported(optimizer)
-        groups = shard(model, self._config, optimizer.param_groups, self._dtype)
+        groups = shard(model, self._config, optimizer.param_groups, self._dtype, self._device)
         for group, sharded_group in zip(optimizer.param_groups, groups, strict=True):
             group["params"] = sharded_group["params"]
         return optimizer
@@ -115,7 +122,7 @@ class FSDPBackend(PyTorchBackend):
                 )
 
     @override
-    def step(self, *, divide_by: int = 1) -> bool:
+    def _prepare_gradients(self) -> list[Tensor]:
         if self._has_unreduced:
             raise MisuseError(
                 "With ZeRO stage 1, the last backward pass before an optimizer step must reduce "
@@ -124,7 +131,7 @@ class FSDPBackend(PyTorchBackend):
             )
         # An evaluation after the last backward pass has gathered weights that this step changes.
         reshard(self.model)
-        return super().step(divide_by=divide_by)
+        return super()._prepare_gradients()
 
     @override
     def _collect_gradients(self) -> list[Tensor]:
@@ -136,6 +143,12 @@ class FSDPBackend(PyTorchBackend):
         squares = torch.tensor(local_norm**2, dtype=torch.float64, device=self.ranks.device)
         dist.all_reduce(squares)
         return math.sqrt(float(squares))
+
+    @override
+    def _compute_norm_on_device(self, gradients: list[Tensor]) -> Tensor:
+        squares = super()._compute_norm_on_device(gradients).square()
+        dist.all_reduce(squares)
+        return squares.sqrt()
 
     @override
     def has_gradients(self) -> bool:
@@ -162,9 +175,9 @@ class FSDPBackend(PyTorchBackend):
         return method
 
     @override
-    def snapshot(self) -> Any:
+    def snapshot(self, reuse: Any = None) -> Any:
         reshard(self.model)
-        return super().snapshot()
+        return super().snapshot(reuse)
 
     @override
     def restore(self, snapshot: Any, *, only_check: bool = False) -> None:
@@ -217,17 +230,20 @@ def shard(
     model: nn.Module,
     config: Config,
     parameters: Iterable[Any] | None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None,
+    device: torch.device,
 ) -> list[Any]:
     """Shard a model's parameters across ranks, in place, and return the parameters to train.
 
-    As with DDP, all ranks start with rank 0's values.
+    As with DDP, all ranks start with rank 0's values. Each block is moved to the device, copied
+    from rank 0 and sharded before the next one, so that a GPU need not hold the whole model.
 
     Args:
-        model: module to shard, already on its device.
+        model: module to shard.
         config: config with the ZeRO stage, the precision, offloading and ``engine.wrap``.
         parameters: unsharded tensors or param groups to train; if None, all that require gradients.
         dtype: 16-bit dtype to compute in; None keeps the parameters' dtype.
+        device: device of this rank.
 
     Returns:
         The sharded parameters to train, in the structure of ``parameters``.
@@ -242,7 +258,7 @@ def shard(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     settings = (config.zero_stage == 3, dtype, config.cpu_offload)
     if not _is_sharded(model, settings):
-        _shard(model, config, dtype)
+        _shard(model, config, dtype, device)
         _SHARDED[model] = settings
     sharded = dict(model.named_parameters())
     if wanted is None:
@@ -266,7 +282,9 @@ def _is_sharded(model: nn.Module, settings: tuple[Any, ...]) -> bool:
     return True
 
 
-def _shard(model: nn.Module, config: Config, dtype: torch.dtype | None) -> None:
+def _shard(
+    model: nn.Module, config: Config, dtype: torch.dtype | None, device: torch.device
+) -> None:
     sparse = find_sparse_weights(model)
     for name, parameter in model.named_parameters():
         if id(parameter) in sparse:
@@ -274,25 +292,48 @@ def _shard(model: nn.Module, config: Config, dtype: torch.dtype | None) -> None:
                 f"FSDP2 cannot average the sparse gradient of `{name}`. Create the embedding "
                 'with `sparse=False`, or set "zero_optimization": {"stage": 0}.'
             )
-    broadcast((*model.parameters(), *model.buffers()))
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,
         reduce_dtype=torch.float32 if dtype else None,
         cast_forward_inputs=False,  # it would also cast targets and positions
     )
-    on_host = next(model.parameters()).device.type == "cpu"
-    offload = CPUOffloadPolicy() if config.cpu_offload and not on_host else OffloadPolicy()
+    offloads = config.cpu_offload and device.type != "cpu"
+    offload = CPUOffloadPolicy() if offloads else OffloadPolicy()
     settings: dict[str, Any] = {
+        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
         "reshard_after_forward": config.zero_stage == 3,
         "mp_policy": policy,
         "offload_policy": offload,
     }
+    copied: set[int] = set()
     for block in find_blocks(model, config.model.wrap_classes):
+        _copy_from_rank_0(block, device, copied)
         fully_shard(block, **settings)
+    _copy_from_rank_0(model, device, copied)
     # Keep the root's own parameters gathered after a forward pass: a method of the model may use
     # them after it has called the model.
     fully_shard(model, **{**settings, "reshard_after_forward": False})
     accept_whole_weights(model)
+
+
+def _copy_from_rank_0(module: nn.Module, device: torch.device, copied: set[int]) -> None:
+    """Move the unsharded tensors of a module to a device, and copy rank 0's values to all ranks.
+
+    Args:
+        module: block or model.
+        device: device of this rank.
+        copied: ids of the tensors that have been copied already; those of this module are added.
+    """
+    tensors = [
+        tensor
+        for tensor in (*module.parameters(), *module.buffers())
+        if id(tensor) not in copied and not isinstance(tensor, DTensor)
+    ]
+    for tensor in tensors:
+        if tensor.device != device:
+            tensor.data = tensor.data.to(device)
+    broadcast(tensors)
+    copied.update(map(id, tensors))
 
 
 def _to_sharded(each: Any, names: dict[int, str], sharded: dict[str, nn.Parameter]) -> Any:
@@ -315,7 +356,7 @@ def check_gradient_averaging(ranks: Ranks) -> None:
     """
     # Leave the weight uninitialized, so that the script's random state does not change.
     probe = skip_init(nn.Linear, ranks.world_size, 1, bias=False, device=ranks.device)  # type: ignore[no-untyped-call]  # untyped in torch
-    fully_shard(probe)
+    fully_shard(probe, mesh=init_device_mesh(ranks.device.type, (ranks.world_size,)))
     given = torch.full((1, ranks.world_size), float(ranks.rank + 1), device=ranks.device)
     probe(given).sum().backward()
     gradient = probe.weight.grad

@@ -1,4 +1,7 @@
-"""Find models that implement their own parallelism, which only DeepSpeed supports."""
+"""Detect models that implement their own parallelism, such as tensor or expert parallelism.
+
+Only the DeepSpeed backend supports such models.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,11 @@ _PACKAGES = (
 
 
 def find_model_parallelism(model: nn.Module) -> str | None:
-    """Return a noun phrase for the part of a model that implements its own parallelism.
+    """Return a description of the part of a model that implements its own parallelism.
 
-    Such a part is, for example, an MoE layer. Because each rank may hold different experts,
-    averaging all gradients over all ranks would be incorrect. Return None if the model has no such
-    part.
+    An MoE layer is an example of such a part. Each rank may hold different experts, so averaging
+    all gradients over all ranks would be incorrect. The description is a noun phrase for error
+    messages. If the model has no such part, return None.
 
     >>> find_model_parallelism(nn.Linear(2, 2))
     """
@@ -48,13 +51,14 @@ def find_model_parallelism(model: nn.Module) -> str | None:
 def find_data_shard(model: Any, mpu: Any, mesh_param: Any) -> tuple[int, int] | None:
     """Return the index of this rank's part of the data, and the number of parts.
 
-    Both are the same as in DeepSpeed. Return None if neither the model nor an argument determines
+    DeepSpeed uses the same values. Return None if neither the model nor an argument determines
     them.
 
     Args:
-        model: model of the run; a PipelineModule defines which ranks are stages of one pipeline.
-        mpu: model-parallel unit.
-        mesh_param: number of data-parallel ranks, and number of ranks that share each sequence.
+        model: model of the run. A PipelineModule defines which ranks are stages of one pipeline.
+        mpu: model-parallel unit, as in ``deepspeed.initialize``.
+        mesh_param: pair of the number of data-parallel ranks and the number of ranks that share
+            each sequence.
     """
     if _is_pipeline(model):
         mpu = model.mpu()
@@ -91,7 +95,7 @@ def check_stages(model: Any, config: Config) -> None:
 
 
 def _is_pipeline(model: nn.Module) -> bool:
-    """Return whether a model is DeepSpeed's PipelineModule."""
+    """Return whether a model is an instance of DeepSpeed's PipelineModule."""
     return any(
         cls.__module__ == "deepspeed.runtime.pipe.module" and cls.__name__ == "PipelineModule"
         for cls in type(model).__mro__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
 from collections.abc import Iterator
@@ -17,8 +16,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from engine.backends.base import DTYPES, Backend, compute_norm, get_gradient
+from engine.backends.base import DTYPES, DeferringBackend, compute_norm, get_gradient
+from engine.backends.model_setup import check_compiler, check_has_data, set_up_model
 from engine.checkpoint.deepspeed_files import DeepSpeedFiles, has_deepspeed_files
+from engine.checkpoint.host_copies import copy_to_host, find_waiting
+from engine.checkpoint.optimizer_tensors import keep_tensors, move_state
 from engine.checkpoint.plain_values import read_as, report_damage, write_values
 from engine.checkpoint.structure import (
     check_param_groups,
@@ -27,7 +29,11 @@ from engine.checkpoint.structure import (
 )
 from engine.config import Config
 from engine.distributed.ranks import Ranks
-from engine.training.activation_checkpointing import checkpoint_activations
+from engine.training.deferred_step import (
+    DeferredStep,
+    can_skip_on_device,
+    compute_norm_on_device,
+)
 from engine.training.gradient_averaging import GradientAverager, find_sparse_weights
 from engine.training.loss_scaling import LossScaler, ScalerState
 from engine.training.optimizers import NoOptimizer, OptimizerFactory, build_optimizer
@@ -44,7 +50,7 @@ _SCALER = "loss_scaler.pt"
 _Snapshot = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None, float | None]
 
 
-class PyTorchBackend(Backend):
+class PyTorchBackend(DeferringBackend):
     """Backend that trains with PyTorch and averages the gradients over all ranks.
 
     Trained 16-bit parameters are converted to float32 unless ``engine.master_weights`` is false. If
@@ -62,7 +68,8 @@ class PyTorchBackend(Backend):
 
     Raises:
         ValueError: the model has none of the classes in ``engine.wrap``, ``engine.compile`` is not
-            a known compiler, or the user's optimizer does not train any parameter of the model.
+            a known compiler, a parameter of the model is on the meta device, or the user's
+            optimizer does not train any parameter of the model.
     """
 
     def __init__(
@@ -75,8 +82,11 @@ class PyTorchBackend(Backend):
         parameters: list[Any] | None = None,
     ) -> None:
         self._config = config
+        self._device = ranks.device
         self._dtype = DTYPES.get(config.precision)
-        _prepare_model(model, config, ranks.device)
+        check_compiler(config.model.compile_backend)
+        self._place(model, ranks.device)
+        set_up_model(model, config.model)
         trains = optimizer is not None or config.optimizer is not None
         if config.model.master_weights and trains:
             given = optimizer if isinstance(optimizer, Optimizer) else None
@@ -97,8 +107,15 @@ class PyTorchBackend(Backend):
         self._keeps_gradients = False
         self._old_gradients: list[Tensor] = []
         self._averager = self._build_averager() if ranks.world_size > 1 else None
+        if optimizer is None and self._may_defer():
+            self._defer_steps()
         self._set_precision()
         self._publish_scale(overflow=False)
+
+    def _place(self, model: nn.Module, device: torch.device) -> None:
+        """Move the model to the rank's device."""
+        check_has_data(model)
+        model.to(device)
 
     def _prepare_optimizer(
         self,
@@ -108,6 +125,7 @@ class PyTorchBackend(Backend):
     ) -> Optimizer:
         if isinstance(optimizer, Optimizer):
             _check_parameters(model, optimizer)
+            move_state(optimizer)
             return optimizer
         if parameters is None:
             parameters = [p for p in model.parameters() if p.requires_grad]
@@ -125,6 +143,18 @@ class PyTorchBackend(Backend):
         """
         return GradientAverager(self.model, self.optimizer, self.ranks)
 
+    def _may_defer(self) -> bool:
+        wanted = self._config.model.deferred_step
+        is_wanted = self.ranks.device.type != "cpu" if wanted is None else wanted
+        return is_wanted and can_skip_on_device(self.optimizer, self.ranks.device)
+
+    def _defer_steps(self) -> None:
+        self.deferred = DeferredStep(
+            self.optimizer, self._clipping, self._scaler, self.ranks.device
+        )
+        if self._averager is not None:
+            self._averager.checks_every_step = False
+
     def _set_precision(self) -> None:
         """Make the model's methods compute in the precision that the config selects."""
         if self._dtype is not None:
@@ -132,6 +162,7 @@ class PyTorchBackend(Backend):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self._move_inputs(args, kwargs)
         return self.model(*args, **kwargs)
 
     @override
@@ -148,19 +179,18 @@ class PyTorchBackend(Backend):
         del is_last  # `step` averages what no call of `backward` has averaged
         self._old_gradients, self._keeps_gradients = [], self.ranks.device.type == "cpu"
         if self._scaler is not None and loss.dtype == torch.float16:
-            self._scaler.limit_to_float16()
+            (self.deferred or self._scaler).limit_to_float16()
+        if self.deferred is not None and self.deferred.scale is not None:
+            return loss.float() * (self.deferred.scale / accumulation)
         factor = self.loss_scale / accumulation
         # Multiply in float32: a 16-bit product would overflow or lose precision.
         return loss if factor == 1.0 else loss.float() * factor
 
     @override
     def step(self, *, divide_by: int = 1) -> bool:
-        if self._may_have_16_bits:
-            self._convert_unfrozen()
-        if self._averager is not None:
-            self._averager.finish()
-        gradients = self._collect_gradients()
-        scale = self.loss_scale * divide_by
+        gradients = self._prepare_gradients()
+        scaler = self._scaler
+        scale = divide_by if scaler is None else scaler.scale * divide_by
         norm = self._compute_norm(gradients) / scale
         finite = math.isfinite(norm)  # equal on all ranks: gradients are already averaged
         if finite:
@@ -177,16 +207,48 @@ class PyTorchBackend(Backend):
             # pass instead, the memory is reused.
             self._old_gradients = gradients
         self.grad_norm = norm
-        if self._scaler is not None:
-            self._scaler.update(overflow=not finite)
+        if scaler is not None:
+            scaler.update(overflow=not finite)
         self._publish_scale(overflow=not finite)
         return finite
+
+    def _prepare_gradients(self) -> list[Tensor]:
+        """Finish the averaging of the gradients, and return them."""
+        if self._may_have_16_bits:
+            self._convert_unfrozen()
+        if self._averager is not None:
+            self._averager.finish()
+        return self._collect_gradients()
+
+    @override
+    def start_step(self, loss: Tensor | None, *, divide_by: int = 1) -> None:
+        assert self.deferred is not None
+        gradients = self._prepare_gradients()
+        scale = self.loss_scale * divide_by
+        norm = self._compute_norm_on_device(gradients) / scale
+        if loss is not None and self.ranks.world_size > 1:
+            # All-reduce now: ranks may read the loss at different times, so reading must not wait.
+            loss = loss.to(self.ranks.device, torch.float64) / self.ranks.world_size
+            dist.all_reduce(loss)
+        self.deferred.start(norm, scale, loss)
+        self.zero_grad()
+        if self._keeps_gradients:
+            self._old_gradients = gradients
+
+    @override
+    def finish_step(self) -> tuple[bool, float]:
+        assert self.deferred is not None
+        try:
+            self.grad_norm, loss = self.deferred.read()
+        finally:
+            self._publish_scale(overflow=self.deferred.has_skipped)
+        return not self.deferred.has_skipped, loss
 
     def _publish_scale(self, *, overflow: bool) -> None:
         """Set optimizer attributes that scripts for DeepSpeed read, such as ``loss_scale``."""
         optimizer: Any = self.optimizer
         optimizer.overflow = overflow
-        optimizer.cur_scale = optimizer.loss_scale = self.loss_scale
+        optimizer.cur_scale = optimizer.loss_scale = self._scaler.scale if self._scaler else 1.0
 
     @override
     def get_attribute(self, name: str) -> Any:
@@ -210,6 +272,9 @@ class PyTorchBackend(Backend):
 
     def _compute_norm(self, gradients: list[Tensor]) -> float:
         return compute_norm(gradients)
+
+    def _compute_norm_on_device(self, gradients: list[Tensor]) -> Tensor:
+        return compute_norm_on_device(gradients, self.ranks.device)
 
     def _convert_unfrozen(self) -> None:
         """Convert 16-bit parameters to float32 if they were unfrozen after the run started."""
@@ -302,11 +367,15 @@ class PyTorchBackend(Backend):
             self._publish_scale(overflow=False)
 
     @override
-    def snapshot(self) -> Any:
+    def snapshot(self, reuse: Any = None) -> Any:
         # Copy all buffers, even those that checkpoints leave out.
-        tensors_now = {name: tensor.detach().clone() for name, tensor in _named_tensors(self.model)}
+        tensors_now = dict(_named_tensors(self.model))
         scaler = self._scaler.state_dict() if self._scaler else None
-        return copy.deepcopy((tensors_now, self.optimizer.state_dict(), scaler, self.grad_norm))
+        state = tensors_now, self.optimizer.state_dict(), scaler, self.grad_norm
+        # The copies are in host memory, so that a snapshot needs no memory of the GPU.
+        copies = copy_to_host(state, reuse)
+        find_waiting(state)()
+        return copies
 
     def _check_snapshot(self, snapshot: Any) -> None:
         tensors_then, optimizer, scaler, _ = restore(_Snapshot, snapshot, "snapshot")
@@ -332,7 +401,8 @@ class PyTorchBackend(Backend):
             for name, tensor in _named_tensors(self.model):
                 if name in tensors_then:  # a forward pass may have added buffers
                     tensor.copy_(tensors_then[name])
-        self.optimizer.load_state_dict(optimizer)
+        with keep_tensors(self.optimizer):
+            self.optimizer.load_state_dict(optimizer)
         if self._scaler is not None:
             self._scaler.load_state_dict(scaler)
             self._publish_scale(overflow=False)
@@ -354,24 +424,6 @@ class PyTorchBackend(Backend):
         if self._dtype is None or self._config.precision != "fp32":
             return self._config.precision
         return f"fp32 weights, computing in {str(self._dtype).removeprefix('torch.')}"
-
-
-def _prepare_model(model: nn.Module, config: Config, device: torch.device) -> None:
-    """Move a model to a device; enable activation checkpointing and compilation if configured."""
-    settings = config.model
-    compiler = settings.compile_backend
-    known = torch.compiler.list_backends(exclude_tags=()) if compiler else ()
-    if compiler is not None and compiler not in known:
-        raise ValueError(
-            f"`engine.compile` must be one of {', '.join(known)}, got {compiler!r}. Choose one of "
-            "these compilers, or remove the key."
-        )
-    model.to(device)
-    if settings.activation_checkpointing is not None:
-        is_on_host = settings.activation_checkpointing == "host"
-        checkpoint_activations(model, settings.wrap_classes, on_host=is_on_host)
-    if compiler is not None:
-        model.compile(backend=compiler)
 
 
 def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:

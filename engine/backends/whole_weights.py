@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def _shard_tensors(
         if not isinstance(whole, Tensor) or isinstance(whole, DTensor):
             continue
         if isinstance(parameter, DTensor) and whole.shape == parameter.shape:
-            # Each rank takes its part of its own tensor, so no rank waits for another one.
+            # Each rank takes its part of its local tensor, so no rank waits for the others.
             state_dict[prefix + name] = distribute_tensor(
                 whole.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None
             )
@@ -107,7 +108,7 @@ def save_weights(
     """
     weights = collect_weights(backend, exclude_frozen=exclude_frozen, is_on_rank_0_only=True)
     is_sharded = any(isinstance(each, DTensor) for each in backend.model.parameters())
-    with raise_on_all_ranks(backend.ranks.world_size if is_sharded else 1):
+    with raise_on_all_ranks(backend.ranks) if is_sharded else contextlib.nullcontext():
         if backend.ranks.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.partial")

@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from engine.distributed.ranks import Ranks, read_timeout
+
 __all__ = ["AsyncSaver", "exit_with_failure"]
 
 log = logging.getLogger("onecycle")
@@ -21,7 +23,8 @@ log = logging.getLogger("onecycle")
 def exit_with_failure(error: Exception) -> NoReturn:
     """Log the failure of the last save, and exit the process with status 1.
 
-    Call this function only while the process is exiting, because it runs no exit handlers.
+    Exit handlers that have not run yet are skipped, so call this function only while the process
+    is exiting.
     """
     log.critical("the last checkpoint was not written", exc_info=error)
     sys.stdout.flush()
@@ -44,13 +47,13 @@ class AsyncSaver:
         self._group: dist.ProcessGroup | None = None
         atexit.register(self._wait_at_exit)
 
-    def get_process_group(self, world_size: int) -> dist.ProcessGroup | None:
-        """Return a gloo process group that is used only for saving; None if the world size is 1.
+    def get_process_group(self, ranks: Ranks) -> dist.ProcessGroup | None:
+        """Return a gloo process group that is used only for saving, or None if the world size is 1.
 
-        The first call creates the group, so every rank must make this call.
+        The first call creates the group, so every rank must make it.
         """
-        if self._group is None and world_size > 1:
-            self._group = dist.new_group(backend="gloo")
+        if self._group is None and ranks.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=read_timeout())
         return self._group
 
     def commit_after(

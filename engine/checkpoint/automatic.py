@@ -7,6 +7,7 @@ import logging
 import sys
 import weakref
 from pathlib import Path
+from typing import Protocol
 
 import torch.distributed as dist
 
@@ -20,6 +21,7 @@ from engine.distributed.environment import INTERRUPTED, SAVED_AND_ENDED
 from engine.distributed.ranks import Ranks
 from engine.distributed.signals import Signals
 from engine.errors import MisuseError
+from engine.training.progress import Counters
 
 __all__ = ["AutomaticCheckpoints"]
 
@@ -28,6 +30,18 @@ log = logging.getLogger("onecycle")
 _BEST = "best"
 _USERS: weakref.WeakValueDictionary[str, AutomaticCheckpoints] = weakref.WeakValueDictionary()
 """The last engine of this process that uses each checkpoint directory."""
+
+
+class SteppedRun(RunState, Protocol):
+    """The attributes of a training run that `AutomaticCheckpoints.save_if_due` uses."""
+
+    latest: Counters
+    """The counters. Unlike with `RunState.counters`, the outcome of the last step may be open."""
+
+    @property
+    def defers(self) -> bool:
+        """Whether a step returns before the device has finished it."""
+        ...
 
 
 class AutomaticCheckpoints:
@@ -82,7 +96,7 @@ class AutomaticCheckpoints:
         self._signals = self._signals or Signals()
         return is_loaded
 
-    def save_if_due(self, run: RunState) -> None:
+    def save_if_due(self, run: SteppedRun) -> None:
         """Save the checkpoints that are due after a step.
 
         The best checkpoint is due if the metric has improved. A regular checkpoint is due every
@@ -100,8 +114,10 @@ class AutomaticCheckpoints:
         self._checkpointer.lock(directory)
         self._checkpointer.data.check_is_used()
         self.save_best(run)
-        received = None if self._signals is None else self._signals.find_on_any_rank(self._ranks)
-        if received is not None or (every is not None and run.counters.global_steps % every == 0):
+        received = None
+        if self._signals is not None:
+            received = self._signals.find_on_any_rank(self._ranks, is_deferred=run.defers)
+        if received is not None or (every is not None and run.latest.global_steps % every == 0):
             self._save(run, directory)
         if received is not None:
             self._checkpointer.wait()
@@ -112,7 +128,7 @@ class AutomaticCheckpoints:
             raise SystemExit(INTERRUPTED if received == "SIGINT" else SAVED_AND_ENDED)
 
     def save_best(self, run: RunState) -> None:
-        """Save the best checkpoint if the last reported metric is the best so far."""
+        """Save a checkpoint as the best one if the last reported metric is the best so far."""
         if self._directory is None or run.best is None or not run.best.is_unsaved:
             return
         self._save(run, self._directory, _BEST)
@@ -155,7 +171,7 @@ class AutomaticCheckpoints:
     def _save(self, run: RunState, directory: Path, tag: str | None = None) -> None:
         if not self._is_only_user(directory):
             raise MisuseError(
-                f"`engine.checkpoint.dir` must be different for each engine of a process, but two "
+                f"`engine.checkpoint.dir` must be different for each engine in a process, but two "
                 f"engines save to {directory}. Give each engine its own directory."
             )
         self._checkpointer.save(run, directory, tag, is_automatic=tag is None)
@@ -181,7 +197,7 @@ class AutomaticCheckpoints:
     def _warn_of_unsaved_steps(self, directory: Path) -> None:
         if self._ranks.rank == 0:
             log.warning(
-                "no checkpoint contains the steps after step %d; to save the last step, set "
+                "no checkpoint was saved after step %d; to save the last step, set "
                 "`engine.max_duration`, or call `trainer.destroy()` on every rank at the end of "
                 "the script",
                 self._checkpointer.find_saved_steps(directory),

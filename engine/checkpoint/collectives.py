@@ -1,17 +1,19 @@
-"""Synchronize the ranks before and during a save, and raise an error of one rank on all ranks."""
+"""Synchronize the ranks before and during a save, and make all ranks fail if one rank fails."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import json
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from engine.distributed.ranks import Ranks
+from engine.distributed.ranks import Ranks, read_timeout
 
 __all__ = [
     "call_on_rank_0",
@@ -21,41 +23,66 @@ __all__ = [
     "wait_for_ranks",
 ]
 
+log = logging.getLogger("onecycle")
+
 T = TypeVar("T")
 
-_TIMEOUT = 30.0  # seconds
+_PATIENCE = 30.0  # seconds
+_TIMEOUT = 600.0  # seconds; the default of NCCL's collectives
 _MAX_PAUSE = 0.1  # seconds between two checks
 _calls = itertools.count()
 
 
 def wait_for_ranks(ranks: Ranks, call: str) -> None:
-    """Block until every rank has called this function, for at most 30 seconds.
+    """Block until every rank has called this function, for at most ten minutes.
+
+    After 30 seconds, the lowest rank that waits logs the missing ranks, which may be busy, for
+    example with an evaluation. ``ONECYCLE_TIMEOUT`` changes the ten minutes.
 
     Args:
         ranks: rank and world size of this process.
-        call: user's call that every rank must make, such as ``save_checkpoint('runs/1')``; used
-            only in the error message.
+        call: name of the call in the error message, such as ``save_checkpoint('runs/1')``.
 
     Raises:
         RuntimeError: if a rank does not call this function in time. The message lists all missing
             ranks.
     """
-    missing = find_missing_ranks(ranks)
+    given = read_timeout()
+    timeout = _TIMEOUT if given is None else given.total_seconds()
+
+    def warn(missing: list[int]) -> None:
+        names = _name_ranks(missing)
+        log.warning("waiting in %s for %s, up to %g seconds in total", call, names, timeout)
+
+    missing = find_missing_ranks(ranks, timeout, warn)
     if missing:
-        names = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
         raise RuntimeError(
-            f"{call} must be called on every rank, but {names} did not reach it within "
-            f"{_TIMEOUT:g} seconds. Call it outside of any `if rank == 0` block."
+            f"{call} must be called on every rank, but {_name_ranks(missing)} did not reach it "
+            f"within {timeout:g} seconds. Call it outside of any `if rank == 0` block."
         )
 
 
-def find_missing_ranks(ranks: Ranks) -> list[int]:
-    """Return the ranks that do not call this function within 30 seconds of the first call.
+def _name_ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def find_missing_ranks(
+    ranks: Ranks,
+    timeout: float | None = None,
+    on_delay: Callable[[list[int]], None] = lambda missing: None,
+) -> list[int]:
+    """Return the ranks that do not call this function within a time after the first call.
 
     The result is the same on all ranks. A rank that calls this function too late counts as missing.
     The ranks use the process group's store instead of a barrier with a timeout. PyTorch supports
     such a barrier only with gloo, and if rank 0 is missing, the barrier does not time out on the
     other ranks.
+
+    Args:
+        ranks: rank and world size of this process.
+        timeout: the time in seconds; 30 by default.
+        on_delay: function that is called with the missing ranks after 30 seconds, on the lowest
+            rank that waits.
     """
     if ranks.world_size == 1:
         return []
@@ -66,28 +93,36 @@ def find_missing_ranks(ranks: Ranks) -> list[int]:
     # The first result counts: an empty list from the last rank to arrive, or that of a timeout.
     if store.add(f"{prefix}/count", 1) == ranks.world_size:
         store.compare_set(missing, "", json.dumps([]))
-    deadline, pause = time.monotonic() + _TIMEOUT, 0.001
+    start, pause = time.monotonic(), 0.001
+    deadline = start + (_PATIENCE if timeout is None else timeout)
+    delay = start + _PATIENCE
     while not store.check([missing]):  # `store.wait` would block signal handlers
-        if time.monotonic() > deadline:
+        if (now := time.monotonic()) > min(deadline, delay):
             absent = [rank for rank, key in enumerate(arrived) if not store.check([key])]
-            store.compare_set(missing, "", json.dumps(absent))
+            if now > deadline:
+                store.compare_set(missing, "", json.dumps(absent))
+            else:
+                delay = math.inf
+                lowest = min(set(range(ranks.world_size)) - set(absent))
+                if absent and ranks.rank == lowest:
+                    on_delay(absent)
         time.sleep(pause)
         pause = min(2 * pause, _MAX_PAUSE)
     store.delete_key(arrived[ranks.rank])
     return list(json.loads(store.get(missing)))
 
 
-def check_same_tag(tag: str, world_size: int) -> None:
+def check_same_tag(tag: str, ranks: Ranks) -> None:
     """Check that all ranks pass the same tag, so that they write to the same checkpoint.
 
     Args:
         tag: tag that this rank passes.
-        world_size: number of ranks.
+        ranks: rank and world size of this process.
 
     Raises:
         ValueError: if the tags differ between ranks.
     """
-    tags = _gather(tag, world_size)
+    tags = _gather(tag, ranks)
     if len(set(tags)) > 1:
         raise ValueError(
             f"`tag` must be the same on all ranks, got {tags}. Pass the same tag on each rank."
@@ -109,7 +144,7 @@ def call_on_rank_0(ranks: Ranks, function: Callable[[], T]) -> T:
         except Exception as error:  # noqa: BLE001  # all ranks must learn of any error
             result[1] = error
     if ranks.world_size > 1:
-        dist.broadcast_object_list(result, src=0)
+        dist.broadcast_object_list(result, src=0, group=ranks.control_group)
     value, failure = result
     if failure is not None:
         raise failure
@@ -119,15 +154,15 @@ def call_on_rank_0(ranks: Ranks, function: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def raise_on_all_ranks(
-    world_size: int, consequence: str = "The checkpoint was not written"
+    ranks: Ranks, consequence: str = "The checkpoint was not written"
 ) -> Iterator[None]:
     """Raise an exception on all ranks if the ``with`` block raises one on any rank.
 
-    Without this context, the ranks without an exception would wait indefinitely in the next
-    collective operation. Every rank must enter the block.
+    Without this context manager, the ranks that raise no exception would wait indefinitely in the
+    next collective operation. Every rank must enter the block.
 
     Args:
-        world_size: number of ranks.
+        ranks: rank and world size of this process.
         consequence: start of the error message on ranks whose own block did not fail.
 
     Raises:
@@ -139,7 +174,7 @@ def raise_on_all_ranks(
         yield
     except Exception as error:  # noqa: BLE001  # all ranks must learn of any error
         failure = error
-    texts = _gather(failure and f"{type(failure).__name__}: {failure}", world_size)
+    texts = _gather(failure and f"{type(failure).__name__}: {failure}", ranks)
     if failure is not None:
         raise failure
     for rank, text in enumerate(texts):
@@ -147,8 +182,8 @@ def raise_on_all_ranks(
             raise RuntimeError(f"{consequence} because rank {rank} failed: {text}")
 
 
-def _gather(value: Any, world_size: int) -> list[Any]:
-    values = [value] * world_size
-    if world_size > 1:
-        dist.all_gather_object(values, value)
+def _gather(value: Any, ranks: Ranks) -> list[Any]:
+    values = [value] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(values, value, group=ranks.control_group)
     return values

@@ -20,7 +20,7 @@ log = logging.getLogger("onecycle")
 
 
 class DataPosition:
-    """Position of the run's data loader, which checkpoints save and restore.
+    """Position in the training data, saved in checkpoints and restored from them.
 
     A checkpoint may be loaded before the script passes its data loader to `Engine.prepare`. In that
     case, the position is restored once the script passes the loader.
@@ -47,7 +47,7 @@ class DataPosition:
         return state and {key: value for key, value in state.items() if key != "loader"}
 
     def save(self, directory: Path) -> None:
-        """Write the state of this rank's loader to a file, if the loader saves its own position."""
+        """Write the state of this rank's loader to a file, if the loader has its own state."""
         state = {} if self._loader is None else self._loader.state_dict()
         if "loader" in state:
             write_values(self._get_path(directory), state["loader"])
@@ -58,7 +58,7 @@ class DataPosition:
     def read(
         self, state: Mapping[str, Any], batch: BatchSizes, directory: Path, world_size: int
     ) -> Mapping[str, Any] | None:
-        """Return the data position that a checkpoint contains; None if it contains none.
+        """Return the position in the data that is stored in a checkpoint, or None if there is none.
 
         If the batch sizes have changed, the position is converted to batches of the new size.
 
@@ -70,7 +70,7 @@ class DataPosition:
             world_size: number of ranks that saved the checkpoint.
 
         Raises:
-            CheckpointError: a file is damaged.
+            CheckpointError: if a file is damaged.
         """
         position: dict[str, Any] | None = state["loader"]
         saved = state.get("batch") or asdict(batch)
@@ -95,15 +95,16 @@ class DataPosition:
     def restore(self, position: Mapping[str, Any] | None, directory: Path) -> Iterator[None]:
         """Restore a position that `read` returned.
 
-        Call this method in a ``with`` statement. If its block raises an exception, for example
-        because another part of the checkpoint does not load, the old position is restored.
+        Use this method as a context manager. If the ``with`` block raises an exception, for example
+        because another part of the checkpoint cannot be loaded, the loader returns to its previous
+        position.
 
         Args:
             position: position in the data; None if the checkpoint contains none.
             directory: directory of the checkpoint, for the error message.
 
         Raises:
-            CheckpointError: the data loader does not accept its saved state.
+            CheckpointError: if the data loader does not accept its saved state.
         """
         if position is None:
             yield

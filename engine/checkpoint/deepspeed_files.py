@@ -37,7 +37,7 @@ _COUNTS = {"global_steps": Count, "skipped_steps": Count, "dp_world_size": Size}
 
 
 class SavedTensor(NamedTuple):
-    """A tensor in a checkpoint, whose values are read only when they are needed."""
+    """Tensor in a checkpoint. Its values are read only when they are needed."""
 
     shape: torch.Size
     parts: list[Tensor]
@@ -55,7 +55,7 @@ class SavedTensor(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """The part of a parameter that one rank saved: a range of elements in flat tensors."""
+    """Part of a parameter that one rank saved, as a range of elements in flat tensors."""
 
     states: Mapping[str, Any]
     """State of the optimizer for the flat tensor."""
@@ -75,10 +75,11 @@ class DeepSpeedFiles:
 
     Args:
         checkpoint_dir: directory of the checkpoint.
-        trusts: whether to unpickle objects of any class, which can run code from the files.
+        trusts: whether to unpickle objects of any class. Unpickling such objects can run code from
+            the files.
 
     Raises:
-        CheckpointError: a file is damaged or contains untrusted objects.
+        CheckpointError: if a file is damaged or contains untrusted objects.
     """
 
     def __init__(self, checkpoint_dir: Path, *, trusts: bool = False) -> None:
@@ -117,13 +118,13 @@ class DeepSpeedFiles:
 
     @property
     def zero_stage(self) -> int:
-        """ZeRO stage of the saved run. Stage 2 is reported as 1, because its files are the same."""
+        """ZeRO stage of the saved run. Stage 2 counts as 1, because both write the same files."""
         if self._model["module"] is not None and self._model.get("param_shapes") is None:
             return 0
         return 3 if self._is_stage_3 else 1
 
     def read_run_state(self, default_batch: int) -> dict[str, Any]:
-        """Return the state of the run without the states of the model and the optimizer.
+        """Return the saved state of the run, except the states of the model and the optimizer.
 
         Args:
             default_batch: global batch size to use if the checkpoint does not contain it.
@@ -187,7 +188,7 @@ class DeepSpeedFiles:
         return found
 
     def find_param_groups(self) -> list[dict[str, Any]]:
-        """Return each param group's settings; an empty list if the saved run had no optimizer."""
+        """Return the settings of each param group, or [] if the saved run had no optimizer."""
         saved = self._model.get("optimizer") or self._first_shard
         for key in ("base_optimizer_state", "optimizer_state_dict"):
             saved = saved.get(key, saved) if isinstance(saved, dict) else {}
@@ -195,7 +196,7 @@ class DeepSpeedFiles:
         return groups
 
     def read_loss_scaler(self) -> dict[str, Any] | None:
-        """Return a state that `LossScaler` can load; None if the saved loss scale was static."""
+        """Return a state that `LossScaler` can load, or None if the saved loss scale was static."""
         holder = self._model.get("optimizer") or self._first_shard
         scaler = vars(holder["loss_scaler"]) if "loss_scaler" in holder else holder
         if "last_overflow_iter" not in scaler:
@@ -218,7 +219,7 @@ class DeepSpeedFiles:
         }
 
     def get_trained_shapes(self) -> list[list[int]] | None:
-        """Return the shapes of all trained parameters; None if they are unknown.
+        """Return the shapes of all trained parameters, or None if they are unknown.
 
         The shapes are sorted, because DeepSpeed may have changed the order of the parameters or
         split their param groups.
@@ -228,7 +229,7 @@ class DeepSpeedFiles:
 
     @cached_property
     def _aliases(self) -> dict[str, str]:
-        """The name under which a tied parameter is saved, by each of its other names."""
+        """Dict from each other name of a tied parameter to the name under which it is saved."""
         return dict(self._model.get("shared_params") or {})
 
     @cached_property
@@ -242,7 +243,7 @@ class DeepSpeedFiles:
 
     @cached_property
     def _frozen(self) -> dict[str, SavedTensor]:
-        """The frozen parameters that ZeRO stage 3 has split across the ranks' files, by name."""
+        """The frozen parameters that ZeRO stage 3 splits across the files of the ranks, by name."""
         shapes = self._model.get("frozen_param_shapes") or {}
         if self.zero_stage != 3 or not shapes:
             return {}
@@ -354,7 +355,7 @@ def _check_header(model: Any) -> None:
     """Check the values in a model file that this module looks up by key.
 
     Raises:
-        ValueError: a value is missing, has the wrong type or is out of range.
+        ValueError: if a value is missing, has the wrong type or is out of range.
     """
     check_same_structure(model, dict.fromkeys((*_COUNTS, "module")), "checkpoint")
     for key, kind in _COUNTS.items():
@@ -365,7 +366,7 @@ def _check_header(model: Any) -> None:
 
 
 def _match_names(directory: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], Path]]:
-    """Return the match and the path of each file whose name matches a pattern, sorted by rank."""
+    """Return the match and the path of each file whose name matches ``pattern``, sorted by rank."""
     matches = ((pattern.fullmatch(path.name), path) for path in directory.iterdir())
     found = [(match, path) for match, path in matches if match is not None]
     return sorted(found, key=lambda each: int(each[0]["rank"] or 0))

@@ -24,13 +24,13 @@ _CLASSES = {
 
 
 class _Attributes:
-    """Stand-in for DeepSpeed's classes that holds only the attributes of an instance."""
+    """Replacement for DeepSpeed's classes. It holds only the attributes of an instance."""
 
 
 def read_file(path: Path, *, trusts: bool = False) -> Any:
-    """Read one of DeepSpeed's files, without importing DeepSpeed.
+    """Read a checkpoint file of DeepSpeed, without importing DeepSpeed.
 
-    Tensors are memory-mapped where possible, so that only those in use are read.
+    If possible, the file is memory-mapped, so that tensors are read only when they are used.
 
     Args:
         path: file to read.
@@ -52,7 +52,7 @@ def read_file(path: Path, *, trusts: bool = False) -> Any:
 
 
 def import_classes() -> list[Any]:
-    """Import and return the DeepSpeed classes whose instances its checkpoint files contain."""
+    """Import and return the classes whose instances occur in DeepSpeed's checkpoint files."""
     return [
         getattr(importlib.import_module(module), name)
         for module, names in _CLASSES.items()

@@ -29,7 +29,7 @@ They identify the kind of a saved optimizer, because DeepSpeed does not save its
 
 
 class DeepSpeedSource:
-    """The contents of a checkpoint in DeepSpeed's format; see `engine.checkpoint.state.Source`.
+    """Contents of a checkpoint in DeepSpeed's format, named as in the PyTorch backend's format.
 
     Args:
         files: files of the checkpoint.
@@ -60,18 +60,18 @@ class DeepSpeedSource:
 
     @property
     def tensors(self) -> Mapping[str, TensorStorageMetadata]:
-        """The size and the dtype of each tensor, by name."""
+        """The shape and the dtype of each tensor, by name."""
         return {
             name: TensorStorageMetadata(TensorProperties(tensor.dtype), tensor.shape, [])
             for name, tensor in self._tensors.items()
         }
 
     def load(self, own: dict[str, Any]) -> None:
-        """Load the saved tensors into the tensors of the same names in ``own``."""
+        """Copy the saved tensors into the tensors with the same names in ``own``."""
         for name, target in own.items():
             whole = self._tensors[name].read()
             if isinstance(target, DTensor):
-                # Each rank takes its part of its own tensor, so no rank waits for another one.
+                # Each rank takes its part of its local tensor, so no rank waits for the others.
                 whole = distribute_tensor(
                     whole.to(target.device),
                     target.device_mesh,

@@ -16,9 +16,21 @@ from engine.config import Config
 from engine.errors import CheckpointError
 from schedules import ScheduleBinder
 
-__all__ = ["Identity", "build_identity", "check_identity", "read_hyperparameters"]
+__all__ = [
+    "KERNEL_SETTINGS",
+    "Identity",
+    "build_identity",
+    "check_identity",
+    "read_hyperparameters",
+]
 
 Identity = Mapping[str, Any]
+
+KERNEL_SETTINGS = frozenset({"fused", "foreach", "capturable"})
+"""Settings of a param group that choose a kernel for the run's devices, and change no result.
+
+A run on the CPU cannot use ``capturable``, and a CUDA graph needs it.
+"""
 
 _CONVERTED = "converted"
 _GROUP_SETTINGS = ("lr", "momentum", "betas", "weight_decay")
@@ -131,7 +143,8 @@ def _find_differences(
         if _CONVERTED in own and _CONVERTED not in saved:
             unknown = own[_CONVERTED]
         for key in dict.fromkeys([*saved, *own]):
-            if key == _CONVERTED or (key in unknown and key not in saved):
+            is_ignored = key == _CONVERTED or key in KERNEL_SETTINGS
+            if is_ignored or (key in unknown and key not in saved):
                 continue
             below = f"{name}.{key}" if name else key
             values = saved.get(key, "absent"), own.get(key, "absent")

@@ -35,17 +35,31 @@ class DirectoryLock:
         directory: existing directory.
 
     Raises:
-        CheckpointError: another process holds the lock.
-        OSError: the directory is not writable.
+        CheckpointError: if another process holds the lock.
+        OSError: if the directory is not writable.
     """
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / _NAME
         self._owner = _describe_process()
-        _acquire(self._path, self._owner)
         self._stop = threading.Event()
+        self._finalizer = weakref.finalize(self, _release, self._path, self._owner, self._stop)
+        self._lock()
+
+    def renew(self) -> None:
+        """Lock the directory again if somebody has deleted the directory or the lock file.
+
+        Raises:
+            CheckpointError: another process holds the lock.
+            OSError: the directory cannot be created, or is not writable.
+        """
+        if not _is_owner(self._path, self._owner):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock()
+
+    def _lock(self) -> None:
+        _acquire(self._path, self._owner)
         arguments = self._path, self._owner, self._stop
-        self._finalizer = weakref.finalize(self, _release, *arguments)
         self._thread = threading.Thread(
             target=_beat, args=arguments, name="checkpoint lock", daemon=True
         )
@@ -66,9 +80,9 @@ def _acquire(path: Path, own: Mapping[str, Any]) -> None:
         owner = _read(path)
         if owner is not None and not _is_stale(path, owner, own):
             raise CheckpointError(
-                f"{path.parent} is in use by process {owner.get('pid')} on host "
-                f"{owner.get('host')}, which writes checkpoints to it. Use another directory, or "
-                "stop that process."
+                f"{path.parent} is in use: process {owner.get('pid')} on host "
+                f"{owner.get('host')} writes checkpoints to this directory. Use another directory, "
+                "or stop that process."
             ) from None
         _write(path, own)
         time.sleep(0.05)  # if two processes take over the lock at once, the last one owns it
@@ -77,7 +91,7 @@ def _acquire(path: Path, own: Mapping[str, Any]) -> None:
 
 
 def _beat(path: Path, own: Mapping[str, Any], stop: threading.Event) -> None:
-    """Update the lock file regularly, so that other hosts see that its owner is still running."""
+    """Rewrite the lock file regularly, so that other hosts know that this process is running."""
     beats = 0
     while not stop.wait(_BEAT_SECONDS):
         beats += 1

@@ -84,9 +84,9 @@ class Checkpointer:
         directory = storage.to_directory(directory)
         ranks, tag = self._ranks, tag or f"global_step{run.counters.global_steps}"
         wait_for_ranks(ranks, f"save_checkpoint({str(directory)!r}, tag={tag!r})")
-        check_same_tag(tag, ranks.world_size)
+        check_same_tag(tag, ranks)
         self.wait()
-        with raise_on_all_ranks(ranks.world_size):
+        with raise_on_all_ranks(ranks):
             storage.check_tag(tag)
             check_plain_values(dict(client_state or {}), "client_state")
         self.lock(directory)
@@ -117,12 +117,11 @@ class Checkpointer:
             CheckpointError: if another process writes to the directory.
             OSError: if the directory is not writable.
         """
-        path = directory.resolve()
-        if path in self._locks:
+        if (path := directory.resolve()) in self._locks:
             return
         with contextlib.ExitStack() as stack:
             lock = None
-            with raise_on_all_ranks(self._ranks.world_size):
+            with raise_on_all_ranks(self._ranks):
                 if self._ranks.rank == 0:
                     storage.create_directory(directory)
                     lock = DirectoryLock(directory)
@@ -134,8 +133,7 @@ class Checkpointer:
     def is_saved(self, run: RunState, directory: Path) -> bool:
         """Return whether the run's last checkpoint in a directory is up to date.
 
-        The checkpoint is up to date if the run has neither taken a step nor reported its metric
-        since the save.
+        It is, unless the run has since taken a step or reported its metric.
         """
         return self._saved.get(directory.resolve(), (0, -1)) == _get_position(run)
 
@@ -150,8 +148,8 @@ class Checkpointer:
         data position of the start of that step. A resumed run then processes the micro-batches of
         the step again.
         """
-        open_batches = run.accumulation.micro_batches
-        counters = replace(run.counters, micro_steps=run.counters.micro_steps - open_batches)
+        counters, open_batches = run.counters, run.accumulation.micro_batches
+        counters = replace(counters, micro_steps=counters.micro_steps - open_batches)
         position = self.data.get_state()
         if position is not None and open_batches:
             # The script may also have passed batches that did not come from the loader.
@@ -169,11 +167,12 @@ class Checkpointer:
     def _write(
         self, run: RunState, partial: Path, manifest: Manifest, client_state: Mapping[str, Any]
     ) -> None:
-        ranks, size, saver = self._ranks, self._ranks.world_size, self.async_saver
-        with raise_on_all_ranks(size):
-            if ranks.rank == 0:
+        ranks, saver = self._ranks, self.async_saver
+        with raise_on_all_ranks(ranks):
+            if (lock := self._locks[partial.parent.resolve()]) is not None:
+                lock.renew()
                 storage.create_partial(partial.parent, manifest.tag)
-        with raise_on_all_ranks(size):
+        with raise_on_all_ranks(ranks):
             write_values(partial / f"random.{ranks.rank}.pt", get_rng_state())
             self.data.save(partial)
             if run.rollback is not None:
@@ -181,14 +180,14 @@ class Checkpointer:
             if ranks.rank == 0:
                 write_values(partial / RUN_STATE, self._collect(run, client_state))
         if saver is None:
-            with raise_on_all_ranks(size):
+            with raise_on_all_ranks(ranks):
                 self._backend.save(partial, frozen=manifest.frozen)
-            with raise_on_all_ranks(size):
+            with raise_on_all_ranks(ranks):
                 self._commit(partial, manifest)
             return
-        with raise_on_all_ranks(size):
+        with raise_on_all_ranks(ranks):
             written = self._backend.save_async(
-                partial, saver.get_process_group(size), saver.buffers, frozen=manifest.frozen
+                partial, saver.get_process_group(ranks), saver.buffers, frozen=manifest.frozen
             )
         saver.commit_after(
             written, lambda: self._commit(partial, manifest), lambda: self._discard(partial)
@@ -255,7 +254,7 @@ class Checkpointer:
         """
         if self.async_saver is not None:
             try:
-                with raise_on_all_ranks(self._ranks.world_size):
+                with raise_on_all_ranks(self._ranks):
                     self.async_saver.wait()
             except BaseException:
                 self._saved = dict.fromkeys(self._saved, (-1, -1))  # unknown

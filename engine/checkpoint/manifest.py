@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from engine.checkpoint.hashes import find_hash
 from engine.errors import CheckpointError, escape
 
 __all__ = ["MANIFEST", "Manifest", "format_manifest", "read_manifest"]
@@ -21,7 +22,7 @@ FORMAT = 1
 class Manifest:
     """Contents of ``manifest.json``, which describes a checkpoint.
 
-    ``files`` maps each file's relative path to its size in bytes and its SHA-256 hash. ``identity``
+    ``files`` maps each file's relative path to its size in bytes and its hash. ``identity``
     contains the settings that must be the same in a run that resumes from the checkpoint.
     ``versions`` contains the versions of Python and of the packages that wrote the checkpoint.
     """
@@ -90,7 +91,9 @@ def read_manifest(checkpoint_dir: Path) -> Manifest:
     required = {"tag", "step", "world_size", "backend", "identity", "versions", "created"}
     if not required <= found.keys() <= names:
         wrong = escape(", ".join(sorted((required - found.keys()) | (found.keys() - names))))
-        raise CheckpointError(f"{path} is damaged: these keys are missing or unknown: {wrong}.")
+        raise CheckpointError(
+            f"{path} is damaged because these keys are missing or unknown: {wrong}."
+        )
     if "checksum" in found and found["checksum"] != _compute_checksum(found):
         raise CheckpointError(f"{path} is damaged: it does not match its checksum.")
     return Manifest(**found)
@@ -121,7 +124,7 @@ def _are_files(value: object) -> bool:
     return isinstance(value, dict) and all(
         isinstance(entry, dict)
         and _is_count(entry.get("size"))
-        and isinstance(entry.get("sha256"), str)
+        and find_hash(entry) is not None
         and not PurePosixPath(name).is_absolute()
         and ".." not in PurePosixPath(name).parts
         for name, entry in value.items()

@@ -18,6 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from engine.checkpoint.fingerprint import KERNEL_SETTINGS
+from engine.checkpoint.optimizer_tensors import keep_tensors
 from engine.checkpoint.plain_values import report_damage
 from engine.checkpoint.safetensors_storage import SHARDS
 from engine.checkpoint.structure import (
@@ -47,7 +49,7 @@ These values are equal on all ranks, so only rank 0 writes the file.
 _STATE = "optimizer.state."
 _GROUPS = "optimizer.param_groups."
 _OUTSIDE = "param_groups."
-_NOT_RESTORED = {"params", "fused", "foreach"}
+_NOT_RESTORED = KERNEL_SETTINGS | {"params"}
 """Settings of a param group that depend on how this run stores its parameters."""
 
 
@@ -55,7 +57,7 @@ KEPT_SETTINGS = frozenset(
     {"capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize"}
 )
 """Settings of a param group that belong to an implementation of an optimizer; DeepSpeed may have
-used another one."""
+used a different implementation."""
 
 
 def get_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -88,12 +90,12 @@ def build_empty_state(
         directory: directory of the checkpoint, for the error message.
         model: model whose parameters are optimized.
         optimizer: optimizer that will load the state.
-        saved: the checkpoint's values and its tensors' metadata, by dotted name.
+        saved: values and tensor metadata in the checkpoint, by dotted name.
 
     Raises:
-        CheckpointError: the checkpoint has a different number of param groups.
-        Exception: the checkpoint is damaged, because a value has an invalid name or a param group
-            lacks a hyperparameter of the optimizer, such as its learning rate.
+        CheckpointError: if the checkpoint has a different number of param groups.
+        Exception: if the checkpoint is damaged. For example, a value has an invalid name, or a
+            param group lacks a hyperparameter of the optimizer, such as the learning rate.
     """
     names = _name_parameters(model, optimizer)
     parameters = dict(names)
@@ -136,7 +138,7 @@ def check_optimizer_state(
     """Check a loaded optimizer state in which parameters are identified by name, not by index.
 
     Raises:
-        CheckpointError: the optimizer cannot continue from the state.
+        CheckpointError: if the optimizer cannot continue from the state.
     """
     names = _name_parameters(model, optimizer)
     with report_damage(directory / VALUES):
@@ -148,7 +150,7 @@ def check_optimizer_state(
 def find_outside_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     """Return the optimized parameters that are not in the model, such as those of a loss function.
 
-    The key of such a parameter is derived from its position in the param groups.
+    The name of each of these parameters is derived from its position in the param groups.
     """
     named = _name_parameters(model, optimizer)
     return {name: parameter for name, parameter in named if name.startswith(_OUTSIDE)}
@@ -164,7 +166,7 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[
     """Load a state returned by `get_optimizer_state` into an optimizer.
 
     Raises:
-        Exception: the optimizer does not accept the state. The optimizer is left unchanged.
+        Exception: if the optimizer does not accept the state. The optimizer is then unchanged.
     """
     indices = {name: index for index, (name, _) in enumerate(_name_parameters(model, optimizer))}
     groups = []
@@ -177,12 +179,13 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[
         groups.append({**group, "params": _Indices(own, known)})
     before = optimizer.state, optimizer.param_groups
     try:
-        optimizer.load_state_dict(
-            {
-                "state": {indices[name]: values for name, values in state["state"].items()},
-                "param_groups": groups,
-            }
-        )
+        with keep_tensors(optimizer):
+            optimizer.load_state_dict(
+                {
+                    "state": {indices[name]: values for name, values in state["state"].items()},
+                    "param_groups": groups,
+                }
+            )
     except BaseException:
         optimizer.state, optimizer.param_groups = before
         raise
@@ -267,7 +270,7 @@ def _restore_lists(value: Any) -> Any:
 
 
 def _allocate(parameter: nn.Parameter | None, value: Any) -> Any:
-    """Allocate a tensor, sharded like its parameter, to load a saved tensor into.
+    """Allocate a tensor to load a saved tensor into, with the sharding of its parameter.
 
     A value that is not a tensor is returned unchanged.
     """

@@ -70,11 +70,11 @@ _LOADABLE: list[Any] = [
 
 
 def write_values(path: Path, values: Any) -> None:
-    """Write plain values, tensors and arrays, or nested lists and mappings of them, to a file.
+    """Write plain values, tensors and arrays to a file, including nested lists and mappings.
 
     Raises:
-        OSError: if the disk is full or the directory is not writable.
-        ValueError: if a value has a type that `read_values` does not load.
+        OSError: the disk is full or the directory is not writable.
+        ValueError: a value has a type that `read_values` does not load.
     """
     check_plain_values(values, path.stem)
     # If torch.save wrote the file, its RuntimeError would not name the cause of a failure.
@@ -91,7 +91,7 @@ def check_plain_values(values: Any, name: str) -> None:
         name: name of the value, for the error message.
 
     Raises:
-        ValueError: if a value has an unsupported type.
+        ValueError: a value has an unsupported type.
 
     >>> check_plain_values({"epoch": 3, "losses": [0.5]}, "client_state")
     """
@@ -125,8 +125,8 @@ def read_values(path: Path) -> Any:
     """Return the values that `write_values` wrote, with tensors on the CPU.
 
     Raises:
-        CheckpointError: if the file is damaged, or if it contains objects of other types, which
-            could run code when they are unpickled.
+        CheckpointError: the file is damaged, or it contains objects of other types, which could
+            run code when they are unpickled.
     """
     with report_damage(path):
         return unpickle(path)
@@ -169,7 +169,7 @@ def unpickle(
 
 
 def summarize(error: BaseException) -> str:
-    """Return the first line of an error's message; if the message is empty, the error's type.
+    """Return the first line of an error's message, or the error's type if the message is empty.
 
     For errors other than ValueError and RuntimeError, the type precedes the message. A period at
     the end is removed.
@@ -197,7 +197,7 @@ def read_as(kind: Any, path: Path) -> Any:
         path: file that `write_values` wrote.
 
     Raises:
-        CheckpointError: if the file is damaged, or its values do not have this structure.
+        CheckpointError: the file is damaged, or its values do not have this structure.
     """
     values = read_values(path)
     with report_damage(path):
@@ -207,11 +207,12 @@ def read_as(kind: Any, path: Path) -> Any:
 
 @contextlib.contextmanager
 def report_damage(path: Path) -> Iterator[None]:
-    """Convert any exception of a ``with`` block to a CheckpointError that reports a damaged file.
+    """Convert any exception in a ``with`` block to a CheckpointError that reports a damaged file.
+
+    A block that fails must leave the state of the run unchanged.
 
     Args:
-        path: file whose values the block checks or uses. If the block fails, it must leave the
-            state of the run unchanged.
+        path: file whose values the block checks or uses.
     """
     try:
         yield

@@ -92,11 +92,11 @@ class Restorer:
         checkpoint_dir, manifest, state = selected.path, selected.manifest, selected.state
         self._check_match(run, selected, parts)
         # Read and check the small files first, so that nothing has changed if one is damaged.
-        with raise_on_all_ranks(self._ranks.world_size, _NOT_LOADED):
+        with raise_on_all_ranks(self._ranks, _NOT_LOADED):
             small = self._read_small_files(run, selected, parts)
         own_groups = [_copy_settings(group) for group in self._backend.optimizer.param_groups]
         with ExitStack() as stack:
-            with raise_on_all_ranks(self._ranks.world_size, _NOT_LOADED):
+            with raise_on_all_ranks(self._ranks, _NOT_LOADED):
                 stack.enter_context(self._data.restore(small.position, checkpoint_dir))
             self._backend.load(
                 checkpoint_dir, optimizer=parts.optimizer, strict=strict, frozen=manifest.frozen

@@ -24,7 +24,7 @@ class RestorableBackend(Protocol):
         """Rank and world size of this process."""
         ...
 
-    def snapshot(self) -> Any:
+    def snapshot(self, reuse: Any = None) -> Any:
         """Return a copy of the state of the model, the optimizer and the loss scaler."""
         ...
 
@@ -47,15 +47,15 @@ class Rollback:
         """Snapshot at the lowest loss so far; None before it is taken and after the warmup."""
 
     def update(self, scheduler: object) -> None:
-        """Take a snapshot if the loss is a new minimum; restore the snapshot when the decay starts.
+        """Take a snapshot at each new loss minimum, and restore the last one when the decay starts.
 
         Args:
-            scheduler: AutoWU scheduler, after it has received the loss of the last step.
+            scheduler: AutoWU scheduler that has already received the loss of the last step.
         """
         assert isinstance(scheduler, ScheduleBinder)
         assert isinstance(scheduler.controller, AutoWUController)
         if scheduler.controller.is_lowest(scheduler.state):
-            self.snapshot = self._backend.snapshot()
+            self.snapshot = self._backend.snapshot(self.snapshot)
         if scheduler.just_decided and self.snapshot is not None:
             self._backend.restore(self.snapshot)
             self.snapshot = None
@@ -66,17 +66,17 @@ class Rollback:
             )
 
     def save(self, checkpoint_dir: Path) -> None:
-        """Write this rank's snapshot to a checkpoint; do nothing if no snapshot was taken."""
+        """Write this rank's snapshot to a checkpoint, if a snapshot has been taken."""
         if self.snapshot is not None:
             write_values(checkpoint_dir / f"rollback.{self._ranks.rank}.pt", self.snapshot)
 
     def read(self, checkpoint_dir: Path) -> Any:
-        """Return this rank's snapshot from a checkpoint; None if there is none.
+        """Return this rank's snapshot from a checkpoint, or None if the checkpoint contains none.
 
         Snapshots that were saved with a different world size are ignored.
 
         Raises:
-            CheckpointError: the snapshot is damaged.
+            CheckpointError: if the snapshot is damaged.
         """
         found = len(list(checkpoint_dir.glob("rollback.*.pt")))
         is_complete = found == self._ranks.world_size

@@ -12,14 +12,14 @@ import functools
 import itertools
 import json
 import os
-import re
+import struct
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -46,6 +46,28 @@ __all__ = ["SHARDS", "ShardReader", "ShardWriter", "write_tensors"]
 
 SHARDS = "shard.*.safetensors"
 """Pattern of the files' names; the ranks have one file each."""
+_ALIGNMENT = 8  # bytes
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+}
+"""Names of the dtypes in a file's header."""
 
 
 class ShardWriter(StorageWriter):
@@ -91,16 +113,8 @@ class ShardWriter(StorageWriter):
         self._write_shard(0, tensors, {})
 
     def _write_shard(self, rank: int, tensors: dict[str, Tensor], parts: dict[str, Any]) -> None:
-        stored: set[int] = set()
-        copies: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            copy = tensor.detach().cpu().contiguous()
-            if copy.data_ptr() in stored:
-                copy = copy.clone()  # tied tensors: safetensors rejects shared memory
-            stored.add(copy.data_ptr())
-            copies[name] = copy
         path = self._directory / f"shard.{rank}.safetensors"
-        write_tensors(path, copies, {"parts": json.dumps(parts)})
+        write_tensors(path, tensors, {"parts": json.dumps(parts)})
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Do nothing, because the headers of the shard files contain the metadata."""
@@ -112,25 +126,53 @@ class ShardWriter(StorageWriter):
 
 
 def write_tensors(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file, one tensor after another.
+
+    ``safetensors.torch.save_file`` would first copy all tensors, which takes as much memory and
+    twice as long.
 
     Args:
         path: file to write.
-        tensors: tensors by name.
+        tensors: tensors by name, on any device.
         metadata: strings to store in the file's header.
 
     Raises:
         OSError: if the disk is full or the file is not writable.
+        ValueError: a tensor has a dtype that the format does not support.
     """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    # Tensors with large items come first, so that all items are aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"`{name}` has the dtype {tensor.dtype}, which cannot be saved.")
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
     try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        with path.open("wb", buffering=0) as file:
+            _write_all(file, struct.pack("<Q", len(text)) + text)
+            for name in names:
+                tensor = tensors[name].detach().resolve_conj().resolve_neg()
+                items = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+                _write_all(file, items.numpy())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _write_all(file: FileIO, data: Any) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
 
 
 class ShardReader(StorageReader):
@@ -150,7 +192,7 @@ class ShardReader(StorageReader):
         """Return the shapes and shards of all saved tensors, and the location of each shard.
 
         Raises:
-            CheckpointError: a file is damaged.
+            CheckpointError: if a file is damaged.
         """
         return self._metadata
 
@@ -158,8 +200,8 @@ class ShardReader(StorageReader):
         """Load whole tensors by name, in place, without torch's load planner, which is slow.
 
         Raises:
-            KeyError: a tensor is not in the checkpoint.
-            ValueError: a tensor has a different shape in the checkpoint.
+            KeyError: if a tensor is not in the checkpoint.
+            ValueError: if a tensor has a different shape in the checkpoint.
         """
         slices: dict[Path, list[tuple[str, Tensor]]] = {}
         for name, target in targets.items():
@@ -167,7 +209,7 @@ class ShardReader(StorageReader):
             assert isinstance(saved, TensorStorageMetadata)
             if saved.size != target.shape:
                 raise ValueError(
-                    f"`{name}` must have shape {tuple(target.shape)}, got {tuple(saved.size)}"
+                    f"`{name}` must have shape {tuple(target.shape)}, got {tuple(saved.size)}."
                 )
             for chunk in saved.chunks:
                 path, key = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
@@ -199,7 +241,7 @@ class ShardReader(StorageReader):
         *_args: Any,
         **_options: Any,
     ) -> None:
-        """Take the shard locations from the metadata that `read_metadata` returned."""
+        """Keep the shard locations from the metadata that `read_metadata` returned."""
         self._locations = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -272,7 +314,7 @@ def _check_parts(name: str, whole: TensorStorageMetadata) -> None:
     """Check that the parts of a tensor cover it, so that no value stays uninitialized.
 
     Raises:
-        ValueError: a part is missing, repeated, or outside of the tensor.
+        ValueError: if a part is missing, repeated, or outside of the tensor.
     """
     chunks = sorted(whole.chunks, key=lambda chunk: tuple(chunk.offsets))
     is_covered = sum(chunk.sizes.numel() for chunk in chunks) == whole.size.numel()

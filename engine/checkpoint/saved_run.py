@@ -29,7 +29,10 @@ class _Position:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Batch sizes of a run; only checkpoints of earlier versions contain ``world_size``."""
+    """Batch sizes of a run.
+
+    Only old versions of onecycle saved ``world_size`` with them.
+    """
 
     train: Size
     accumulation: Size
@@ -68,7 +71,7 @@ def read_run(path: Path) -> dict[str, Any]:
     """Read the state of a run, and check its structure.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: if the file is damaged.
     """
     values: dict[str, Any] = read_as(_SavedRun, path)
     with report_damage(path):
@@ -80,7 +83,7 @@ def check_foreign_run(values: Mapping[str, Any]) -> None:
     """Check the state of a run that `DeepSpeedFiles.read_run_state` returned.
 
     Raises:
-        ValueError: a value has the wrong type or is out of range.
+        ValueError: if a value has the wrong type or is out of range.
     """
     counters = asdict(Counters()) | values["counters"]
     batch = values["batch"] | {"accumulation": 1}  # unknown

@@ -1,4 +1,4 @@
-"""Adapt the saved state of a scheduler to a run whose schedule or batch size is different."""
+"""Adapt the saved state of a scheduler to a run with a different schedule or batch size."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def convert_deepspeed_state(
         scheduler: scheduler of this run.
 
     Returns:
-        The state; None if there is nothing to load. In that case, the schedule continues at the
+        The state, or None if there is nothing to load. If it is None, the schedule continues at the
         current step of the run.
 
     Raises:
-        CheckpointError: the script created the scheduler, and the checkpoint contains no state that
-            this scheduler can load.
+        CheckpointError: if the script created the scheduler, and the checkpoint contains no state
+            that this scheduler can load.
     """
     if isinstance(scheduler, ScheduleBinder):
         return saved if saved is not None and {"type", "params", "step"} <= saved.keys() else None
@@ -72,11 +72,11 @@ def prepare_schedule_state(
         override: whether this run's schedule replaces the saved one.
 
     Returns:
-        The state; None if the saved schedule is replaced by a PyTorch scheduler. Such a scheduler
-        must be stepped to ``steps`` with `advance` instead.
+        The state, or None if a PyTorch scheduler replaces the saved schedule. The caller must then
+        step this scheduler to ``steps`` with `advance`.
 
     Raises:
-        ValueError: the saved state is damaged.
+        ValueError: if the saved state is damaged.
     """
     saved = state["lr_scheduler"]
     if override and not isinstance(scheduler, ScheduleBinder):
@@ -92,8 +92,8 @@ def _convert_position(steps: int, config: Config, saved_batch: Mapping[str, int]
     """Return the step at which a schedule continues after a change of the batch size.
 
     A schedule with durations in samples, epochs or fractions of the run continues after the same
-    number of samples. With a larger batch size, this is an earlier step. Any other schedule
-    continues at the same step.
+    number of samples. If the batch size is larger now, this number is reached at an earlier step.
+    Any other schedule continues at the same step.
 
     Args:
         steps: number of applied optimizer steps in the checkpoint.
@@ -111,7 +111,7 @@ def _check_schedule_state(scheduler: LRScheduler, state: dict[str, Any]) -> None
     """Check that a scheduler can continue from a state, without changing the scheduler.
 
     Raises:
-        Exception: the state is damaged, or does not match the scheduler.
+        Exception: if the state is damaged, or does not match the scheduler.
     """
     if isinstance(scheduler, ScheduleBinder):
         scheduler.check_state_dict(state)

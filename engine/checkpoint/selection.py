@@ -1,4 +1,4 @@
-"""Select the checkpoint to load, which either onecycle or DeepSpeed wrote."""
+"""Select the checkpoint to load, written by either onecycle or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ class CheckpointSelector:
             tag: name of the checkpoint; None selects the one that was written last.
 
         Raises:
-            FileNotFoundError: there is no such checkpoint.
-            CheckpointError: the checkpoint is damaged, or the ranks see different files.
+            FileNotFoundError: if there is no such checkpoint.
+            CheckpointError: if the checkpoint is damaged, or the ranks see different files.
         """
         name, is_foreign, manifest = call_on_rank_0(
             self._ranks, lambda: self._choose(directory, tag)
         )
         checkpoint_dir = directory / name
-        with raise_on_all_ranks(self._ranks.world_size, "The checkpoint was not loaded"):
+        with raise_on_all_ranks(self._ranks, "The checkpoint was not loaded"):
             if is_foreign:
                 own, state = self._describe_foreign(checkpoint_dir)
                 problems = []
@@ -121,7 +121,7 @@ class CheckpointSelector:
 
 
 def find_foreign(directory: Path, tag: str | None) -> Path | None:
-    """Return the checkpoint with a tag if DeepSpeed wrote it without onecycle; None otherwise.
+    """Return a checkpoint that DeepSpeed wrote without onecycle, or None if there is none.
 
     Args:
         directory: directory that holds the checkpoints.
@@ -133,7 +133,7 @@ def find_foreign(directory: Path, tag: str | None) -> Path | None:
 
 
 def _follow(pointer: Path) -> Path | None:
-    """Return the DeepSpeed checkpoint that a file such as ``latest`` names; None otherwise."""
+    """Return the DeepSpeed checkpoint whose tag a file such as ``latest`` contains, or None."""
     if not pointer.is_file():
         return None
     checkpoint_dir = pointer.parent / pointer.read_text(encoding="utf-8").strip()

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from engine.checkpoint.deepspeed_files import DeepSpeedFiles, SavedTensor, has_deepspeed_files
+from engine.checkpoint.host_copies import copy_to_host, find_waiting
 from engine.checkpoint.optimizer_state import (
     VALUES,
     build_empty_state,
@@ -99,7 +100,7 @@ def write_async(
     """Copy this rank's shards of the model and the optimizer, and write them in the background.
 
     Every rank must call this function. The copies are in host memory, so training can continue as
-    soon as the function returns.
+    soon as the function returns. On a GPU, the background thread waits until they are complete.
 
     Args:
         directory: existing directory to write to.
@@ -114,32 +115,19 @@ def write_async(
         A future that completes when this rank has written its files. On rank 0, it completes when
         all ranks have written their files.
     """
-    copies = _copy_to_host(_get_state(model, optimizer, frozen=frozen), buffers)
+    state = _get_state(model, optimizer, frozen=frozen)
+    copies = copy_to_host(state, buffers)
     buffers.update(copies)
+    wait = find_waiting(state)
+
+    def write_copies() -> None:
+        wait()
+        _write(directory, copies, group)
+
     writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-    started = writer.submit(_write, directory, copies, group)
+    started = writer.submit(write_copies)
     writer.shutdown(wait=False)
     return started
-
-
-def _copy_to_host(value: Any, old: Any) -> Any:
-    """Copy the tensors in nested dicts and lists to host memory.
-
-    The copy reuses the memory of the corresponding tensor in ``old`` if the type, shape and dtype
-    match.
-    """
-    if isinstance(value, dict):
-        before = old if isinstance(old, dict) else {}
-        return {key: _copy_to_host(below, before.get(key)) for key, below in value.items()}
-    if isinstance(value, list):
-        known = old if isinstance(old, list) and len(old) == len(value) else [None] * len(value)
-        return [_copy_to_host(below, each) for below, each in zip(value, known, strict=True)]
-    if not isinstance(value, Tensor):
-        return value
-    fits = isinstance(old, Tensor) and type(old) is type(value) and old.shape == value.shape
-    if fits and old.dtype == value.dtype:
-        return old.copy_(value.detach())
-    return value.detach().to("cpu", copy=True)
 
 
 def read(

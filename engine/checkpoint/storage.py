@@ -2,7 +2,7 @@
 
 ::
 
-    DIR/latest              tag of the newest checkpoint, for other tools; never read by onecycle
+    DIR/latest              tag of the newest checkpoint, for DeepSpeed and other tools
     DIR/TAG/manifest.json   sizes and hashes of the files, package versions, identity of the run
     DIR/TAG/…               model, optimizer and all other saved states
     DIR/.TAG.partial/       a checkpoint whose save is in progress or was interrupted
@@ -15,7 +15,6 @@ the previous checkpoint therefore stays complete.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import platform
@@ -24,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from engine.checkpoint.hashes import describe_files, matches_hash
 from engine.checkpoint.manifest import MANIFEST, Manifest, format_manifest, read_manifest
 from engine.config.versions import get_installed_version
 from engine.errors import CheckpointError
@@ -49,7 +49,6 @@ log = logging.getLogger("onecycle")
 LATEST = "latest"
 LATEST_UNIVERSAL = "latest_universal"
 """File that DeepSpeed's `ds_to_universal` writes, with the tag of a universal checkpoint."""
-_CHUNK = 1 << 22
 
 
 def check_tag(tag: str) -> None:
@@ -61,8 +60,9 @@ def check_tag(tag: str) -> None:
     is_name = tag.isprintable() and "/" not in tag and os.sep not in tag
     if not tag.strip() or not is_name or tag == LATEST or tag.startswith("."):
         raise CheckpointError(
-            f"`tag` must be a valid directory name of printable characters that does not start "
-            f"with a dot and is not `{LATEST}`, got {tag!r}. Choose a tag such as `step100`."
+            f"`tag` must be a valid directory name, got {tag!r}. Choose a tag such as `step100`. A "
+            f"tag must not be `{LATEST}`, start with a dot, or contain slashes or unprintable "
+            "characters."
         )
 
 
@@ -70,7 +70,7 @@ def to_directory(path: str | os.PathLike[str]) -> Path:
     """Convert the path of a directory to a `Path` object, and check that the path is not empty.
 
     Raises:
-        ValueError: the path is empty or not a path.
+        ValueError: if ``path`` is empty or not a path.
     """
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise ValueError(
@@ -130,8 +130,8 @@ def commit(partial: Path, manifest: Manifest) -> Path:
     An existing checkpoint with the same tag is replaced once the new one is complete.
 
     Args:
-        partial: directory returned by `create_partial`, with all files written.
-        manifest: manifest to write. Its ``files`` and ``sequence`` are computed here.
+        partial: directory returned by `create_partial`, after all files have been written to it.
+        manifest: manifest to write. This function fills in the fields ``files`` and ``sequence``.
 
     Returns:
         The directory of the complete checkpoint.
@@ -140,11 +140,10 @@ def commit(partial: Path, manifest: Manifest) -> Path:
         OSError: if the disk is full or the directory is not writable.
     """
     directory = partial.parent
-    files = {}
-    for path in sorted(each for each in partial.rglob("*") if each.is_file()):
+    paths = sorted(each for each in partial.rglob("*") if each.is_file())
+    for path in paths:
         _sync(path)
-        name = path.relative_to(partial).as_posix()
-        files[name] = {"size": path.stat().st_size, "sha256": _hash(path)}
+    files = describe_files(paths, partial)
     sequences = (each.sequence for _, each in list_checkpoints(directory))
     manifest = replace(manifest, files=files, sequence=1 + max(sequences, default=0))
     _write(partial / MANIFEST, format_manifest(manifest))
@@ -272,7 +271,8 @@ def find_damage(checkpoint_dir: Path, manifest: Manifest, *, hashes: bool = True
     Args:
         checkpoint_dir: directory of the checkpoint.
         manifest: manifest of the checkpoint.
-        hashes: whether to check the hashes as well as the sizes, which requires reading all files.
+        hashes: whether to check the hashes in addition to the sizes. To check the hashes, the
+            function reads all files.
     """
     for name, entry in manifest.files.items():
         path = checkpoint_dir / name
@@ -280,8 +280,8 @@ def find_damage(checkpoint_dir: Path, manifest: Manifest, *, hashes: bool = True
             yield f"{name} is missing"
         elif path.stat().st_size != entry["size"]:
             yield f"{name} has {path.stat().st_size:,} bytes instead of {entry['size']:,}"
-        elif hashes and _hash(path) != entry["sha256"]:
-            yield f"{name} does not match its SHA-256 hash"
+        elif hashes and not matches_hash(path, entry):
+            yield f"{name} does not match its hash"
 
 
 def prune(directory: Path, run: str, keep: int | None, keep_every: int | None) -> list[str]:
@@ -311,21 +311,13 @@ def prune(directory: Path, run: str, keep: int | None, keep_every: int | None) -
     return removed
 
 
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
     _sync(path)
 
 
 def _sync(path: Path) -> None:
-    """Flush a file or a directory to disk, so that a crash does not lose it."""
+    """Flush a file or a directory to disk, so that its contents survive a crash."""
     if path.is_dir() and os.name != "posix":
         return  # only POSIX systems can open a directory
     descriptor = os.open(path, os.O_RDONLY)

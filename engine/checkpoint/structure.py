@@ -93,7 +93,7 @@ def _classify(value: Any) -> str:
 
 def _check_items(saved: Sequence[Any], own: Sequence[Any], name: str) -> None:
     if len(saved) < len(own) or (isinstance(own, tuple) and len(saved) != len(own)):
-        raise ValueError(f"`{name}` must have {len(own)} items, got {len(saved)}.")
+        raise ValueError(f"`{name}` must have length {len(own)}, got {len(saved)}.")
     for index, value in enumerate(saved):
         check_same_structure(
             value, own[min(index, len(own) - 1)] if own else None, f"{name}[{index}]"
@@ -111,7 +111,7 @@ def check_param_groups(saved: Any, own: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         saved: param groups in the checkpoint.
-        own: param groups of this run, in which parameters are identified as in ``saved``.
+        own: param groups of this run. They identify parameters in the same way as ``saved``.
 
     Raises:
         ValueError: a value is missing, has the wrong type or is out of range.
@@ -119,7 +119,7 @@ def check_param_groups(saved: Any, own: Sequence[Mapping[str, Any]]) -> None:
     name = "optimizer.param_groups"
     check_same_structure(saved, [], name)
     if len(saved) != len(own):
-        raise ValueError(f"`{name}` must have {len(own)} items, got {len(saved)}.")
+        raise ValueError(f"`{name}` must have length {len(own)}, got {len(saved)}.")
     for index, (group, own_group) in enumerate(zip(saved, own, strict=True)):
         check_same_structure(group, {}, f"{name}[{index}]")
         _check_group(group, own_group, f"{name}[{index}]")
@@ -134,14 +134,14 @@ def check_parameter_states(
     """Check that an optimizer can continue with the saved states of its parameters.
 
     The states must fit the saved settings, such as ``amsgrad``, and the settings of this run.
+    The values of tensors are not checked, except for step counts.
 
     Args:
-        saved: state of each parameter that has one, by the parameter's name or index. Step counts
-            are the only tensors whose values are checked.
-        groups: saved param groups, which `check_param_groups` has checked. Parameters are
-            identified as in ``saved``.
-        optimizer: optimizer of this run; it need not have any state yet.
-        parameters: parameters of the optimizer, by name or index.
+        saved: state of each parameter that has a state, keyed by the parameter's name or index.
+        groups: saved param groups, which `check_param_groups` has checked. They identify
+            parameters by the keys of ``saved``.
+        optimizer: optimizer of this run. It need not have any state yet.
+        parameters: parameters of the optimizer, keyed by name or index.
 
     Raises:
         ValueError: a value is missing, has the wrong type or shape, or is out of range.
@@ -166,13 +166,15 @@ def _check_group(group: Mapping[str, Any], own: Mapping[str, Any], name: str) ->
         elif key in {*HYPERPARAMETERS, "params"}:
             raise ValueError(f"`{name}` must have the key `{key}`.")
     if list(group["params"]) != list(own["params"]):
-        raise ValueError(f"`{name}.params` must list the parameters of this run, in order.")
+        raise ValueError(
+            f"`{name}.params` must list the same parameters as in this run, in the same order."
+        )
     for key in own.keys() & group.keys() - {"params"}:
         limits = [abs(each) <= _MAX_FLOAT for each in _list_numbers(own[key])]
         for value in _list_numbers(group[key]) if limits and all(limits) else ():
             is_valid = 0 <= value < 1 if key == "betas" else abs(value) <= _MAX_FLOAT
             if not is_valid:
-                limit = "from 0 to below 1" if key == "betas" else "a finite number of float32"
+                limit = ">= 0 and < 1" if key == "betas" else "a finite float32 number"
                 raise ValueError(f"`{name}.{key}` must be {limit}, got {value}.")
 
 
@@ -195,11 +197,11 @@ def _check_parameter_state(
 
 
 class _Templates:
-    """Builder of the state that an optimizer should have for a parameter after its first step.
+    """Builder of the state that an optimizer should have for a parameter after the first step.
 
-    For an optimizer of `torch.optim`, a new optimizer of the same class takes a step on a small
-    parameter with the same number of dimensions. A step of any other optimizer could have side
-    effects, so the current state of the parameter is used.
+    If the optimizer's class is from `torch.optim`, a second optimizer of this class takes a step on
+    a small parameter with the same number of dimensions. A step of any other optimizer could have
+    side effects, so the current state of the parameter is used instead.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -214,13 +216,13 @@ class _Templates:
         self._known: dict[Any, Mapping[str, Any]] = {}
 
     def build(self, parameter: Tensor, saved: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the expected state of a parameter; empty if it is unknown.
+        """Return the expected state of a parameter, or an empty mapping if the state is unknown.
 
         The tensors may be meta tensors, because only their shapes are compared.
 
         Args:
             parameter: parameter of the optimizer.
-            saved: settings that replace those of the parameter's group.
+            saved: settings that override the settings of the parameter's group.
         """
         group = self._groups.get(id(parameter))
         if group is None or not self._is_known:
@@ -252,8 +254,9 @@ class _Templates:
 def _scale(value: Any, shape: torch.Size) -> Any:
     """Adapt a value from the state of a small parameter to a parameter of the given shape.
 
-    A tensor with as many dimensions as the parameter becomes a meta tensor with the sizes of the
-    parameter. Any other value is returned unchanged.
+    The small parameter has size 2 in each dimension. A tensor with as many dimensions as the
+    parameter becomes a meta tensor, in which the sizes of the parameter replace the sizes of 2. Any
+    other value is returned unchanged.
     """
     if not isinstance(value, Tensor) or value.dim() != len(shape) or not shape:
         return value

@@ -57,7 +57,7 @@ class BatchSizes:
         )
 
     def with_train(self, train: int) -> BatchSizes:
-        """Return batch sizes with the given train batch size and the same micro-batch size.
+        """Return batch sizes with a new train batch size and the same micro-batch size.
 
         The number of gradient accumulation steps changes accordingly.
 
@@ -68,14 +68,14 @@ class BatchSizes:
         at_once = self.micro * self.data_ranks
         if train <= 0 or train % at_once:
             raise ValueError(
-                f"`train_batch_size` must be a positive multiple of {at_once}, which is the "
-                f"micro-batch size ({self.micro}) x {count_noun(self.data_ranks, self.unit)}, got "
-                f"{train}. Use {max(train // at_once, 1) * at_once}."
+                f"`train_batch_size` must be a positive multiple of {at_once} (micro-batch size "
+                f"{self.micro} x {count_noun(self.data_ranks, self.unit)}), got {train}. Use "
+                f"{max(train // at_once, 1) * at_once}."
             )
         return replace(self, train=train, accumulation=train // at_once)
 
     def with_micro(self, micro: int) -> BatchSizes:
-        """Return batch sizes with the given micro-batch size and the same accumulation steps.
+        """Return batch sizes with a new micro-batch size and the same number of accumulation steps.
 
         The train batch size changes accordingly.
 
@@ -107,7 +107,7 @@ class BatchError(ValueError):
 
 
 class DataRanks(NamedTuple):
-    """The number of ranks that load different samples, counting ranks that share a model once."""
+    """The number of ranks that load different samples. Ranks that share a model count as one."""
 
     number: int
     tensor_parallel: int = 1
@@ -116,11 +116,11 @@ class DataRanks(NamedTuple):
 
 
 RankCounter = Callable[[Mapping[str, Any], int], DataRanks]
-"""Function of a config and the world size that returns the number of ranks with different data."""
+"""Function that takes a config and the world size, and returns the `DataRanks` of the run."""
 
 
 def count_ranks_per_model(config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the config's keys that split a model across ranks, each with its number of ranks.
+    """Return the number of ranks per model for each config key that splits a model across ranks.
 
     >>> count_ranks_per_model({"sequence_parallel_size": 2})
     {'sequence_parallel_size': 2}
@@ -155,8 +155,8 @@ def derive_batch_sizes(given: Mapping[str, int], ranks: DataRanks | int) -> Batc
 
     Args:
         given: values that the config sets, by key (see `BATCH_KEYS`); each is at least 1.
-        ranks: number of ranks that load different samples, at least 1. With tensor parallelism, a
-            train batch size that counts all ranks is also accepted, as in DeepSpeed.
+        ranks: number of ranks that load different samples, at least 1. As in DeepSpeed, the train
+            batch size may also count each rank of tensor parallelism separately.
 
     Raises:
         BatchError: the values are inconsistent, or neither the train batch size nor the

@@ -16,13 +16,14 @@ from schedules.core.descriptions import read_index
 __all__ = ["convert_numbers_to_booleans"]
 
 _OWN_SECTION = "/engine/"
+_OWN_KEYS = {"/optimizer/no_decay"}
 _PARAMS = "/scheduler/params/"
 _OWN_PARAMS = {"/scheduler/params/relative"}
 """Parameters that only onecycle adds to DeepSpeed's schedules."""
 
 
 def convert_numbers_to_booleans(document: Document) -> tuple[Document, list[Problem]]:
-    """Replace 0 and 1 with booleans in keys of DeepSpeed that accept only booleans.
+    """Replace 0 with false and 1 with true in DeepSpeed keys that accept only booleans.
 
     Args:
         document: parsed config; it is not modified.
@@ -59,7 +60,7 @@ def convert_numbers_to_booleans(document: Document) -> tuple[Document, list[Prob
 
 def _is_read_by_deepspeed(pointer: str, config: Mapping[str, Any]) -> bool:
     if not pointer.startswith(_PARAMS):
-        return not pointer.startswith(_OWN_SECTION)
+        return not pointer.startswith(_OWN_SECTION) and pointer not in _OWN_KEYS
     schedule = read_index().get(str(config["scheduler"].get("type")), {})
     return schedule.get("family") == "families.deepspeed" and pointer not in _OWN_PARAMS
 

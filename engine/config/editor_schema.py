@@ -48,7 +48,7 @@ def _inline_references(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy_for_editors(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a schema without ``$ref`` and ``$schema``, and with an empty dict as ``properties``.
+    """Copy a schema without ``$ref``, ``$schema`` and the contents of ``properties``.
 
     If the schema describes a deprecated or removed key, add a ``deprecationMessage``, which editors
     display.

@@ -1,4 +1,4 @@
-"""Find the key that enables 16-bit master weights, for which DeepSpeed requires its CPU Adam."""
+"""Find the config key, if any, that requires DeepSpeed's CPU Adam optimizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["find_cpu_adam_key"]
 
 
 def find_cpu_adam_key(config: Mapping[str, Any]) -> str | None:
-    """Return the config key that makes DeepSpeed require its CPU Adam, or None if there is none.
+    """Return the config key that requires DeepSpeed's CPU Adam, or None if no key requires it.
 
     CPU Adam is DeepSpeed's implementation of Adam for optimizer states in CPU memory.
 

@@ -32,7 +32,7 @@ class NamedCode(NamedTuple):
 
 
 def find_named_code(block: Any, pointer: str = "/scheduler") -> Iterator[NamedCode]:
-    """Yield the code that a ``scheduler`` block and its nested schedules name.
+    """Yield each import path and entry point in a ``scheduler`` block and its nested schedules.
 
     Args:
         block: value of the key ``scheduler``; nothing is yielded if it is not an object.
@@ -76,7 +76,7 @@ def _is_entry_point(name: str) -> bool:
 
 
 def _find_import_paths(value: Any, pointer: str) -> Iterator[NamedCode]:
-    """Yield every import path in a parameter of a PyTorch scheduler, at any depth of nesting."""
+    """Yield every import path in the params of a PyTorch or custom scheduler, at any depth."""
     if isinstance(value, str) and ":" in value:
         yield NamedCode(pointer, value)
     members = value.items() if isinstance(value, Mapping) else ()
@@ -84,9 +84,17 @@ def _find_import_paths(value: Any, pointer: str) -> Iterator[NamedCode]:
         yield from _find_import_paths(below, join_pointer(pointer, key))
 
 
-def check_named_code(document: Document, block: Mapping[str, Any]) -> Iterator[Problem]:
-    """Check each import path in a ``scheduler`` block; see `check_import`."""
-    for code in find_named_code(block):
+def check_named_code(
+    document: Document, block: Mapping[str, Any], pointer: str = "/scheduler"
+) -> Iterator[Problem]:
+    """Check each import path in a ``scheduler`` block; see `check_import`.
+
+    Args:
+        document: parsed config.
+        block: ``scheduler`` block.
+        pointer: JSON pointer of the block.
+    """
+    for code in find_named_code(block, pointer):
         yield check_import(document, code)
 
 

@@ -1,4 +1,4 @@
-"""Find out why a config key does not affect the results, using ``schemas/no_effect.json``."""
+"""Look up in ``schemas/no_effect.json`` why a config key does not affect the results."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _TABLE: Mapping[str, Mapping[str, Mapping[str, Any]]] = schemas.read("no_effect.
 
 
 def find_reason_for_no_effect(member: Member, backend: str, stage: int | None = None) -> str | None:
-    """Return the reason why a key or section does not affect the results, or None if it may.
+    """Return why a key or section does not affect the results, or None if it may affect them.
 
     Args:
         member: key of a config, with its value.
         backend: "torch" or "deepspeed".
-        stage: ZeRO stage; None if unknown. If it is None, keys that have no effect only in some
-            stages are assumed to affect the results.
+        stage: ZeRO stage; None if unknown. If unknown, a key that affects the results in some
+            stages is assumed to affect them.
 
     >>> print(find_reason_for_no_effect(Member("/gradient_allreduce_op", "sum", {}), "torch"))
     None
@@ -44,12 +44,12 @@ def _find_current_pointer(member: Member) -> str:
 
 
 def _is_listed(member: Member, values: Any) -> bool:
-    """Return whether the value of a key is one of those that do not affect the results.
+    """Return whether a key has a value that does not affect the results.
 
     Args:
         member: key of a config, with its value.
-        values: list of the values that do not affect the results; None if the key never affects
-            the results. For a section, a dict with such a list for each key that can affect them.
+        values: list of the values that do not affect the results; None if no value affects them.
+            For a section: dict from each key that can affect the results to such a list.
     """
     if values is None:
         return True

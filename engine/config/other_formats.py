@@ -1,4 +1,4 @@
-"""Recognize files in other formats, so that a single problem reports the wrong format."""
+"""Recognize files in other formats, such as YAML, so that only one problem is reported."""
 
 from __future__ import annotations
 

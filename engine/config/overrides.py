@@ -5,9 +5,8 @@ arguments that override values in this file. Some of these arguments have the sa
 meanings as in SambaFlow (``--learning_rate``, ``--max_steps``, …). In addition, there is one
 argument per parameter of DeepSpeed's schedules.
 
-A script may define its own argument with one of these names. The script's argument then takes
-precedence, whether the script adds it before or after these calls, and its value does not override
-the config.
+If the script adds its own argument with one of these names, before or after these calls, the
+script's argument takes precedence. Its value does not override the config.
 """
 
 from __future__ import annotations
@@ -81,8 +80,8 @@ class _StoreOverride(argparse.Action):
     """An argparse action that stores the value of an argument in two places.
 
     As usual, the value is stored in the namespace attribute with the argument's name. The value is
-    also stored in a dict, in the attribute that `_VALUES` names. A script's own argument of the
-    same name can replace the first attribute, but not the value in the dict.
+    also stored in the dict ``onecycle_overrides``, which is another attribute of the namespace. A
+    script's own argument with the same name does not change the value in the dict.
     """
 
     def __call__(
@@ -102,7 +101,7 @@ class Override:
     """A config value that was set by a command-line argument.
 
     ``replaced_value`` describes the overridden value and its position in the config file. It is
-    empty if the file does not contain the key, or sets it to the same value.
+    empty if the file does not contain the key, or already sets the key to the new value.
     """
 
     argument: str
@@ -140,7 +139,7 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
 
     Pass the parsed namespace to ``initialize(args=…)``. Arguments that are not given on the command
     line do not change the config. If the script itself adds an argument with one of these names,
-    before or after this call, the script's argument is used instead. It does not change the config.
+    before or after this call, the script's argument is used instead and does not change the config.
 
     Returns:
         The parser that was passed in.
@@ -200,7 +199,7 @@ def apply_overrides(
     """Override config values with command-line arguments.
 
     Args:
-        document: config to override. It is not modified.
+        document: parsed config. It is not modified.
         args: parsed command-line arguments. Only those of `add_schedule_arguments` are used.
 
     Returns:
@@ -237,7 +236,7 @@ def apply_overrides(
 def _find_values_to_set(
     given: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, Any]]:
-    """Yield (argument, JSON pointer, value) for each config value to set.
+    """Yield the argument name, the JSON pointer and the new value of each config value to set.
 
     The type of the schedule is yielded first.
     """

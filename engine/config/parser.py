@@ -1,8 +1,8 @@
 """Parse the text of a config into values, and record the position of every key and value.
 
 Like DeepSpeed, which parses configs with hjson, the parser accepts comments and trailing commas.
-Unlike DeepSpeed, it reports duplicate keys, NaN and unquoted text. If possible, the parser
-continues after an error, so that all problems are reported at once.
+Unlike DeepSpeed, it rejects NaN and unquoted text. If possible, the parser continues after an
+error, so that all problems are reported at once.
 """
 
 from __future__ import annotations
@@ -255,8 +255,8 @@ class _Parser:
                         "error",
                         below,
                         *key_location,
-                        f"Duplicate key `{key}`, already set on line {first}.",
-                        "Remove one of them. JSON parsers do not agree on which value to use.",
+                        f"Duplicate key `{key}`. The key is already set on line {first}.",
+                        "Remove one of the two. JSON parsers disagree about which value to use.",
                     )
                 )
             self._space()

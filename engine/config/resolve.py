@@ -15,15 +15,13 @@ from engine.config.batch_sizes import (
     count_data_ranks,
     derive_batch_sizes,
 )
+from engine.config.optimizer_block import OptimizerBlock, build_optimizer_block
 from engine.config.pointers import dotted_name
 from engine.config.rules import RuleContext
 from engine.config.schedule_context import build_horizon
 from engine.config.schema import (
     SCHEMA,
     add_defaults,
-    add_optimizer_defaults,
-    optimizer_name,
-    optimizer_schema,
 )
 from engine.config.source import Source, find_unserializable, load_document
 from engine.config.validate import examine
@@ -35,7 +33,14 @@ if TYPE_CHECKING:
 
     from engine.config.overrides import Override
 
-__all__ = ["BestSettings", "CheckpointPlan", "Config", "LossScaling", "load_config"]
+__all__ = [
+    "BestSettings",
+    "CheckpointPlan",
+    "Config",
+    "LossScaling",
+    "drop_group_schedules",
+    "load_config",
+]
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,14 @@ class LossScaling:
     min_loss_scale: int
 
 
-_LOSS_SCALING = tuple(field.name for field in fields(LossScaling))
-_RUN = ("max_duration", "scale_schedule_ratio", "scale_warmup", "steps_this_run")
+_LOSS_SCALING = tuple(each.name for each in fields(LossScaling))
+_RUN = (
+    "max_duration",
+    "scale_schedule_ratio",
+    "scale_warmup",
+    "steps_this_run",
+    "tokens_per_sample",
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Settings that decide how a backend prepares the model."""
+    """Settings that decide how a backend prepares and trains the model."""
 
     wrap_classes: tuple[str, ...]
     """Class names of the modules to shard and to recompute as a unit."""
@@ -117,6 +128,10 @@ class ModelSettings:
     """Whether trained 16-bit parameters are converted to float32 on PyTorch."""
     cast_inputs: bool
     """Whether layers with 16-bit weights cast their floating-point inputs."""
+    deferred_step: bool | None
+    """Whether steps are deferred on PyTorch if possible; None to defer them on a GPU only."""
+    device: Literal["auto", "cuda", "cpu"]
+    """Kind of device to train on; "auto" is a GPU if PyTorch finds one."""
 
 
 @dataclass(frozen=True)
@@ -141,14 +156,6 @@ class Diagnostics:
     """Whether the resolved config and the state of the engine are logged at the start."""
     flops_profiler: Mapping[str, Any]
     """The section ``flops_profiler`` with its defaults."""
-
-
-@dataclass(frozen=True)
-class OptimizerBlock:
-    """The config's ``optimizer`` block, with the canonical optimizer name and all defaults."""
-
-    type: str
-    params: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -269,8 +276,9 @@ def load_config(
             values.
         needs_deepspeed: part of the model that only DeepSpeed supports; None if there is none.
             Such a part selects the DeepSpeed backend unless ``engine.backend`` is set.
-        count_ranks: function of the config and the world size that returns how many ranks load
-            different samples; by default, the number is derived from the config's parallelism.
+        count_ranks: function that takes the config and the world size, and returns the number of
+            ranks that load different samples. By default, this number is derived from the config's
+            parallelism.
 
     Raises:
         ConfigError: the config cannot be read or is invalid; ``problems`` lists every error.
@@ -326,6 +334,8 @@ def _resolve(
             compile_backend=engine["compile"],
             master_weights=engine["master_weights"],
             cast_inputs=engine["cast_inputs"],
+            deferred_step=engine["deferred_step"],
+            device=engine["device"],
         ),
         max_skipped_steps=engine["max_skipped_steps"],
         batch=derive_batch_sizes(
@@ -334,7 +344,9 @@ def _resolve(
         gradient_clipping=value["gradient_clipping"],
         precision="fp16" if enabled else "bf16" if bf16["enabled"] else "fp32",
         loss_scaling=LossScaling(**{key: fp16[key] for key in _LOSS_SCALING}) if enabled else None,
-        optimizer=_build_optimizer_block(raw.get("optimizer"), context.backend.name),
+        optimizer=build_optimizer_block(
+            raw.get("optimizer"), context.backend.name, context.group_schedules
+        ),
         schedule=context.schedule,
         progress=ProgressSettings(
             is_logged=raw.get("steps_per_print", 1) is not None,
@@ -357,28 +369,11 @@ def _resolve(
     )
 
 
-def _build_optimizer_block(block: Mapping[str, Any] | None, backend: str) -> OptimizerBlock | None:
-    if block is None:
-        return None
-    name = optimizer_name(block["type"])
-    assert name is not None
-    schemas_of_params = optimizer_schema(name)["properties"]
-    params = add_optimizer_defaults(name, block.get("params", {}), backend)
-    return OptimizerBlock(
-        name,
-        {key: _as_floats(value, schemas_of_params.get(key, {})) for key, value in params.items()},
-    )
-
-
-def _as_floats(value: Any, schema: Mapping[str, Any]) -> Any:
-    """Convert an integer, or the integers in a list, to floats if the schema allows floats.
-
-    JSON does not distinguish 0 from 0.0, but PyTorch rejects betas of mixed types.
-    """
-    if isinstance(value, list):
-        return [_as_floats(each, schema.get("items", {})) for each in value]
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    return float(value) if is_whole and "number" in schema.get("type", ()) else value
+def drop_group_schedules(config: Config) -> Config:
+    """Return a copy of the config in which no param group has its own schedule."""
+    if config.optimizer is None:
+        return config
+    return replace(config, optimizer=replace(config.optimizer, group_schedules={}))
 
 
 def _build_checkpoint_plan(section: Mapping[str, Any]) -> CheckpointPlan:

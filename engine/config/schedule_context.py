@@ -1,4 +1,4 @@
-"""Compute the curves of a config's schedule for the optimizer and run length of the config."""
+"""Compute the hyperparameter curves of a schedule, given the config's optimizer and run length."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from schedules import Horizon, Schedule
 from schedules.core.controller import Base, Curves
 from schedules.core.durations import MAX_STEPS, DurationError, convert_to_steps
 from schedules.core.pieces import find_next_step
+from schedules.core.schedule import Joint
 
 __all__ = [
     "EvaluatedSchedule",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 _MAX_PIECES = 5000
+_JUMP = 0.01
+"""Fraction of the largest value; smaller differences between two parts are not jumps."""
 _POSSIBLE_LENGTHS = (1000, 1, 30, 1_000_000)
 """Steps per epoch, and samples per step, to try if they are unknown before launch."""
 
@@ -43,14 +46,19 @@ def build_horizon(
         steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
     Raises:
-        DurationError: the run is shorter than one step or too long; ``max_duration`` is in epochs
-            and ``steps_per_epoch`` is None; or ``max_duration`` is in samples and
-            ``samples_per_step`` is None.
+        DurationError: the run is shorter than one step or too long; or ``max_duration`` is in
+            epochs, samples or tokens, but ``steps_per_epoch``, ``samples_per_step`` or
+            ``tokens_per_sample``, which is needed to convert it to steps, is None.
 
     >>> build_horizon({"max_duration": "2ep"}, samples_per_step=8, steps_per_epoch=50).total_steps
     100
     """
-    known = Horizon(samples_per_step=samples_per_step, steps_per_epoch=steps_per_epoch)
+    tokens = engine.get("tokens_per_sample")
+    known = Horizon(
+        samples_per_step=samples_per_step,
+        steps_per_epoch=steps_per_epoch,
+        tokens_per_sample=tokens,
+    )
     length = engine.get("max_duration")
     total = None
     if length is not None:
@@ -62,8 +70,8 @@ def build_horizon(
     if total is not None and total * ratio < 1:
         scaled = "" if ratio == 1 else f" x `scale_schedule_ratio` ({ratio:g})"
         raise DurationError(
-            f"`engine.max_duration`{scaled} must be at least 1 step, got {length!r}, which is "
-            f"{total * ratio:g} steps. Increase `engine.max_duration`."
+            f"`engine.max_duration`{scaled} must be at least 1 step, got {total * ratio:g} steps "
+            f"(`max_duration` is {length!r}). Increase `engine.max_duration`."
         )
     return Horizon(
         total_steps=total,
@@ -71,7 +79,8 @@ def build_horizon(
         samples_per_step=samples_per_step,
         scale_ratio=ratio,
         scale_warmup=engine.get("scale_warmup", False),
-        counts_samples=isinstance(length, str) and length.strip().lower().endswith("sp"),
+        counts_samples=isinstance(length, str) and length.strip().lower().endswith(("sp", "tok")),
+        tokens_per_sample=tokens,
     )
 
 
@@ -80,8 +89,8 @@ def find_horizon(
 ) -> Horizon | None:
     """Return the length of the run, or None if it cannot be determined before launch.
 
-    Durations in epochs depend on the data loader. Durations in samples depend on the batch size,
-    which depends on the number of ranks if ``train_batch_size`` is absent.
+    Durations in epochs depend on the data loader. Durations in samples and tokens depend on the
+    batch size, which depends on the number of ranks if ``train_batch_size`` is absent.
     """
     horizons = list_possible_horizons(schedule, config, ranks)
     return horizons[0] if len(horizons) == 1 else None
@@ -90,10 +99,10 @@ def find_horizon(
 def list_possible_horizons(
     schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None
 ) -> list[Horizon]:
-    """Return the length of the run, or several possible lengths if it is unknown before launch.
+    """Return the length of the run, or several possible lengths if the length is unknown.
 
-    Callers check the config with each of these lengths. If the check fails with all of them, the
-    config is invalid, whatever the length will be.
+    Callers check the config with each of these lengths. If every check fails, the config is assumed
+    to be invalid for any length.
 
     Args:
         schedule: schedule whose durations are to be converted to steps.
@@ -110,7 +119,7 @@ def list_possible_horizons(
     if re.search(r"\d\s*ep\b", texts):
         epochs = _POSSIBLE_LENGTHS
     batches: tuple[int | None, ...] = (samples,)
-    if samples is None and re.search(r"\d\s*sp\b", texts):
+    if samples is None and re.search(r"\d\s*(sp|tok)\b", texts):
         batches = _POSSIBLE_LENGTHS
     horizons, errors = [], []
     for steps_per_epoch, samples_per_step in itertools.product(epochs, batches):
@@ -137,7 +146,11 @@ def get_train_batch_size(config: Mapping[str, Any], ranks: DataRanks | None = No
     return size
 
 
-def build_base_values(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
+def build_base_values(
+    config: Mapping[str, Any],
+    schedule: Schedule[Any],
+    group: Mapping[str, Any] | None = None,
+) -> Base:
     """Return the initial learning rate, momentum and weight decay of each param group.
 
     If the config has no ``optimizer`` block, or a custom optimizer, whose defaults are unknown, the
@@ -145,8 +158,9 @@ def build_base_values(config: Mapping[str, Any], schedule: Schedule[Any]) -> Bas
 
     Args:
         config: config without "auto" values.
-        schedule: schedule of the config. If its params contain lists of numbers, these determine
-            the number of param groups.
+        schedule: schedule of the config. If its params contain lists with one number per param
+            group, the length of the lists is the number of param groups.
+        group: hyperparameters of a param group that differ from those of the optimizer.
     """
     block = config.get("optimizer", {"type": "Adam"})
     name = optimizer_name(block["type"])
@@ -155,8 +169,9 @@ def build_base_values(config: Mapping[str, Any], schedule: Schedule[Any]) -> Bas
     named = config.get("engine", {}).get("backend", "auto")
     backend = "torch" if named == "torch" else "deepspeed"  # differs only if both have the name
     params = add_optimizer_defaults(known, block.get("params", {}), backend)
+    params |= dict(group or {})
     momentum = params.get("momentum", params["betas"][0] if "betas" in params else 0.0)
-    groups = max(map(len, schedule.lists_per_group.values()), default=1)
+    groups = schedule.num_groups or 1
     weight_decay = params.get("weight_decay", 0.0)
     base = {"lr": params["lr"], "momentum": momentum, "weight_decay": weight_decay}
     return {name: (value,) * groups for name, value in base.items()}
@@ -214,6 +229,22 @@ class EvaluatedSchedule:
                             return name, step, value
         return None
 
+    def find_jumps(self) -> Iterator[tuple[Joint, float, float]]:
+        """Yield each joint between two parts at which a hyperparameter jumps.
+
+        Yields:
+            The joint, the value that the earlier part would reach at this step, and the value at
+            this step. If several param groups jump, only the first one is reported.
+        """
+        largest = {name: self.get_range(name)[1] for name in self.curves}
+        for joint in self.schedule.joints():
+            step = math.ceil(joint.step)
+            for curve in self.curves[joint.hyperparameter]:
+                before, after = curve.piece(max(0, step - 1)).formula(step), curve(step)
+                if step > 0 and abs(after - before) > _JUMP * largest[joint.hyperparameter]:
+                    yield joint, before, after
+                    break
+
     @property
     def end(self) -> int | None:
         """The step at which the learning rate becomes constant, or None if it never does."""
@@ -234,9 +265,10 @@ class EvaluatedSchedule:
 def evaluate_schedule(
     schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None
 ) -> EvaluatedSchedule | None:
-    """Compute the curves of a schedule for the optimizer and run length of a config.
+    """Compute the curves of a schedule, given the optimizer and the run length of a config.
 
-    Return None if the curves depend on the loss, the length of an epoch or the number of ranks.
+    Return None if the curves depend on the loss, on the number of steps per epoch, or on an unknown
+    batch size.
 
     Raises:
         ValueError: the schedule is invalid for this run length or optimizer.

@@ -113,7 +113,7 @@ class Member(NamedTuple):
 
     @property
     def is_section(self) -> bool:
-        """Whether the value is a section, which is an object whose keys `walk` also yields."""
+        """Whether the value is a section, that is, an object whose keys `walk` also yields."""
         if "properties" not in self.schema:
             return False
         return isinstance(self.value, Mapping) if self.is_given else self.value is SECTION
@@ -162,7 +162,7 @@ def walk(
 
 
 def _find_replaced_keys(value: Mapping[str, Any], properties: Mapping[str, Any]) -> set[str | None]:
-    """Return the canonical names of the keys that an object sets by an old name or an alias.
+    """Return the canonical names of the keys that an object sets under an old name or an alias.
 
     The set can also contain values that are not key names, such as None or the text of a hint.
     Callers only test whether a key name is in the set.

@@ -129,7 +129,7 @@ def _find_params(pointer: str, block: Mapping[str, Any]) -> Collection[str]:
 
 
 def _find_unique_match(name: str, known: Collection[str]) -> str | None:
-    """Return the known name that is similar to ``name``, or None if there is not exactly one.
+    """Return the known name that is similar to ``name``, or None if no name or several are similar.
 
     Names are similar if their edit distance is at most 2 and the first or last letter is the same.
     """
@@ -165,7 +165,7 @@ _ALIASES: Mapping[str, Mapping[str, str]] = schemas.read("aliases.json")
 
 @functools.cache
 def _map_keys_to_sections() -> dict[str, tuple[str, ...]]:
-    """Return, for each key name, the JSON pointers of the sections in which the key is valid.
+    """Map each key name to the JSON pointers of the sections in which the key is valid.
 
     The ``params`` of optimizers and schedules are not included.
     """

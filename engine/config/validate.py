@@ -82,8 +82,8 @@ def examine(
             not started through an integration, such as the Hugging Face Trainer.
         needs_deepspeed: part of the model that only DeepSpeed supports; None if there is no such
             part or the model is unknown.
-        count_ranks: function of the config and the world size that returns how many ranks load
-            different samples.
+        count_ranks: function that takes the config and the world size, and returns the number of
+            ranks that load different samples.
         allow_imports: whether to import and check the code that the config names.
 
     Returns:

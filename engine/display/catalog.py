@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
-from typing import Any
+import operator
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from schedules import SCHEDULES, Horizon, Schedule
-from schedules.core.curves import Curve
+from schedules.core.combinators import dilate, pointwise
+from schedules.core.controller import Curves
+from schedules.core.curves import Curve, constant
 from schedules.core.descriptions import read_descriptions
 from schedules.core.fields import describe_schema, read_fields
 from schedules.core.trace import DEFAULT_BASE
 
-__all__ = ["EXAMPLE_STEPS", "example_curves", "format_page", "get_summary", "list_schedules"]
+if TYPE_CHECKING:
+    from engine.display.preview import Preview
+
+__all__ = [
+    "EXAMPLE_STEPS",
+    "example_curves",
+    "fit_example",
+    "format_page",
+    "get_summary",
+    "list_schedules",
+]
 
 EXAMPLE_RUN = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=32)
 """Length of the run for which all example parameters were chosen."""
@@ -22,6 +35,7 @@ EXAMPLE_STEPS = 120
 """Number of steps to plot: more than the length of the run, to show the values after its end."""
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
+_MAX_EXACT = 100_000
 _BASE = {**DEFAULT_BASE, "weight_decay": (0.01,)}
 
 
@@ -31,9 +45,34 @@ def get_summary(cls: type[Schedule[Any]]) -> str:
 
 
 def example_curves(cls: type[Schedule[Any]]) -> dict[str, Curve]:
-    """Return the curve of each hyperparameter of a schedule, given its example parameters."""
+    """Return the curve of each hyperparameter that a schedule sets with its example parameters."""
     curves = cls(**cls.example).build_curves(_BASE, EXAMPLE_RUN)
     return {name: groups[0] for name, groups in curves.items()}
+
+
+def fit_example(name: str, other: Preview, steps: int) -> Curves:
+    """Return the curves of a schedule's example, fitted to those of a config, to compare them.
+
+    Args:
+        name: type of the schedule.
+        other: preview of the config. The learning rate of the example is multiplied by a factor, so
+            that both have the same peak.
+        steps: length of the plot, to which the example's run of 100 steps is stretched.
+    """
+    curves = example_curves(SCHEDULES[name])
+    length = int(EXAMPLE_RUN.total_steps or 1)
+    if "lr" in curves:
+        own = max(curves["lr"].values(length))
+        peak = max(max(_sample(curve, steps)) for curve in other.curves.get("lr", (constant(own),)))
+        if own > 0:
+            curves["lr"] = pointwise(operator.mul, curves["lr"], constant(peak / own))
+    return {key: (dilate(curve, steps / length),) for key, curve in curves.items()}
+
+
+def _sample(curve: Curve, steps: int) -> Iterable[float]:
+    if steps <= _MAX_EXACT:
+        return curve.values(steps)
+    return (curve(index * (steps - 1) // _MAX_EXACT) for index in range(_MAX_EXACT + 1))
 
 
 def list_schedules() -> Iterator[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.config import ConfigError, Problem, Source, load_document
@@ -13,10 +13,12 @@ from engine.config.rules import RuleContext
 from engine.config.schedule_context import build_base_values, build_horizon, get_train_batch_size
 from engine.config.validate import examine
 from engine.config.wording import quote_value
+from engine.display.auto_values import AutoValues, replace_auto_values
 from schedules import Horizon, Schedule
 from schedules.core.controller import Base, Curves, Evidence
 from schedules.core.imports import imports_allowed
 from schedules.core.trace import replay
+from schedules.plots import name_columns
 
 __all__ = ["Preview", "preview"]
 
@@ -26,7 +28,7 @@ _MAX_RUN_STEPS = 1_000_000
 
 @dataclass(frozen=True)
 class Preview:
-    """A config's schedule, and the curves of the hyperparameters that it sets."""
+    """A config's schedule, and the curves of the hyperparameters that the schedule sets."""
 
     name: str
     configured: Schedule[Any]
@@ -36,6 +38,8 @@ class Preview:
     curves: Curves
     horizon: Horizon
     base: Base
+    auto_values: Mapping[str, Any] = field(default_factory=dict)
+    """The values that replaced "auto", by the name of the param."""
 
     @property
     def title(self) -> str:
@@ -81,9 +85,9 @@ class Preview:
 
         if isinstance(self.schedule, WrappedScheduler) and steps > _MAX_RUN_STEPS:
             raise ValueError(
-                f"At most {_MAX_RUN_STEPS:,} steps of {self.schedule.type_name} can be plotted, "
-                f"because PyTorch computes them one by one, got {steps:,}. Set `--steps` to plot "
-                "only the first steps."
+                f"A plot of {self.schedule.type_name} can have at most {_MAX_RUN_STEPS:,} steps, "
+                f"got {steps:,}, because PyTorch computes the steps one by one. Set `--steps` to "
+                "plot only the first steps."
             )
 
     @property
@@ -97,18 +101,8 @@ class Preview:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The curves, by column name.
-
-        Each column has the name of its hyperparameter, such as ``lr``. If the param groups have
-        different curves, there is one column per param group: ``lr.0``, ``lr.1``, …
-        """
-        columns = {}
-        for name, curves in self.curves.items():
-            if len(set(curves)) == 1:
-                columns[name] = curves[0]
-            else:
-                columns |= {f"{name}.{group}": curve for group, curve in enumerate(curves)}
-        return columns
+        """The curves, by column name; see `schedules.plots.name_columns`."""
+        return name_columns(self.curves)
 
     def rows(self, steps: int) -> Iterator[tuple[float, ...]]:
         """Return an iterator over the first ``steps`` steps.
@@ -120,7 +114,11 @@ class Preview:
 
 
 def preview(
-    config: Source, *, steps_per_epoch: int | None = None, allow_imports: bool = False
+    config: Source,
+    *,
+    steps_per_epoch: int | None = None,
+    allow_imports: bool = False,
+    auto: AutoValues | None = None,
 ) -> Preview:
     """Validate the schedule of a config, and return a preview of it.
 
@@ -132,6 +130,8 @@ def preview(
             in epochs.
         allow_imports: whether to import the code that the config names, such as
             ``"my_module:MySchedule"``.
+        auto: values that replace "auto" in the learning rate and in the schedule. If None, "auto"
+            in the schedule is an error.
 
     Raises:
         ConfigError: the file cannot be read or parsed; ``scheduler`` is missing; ``scheduler``,
@@ -143,6 +143,9 @@ def preview(
     [(0, 0.0), (1, 0.0005), (2, 0.001)]
     """
     document = load_document(config)
+    replaced: Mapping[str, Any] = {}
+    if auto is not None:
+        document, replaced = replace_auto_values(document, auto)
     problems, context = examine(document, None, reject_auto=True, allow_imports=allow_imports)
     problems = [problem for problem in problems if _prevents_curve(problem)]
     if problems or context is None:
@@ -163,7 +166,8 @@ def preview(
             steps_per_epoch=steps_per_epoch,
         )
         with imports_allowed(allow_imports):
-            return _build_preview(document.name, context, context.schedule, horizon)
+            built = _build_preview(document.name, context, context.schedule, horizon)
+            return replace(built, auto_values=replaced)
     except ValueError as error:
         problem = document.build_problem("schedule", "/scheduler/params", str(error))
         raise ConfigError(document.name, [problem]) from None
@@ -175,7 +179,7 @@ def _build_preview(
     resolved = schedule.resolve(horizon)
     if schedule.feedback is not None and resolved.span > _MAX_SYNTHETIC_STEPS:
         raise ValueError(
-            f"A preview of {schedule.type_name}, which depends on the loss, can have at most "
+            f"A preview of the loss-driven schedule {schedule.type_name} can have at most "
             f"{_MAX_SYNTHETIC_STEPS:,} steps, got {resolved.span:,}. To preview the schedule, "
             "shorten the run in a copy of the config."
         )

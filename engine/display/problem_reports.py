@@ -87,7 +87,7 @@ def _format_github(report: Report) -> Iterator[str]:
 
 
 def _encode(text: str, characters: str) -> str:
-    """Percent-encode ``characters`` for a GitHub command, and escape control characters."""
+    """Percent-encode ``characters`` in a GitHub command, and escape control characters."""
     encoded = "".join(f"%{ord(each):02X}" if each in characters else each for each in text)
     return escape(encoded)
 

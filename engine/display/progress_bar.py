@@ -111,7 +111,7 @@ def _redirect_handlers(replaced: Mapping[int, Any]) -> list[tuple[Any, Any]]:
         replaced: dict that maps the ``id`` of each original stream to its replacement.
 
     Returns:
-        Pairs of a changed handler and its original stream.
+        A (handler, original stream) pair for each handler that was redirected.
     """
     changed = []
     for handler in (*logging.getLogger().handlers, *logging.getLogger("onecycle").handlers):

@@ -9,7 +9,7 @@ __all__ = ["supports_color"]
 
 
 def supports_color(stream: IO[str]) -> bool:
-    """Return whether a stream is a terminal and ``NO_COLOR`` is not set.
+    """Return whether a stream is a terminal and the environment variable ``NO_COLOR`` is not set.
 
     >>> import io
     >>> supports_color(io.StringIO())

@@ -27,6 +27,7 @@ __all__ = [
     "get_rank",
     "get_world_size",
     "init_distributed",
+    "read_timeout",
 ]
 
 log = logging.getLogger("onecycle")
@@ -94,7 +95,9 @@ def get_rank() -> int:
     return int((read_task_variables(os.environ) or os.environ).get("RANK") or "0")
 
 
-def init_distributed(*, always_create_group: bool = False, port: int | None = None) -> Ranks:
+def init_distributed(
+    *, always_create_group: bool = False, port: int | None = None, device: str = "auto"
+) -> Ranks:
     """Initialize the process group from the environment variables that the launcher sets.
 
     If srun or mpirun started this process without torchrun, first set torchrun's variables.
@@ -105,41 +108,96 @@ def init_distributed(*, always_create_group: bool = False, port: int | None = No
     Args:
         always_create_group: whether to create a process group even for a single process, for
             libraries that require a process group.
-        port: port at which the ranks connect to rank 0; used only if `MASTER_PORT` is not set.
+        port: port of rank 0 to which the ranks connect if `MASTER_PORT` is not set.
+        device: "cuda", "cpu", or "auto" for a GPU if PyTorch finds one.
 
     Returns:
         The ranks and the device of this process.
 
     Raises:
         ValueError: if there are several ranks, but `WORLD_SIZE`, `RANK`, `MASTER_ADDR` or
-            `MASTER_PORT` is neither set nor known from srun or mpirun.
+            `MASTER_PORT` is neither set nor known from srun or mpirun; if ``device`` is "cuda", but
+            there is no GPU; or if there is no GPU with the number ``LOCAL_RANK``.
     """
     if not _has_process_group():
         os.environ.update(read_task_variables(os.environ, port))
     size = get_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    own = torch.device("cpu")
+    if _uses_gpu(device):
+        local_rank = _find_gpu()
+        own = torch.device("cuda", local_rank)
+        torch.cuda.set_device(own)
     if not _has_process_group():
-        backend = "nccl" if cuda else "gloo"
         if size > 1:
-            _create_process_group(backend, size, port)
+            _create_process_group(own, size, port)
         elif always_create_group:
             store = dist.HashStore()  # type: ignore[attr-defined]  # torch's stubs leave it out
-            dist.init_process_group(backend, store=store, rank=0, world_size=1)
-            atexit.register(destroy_distributed)
+            _start_process_group(own, store=store, rank=0, world_size=1)
         else:
-            return Ranks(0, local_rank, 1, device)
-    return Ranks(dist.get_rank(), local_rank, size, device, _create_control_group(size))
+            return Ranks(0, local_rank, 1, own)
+    return Ranks(dist.get_rank(), local_rank, size, own, _create_control_group(size))
+
+
+def _uses_gpu(device: str) -> bool:
+    is_available = torch.cuda.is_available()
+    if device == "cuda" and not is_available:
+        raise ValueError(
+            '`engine.device` is "cuda", but PyTorch finds no GPU. Check that `nvidia-smi` lists a '
+            "GPU and that PyTorch is built with CUDA (`onecycle doctor`), or remove the key to "
+            "train on the CPU."
+        )
+    return is_available and device != "cpu"
+
+
+def _find_gpu() -> int:
+    """Return the number of this rank's GPU.
+
+    A script that creates its own process group may not set ``LOCAL_RANK``. Its GPU is then the one
+    that it has chosen: that of the group or the current one. If it has chosen none, the ranks of a
+    host use its GPUs in turn, as for torch's ``DeviceMesh``.
+
+    Raises:
+        ValueError: if there is no GPU with this number.
+    """
+    count = torch.cuda.device_count()
+    local_rank = os.environ.get("LOCAL_RANK")
+    if local_rank is None and _has_process_group():
+        bound = dist.distributed_c10d._get_default_group().bound_device_id  # noqa: SLF001  # the function has no public name
+        if bound is not None:
+            return int(bound.index)
+        is_chosen = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # untyped in torch
+        return torch.cuda.current_device() if is_chosen else dist.get_rank() % count
+    index = int(local_rank or "0")
+    if index >= count:
+        fix = "Set LOCAL_RANK=0 in each task, or start" if count == 1 else "Start"
+        raise ValueError(
+            f"LOCAL_RANK is {index}, but this process can use only {count} "
+            f"GPU{'s' if count > 1 else ''}. {fix} at most one process per GPU and host."
+        )
+    return index
 
 
 def _has_process_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _create_process_group(backend: str, size: int, port: int | None) -> None:
+def _start_process_group(device: torch.device, **settings: Any) -> None:
+    """Create the default process group: with NCCL for a GPU, with gloo for the CPU."""
+    if device.type == "cuda":
+        settings["device_id"] = device  # NCCL would otherwise guess the GPU from the rank
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=read_timeout(), **settings)
+    atexit.register(destroy_distributed)
+
+
+def read_timeout() -> timedelta | None:
+    """Return the timeout of collectives from the environment; None for PyTorch's default."""
+    seconds = os.environ.get(TIMEOUT)
+    return timedelta(seconds=int(seconds)) if seconds else None
+
+
+def _create_process_group(device: torch.device, size: int, port: int | None) -> None:
     if port is not None:
         os.environ.setdefault("MASTER_PORT", str(port))
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
@@ -148,13 +206,14 @@ def _create_process_group(backend: str, size: int, port: int | None) -> None:
             f"WORLD_SIZE is {size}, but {' and '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not set. Start the script with `torchrun`."
         )
-    seconds = os.environ.get(TIMEOUT)
-    dist.init_process_group(backend, timeout=timedelta(seconds=int(seconds)) if seconds else None)
-    atexit.register(destroy_distributed)
+    _start_process_group(device)
 
 
 def _create_control_group(size: int) -> Any:
-    return None if size == 1 or dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    # The name of a group with several backends, such as "cpu:gloo,cuda:nccl", differs from both.
+    if size == 1 or dist.get_backend() == "gloo":
+        return None
+    return dist.new_group(backend="gloo", timeout=read_timeout())
 
 
 def check_configs_match(ranks: Ranks, config: str) -> None:
@@ -171,7 +230,7 @@ def check_configs_match(ranks: Ranks, config: str) -> None:
     if ranks.world_size == 1:
         return
     configs: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(configs, config)
+    dist.all_gather_object(configs, config, group=ranks.control_group)
     for rank, other in enumerate(configs):
         if other != configs[0]:
             first, second = (
@@ -190,20 +249,21 @@ def destroy_distributed() -> None:
     With gloo, first wait up to 5 seconds for all ranks to call this function. Without this wait, a
     rank that exits early would close connections that the gloo threads of other ranks still use.
 
-    With gloo, do not destroy the process group if an exception is ending this process, or if some
+    Do not destroy the process group if an exception is ending this process or, with gloo, if some
     ranks are still training after the wait. The connections then stay open until this process
     exits. If the connections were closed earlier, other ranks could fail before this process exits,
-    and the launcher would report one of those ranks as the first failure.
+    and the launcher would report one of those ranks as the first failure. With NCCL, destroying the
+    group could block, because it waits for collectives that other ranks may never join.
 
-    If an exception is ending this process, and some ranks have already ended without one, log their
-    numbers, because the loss of their connections is then the likely cause.
+    If an exception is ending this process, log the ranks that have already ended without an
+    exception. The loss of the connections to those ranks is the likely cause of this exception.
     """
     if not _has_process_group():
         return
-    is_gloo = dist.get_backend() == "gloo"
+    is_gloo = "gloo" in dist.get_backend()
     if hasattr(sys, "last_value"):
         _log_ended_ranks()
-        others_train = is_gloo
+        others_train = True
     else:
         _announce_exit()
         others_train = is_gloo and not _wait_for_exit_of_all_ranks()
@@ -249,7 +309,7 @@ def _wait_for_exit_of_all_ranks() -> bool:
     """Wait until all ranks have announced their exit, and return whether they have.
 
     The wait ends after at most 5 seconds. If the rank that hosts the store has already exited,
-    the wait cannot continue, and the result is True.
+    return True at once.
     """
     keys = [_get_exit_key(rank) for rank in range(dist.get_world_size())]
     deadline = time.monotonic() + _EXIT_TIMEOUT

@@ -48,6 +48,7 @@ class Signals:
 
     def __init__(self) -> None:
         self._received = 0  # 1 + index in _NAMES
+        self._started: tuple[torch.Tensor, Any] | None = None  # maximum over the ranks, in progress
         self._last_check = -_MAX_STEP_TIME
         self._received_at = math.inf  # time of the first SIGTERM or SIGINT
         self._previous_handlers: dict[int, Any] = {}
@@ -81,16 +82,30 @@ class Signals:
             self._received_at = min(self._received_at, now)
         self._received = max(self._received, 1 + _NAMES.index(name))
 
-    def find_on_any_rank(self, ranks: Ranks) -> str | None:
-        """Return the name of a signal that any rank has received, or None if there was none.
+    def find_on_any_rank(self, ranks: Ranks, *, is_deferred: bool = False) -> str | None:
+        """Return the name of a signal that a rank has received, or None if no rank received one.
 
         Every rank must call this method in the same step.
+
+        Args:
+            ranks: rank and world size of this process.
+            is_deferred: whether to return the result of the previous call, so that the ranks need
+                not wait for each other. A single process never waits.
         """
         self._last_check = time.monotonic()
         received = self._received
         if ranks.world_size > 1:
-            device = ranks.device if dist.get_backend() == "nccl" else torch.device("cpu")
-            highest = torch.tensor(received, device=device)
-            dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-            received = int(highest)
+            started = self._start_maximum(received, ranks)
+            finished = self._started if is_deferred else started
+            self._started = started if is_deferred else None
+            received = 0
+            if finished is not None:
+                highest, work = finished
+                work.wait()
+                received = int(highest.numpy())  # in host memory: no device is involved
         return _NAMES[received - 1] if received else None
+
+    def _start_maximum(self, received: int, ranks: Ranks) -> tuple[torch.Tensor, Any]:
+        highest = torch.tensor(received, device="cpu")
+        group = ranks.control_group  # NCCL does not support tensors in host memory
+        return highest, dist.all_reduce(highest, dist.ReduceOp.MAX, group=group, async_op=True)

@@ -45,7 +45,7 @@ def select_cpus(cpus: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
 
 
 def _find_core(cpu: int) -> int:
-    """Return the lowest-numbered logical CPU on the core of ``cpu``, which identifies the core."""
+    """Return the lowest number of a logical CPU on the core of ``cpu``, to identify the core."""
     topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     try:
         return int(topology.read_text().replace("-", ",").partition(",")[0])

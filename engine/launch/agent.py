@@ -111,7 +111,8 @@ def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
 
     Args:
         job: running job.
-        words: bytes that were read from standard input after the job; may contain commands.
+        words: bytes already read from standard input after the first line. They may contain
+            commands, such as ``kill``.
         signals: signals received so far; the signal handlers append to this list.
     """
     silence = 0.0

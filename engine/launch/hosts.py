@@ -56,7 +56,8 @@ def read_hostfile(path: Path, nproc: str = "auto") -> list[Host]:
 
     Args:
         path: path of the hostfile.
-        nproc: number of slots of each host without ``slots=N``, as text for `parse_nproc`.
+        nproc: number of slots of a host whose line has no ``slots=N``, in the format of
+            `parse_nproc`.
 
     Raises:
         LaunchError: if a line is invalid, a host is repeated, or the file lists no hosts.
@@ -157,7 +158,7 @@ def limit_hosts(hosts: Sequence[Host], nnodes: int | None, nproc: str) -> tuple[
         hosts = [Host(host.name, host.slots[:size]) for host in hosts]
     if nnodes is not None and nnodes > len(hosts):
         raise LaunchError(
-            f"`--nnodes` must be <= {len(hosts)}, the number of available hosts, got {nnodes}. "
+            f"`--nnodes` must be <= the number of available hosts ({len(hosts)}), got {nnodes}. "
             "Reduce `--nnodes`, or add hosts."
         )
     return tuple(hosts[:nnodes])

@@ -158,12 +158,11 @@ class LaunchPlan:
 def build_plan(
     request: LaunchRequest, facts: Mapping[str, HostFacts], environment: Mapping[str, str]
 ) -> LaunchPlan:
-    """Assign ranks to the requested hosts, and build the command of each host.
+    """Assign ranks to the requested hosts, and return the plan with the command of each host.
 
     Args:
         request: script, hosts and options of the launch.
-        facts: network settings by host name. If a host has no entry, its name is used as its
-            address.
+        facts: network settings by host name. The address of a host without an entry is its name.
         environment: environment variables of the launcher. The ranks receive those whose names
             match a pattern such as ``NCCL_*``, or a pattern in ``request.pass_env``.
 
@@ -208,8 +207,8 @@ def _check_request(request: LaunchRequest, min_nodes: int) -> None:
         )
     if not 1 <= min_nodes <= len(request.hosts):
         raise LaunchError(
-            f"MIN in `--nnodes MIN:MAX` must be between 1 and {len(request.hosts)}, the number of "
-            f"hosts, got {min_nodes}. Change MIN, or add hosts."
+            f"MIN in `--nnodes MIN:MAX` must be between 1 and the number of hosts "
+            f"({len(request.hosts)}), got {min_nodes}. Change MIN, or add hosts."
         )
     if request.store is not None and not request.max_restarts:
         raise LaunchError(
@@ -305,7 +304,7 @@ def _build_transport(request: LaunchRequest, host: Host) -> tuple[str, ...]:
 
 
 def build_ssh_command(request: LaunchRequest, host: Host) -> tuple[str, ...]:
-    """Return the ssh command that connects to a host; the caller appends the remote command.
+    """Return the ssh command that connects to a host, without the command to run on the host.
 
     >>> request = LaunchRequest((), (), ssh_options=("ProxyJump=gate", "-p 22", "-oUser=me"))
     >>> build_ssh_command(request, Host("node0", (0,)))[:7]

@@ -134,8 +134,8 @@ def read_variables(file: Path | None, assignments: Sequence[str]) -> dict[str, s
         # Other names cannot be set in a shell, and would be code in a job script.
         if not equals or not _VARIABLE.fullmatch(name.strip()) or "\0" in value:
             raise LaunchError(
-                "An environment variable must have the form NAME=VALUE, with only letters, digits "
-                f"and underscores in NAME, got {name!r}. Correct the option `--env` or the file "
+                f"An environment variable must have the form NAME=VALUE, got {name!r}. Use only "
+                "letters, digits and underscores in NAME. Correct the option `--env` or the file "
                 "that contains the variable."
             )
         variables[name.strip()] = value

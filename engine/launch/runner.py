@@ -60,7 +60,7 @@ class _Agent:
             start_new_session=True,  # so that Ctrl-C interrupts only the launcher
         )
         self.send(json.dumps(plan.to_dict()))
-        # The agent stops the job if it receives no pings. A process of its own sends them even
+        # The agent stops the job if it receives no pings. A separate process sends them even
         # while the launcher is stopped (Ctrl-Z), and does not receive signals of the terminal.
         self._pings = subprocess.Popen(  # noqa: S603  # the program above
             [sys.executable, "-I", "-S", "-c", _PING, str(_PING_INTERVAL)],
@@ -104,7 +104,7 @@ class _Agent:
 
 
 class _Output:
-    """Prints the output of the selected ranks, and stores the last lines of every rank and host.
+    """Writer that prints the selected ranks' output and keeps the last lines of each rank and host.
 
     A separate thread prints the lines. The launcher can therefore react to events even if its
     output is a pipe that is read slowly.
@@ -165,7 +165,7 @@ class _Output:
 
 
 class _Runner:
-    """Reports events to the state machine, and executes the actions that it returns."""
+    """Runner that reports events to the state machine and executes the actions that it returns."""
 
     def __init__(self, plan: LaunchPlan, console: Console, out: IO[str]) -> None:
         self._machine = LaunchStateMachine(plan)
@@ -230,7 +230,7 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
 
 
 def report_outcome(outcome: Outcome) -> int:
-    """Print the reason for a failed launch and the last output lines; return the exit status."""
+    """Print why a launch failed and the last output lines, and return the exit status."""
     for line in outcome.last_lines:
         print(line, file=sys.stderr)
     if outcome.reason:
@@ -262,7 +262,7 @@ def _catch_signals() -> Iterator[queue.SimpleQueue[int]]:
 
 @contextlib.contextmanager
 def _serve_store(port: int | None) -> Iterator[None]:
-    """Serve the rendezvous store on a port inside this context; do nothing if ``port`` is None."""
+    """Serve the rendezvous store on ``port`` inside this context, unless ``port`` is None."""
     store = None
     if port is not None:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but missing from the stubs

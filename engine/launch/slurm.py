@@ -16,7 +16,7 @@ from engine.errors import LaunchError
 from engine.launch.plan import build_environment, format_assignments
 from engine.launch.request import LaunchRequest
 
-__all__ = ["build_sbatch", "is_in_allocation", "run_in_allocation", "submit"]
+__all__ = ["build_sbatch", "count_gpus", "is_in_allocation", "run_in_allocation", "submit"]
 
 _TEMPLATE = """\
 #!/bin/bash
@@ -100,12 +100,29 @@ def build_sbatch(
     )
 
 
+def count_gpus(options: Mapping[str, str]) -> int | None:
+    """Return the number of GPUs per node that ``#SBATCH`` options request; None if it is unknown.
+
+    Return 0 if the options request no GPUs.
+
+    >>> count_gpus({"gpus-per-node": "a100:4"}), count_gpus({"gres": "gpu:2"}), count_gpus({})
+    (4, 2, 0)
+    """
+    requests = [value for name, value in options.items() if name.startswith("gpus")]
+    requests += [each for each in options.get("gres", "").split(",") if each.startswith("gpu")]
+    if not requests:
+        return 0
+    per_node = [each for each in requests if each not in {options.get("gpus"), ""}]
+    found = re.search(r"(?:^|:)(\d+)$", per_node[0]) if per_node else None
+    return int(found[1]) if found else None
+
+
 def _format_option(name: str, value: str) -> str:
     # A line break would end the comment, so that bash would run the rest of the value.
     if not _OPTION_NAME.fullmatch(name) or not value.isprintable():
         raise LaunchError(
-            "`--slurm-opt` must have the form NAME=VALUE in one line, where NAME is the long name "
-            f"of an sbatch option, got {f'{name}={value}'!r}. Pass, for example, `partition=gpu`."
+            f"`--slurm-opt` must be one line of the form NAME=VALUE, got {f'{name}={value}'!r}. "
+            "NAME is the long name of an sbatch option. For example, pass `partition=gpu`."
         )
     return f"#SBATCH --{name}={shlex.quote(value)}" if value else f"#SBATCH --{name}"
 
@@ -136,7 +153,7 @@ def is_in_allocation() -> bool:
 
 
 def run_in_allocation(script: str, nodes: int, options: Mapping[str, str]) -> NoReturn:
-    """Run an sbatch script in the current allocation. This process is replaced by bash.
+    """Run an sbatch script in the current allocation. The script replaces this process.
 
     Args:
         script: text of the script.
@@ -149,8 +166,8 @@ def run_in_allocation(script: str, nodes: int, options: Mapping[str, str]) -> No
     allocated = int(os.environ.get("SLURM_JOB_NUM_NODES", nodes))
     if nodes != allocated:
         raise LaunchError(
-            f"`--nnodes` must be {allocated}, the number of nodes in this allocation, got {nodes}. "
-            f"Pass `--nnodes {allocated}`."
+            f"`--nnodes` must be the number of nodes in this allocation ({allocated}), got "
+            f"{nodes}. Pass `--nnodes {allocated}`."
         )
     if options:
         raise LaunchError(

@@ -125,7 +125,7 @@ def _describe_end(host: str, returncode: int, failure: Failure | None) -> Outcom
 
 
 class LaunchStateMachine:
-    """Tracks the state of a launch and of its hosts, and decides how to react to events.
+    """State machine that tracks a launch and its hosts, and decides how to react to events.
 
     Every host starts in the state `HostState.RUNNING`. The methods that report an event return the
     actions that the caller must execute, in order.

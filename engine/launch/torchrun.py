@@ -75,7 +75,7 @@ def _escape(argument: str) -> str:
 
 
 def _append_to_file(status: int, seconds: float) -> int:
-    """Append the time and the exit status to the failure file of a Slurm job; return the status.
+    """Append the time and the exit status to the failure file of a Slurm job. Return the status.
 
     Outside of a Slurm job, only return the status.
     """

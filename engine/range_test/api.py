@@ -14,8 +14,9 @@ from engine.range_test.recorder import Recorder, Run, SweepOver
 from engine.range_test.refinement import check_training_steps
 from engine.range_test.report import LRRangeReport
 from engine.range_test.sweep import Shape, Sweep, read_initial_lrs, spread_over_groups
+from engine.run.training_loops import preserve_state
 from engine.training.data import call_model
-from engine.training_run import preserve_state
+from engine.training.device_moves import move_to_device
 from schedules import Schedule, from_config
 
 __all__ = ["lr_range_test"]
@@ -38,9 +39,9 @@ def lr_range_test(
     """Run an LR range test: train with increasing learning rates, and suggest a range for 1Cycle.
 
     Afterwards, the weights, buffers, optimizer, schedule, loss scale, counters and RNG states are
-    restored bit for bit, even after an exception. A second call therefore measures the same
-    curve. Every rank must call this function; the loss is averaged over all ranks. The test ignores
-    calls of `set_gradient_accumulation_boundary`.
+    restored bit for bit, even after an exception. On the CPU, a second call therefore measures the
+    same curve; a GPU may round differently. Every rank must call this function; the loss is
+    averaged over all ranks. The test ignores calls of `set_gradient_accumulation_boundary`.
 
     If `refine` is true, the function then trains short 1Cycle runs of `steps` steps. The runs use
     five maximum learning rates around the suggestion, each twice the previous one. As long as the
@@ -101,7 +102,8 @@ def lr_range_test(
             trainer.train()
             with contextlib.suppress(SweepOver):
                 for batch in _repeat_forever(batches):
-                    trainer.backward(loss_fn(trainer, batch))
+                    moved = move_to_device(batch, trainer.device)
+                    trainer.backward(loss_fn(trainer, moved))
                     trainer.step()
         return recorder.run
 
@@ -115,12 +117,13 @@ def lr_range_test(
 
 @contextlib.contextmanager
 def _trial_run(trainer: Engine, recorder: Recorder, schedule: Schedule[Any]) -> Iterator[None]:
-    """Use another schedule inside this context; restore the training state on exit.
+    """Use another schedule inside this context, and restore the training state on exit.
 
     The state is also restored after an exception. The recorder records every step of the trial run.
     """
     run = trainer._run  # noqa: SLF001  # private to the package
     run.accumulation.check_between_steps()
+    run.settle()  # before the snapshot, which contains the learning rate of the next step
     with preserve_state(trainer, trainer._backend, trainer.training_dataloader):  # noqa: SLF001  # private to the package
         try:
             trainer._run = run.start_trial(recorder, schedule)  # noqa: SLF001  # private to the package
@@ -136,6 +139,6 @@ def _repeat_forever(batches: Iterable[Any]) -> Iterator[Any]:
             yield batch
         if count == 0:
             raise ValueError(
-                "`batches` must yield at least one micro-batch in each iteration, got none. Pass a "
-                "list or a data loader, because a generator can be iterated only once."
+                "`batches` must yield at least one micro-batch each time it is iterated, got none. "
+                "Pass a list or a data loader, because a generator can be iterated only once."
             )

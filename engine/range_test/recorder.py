@@ -24,7 +24,7 @@ _MAX_POINTS = 20_000  # recorded steps of a range test without a step limit
 
 
 class SweepOver(SystemExit):
-    """Raised to end the script with exit status 0 when the range test is complete."""
+    """Exception that ends the script with exit status 0 when the range test is complete."""
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Run:
 
 
 class Recorder:
-    """Records the learning rate and loss of each step, and detects the end of the sweep.
+    """Recorder that stores the learning rate and loss of each step, and detects the sweep's end.
 
     Every rank has a recorder. All ranks end the sweep at the same step, because they receive the
     same averaged loss.

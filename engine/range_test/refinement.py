@@ -55,7 +55,7 @@ class Refinement:
 
     @property
     def lowest_per_repeat(self) -> list[float]:
-        """The estimate `lowest` for each repeat separately, to show how much it varies."""
+        """The value of `lowest` for each repeat separately, to show how much the value varies."""
         return [self._find_lowest(column) for column in np.array(list(self.losses.values())).T]
 
     @property
@@ -198,7 +198,7 @@ def check_training_steps(is_refined: bool, training_steps: int | None) -> None:
         training_steps: number of steps of the planned training; None if it was not given.
 
     Raises:
-        ValueError: if `training_steps` is given without `refine`, or is below 1.
+        ValueError: if `training_steps` is below 1, or is given but the suggestion is not refined.
     """
     if training_steps is not None and not is_refined:
         raise ValueError(

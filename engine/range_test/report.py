@@ -103,14 +103,23 @@ class LRRangeReport:
         each = self.max_lrs
         max_lr = statistics.median(each) if 2 * len(each) > len(self.runs) > 1 else found.max_lr
         rounded = max_lr and float(f"{max_lr:.2g}")
-        reason = "" if rounded else self._find_early_end() or found.reason
+        reason = "" if rounded else self._find_early_end(found.reason) or found.reason
         return Suggestion(rounded, reason, found.rules, found.smoothed)
 
-    def _find_early_end(self) -> str:
-        """Return a message if a script ended before its sweep did, else an empty string."""
+    def _find_early_end(self, reason: str) -> str:
+        """Return a message if a script ended before its sweep did, or an empty string.
+
+        Args:
+            reason: why the recorded losses allow no suggestion.
+        """
         for run in self.runs:
-            steps = run.facts.get("steps")
-            if not run.end and steps and len(run.lrs) < steps:
+            steps = run.facts.get("steps", 0)
+            if steps is None:  # the learning rate increases until the script ends
+                return (
+                    f"{reason}. The script ended at a learning rate of {run.lrs[-1]:.3g}; let it "
+                    "train for more steps, or increase `lr_range_test_step_rate`"
+                )
+            if not run.end and len(run.lrs) < steps:
                 return (
                     f"the script ended after {len(run.lrs)} of {steps} steps, before the largest "
                     "learning rates; let it train for more steps, or test fewer steps"

@@ -16,6 +16,7 @@ import torch
 from torch.optim import Optimizer
 
 from engine.config import Config
+from engine.config.resolve import drop_group_schedules
 from engine.engine import Engine
 from engine.errors import MisuseError
 from engine.range_test.recorder import RECORD, Recorder
@@ -39,7 +40,7 @@ def is_next_engine_swept(sweep: Sweep) -> bool:
     Every other engine of the script trains with its own schedule.
 
     Raises:
-        MisuseError: the script creates a second engine, but `sweep` does not select one.
+        MisuseError: if the script creates a second engine, but `sweep` does not select one.
     """
     number = next(_engines)
     if sweep.engine is None and number > 1:
@@ -60,7 +61,7 @@ def apply_sweep(config: Config, sweep: Sweep) -> Config:
     if sweep.seed_offset:
         torch.manual_seed(torch.initial_seed() + sweep.seed_offset)
     data = replace(config.data, seed=config.data.seed + sweep.seed_offset)
-    return replace(changed, data=data)
+    return drop_group_schedules(replace(changed, data=data))
 
 
 def spread_sweep(config: Config, sweep: Sweep, optimizer: Optimizer) -> Config:
@@ -94,7 +95,7 @@ def attach_recorder(engine: Engine, sweep: Sweep | None) -> None:
         recorder = Recorder(sweep.steps, sweep.divergence_factor, path, facts)
         engine._run.record_steps(recorder, is_trial=True)  # noqa: SLF001  # private to the package
     elif isinstance(engine.config.schedule, LRRangeTest):
-        recorder = Recorder(None, math.inf)
+        recorder = Recorder(None, math.inf, facts={"steps": None})
         engine._run.record_steps(recorder, is_trial=False)  # noqa: SLF001  # private to the package
         if is_first:
             directory = Path(engine.config.report or "lr_test")
@@ -114,7 +115,15 @@ def _find_own_directory(directory: Path) -> Path:
 def _write_report(recorder: Recorder, directory: Path) -> None:
     from engine.range_test.report import LRRangeReport
 
+    if not recorder.run.lrs:
+        return
     if len(recorder.run.curve[0]) < MIN_POINTS:
+        log.warning(
+            "LR range test: the script ended after %d steps, but the test needs at least %d. Train "
+            "for more epochs, or use smaller batches.",
+            len(recorder.run.lrs),
+            MIN_POINTS + 1,
+        )
         return
     report = LRRangeReport((recorder.run,))
     picture, _ = report.write(directory)

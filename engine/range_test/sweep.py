@@ -107,7 +107,7 @@ def read_initial_lrs(groups: Sequence[Mapping[str, Any]]) -> list[float]:
     """Return the initial learning rate of each param group.
 
     Raises:
-        ValueError: the initial learning rate is 0 in the first group, but not in all groups.
+        ValueError: if the initial learning rate is 0 in the first group, but not in all groups.
 
     >>> read_initial_lrs([{"lr": 0.1}, {"lr": 0.0, "initial_lr": 0.05}])
     [0.1, 0.05]
@@ -115,9 +115,9 @@ def read_initial_lrs(groups: Sequence[Mapping[str, Any]]) -> list[float]:
     lrs = [float(group.get("initial_lr", group["lr"])) for group in groups]
     if lrs[0] == 0 and any(lrs):
         raise ValueError(
-            "The learning rate of the first param group must be > 0, got 0, because the LR range "
-            "test scales the other groups in proportion to the first one. Put a group with a "
-            "learning rate > 0 first."
+            "The learning rate of the first param group must be > 0, got 0. Put a group with a "
+            "learning rate > 0 first, because the LR range test scales the other groups in "
+            "proportion to the first one."
         )
     return lrs
 

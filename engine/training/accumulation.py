@@ -13,7 +13,7 @@ __all__ = ["Accumulation"]
 
 @dataclass
 class Accumulation:
-    """Counts the micro-batches since the last optimizer step.
+    """Counter of the micro-batches since the last optimizer step.
 
     >>> accumulation = Accumulation(steps=2)
     >>> accumulation.is_boundary()
@@ -61,7 +61,8 @@ class Accumulation:
             raise MisuseError(
                 "`set_gradient_accumulation_boundary()` must not be called if "
                 "`managed_gradient_accumulation` is false, because each `step()` then runs the "
-                "optimizer. Call `step()` only at the boundary, or remove the key from the config."
+                "optimizer. Call `step()` only after the last micro-batch of a batch, or remove "
+                "the key from the config."
             )
         self.boundary = is_boundary
 
@@ -70,7 +71,7 @@ class Accumulation:
         return self.averages_gradients and self.is_boundary()
 
     def restart(self, micro_batches: int = 0) -> None:
-        """Set the position in the current batch, and reset the counters of earlier backward passes.
+        """Set the position in the current batch, and reset the record of earlier backward passes.
 
         Args:
             micro_batches: number of micro-batches that the run has processed so far.
@@ -96,11 +97,11 @@ class Accumulation:
         """Disable gradient averaging across ranks inside this context; see `Engine.no_sync`.
 
         Raises:
-            RuntimeError: the ZeRO stage is 2 or 3, or this context or `coalesce` is active.
+            RuntimeError: the ZeRO stage is 2 or 3, or this context or `coalesce` is already active.
         """
         if zero_stage >= 2:
             raise MisuseError(
-                "`no_sync()` must not be used with ZeRO stages 2 and 3, which shard gradients in "
+                "`no_sync()` must not be used with ZeRO stage 2 or 3, which shards gradients in "
                 "each backward pass. Use `gradient_accumulation_steps` instead."
             )
         if not self.averages_gradients or self.is_coalescing:
@@ -116,7 +117,7 @@ class Accumulation:
 
     @contextlib.contextmanager
     def coalesce(self) -> Iterator[None]:
-        """Check that this context is not nested in `no_sync`, and reject `no_sync` inside it.
+        """Reject this context inside `no_sync`, and `no_sync` inside this context.
 
         See `Engine.coalesce_grad_reduction`.
 

@@ -66,9 +66,16 @@ class CheckpointedForward:
         """Run the block, with activation checkpointing if gradients are enabled."""
         if not torch.is_grad_enabled():
             return self.__wrapped__(*args, **kwargs)
-        storage = torch.autograd.graph.save_on_cpu() if self.on_host else contextlib.nullcontext()
+        storage: Any = contextlib.nullcontext()
+        if self.on_host:
+            storage = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
         with storage:
-            return checkpoint(self.__wrapped__, *args, use_reentrant=False, **kwargs)
+            # PyTorch restores the random state of the devices of positional tensors only, so pass
+            # the keyword arguments as a positional one.
+            return checkpoint(self._call, args, kwargs, use_reentrant=False)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.__wrapped__(*args, **kwargs)
 
 
 def find_blocks(model: nn.Module, wrap: Sequence[str] = ()) -> list[nn.Module]:

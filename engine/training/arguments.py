@@ -108,7 +108,7 @@ def check_are_in_model(model: nn.Module, groups: Iterable[Any], backend: str) ->
             _check(
                 id(parameter) in known,
                 f"`model_parameters` and the optimizer must contain only parameters of `model` on "
-                f"{backend}, got another one of shape {tuple(parameter.shape)}. Register its "
+                f"{backend}, got one of shape {tuple(parameter.shape)}. Register its "
                 "module in the model, as in `model.criterion = criterion`, or use PyTorch without "
                 "ZeRO.",
             )

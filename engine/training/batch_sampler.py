@@ -43,7 +43,9 @@ class EpochOrder:
 
 
 def order_dataset(samples: int, config: Config) -> EpochOrder:
-    """Return the order of a dataset: a new random permutation per epoch if shuffling is enabled.
+    """Return the order in which each epoch visits a dataset.
+
+    If shuffling is enabled, the order is a new random permutation in each epoch.
 
     Args:
         samples: number of samples in the dataset.
@@ -60,16 +62,16 @@ def order_dataset(samples: int, config: Config) -> EpochOrder:
 
 
 def order_sampler(source: Any, config: Config, **settings: Any) -> EpochOrder:
-    """Return the order that a sampler draws. It depends only on the seed and the epoch.
+    """Return the order that a sampler draws, which depends only on the seed and the epoch.
 
-    Before the sampler draws the order of an epoch, its own random generators and the global ones
-    are seeded from ``engine.seed`` and the epoch number. Afterwards, their previous states are
-    restored.
+    Before the sampler draws the order of an epoch, the sampler's own random generators and the
+    global ones are seeded from ``engine.seed`` and the epoch number. Afterwards, the previous
+    states of these generators are restored.
 
     Args:
         source: sampler or batch sampler with a length.
         config: config with the seed.
-        **settings: the other fields of `EpochOrder`.
+        **settings: other fields of `EpochOrder`.
     """
     samplers = find_samplers(source)
     generators = [getattr(each, "generator", None) for each in samplers]
@@ -108,13 +110,14 @@ def set_epoch(source: Any, epoch: int) -> None:
 
 
 class GlobalBatchSampler(Sampler[Any]):
-    """Yields one rank's micro-batches, so that global batches do not depend on the world size.
+    """Sampler of one rank's micro-batches, with batches that do not depend on the world size.
 
-    The order of an epoch is cut into batches of ``train_batch_size``. Each batch is split across
-    ranks and micro-batches. Step k therefore trains on the same samples whether one rank processes
-    a batch of 8 in 2 micro-batches of 4, or two ranks process 4 samples each. An incomplete
-    last batch is dropped if ``order.drop_last`` is true; otherwise, it is filled up with samples
-    from the start of the epoch. Each iteration over the sampler is one epoch.
+    The order of an epoch is cut into batches of ``train_batch_size`` samples. Each batch is split
+    across ranks and micro-batches. Step k therefore trains on the same samples whether one rank
+    processes a batch of 8 in 2 micro-batches of 4, or two ranks process 4 samples each. An
+    incomplete last batch is dropped if ``order.drop_last`` is true. If it is false, the batch is
+    filled up with samples from the start of the epoch. Each iteration over the sampler is one
+    epoch.
 
     Args:
         order: order in which each epoch visits the data.
@@ -171,7 +174,7 @@ class GlobalBatchSampler(Sampler[Any]):
 
 
 class _SeededItems:
-    """Holds the items of one micro-batch, and seeds the worker process that unpickles them.
+    """Items of one micro-batch, with a seed for the worker process that unpickles them.
 
     torch seeds a worker only when the worker starts. Without this class, the random numbers of a
     worker would depend on the micro-batches that it has loaded before, and would be different in a

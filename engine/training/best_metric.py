@@ -12,9 +12,9 @@ __all__ = ["BestMetric"]
 
 @dataclass
 class BestMetric:
-    """Tracks the best value of a metric.
+    """Tracker of the best value of a metric.
 
-    A NaN is never the best value.
+    NaN is never the best value.
 
     >>> best = BestMetric("accuracy", mode="max", patience=2)
     >>> [best.update(value, step) for step, value in enumerate([0.5, 0.7, 0.6, 0.7])]
@@ -72,7 +72,7 @@ class BestMetric:
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Load the state from a checkpoint; ignore None and the state of a different metric."""
+        """Load a saved state, unless it is None or has a different metric name or mode."""
         if state is not None and (state["name"], state["mode"]) == (self.name, self.mode):
             for key in ("value", "step", "misses", "last_step"):
                 setattr(self, key, state[key])

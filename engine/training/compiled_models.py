@@ -1,4 +1,4 @@
-"""Train the module inside a model that `torch.compile` returned."""
+"""Unwrap models that `torch.compile` returned, and keep their modules compiled."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def unwrap_compiled(model: nn.Module) -> nn.Module:
     """Return the module inside a compiled model, set up to run compiled without the wrapper.
 
     The wrapper adds ``_orig_mod.`` to the keys of the state dict, so a checkpoint of the wrapper
-    could not be loaded into the model without `torch.compile`. If the model is not compiled, return
-    it unchanged.
+    could not be loaded into a model that is not compiled. If the model is not compiled, return the
+    model unchanged.
 
     >>> import torch
     >>> inner = nn.Linear(2, 1)

@@ -26,7 +26,7 @@ __all__ = [
 
 
 def call_model(model: Callable[..., Any], batch: Any) -> Any:
-    """Call a model on a batch; a tuple, list or mapping is unpacked into the model's arguments.
+    """Call a model on a batch. Unpack a tuple, list or mapping into the model's arguments.
 
     >>> call_model(max, (1, 3)), call_model(dict, {"x": 2})
     (3, {'x': 2})
@@ -96,9 +96,8 @@ def count_steps_per_epoch(loader: RunLoader | None, config: Config) -> int | Non
     steps = micro_batches // config.batch.accumulation
     if steps == 0:
         raise ValueError(
-            "The number of micro-batches per epoch must be >= "
-            f"{config.batch.accumulation}, the number per optimizer step, got {micro_batches}. "
-            "Reduce `train_batch_size`."
+            "The number of micro-batches per epoch must be >= `gradient_accumulation_steps` "
+            f"({config.batch.accumulation}), got {micro_batches}. Reduce `train_batch_size`."
         )
     return steps
 
@@ -109,9 +108,10 @@ def build_loader(
     ranks: Ranks,
     collate_fn: Callable[[list[Any]], Any] | None,
 ) -> RunLoader:
-    """Build the data loader of one rank, which yields micro-batches and reshuffles every epoch.
+    """Build the data loader that yields the micro-batches of one rank.
 
-    An iterable dataset is not shuffled, and must itself split its samples across ranks.
+    Unless the config disables shuffling, a map-style dataset is reshuffled in every epoch. An
+    iterable dataset is not shuffled, and must itself split its samples across ranks.
 
     Args:
         training_data: dataset, or the user's own data loader.
@@ -120,14 +120,14 @@ def build_loader(
         collate_fn: function that turns a list of samples of the dataset into a batch.
 
     Raises:
-        ValueError: the dataset is empty, ``dataloader_drop_last`` drops its only batch, or an
-            argument does not apply to this kind of ``training_data``.
+        ValueError: the dataset is empty, ``dataloader_drop_last`` drops its only batch, or
+            ``collate_fn`` or ``engine.dataloader.shuffle`` does not apply to ``training_data``.
     """
     if is_loader(training_data):
         if collate_fn is not None:
             raise ValueError(
-                "`collate_fn` is for a dataset, but `training_data` is a data loader. Pass "
-                "`collate_fn` to the data loader instead."
+                "`collate_fn` applies only to a dataset, but `training_data` is a data loader. "
+                "Pass `collate_fn` to the data loader instead."
             )
         return prepare_loader(training_data, config, ranks)
     data = config.data
@@ -159,7 +159,9 @@ def make_rank_loader(
     pin_memory: bool = True,
     **settings: Any,
 ) -> DataLoader[Any]:
-    """Build a data loader for one rank. Checkpoints do not store the position of this loader.
+    """Build a data loader for one rank.
+
+    Checkpoints do not store the position of this loader.
 
     Args:
         dataset: dataset to load. An iterable dataset must split its samples across ranks.

@@ -83,14 +83,16 @@ def _map_dataclass(convert: Callable[[Any], Any], value: Any) -> Any:
     return clone
 
 
-def move_to_device(batch: Any, device: torch.device, *, non_blocking: bool = False) -> Any:
+def move_to_device(batch: Any, device: torch.device) -> Any:
     """Return a batch with its tensors moved to a device.
+
+    Copies from pinned memory to a GPU overlap with its computation. Copies to the CPU are complete
+    when the function returns.
 
     Args:
         batch: tensor, nested container of tensors as in `map_leaves`, or object with a method
             ``to(device)``, such as Hugging Face's ``BatchEncoding``. Other values stay unchanged.
         device: device to move to.
-        non_blocking: whether copies from pinned memory to a GPU overlap with computation.
 
     >>> move_to_device({"x": [torch.ones(2), "text"]}, torch.device("meta"))
     {'x': [tensor(..., device='meta', size=(2,)), 'text']}
@@ -99,7 +101,7 @@ def move_to_device(batch: Any, device: torch.device, *, non_blocking: bool = Fal
     def move(leaf: Any) -> Any:
         if not _has_to(leaf):
             return leaf
-        if non_blocking:
+        if device.type != "cpu":
             try:
                 return leaf.to(device, non_blocking=True)
             except TypeError:  # the method takes only a device

@@ -17,7 +17,7 @@ class DivergenceCheck:
     """
 
     def __init__(self, limit: int | None) -> None:
-        self.last_loss: Tensor | None = None
+        self.last_loss: Tensor | float | None = None
         """The last loss on this rank, for the error message."""
         self._limit = limit
         self._skipped = 0

@@ -114,8 +114,8 @@ class Evaluator:
         if any(kind[1:] != kinds[0][1:] for kind in kinds):
             got = [((rows, *shape), dtype) for rows, shape, dtype in kinds]
             raise ValueError(
-                "`value` must have the same shape after the first dimension, and the same dtype, "
-                f"on every rank, got {got}. Pad or convert it first."
+                "`value` must have the same dtype on every rank and, except in the first "
+                f"dimension, the same shape, got {got}. Pad or convert it first."
             )
         # Gather bytes, because gloo does not support every dtype.
         own = _to_bytes(tensor)

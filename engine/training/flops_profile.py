@@ -103,7 +103,7 @@ def format_profile(profiles: Sequence[ModuleProfile], settings: Mapping[str, Any
     """Yield the lines of a report about the profiled modules.
 
     Args:
-        profiles: profile of each module, the model first.
+        profiles: profile of each module, starting with the model.
         settings: section ``flops_profiler`` of the config, with default values filled in.
     """
     model = profiles[0]
@@ -125,7 +125,7 @@ def format_profile(profiles: Sequence[ModuleProfile], settings: Mapping[str, Any
 
 
 def _format_depths(profiles: Sequence[ModuleProfile], last_depth: int, count: int) -> Iterator[str]:
-    """Yield, for each depth down to ``last_depth``, the module classes with the highest costs."""
+    """Yield lines with the most expensive module classes at each depth down to ``last_depth``."""
     deepest = max(profile.depth for profile in profiles)
     for depth in range(min(last_depth, deepest) + 1 if last_depth >= 0 else deepest + 1):
         yield f"\ntop {count} classes at depth {depth}"

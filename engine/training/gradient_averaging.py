@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from torch.optim import Optimizer
 
 from engine.distributed.ranks import Ranks
 from engine.errors import MisuseError
+
+T = TypeVar("T", bound=Tensor)
 
 __all__ = ["GradientAverager", "broadcast", "find_sparse_weights"]
 
@@ -36,14 +38,16 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
     Every rank must call this function with tensors of the same shapes, in the same order.
     """
-    started = []
-    for tensor in tensors:
-        contiguous = tensor.detach().contiguous()  # NCCL accepts no other tensors
-        started.append((tensor, contiguous, dist.broadcast(contiguous, src=0, async_op=True)))
-    for tensor, contiguous, work in started:
-        work.wait()
-        if contiguous.data_ptr() != tensor.data_ptr():
-            tensor.detach().copy_(contiguous)
+    for bucket in _split([tensor.detach() for tensor in tensors], _get_type):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        dist.broadcast(flat, src=0)
+        parts = torch.split(flat, [tensor.numel() for tensor in bucket])
+        views = [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)]
+        torch._foreach_copy_(bucket, views)
+
+
+def _get_type(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
+    return tensor.device, tensor.dtype
 
 
 @dataclasses.dataclass
@@ -94,6 +98,8 @@ class GradientAverager:
     def __init__(self, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
         self._optimizer = optimizer
         self._ranks = ranks
+        self.checks_every_step = ranks.device.type == "cpu"
+        """Whether to compare the ranks' step numbers in every step, which waits for the device."""
         self._model = model if any(True for _ in model.buffers()) else None
         self._sparse = find_sparse_weights(model)
         self._parameters: list[nn.Parameter] = []
@@ -180,7 +186,8 @@ class GradientAverager:
         self.release()
         self._parameters = trained
         dense = [parameter for parameter in trained if id(parameter) not in self._sparse]
-        for members in _split(reversed(dense)):  # the last layers' gradients come first
+        # The last layers' gradients come first.
+        for members in _split(reversed(dense), _buffer_type):
             bucket = _build_bucket(members)
             self._buckets.append(bucket)
             for index, parameter in enumerate(members):
@@ -265,7 +272,7 @@ class GradientAverager:
     def _finish(self, bucket: _Bucket) -> None:
         bucket.work.wait()
         bucket.work = None
-        if self._is_check_due() or self._ranks.device.type == "cpu":
+        if self.checks_every_step or self._is_check_due():
             self._check_step(bucket)
         if bucket.is_stale:
             return  # copying the mean would discard newer gradients
@@ -289,18 +296,8 @@ class GradientAverager:
 
     def _average_buffers(self) -> None:
         """Copy the model's buffers, such as BatchNorm's running mean, from rank 0 to all ranks."""
-        by_type: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for buffer in () if self._model is None else self._model.buffers():
-            by_type.setdefault((buffer.device, buffer.dtype), []).append(buffer.detach())
-        for buffers in by_type.values():
-            flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
-            dist.broadcast(flat, src=0)
-            sizes = [buffer.numel() for buffer in buffers]
-            views = [
-                part.view_as(buffer)
-                for part, buffer in zip(torch.split(flat, sizes), buffers, strict=True)
-            ]
-            torch._foreach_copy_(buffers, views)
+        if self._model is not None:
+            broadcast(self._model.buffers())
 
     def _are_replaced(self) -> bool:
         """Return whether the script has replaced a gradient since the gradients were averaged."""
@@ -355,16 +352,20 @@ class GradientAverager:
                 )
 
 
-def _split(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Split parameters into buckets whose gradients can share a buffer.
+def _split(tensors: Iterable[T], get_type: Callable[[T], object]) -> list[list[T]]:
+    """Split tensors into buckets that can share a buffer.
 
-    All gradients of a bucket are averaged on the same device and in the same dtype. The first
-    bucket is small, so that averaging starts early in the backward pass.
+    All tensors of a bucket have the same type. The first bucket is small, so that averaging
+    gradients starts early in the backward pass.
+
+    Args:
+        tensors: tensors, or parameters that stand for their gradients.
+        get_type: function that returns the device and the dtype of the buffer.
     """
-    buckets: list[list[nn.Parameter]] = []
+    buckets: list[list[T]] = []
     size, limit = 0, 0
-    for parameter in parameters:
-        is_alike = bool(buckets) and _buffer_type(buckets[-1][0]) == _buffer_type(parameter)
+    for parameter in tensors:
+        is_alike = bool(buckets) and get_type(buckets[-1][0]) == get_type(parameter)
         if not is_alike or size >= limit:
             limit = _BUCKET_BYTES if buckets else _FIRST_BUCKET_BYTES
             buckets.append([])
@@ -403,7 +404,7 @@ def find_sparse_weights(model: nn.Module) -> set[int]:
 def _check_models_match(model: nn.Module, ranks: Ranks) -> None:
     own = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
     models: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(models, own)
+    dist.all_gather_object(models, own, group=ranks.control_group)
     for rank, other in enumerate(models):
         if other != models[0]:
             pairs = zip(models[0], other, strict=False)

@@ -66,7 +66,6 @@ class RunLoader:
         self._generator = generator
         self._sampler = sampler
         self._repeats = repeats
-        self._is_pinned = bool(getattr(batches, "pin_memory", False))
         self._run_is_over: Callable[[], bool] = lambda: False
         self._end_epoch: Callable[[], None] = lambda: None
         self._save_last: Callable[[], None] = lambda: None
@@ -143,15 +142,15 @@ class RunLoader:
         elif self.resumes:
             log.warning(
                 "the checkpoint does not contain the state of this rank's data loader; epoch %d "
-                "starts from its beginning",
+                "restarts from the beginning",
                 self._epoch,
             )
 
     def close(self) -> None:
         """Stop the worker processes that keep running between epochs.
 
-        Otherwise, Python's garbage collector stops the workers. This takes several seconds if it
-        deletes the queues of the workers first.
+        If this method is not called, the workers stop when Python's garbage collector deletes them.
+        They stop several seconds later if the collector deletes their queues first.
         """
         if getattr(self._batches, "persistent_workers", False):
             self._batches._iterator = None  # noqa: SLF001  # torch has no public way
@@ -218,7 +217,7 @@ class RunLoader:
     def _move(self, batch: Any) -> Any:
         if self._device.type == "cpu":
             return batch
-        return move_to_device(batch, self._device, non_blocking=self._is_pinned)
+        return move_to_device(batch, self._device)
 
     def _end_run(self) -> Iterator[Any]:
         self._empty_epochs += 1

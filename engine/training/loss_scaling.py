@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
@@ -63,6 +66,25 @@ class LossScaler:
         """
         if self._dynamic and self.scale > _MAX_FLOAT16_SCALE:
             self.scale = _MAX_FLOAT16_SCALE
+
+    @property
+    def max_float16_scale(self) -> float:
+        """The largest loss scale for a float16 loss; a static scale is not limited."""
+        return _MAX_FLOAT16_SCALE if self._dynamic else math.inf
+
+    def find_next_scales(self) -> tuple[float, float]:
+        """Return the scales after a step without and with overflow.
+
+        >>> LossScaler(LossScaling(0, 4, 2, 1, False, 1)).find_next_scales()
+        (16.0, 8.0)
+        """
+        scales = []
+        for overflow in (False, True):
+            scaler = copy.copy(self)
+            with contextlib.suppress(FloatingPointError):  # `update` raises it after the step
+                scaler.update(overflow=overflow)
+            scales.append(scaler.scale)
+        return scales[0], scales[1]
 
     def update(self, *, overflow: bool) -> None:
         """Update a dynamic scale after a step. A static scale does not change.

@@ -69,6 +69,23 @@ class LossWindow:
             self._mean = self._average(float(torch.stack(self._losses).float().mean()))
         return self._mean
 
+    @property
+    def count(self) -> int:
+        """The number of losses since the last optimizer step."""
+        return len(self._losses)
+
+    def compute_local_mean(self) -> Tensor | None:
+        """Return this rank's mean loss as a tensor on its device; None if there are no losses."""
+        return torch.stack(self._losses).float().mean() if self._losses else None
+
+    def set_mean(self, mean: float) -> None:
+        """Set the result of `mean`, if it was computed elsewhere."""
+        self._mean = mean
+
+    def renew(self) -> LossWindow:
+        """Return an empty window with the same settings."""
+        return LossWindow(self._average, is_kept=self.is_kept)
+
     def clear(self) -> None:
         """Remove all losses."""
         if self._losses:

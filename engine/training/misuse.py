@@ -168,16 +168,23 @@ class MisuseChecks:
             scheduler: the run's scheduler; may be None.
             global_steps: number of completed batches.
         """
-        if scheduler is not self._scheduler:
-            self._scheduler = scheduler if _has_position(scheduler) else None
-        if self._scheduler is not None:
-            self._last_epoch = self._scheduler.last_epoch
-            self._base_lrs = getattr(scheduler, "base_lrs", None)
+        self.note_scheduler(scheduler)
         self._count = self._counter.count
         self._is_position_known = True
         self._claim.steps += 1
         if self._frozen and (global_steps <= _CHECKED_STEPS or global_steps % _CHECK_INTERVAL == 0):
             self._check_unfrozen()
+
+    def note_scheduler(self, scheduler: Any) -> None:
+        """Record how many steps the scheduler has taken.
+
+        Call this method after the engine has stepped the scheduler outside of a step.
+        """
+        if scheduler is not self._scheduler:
+            self._scheduler = scheduler if _has_position(scheduler) else None
+        if self._scheduler is not None:
+            self._last_epoch = self._scheduler.last_epoch
+            self._base_lrs = getattr(scheduler, "base_lrs", None)
 
     def check_epoch(self, micro_steps: int, accumulation: Accumulation) -> None:
         """Check, at the end of an epoch, that `step` was called if `backward` was called.
@@ -223,7 +230,7 @@ class MisuseChecks:
         claim = self._claim
         before, now = self._steps_of_rivals, sum(rival.steps for rival in claim.rivals)
         self._steps_of_rivals = now
-        # A script may build an engine for a model and then another one that replaces it.
+        # A script may build an engine for a model and then replace it with a new engine.
         if before is None or before == now:
             return
         shared = claim.parameters & set[Any]().union(*(each.parameters for each in claim.rivals))

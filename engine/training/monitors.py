@@ -28,7 +28,7 @@ log = logging.getLogger("onecycle")
 
 
 class Event(NamedTuple):
-    """A metric's name (as in DeepSpeed), its value, and the number of samples trained on so far."""
+    """The name of a metric in DeepSpeed, its value, and the number of training samples so far."""
 
     name: str
     value: float
@@ -55,9 +55,9 @@ class Monitor(Protocol):
 
 
 class RunDirectories:
-    """Chooses directories for the files of a run, so that two runs never share a directory.
+    """Directories for the metric files of a run. Two runs never share a directory.
 
-    The first run writes to ``DIR``, the next ones to ``DIR-2``, ``DIR-3`` and so on.
+    The first run writes to ``DIR``, and later runs write to ``DIR-2``, ``DIR-3`` and so on.
     """
 
     def __init__(self) -> None:
@@ -67,8 +67,8 @@ class RunDirectories:
     def get(self, directory: str) -> Path:
         """Return the directory in which this run writes the files of a monitor.
 
-        The first call chooses ``directory`` itself or, if an earlier run has used it, a numbered
-        directory such as ``DIR-2``.
+        The first call chooses ``directory`` itself if no earlier run has used it. Otherwise, the
+        first call chooses a numbered directory, such as ``runs-2`` for ``runs``.
         """
         number = self.numbers.get(directory)
         if number is None or _OWNERS.get(_add_number(directory, number)) is not self:
@@ -112,7 +112,7 @@ def _create_unused(directory: str) -> int:
 
 
 class TensorBoardMonitor:
-    """Writes TensorBoard event files.
+    """Monitor that writes TensorBoard event files.
 
     Args:
         directory: output directory that the config specifies.
@@ -140,7 +140,7 @@ class TensorBoardMonitor:
         self._writer.flush()
 
     def rewind(self, samples: int) -> None:
-        """Start a new event file, so that TensorBoard hides the later events in older files."""
+        """Start a new event file that makes TensorBoard hide later events in older files."""
         self.close()
         self._purge_step = samples + 1
 
@@ -152,7 +152,7 @@ class TensorBoardMonitor:
 
 
 class CSVMonitor:
-    """Writes one CSV file per metric.
+    """Monitor that writes one CSV file per metric.
 
     Each row contains the number of samples so far and the value of the metric.
 
@@ -166,7 +166,7 @@ class CSVMonitor:
         self._directories = directories
 
     def write_events(self, events: Iterable[Event]) -> None:
-        """Append a row to the CSV file of each event's metric."""
+        """Append each event as a row to the CSV file of its metric."""
         directory = self._directories.get(self._directory)
         for event in events:
             path = directory / f"{event.name.replace('/', '_')}.csv"
@@ -178,7 +178,7 @@ class CSVMonitor:
                 writer.writerow([event.samples, event.value])
 
     def rewind(self, samples: int) -> None:
-        """Remove the rows after the given number of samples, and an incomplete last row."""
+        """Remove rows with more than ``samples`` samples, and an incomplete last row."""
         if self._directory not in self._directories.numbers:
             return
         for path in self._directories.get(self._directory).glob("*.csv"):
@@ -194,7 +194,7 @@ class CSVMonitor:
 
 
 class WandbMonitor:
-    """Logs metrics to Weights & Biases, in offline mode unless ``WANDB_MODE`` is set."""
+    """Monitor for Weights & Biases, which runs in offline mode unless ``WANDB_MODE`` is set."""
 
     def __init__(self, section: Mapping[str, Any]) -> None:
         try:
@@ -229,7 +229,7 @@ class Monitors:
 
     Args:
         monitors: monitors that receive the events of each step.
-        directories: object that chooses the run's directories; default: a new one.
+        directories: object that chooses the directories of this run. By default, a new one is used.
     """
 
     def __init__(
@@ -261,11 +261,14 @@ class Monitors:
             monitor.write_events(each_event)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of the run's directory for each output directory of the config."""
+        """Return the number of this run's directory for each output directory of the config.
+
+        For example, the number of the directory ``runs-2`` is 2.
+        """
         return dict(self._directories.numbers)
 
     def resume(self, state: Mapping[str, int], samples: int) -> None:
-        """Continue the files of the run that saved a checkpoint.
+        """Continue writing to the files of the run that saved a checkpoint.
 
         Before new events are written, the events after the given number of samples are removed.
         """
@@ -286,7 +289,7 @@ _FILE_MONITORS: Mapping[str, tuple[Callable[[str, RunDirectories], Monitor], str
 
 
 def build_monitors(sections: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> Monitors:
-    """Build the monitors that the config enables. Ranks other than 0 have no monitors.
+    """Build the monitors that the config enables on rank 0, and no monitors on other ranks.
 
     Args:
         sections: config sections ``tensorboard``, ``csv_monitor`` and ``wandb``, with defaults
@@ -294,7 +297,7 @@ def build_monitors(sections: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> M
         ranks: rank, world size and device of this process.
 
     Raises:
-        ValueError: if ``wandb`` is enabled, but the package is not installed.
+        ValueError: ``wandb`` is enabled, but the package is not installed.
     """
     enabled = {name: section for name, section in sections.items() if section["enabled"]}
     if ranks.rank != 0:

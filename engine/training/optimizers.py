@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from engine.config.resolve import OptimizerBlock
+from engine.config.optimizer_block import OptimizerBlock
 from engine.config.schema import is_import_path, optimizer_name, optimizer_schema
 from schedules.core.imports import import_attribute
 
@@ -82,13 +82,14 @@ def build_optimizer(
     if params.pop("adam_w_mode", False) and name == "Adam":
         name = "AdamW"
     may_fuse &= not params.pop("torch_adam", False)
-    # Fused SGD cannot start a momentum with dampening later than those of other parameters.
-    may_fuse &= not params.get("dampening")
+    # The momentum buffers of fused SGD start at zero, which is wrong with dampening.
+    has_dampening = any(isinstance(group, dict) and group.get("dampening") for group in groups)
+    may_fuse &= not (params.get("dampening") or has_dampening)
     if name in _FUSED_OPTIMIZERS and may_fuse and _has_fused_kernel(name, groups):
         params["fused"] = True
     optimizer = _construct(getattr(torch.optim, name), groups, _convert(params))
     if name == "SGD" and "fused" in params:
-        optimizer.register_step_pre_hook(_start_late_momenta)
+        optimizer.register_step_pre_hook(_start_momenta)
     return optimizer
 
 
@@ -141,20 +142,20 @@ def _build_custom(path: str, groups: list[Any], params: Mapping[str, Any]) -> Op
     return optimizer
 
 
-def _start_late_momenta(optimizer: Optimizer, *_: Any) -> None:
-    """Create zero momentum buffers for parameters that get their first gradient later than others.
+def _start_momenta(optimizer: Optimizer, *_: Any) -> None:
+    """Create zero momentum buffers for the parameters that have a gradient and no buffer.
 
-    PyTorch's fused SGD fails if only some parameters have a momentum buffer. Without dampening, a
-    buffer of zeros gives the same result as no buffer.
+    PyTorch's fused SGD fails if only some parameters have a momentum buffer. If the device skips
+    the first step, the buffers that fused SGD creates itself stay uninitialized. Without
+    dampening, a buffer of zeros gives the same result as no buffer.
     """
     state, groups = optimizer.state, optimizer.param_groups
-    if len(state) in {0, sum(len(group["params"]) for group in groups)}:
+    if len(state) == sum(len(group["params"]) for group in groups):
         return
     for group in groups:
-        used = [p for p in group["params"] if p.grad is not None and group["momentum"]]
-        late = [p for p in used if state.get(p, {}).get("momentum_buffer") is None]
-        for parameter in late if len(late) < len(used) else ():
-            state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for parameter in group["params"] if group["momentum"] else ():
+            if parameter.grad is not None and state[parameter].get("momentum_buffer") is None:
+                state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _construct(

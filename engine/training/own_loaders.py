@@ -206,7 +206,8 @@ def _check_same_order(order: EpochOrder, ranks: Ranks) -> None:
         return
     found: list[Any] = [None] * ranks.world_size
     items = b"" if order.is_sharded else repr(list(order.draw(0))).encode()
-    dist.all_gather_object(found, (order.length, hashlib.sha256(items).hexdigest()))
+    own = order.length, hashlib.sha256(items).hexdigest()
+    dist.all_gather_object(found, own, group=ranks.control_group)
     for rank, other in enumerate(found):
         if other != found[0]:
             raise ValueError(

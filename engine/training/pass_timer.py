@@ -22,7 +22,7 @@ def read_clock(device: torch.device) -> float:
 
 
 class PassTimer:
-    """Measures how long function calls take on a device, and returns each function's mean time.
+    """Timer that measures the mean time of function calls on a device.
 
     Args:
         device: device that is synchronized before and after each measured call.

@@ -1,4 +1,4 @@
-"""Support 16-bit training: run methods under autocast, keep float32 weights, cast layer inputs."""
+"""Support 16-bit training with autocast, float32 weights and casts of layer inputs."""
 
 from __future__ import annotations
 
@@ -86,16 +86,16 @@ def restore_methods(model: nn.Module) -> None:
 def convert_to_float32(
     parameters: Iterable[nn.Parameter], optimizer: Optimizer | None = None
 ) -> torch.dtype | None:
-    """Convert trained 16-bit parameters to float32 in place, so that small changes are not lost.
+    """Convert trainable 16-bit parameters to float32 in place, so that small changes are not lost.
 
-    A bfloat16 weight has 8 bits of precision: adding 1e-5 to 1.0 does not change it.
+    A bfloat16 weight has 8 bits of precision, so adding 1e-5 to a weight of 1.0 has no effect.
 
     Args:
-        parameters: parameters of the model; those that do not require gradients stay unchanged.
+        parameters: parameters of the model. Those that do not require gradients stay unchanged.
         optimizer: optimizer whose state for these parameters is also converted.
 
     Returns:
-        The dtype that the parameters had; None if no parameter was converted.
+        The previous dtype of the converted parameters, or None if no parameter was converted.
 
     >>> weight = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     >>> convert_to_float32([weight]), weight.dtype
@@ -125,7 +125,7 @@ def cast_layer_inputs(model: nn.Module, dtype: torch.dtype) -> list[Any]:
     such as targets and positions, keep their precision.
 
     Returns:
-        The handles that remove the hooks.
+        Handles for removing the hooks.
     """
     layers = [module for module in model.modules() if not any(True for _ in module.children())]
     return [
@@ -149,7 +149,7 @@ class _InputCast:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Cast floating-point tensors to a dtype, at any depth of lists, tuples and dicts."""
+    """Cast floating-point tensors to a dtype, including those in nested lists, tuples and dicts."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if type(value) in {list, tuple}:

@@ -119,6 +119,7 @@ class ProgressReporter:
         # The sum and number of losses since the last log line.
         self._sum: Tensor | float = 0.0
         self._count = 0
+        self._is_averaged = False  # whether the losses are means over the ranks
 
     def add(self, loss: Tensor) -> None:
         """Include the loss of a micro-batch in the mean loss of the next log line."""
@@ -126,9 +127,16 @@ class ProgressReporter:
             self._sum = self._sum + loss.detach().float()
             self._count += 1
 
+    def add_mean(self, loss: float, count: int) -> None:
+        """Include the losses of several micro-batches, whose mean over the ranks is ``loss``."""
+        if self._is_logged:
+            self._sum = self._sum + loss * count
+            self._count += count
+            self._is_averaged = True
+
     def clear_losses(self) -> None:
         """Discard the losses since the last log line, for example those of a skipped step."""
-        self._sum, self._count = 0.0, 0
+        self._sum, self._count, self._is_averaged = 0.0, 0, False
 
     def needs_record(self, counters: Counters) -> bool:
         """Return whether the last step will be logged or monitored, so `report` must be called."""
@@ -215,7 +223,9 @@ class ProgressReporter:
     def _write_line(self, record: StepRecord) -> None:
         self._is_first_line = False
         # No loss was added if the script calls `loss.backward()` itself.
-        loss = self._average(float(self._sum) / self._count) if self._count else None
+        loss = float(self._sum) / self._count if self._count else None
+        if loss is not None and not self._is_averaged:
+            loss = self._average(loss)
         self.clear_losses()
         if not self._is_first:
             return

@@ -1,4 +1,4 @@
-"""Detect ranks or workers that load the same batches because the data is not split."""
+"""Detect ranks or workers that load the same batches because the data is not split among them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _numbers = itertools.count()
 
 
 class RepeatCheck:
-    """Compares the first batches of a data loader across ranks and workers.
+    """Comparison of a data loader's first batches across ranks and workers.
 
-    Use this check for loaders that must split the data themselves, such as loaders of iterable
-    datasets. Torch gives each rank and each worker a copy of the whole dataset. During the check,
-    no rank waits for another, so the script may iterate on only one rank.
+    Use this class for datasets and samplers that must split the data themselves, such as iterable
+    datasets. PyTorch gives each rank and each worker a copy of the whole dataset. No rank waits for
+    another rank during the comparison, so the script may iterate over the loader on only one rank.
 
     Args:
         ranks: rank and world size of this process.
@@ -40,7 +40,7 @@ class RepeatCheck:
         self._number = next(_numbers)  # the ranks create their loaders in the same order
 
     def add(self, batch: Any) -> bool:
-        """Add the next batch. Return whether the check needs more batches.
+        """Add the next batch, and return whether the check needs more batches.
 
         Raises:
             ValueError: another rank loads the same batches, or all workers of this rank do.

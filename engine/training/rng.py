@@ -1,4 +1,4 @@
-"""Get, set and seed the RNG states of Python, NumPy and PyTorch."""
+"""Save, restore and seed the random number generators of Python, NumPy and PyTorch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ __all__ = ["check_rng_state", "get_rng_state", "preserve_rng_state", "seed_rng",
 
 
 def get_rng_state() -> dict[str, Any]:
-    """Return the RNG states of Python, NumPy and PyTorch, including that of this rank's GPU."""
+    """Return the RNG states of Python, NumPy, PyTorch and, if available, this rank's GPU."""
     name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  # scripts use the global generator
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys).copy()), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
+    # A run on the CPU must not create a CUDA context, and a forked worker cannot.
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # untyped in torch
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -47,7 +48,7 @@ def check_rng_state(state: Any) -> None:
     """Check that `set_rng_state` accepts a state, without changing the current state.
 
     Raises:
-        Exception: if a generator does not accept its part of the state.
+        Exception: a generator does not accept its part of the state.
     """
     restore(_RngState, state, "state")
     with preserve_rng_state():

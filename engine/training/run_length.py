@@ -42,7 +42,7 @@ class RunLength:
             steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
         Returns:
-            Whether the length could be determined. A length in epochs is unknown without
+            Whether the number of steps is known. A length in epochs requires
             ``steps_per_epoch``.
 
         Raises:
@@ -89,7 +89,7 @@ class RunLength:
         return min(ends, default=None)
 
     def is_session_over(self, counters: Counters) -> bool:
-        """Return whether this process has applied as many steps as `steps_this_run` allows."""
+        """Return whether this process has taken `steps_this_run` steps."""
         limit = self.steps_this_run
         return limit is not None and counters.applied_steps - self.steps_before >= limit
 

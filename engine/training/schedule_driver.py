@@ -1,4 +1,4 @@
-"""Step the scheduler of a run: a built-in one, one from torch, or a custom one."""
+"""Step the scheduler of a run, which can be built in, from PyTorch, or custom."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ log = logging.getLogger("onecycle")
 
 
 class ScheduleDriver:
-    """Steps a scheduler after each applied optimizer step, and passes it the loss or a metric.
+    """Driver that steps a scheduler after each applied optimizer step.
+
+    If the scheduler needs the loss or a metric, the driver passes the value to the scheduler.
 
     Args:
-        scheduler: any object with a ``step`` method, such as a torch scheduler; may be None.
-        report: directory in which to save a plot when a feedback schedule makes a decision, such as
-            to end the warmup; None to save no plot.
+        scheduler: any object with a ``step`` method, such as a PyTorch scheduler, or None.
+        report: directory for plots of a feedback schedule's decisions, such as the decision to end
+            the warmup. If None, no plots are saved.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class ScheduleDriver:
 
     @property
     def feedback(self) -> Literal["loss", "metric"] | None:
-        """The value that the schedule needs at each step: "loss" or "metric"; None for neither."""
+        """Value that the schedule needs at each step: "loss", "metric", or None for neither."""
         scheduler = self.scheduler
         return scheduler.schedule.feedback if isinstance(scheduler, ScheduleBinder) else None
 
@@ -76,8 +78,6 @@ class ScheduleDriver:
         try:
             draw_decision(binder.evidence, path, name)
         except Exception as error:  # noqa: BLE001  # a failed plot must not stop training
-            log.warning(
-                "could not save the plot %s, so training continues without it: %s", path, error
-            )
+            log.warning("training continues, but the plot %s could not be saved: %s", path, error)
         else:
             log.info("saved a plot of the schedule's decision to %s", path)

@@ -10,7 +10,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from engine.config import Config
 from engine.config.named_code import find_named_code, find_optimizer_code
+from engine.config.param_groups import find_group_schedulers
+from engine.display.param_groups import GroupRow, format_param_groups
 from schedules import ScheduleBinder
+from schedules.families.per_group import PerGroup
 
 __all__ = ["log_setup"]
 
@@ -30,6 +33,7 @@ def log_setup(
     num_parameters: int,
     scheduler: LRScheduler | None,
     replacements: Sequence[str] = (),
+    param_groups: Sequence[GroupRow] = (),
 ) -> None:
     """Log the config's overrides and warnings, and a table of the training setup.
 
@@ -42,10 +46,14 @@ def log_setup(
         num_parameters: number of elements of all trained parameters.
         scheduler: scheduler of the run; None if it has none.
         replacements: messages about config sections that arguments of `initialize` replace.
+        param_groups: param groups that the config describes, which are logged below the table.
     """
     _enable_logging()
-    raw = config.raw
-    codes = *find_optimizer_code(raw.get("optimizer")), *find_named_code(raw.get("scheduler"))
+    codes = [*find_optimizer_code(config.raw.get("optimizer"))]
+    blocks = [("/scheduler", config.raw.get("scheduler"))]
+    blocks += [(pointer, block) for _, pointer, block in find_group_schedulers(config.raw)]
+    for pointer, block in blocks:
+        codes += find_named_code(block, pointer)
     for code in codes:
         log.info("imported %s, as specified by %s in %s", code.name, code.pointer, config.name)
     for override in (*config.overrides, *replacements):
@@ -71,6 +79,8 @@ def log_setup(
         log.info("%-*s %s", _NAME_WIDTH, name, first)
         for line in others:
             log.info("%-*s %s", _NAME_WIDTH, "", line)
+    for line in format_param_groups(param_groups):
+        log.info("param group %s", line)
 
 
 def _enable_logging() -> None:
@@ -88,6 +98,9 @@ def _describe_schedule(scheduler: LRScheduler | None, config_name: str) -> str:
     if isinstance(scheduler, ScheduleBinder):
         schedule = scheduler.schedule
         names = " and ".join(schedule.hyperparameters)
+        if isinstance(schedule, PerGroup):
+            kinds = " and ".join(part.type_name for part in schedule.parts)
+            return f"{kinds} from {config_name} set {names} of different param groups"
         return f"{type(schedule).__name__} from {config_name} sets {names}"
     return "none" if scheduler is None else f"{type(scheduler).__name__} passed as `lr_scheduler`"
 

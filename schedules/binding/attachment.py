@@ -94,7 +94,7 @@ class Attachment:
         return tuple(values), doubt
 
     def _find(self, name: str, index: int) -> Iterator[float]:
-        """Yield the values that schedules last wrote for a hyperparameter of a param group."""
+        """Yield the last value that each schedule wrote for a param group's hyperparameter."""
         last = [self._last_written[name]] if name in self._last_written else []
         for values in (*last, *self._written.values()):
             yield from values().get(name, ())[index : index + 1]
@@ -133,7 +133,8 @@ def describe_other_writer(hyperparameters: Collection[str], *, is_schedule: bool
         text += "of the other."
     return (
         f"{text} To multiply schedules or to run one after the other, use "
-        "`schedules.ChainedScheduler` or `schedules.SequentialLR`."
+        "`schedules.ChainedScheduler` or `schedules.SequentialLR`. For different schedules in "
+        "different param groups, pass a dict to `attach`."
     )
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from schedules.binding.attachment import Attachment, check_not_chained, describe_other_writer
 from schedules.binding.first_step import FirstStep
+from schedules.binding.group_keys import bind_to_groups
 from schedules.binding.saved_state import (
     BaseValues,
     build_identity,
@@ -22,7 +23,7 @@ from schedules.binding.saved_state import (
     read_base,
     read_state,
 )
-from schedules.binding.torch_interface import BaseLRs, TorchInterface, read_loss
+from schedules.binding.torch_interface import BaseLRs, TorchInterface
 from schedules.core.controller import Base, Controller, Decision, Evidence, OpenLoop
 from schedules.core.durations import Horizon
 from schedules.core.schedule import Schedule
@@ -31,7 +32,6 @@ from schedules.param_groups import (
     Group,
     RangeWriter,
     Slot,
-    check_multipliers,
     find_slots,
     write_values,
 )
@@ -140,10 +140,7 @@ class ScheduleBinder(TorchInterface):
         self._is_overtaken = self._has_stepped = self._has_warned = False
 
     def _find_slots(self) -> dict[str, tuple[Slot, ...]]:
-        names = self.schedule.hyperparameters
-        for name in names:
-            check_multipliers(name, self.optimizer)
-        return {name: find_slots(name, self.optimizer) for name in names}
+        return {name: find_slots(name, self.optimizer) for name in self.schedule.hyperparameters}
 
     def _read_base(self, given: Base) -> Base:
         """Return the initial hyperparameters of the param groups."""
@@ -155,8 +152,11 @@ class ScheduleBinder(TorchInterface):
                 self._doubt = self._doubt or doubt
         return base
 
+    def _build_controller(self, base: Base) -> Controller[Any]:
+        return bind_to_groups(self.schedule, base, self._horizon, self.optimizer.param_groups)
+
     def _bind(self, base: Base) -> None:
-        self.controller: Controller[Any] = self.schedule.bind(base, self._horizon)
+        self.controller = self._build_controller(base)
         self._base = base
         self._base_lrs = BaseLRs(base["lr"])
         for name, values in base.items():
@@ -199,11 +199,11 @@ class ScheduleBinder(TorchInterface):
 
     def _step_slowly(self, loss: Tensor | float | None, metric: Tensor | float | None) -> None:
         """Take a step that the fast path of `step` cannot take, such as the first step."""
+        self._prepare_use()
         if not self._has_stepped:
             check_not_chained()
         self._check_base()
-        if self.last_epoch == 0:
-            self._first_step.check()
+        self._first_step.check()
         if self._is_overtaken == self._has_stepped and not self._has_warned:
             self._warn_of_other_writer()
         if self.schedule.feedback is not None:
@@ -254,16 +254,10 @@ class ScheduleBinder(TorchInterface):
     def _step_with_feedback(
         self, loss: Tensor | float | None, metric: Tensor | float | None
     ) -> None:
-        if self.last_epoch != self._position:
-            raise ValueError(
-                f"`last_epoch` must not be set with {self.schedule.type_name}, which depends on "
-                f"past values of the {self.schedule.feedback}, got {self.last_epoch} after "
-                f"{self._position} steps. To change the step, call load_state_dict() with a saved "
-                "state."
-            )
+        self._check_position()
         self._include_added_groups()
         uses_metric = self.schedule.feedback == "metric" and metric is not None
-        received = read_loss(metric if uses_metric else loss)
+        received = self._take_loss(metric if uses_metric else loss)
         before = self.state
         self._state = self.controller.update(before, received)
         self._position = self.last_epoch = self.last_epoch + 1
@@ -330,7 +324,7 @@ class ScheduleBinder(TorchInterface):
 
     def _go_to(self, state: Any, step: int, write: bool = True) -> None:
         self._state, self._position = state, step
-        self.last_epoch = step
+        self.last_epoch, self._losses = step, ()
         # PyTorch's SequentialLR saves -1 as the step of a schedule that has not started.
         if step >= 0 and write:
             self.write()
@@ -375,7 +369,13 @@ class ScheduleBinder(TorchInterface):
         return math.ceil(length * ratio)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a dict with the schedule's type, parameters, initial values, step and state."""
+        """Return a dict with the schedule's type, parameters, initial values, step and state.
+
+        Raises:
+            ValueError: a param group was removed, or the schedule has no values for an added group.
+        """
+        self._prepare_use()
+        self._include_added_groups()
         state: dict[str, Any] = {
             **self.identity,
             "step": self.last_epoch,
@@ -399,6 +399,7 @@ class ScheduleBinder(TorchInterface):
             ValueError: the state is from a different schedule, or has a different number of param
                 groups.
         """
+        self._include_added_groups()
         has_feedback = self.schedule.feedback is not None
         if override:
             check_origin(state_dict, self.schedule.type_name if has_feedback else None)
@@ -409,6 +410,8 @@ class ScheduleBinder(TorchInterface):
         if not override:
             self._bind(base)
         self._doubt = None
+        if state_dict["step"] > 0:
+            self._first_step.cancel()
         # If another scheduler had set the values, loading the optimizer's state restores them.
         is_written = override or state_dict.get("is_written", True)
         self._go_to(state, state_dict["step"], write=is_written)
@@ -420,6 +423,7 @@ class ScheduleBinder(TorchInterface):
             ValueError: the state is damaged, is from a different schedule, or has a different
                 number of param groups.
         """
+        self._include_added_groups()
         check_state(state_dict, self.identity, self._base, self._compared)
         read_state(state_dict, self.schedule, read_base(state_dict), self._horizon)
 
@@ -428,22 +432,16 @@ class ScheduleBinder(TorchInterface):
         """Names of the hyperparameters whose initial values must match those of a saved state."""
         return self._slots.keys()
 
-    def __repr__(self) -> str:
-        params = ", ".join(f"{name}={each!r}" for name, each in self.schedule.params().items())
-        lrs = ", ".join(f"{lr:.4g}" for lr in self.get_last_lr())
-        schedule = f"{self.schedule.type_name}({params})"
-        return f"{type(self).__name__}({schedule}, step={self.last_epoch}, lr=[{lrs}])"
-
     def __getstate__(self) -> dict[str, Any]:
         # Formulas are closures, which cannot be pickled. `__setstate__` rebuilds them.
-        rebuilt = {"controller", "_writer", "_slots", "_first_step", "_attachment"}
+        rebuilt = {"controller", "_writer", "_slots", "_first_step", "_attachment", "before_use"}
         return {name: value for name, value in vars(self).items() if name not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._prepare()
         self._doubt = state["_doubt"]
-        self.controller = self.schedule.bind(self._base, self._horizon)
+        self.controller = self._build_controller(self._base)
         self._first_step = FirstStep(None)
         values = self._read_values()
         self._attachment.record(self, self.optimizer.param_groups, lambda: values)

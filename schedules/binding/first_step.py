@@ -30,13 +30,18 @@ class FirstStep:
 
     def check(self) -> None:
         """Warn if the optimizer has not taken a step yet. Only the first call checks this."""
-        is_taken, self._is_taken = self._is_taken, True
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        is_taken = self._is_taken
+        self.cancel()
         if not is_taken:
             warnings.warn(
                 "`scheduler.step()` was called before the first `optimizer.step()`, so the first "
                 "value of the schedule is not used. Call `optimizer.step()` first.",
                 stacklevel=4,
             )
+
+    def cancel(self) -> None:
+        """Stop observing the optimizer, so that `check` does not warn."""
+        self._is_taken = True
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None

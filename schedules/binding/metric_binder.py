@@ -65,7 +65,12 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
         return self.controller.values(before) == self.controller.values(self._state)
 
     def _read_base(self, given: Base) -> Base:
-        """Return the current learning rates, which the schedule multiplies by its factor."""
+        """Return the current learning rates, which the schedule multiplies by its factor.
+
+        With a warmup, return the initial learning rates, which the warmup ends with.
+        """
+        if getattr(self.schedule, "warmup_steps", 0):
+            return super()._read_base(given)
         return {**super()._read_base({"lr": tuple(read_lr(self.optimizer))}), **given}
 
     @property

@@ -10,11 +10,10 @@ from typing import Annotated, Any
 from schedules.core.controller import Base, OpenLoop
 from schedules.core.durations import MAX_STEPS, Horizon
 from schedules.core.fields import Range
-from schedules.core.per_group import broadcast
+from schedules.core.per_group import PRECISION, broadcast
 from schedules.core.saved_state import OPTIONAL, describe, restore
 from schedules.core.schedule import Schedule
 from schedules.feedback.base import FeedbackController
-from schedules.param_groups import PRECISION
 
 __all__ = [
     "BaseValues",
@@ -42,7 +41,7 @@ class _SavedState:
     base: dict[str, tuple[Annotated[float, Range()], ...]]
     state: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
     is_written: bool = field(default=True, metadata=OPTIONAL)
-    """Whether the param groups had the values of this schedule, not those of another one."""
+    """Whether the param groups had the values of this schedule, not of a different one."""
 
 
 def complete_base(base: BaseValues | None, groups: int) -> Base:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from schedules.binding.saved_state import complete_base
-from schedules.core.controller import Base, Controller, Values
+from schedules.core.controller import Base, Controller, OpenLoop, Values
+from schedules.core.durations import Horizon
+from schedules.core.html import draw_html
+from schedules.core.schedule import Schedule
 from schedules.param_groups import RangeWriter, Slot, read_lr, read_momenta
 
-__all__ = ["BaseLRs", "TorchInterface", "read_loss"]
+__all__ = ["BaseLRs", "TorchInterface"]
 
 
 class BaseLRs(list[float | Tensor]):
@@ -28,8 +31,16 @@ class BaseLRs(list[float | Tensor]):
 class TorchInterface(LRScheduler):
     """Base class of `ScheduleBinder`, with the attributes that other libraries use."""
 
+    schedule: Schedule[Any]
     controller: Controller[Any]
+    _horizon: Horizon | None
+    before_use: Callable[[], None] | None = None
+    """Function that the methods call first. The engine uses it to complete its last step."""
     _extra_count = 0
+    _losses: tuple[float, ...] = ()
+    """Losses passed to `record_loss` since the last step."""
+    _position: int
+    """Number of steps, which a script cannot set."""
     last_epoch: int
     """Number of optimizer steps so far, without skipped steps. As in PyTorch, a script can set it,
     and the next `step` continues from there; with a feedback schedule, `step` raises an error."""
@@ -51,8 +62,16 @@ class TorchInterface(LRScheduler):
         """Build the controller for the initial hyperparameters."""
 
     @abstractmethod
+    def write(self) -> None:
+        """Set the optimizer's hyperparameters for its next step."""
+
+    @abstractmethod
     def _go_to(self, state: Any, step: int, write: bool = True) -> None:
-        """Set the state and the step and, if requested, write that step's hyperparameters."""
+        """Set the state and the step, and optionally write the hyperparameters to the optimizer."""
+
+    def _prepare_use(self) -> None:
+        if self.before_use is not None:
+            self.before_use()
 
     # PyTorch's SequentialLR calls `_initial_step` of its first scheduler, and it calls
     # `_update_lr(0)` of every other scheduler at the milestone at which that scheduler starts.
@@ -95,12 +114,83 @@ class TorchInterface(LRScheduler):
         # Accelerate counts the steps in which gradients are only accumulated.
         self._extra_count = count - self.last_epoch - 1
 
+    def __repr__(self) -> str:
+        lrs = ", ".join(f"{lr:.4g}" for lr in self.get_last_lr())
+        return f"{type(self).__name__}({self.schedule!r}, step={self.last_epoch}, lr=[{lrs}])"
+
+    def _repr_html_(self) -> str:
+        """Return the repr and small plots of the curves, which notebooks display.
+
+        A vertical line marks the current step. There is no plot if the schedule depends on the
+        loss.
+        """
+        if not isinstance(self.controller, OpenLoop):
+            return draw_html(repr(self), {}, 1)
+        known = self._horizon.scaled_steps if self._horizon is not None else None
+        steps = int(known or self.schedule.resolve(self._horizon).span)
+        step = self.last_epoch
+        return draw_html(repr(self), self.controller.curves, max(steps, step + 1), step)
+
+    def record_loss(self, loss: Tensor | float) -> None:
+        """Record a loss for the next step, which uses the mean of the losses since the last step.
+
+        Use this method in a trainer that calls `step` without a loss, such as Hugging Face's. In a
+        custom loop, call ``step(loss)`` instead. A schedule that does not depend on the loss
+        ignores it.
+
+        Args:
+            loss: loss of a micro-batch, a number or a scalar tensor.
+
+        Raises:
+            ValueError: the loss is not a single number.
+
+        >>> import torch, schedules
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+        >>> scheduler = schedules.attach("AutoWU", optimizer, steps_per_epoch=5, total_epochs=20)
+        >>> for loss in (2.5, 2.4):
+        ...     scheduler.record_loss(loss)
+        >>> optimizer.step()
+        >>> scheduler.step()
+        """
+        if self.schedule.feedback == "loss":
+            self._losses += (_read_loss(loss),)
+
+    def _take_loss(self, loss: Tensor | float | None) -> float | None:
+        """Return the loss of a step, and discard the recorded losses."""
+        losses = self._losses
+        if losses and loss is not None:
+            raise ValueError(
+                f"`loss` must be omitted after record_loss(), got {float(loss):g}. Pass the loss "
+                "only once."
+            )
+        self._losses = ()
+        if losses:
+            return sum(losses) / len(losses)
+        return None if loss is None else _read_loss(loss)
+
+    def _check_position(self) -> None:
+        """Check that no other code has set the step of a feedback schedule."""
+        if self.schedule.feedback is not None and self.last_epoch != self._position:
+            raise ValueError(
+                f"`last_epoch` must not be set with {self.schedule.type_name}, which depends on "
+                f"past values of the {self.schedule.feedback}, got {self.last_epoch} after "
+                f"{self._position} steps. Call step() for each step. To change the step, call "
+                "load_state_dict() with a saved state."
+            )
+
     def get_last_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each param group for the next step."""
+        self._prepare_use()
         return list(read_lr(self.optimizer))
 
     def get_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each param group at step `last_epoch`."""
+        self._prepare_use()
+        self._check_position()
+        # Ignite sets `last_epoch` and then writes what this method returns. As in PyTorch's
+        # schedulers, the method then sets the other hyperparameters.
+        if self._get_lr_called_within_step:
+            self.write()
         values = self._read_values()
         return list(values["lr"]) if "lr" in values else self.get_last_lr()
 
@@ -113,17 +203,16 @@ class TorchInterface(LRScheduler):
 
         Return None if the schedule does not set the momentum.
         """
+        self._prepare_use()
         return read_momenta(self.optimizer) if "momentum" in self._slots else None
 
 
-def read_loss(loss: Tensor | float | None) -> float | None:
-    """Convert a loss or a metric to a float; return None if there is none.
+def _read_loss(loss: Tensor | float) -> float:
+    """Convert a loss or a metric to a float.
 
     Raises:
         ValueError: the loss is a tensor with more than one element.
     """
-    if loss is None:
-        return None
     if isinstance(loss, Tensor) and loss.numel() != 1:
         raise ValueError(
             f"`loss` must be a single number, got a tensor of shape {tuple(loss.shape)}. "

@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from schedules.core.curves import Curve, constant, power_of
+from schedules.core.curves import Curve, constant, linear, power_of
 from schedules.core.pieces import Phase, Piece, constant_piece, shorten
 
 if TYPE_CHECKING:
@@ -25,9 +25,11 @@ __all__ = [
     "delay",
     "dilate",
     "join",
+    "linear_warmup",
     "multiply_at",
     "pointwise",
     "repeat",
+    "scale",
     "stairs",
 ]
 
@@ -112,6 +114,25 @@ def decay_after_warmup(
     [1.0, 1.0, 1.0]
     """
     return decay(peak, end_value, steps) if steps > 0 else constant(peak)
+
+
+def linear_warmup(peak: float, steps: float, *, one_based: bool = False) -> Curve:
+    """Return the warmup ``f(k) = peak * min(1, k / steps)``.
+
+    Args:
+        peak: value at the end of the warmup.
+        steps: length of the warmup in steps.
+        one_based: whether the steps are counted from 1: ``f(k) = peak * min(1, (k + 1) / steps)``.
+
+    >>> list(linear_warmup(1.0, 4).values(5))
+    [0.0, 0.25, 0.5, 0.75, 1.0]
+    >>> list(linear_warmup(1.0, 4, one_based=True).values(5))
+    [0.25, 0.5, 0.75, 1.0, 1.0]
+    """
+    if not one_based:
+        return linear(0.0, peak, steps)
+    steps = max(1.0, steps)
+    return linear(peak / steps, peak, steps - 1)
 
 
 def multiply_at(start_value: float, factor: float, boundaries: Iterable[float]) -> Curve:
@@ -336,3 +357,29 @@ def delay(curve: Curve, steps: float) -> Curve:
     [0.5, 0.75, 1.0, 1.0]
     """
     return _Delay(curve, steps)
+
+
+class _Scale(Curve):
+    def __init__(self, curve: Curve, factor: float) -> None:
+        self._curve = curve
+        self._factor = factor
+
+    def piece(self, step: float, origin: float = 0) -> Piece:
+        factor, piece = self._factor, self._curve.piece(step, origin)
+        at = piece.formula
+        if piece.line is not None and piece.line.rise == 0:
+            return constant_piece(at(step) * factor, piece.start, piece.end)
+        return Piece(piece.start, piece.end, lambda k: at(k) * factor, piece.elementwise)
+
+    def phases(self, origin: float = 0) -> tuple[Phase, ...]:
+        return self._curve.phases(origin)
+
+
+def scale(curve: Curve, factor: float) -> Curve:
+    """Multiply a curve by a factor. The value at step k is ``curve(k) * factor``.
+
+    >>> from schedules.core.curves import linear
+    >>> list(scale(linear(0.0, 1.0, steps=2), factor=0.5).values(4))
+    [0.0, 0.25, 0.5, 0.5]
+    """
+    return curve if factor == 1 else _Scale(curve, factor)

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from schedules.core.curves import Curve
 
 __all__ = [
+    "DEFAULT_BASE",
     "Band",
     "Base",
     "Controller",
@@ -25,6 +26,9 @@ S = TypeVar("S")
 Base = Mapping[str, tuple[float, ...]]
 """Initial hyperparameters of an optimizer. Maps the name of a hyperparameter ("lr", "momentum" or
 "weight_decay") to its value in each param group."""
+
+DEFAULT_BASE: Base = {"lr": (0.1,), "momentum": (0.9,), "weight_decay": (0.0,)}
+"""Initial hyperparameters that are used if there is no optimizer, for a single param group."""
 
 Values = Mapping[str, tuple[float, ...]]
 """Maps the name of a hyperparameter to its value in each param group."""

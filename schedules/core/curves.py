@@ -31,6 +31,7 @@ __all__ = [
     "geometric",
     "half_life",
     "inverse_sqrt",
+    "inverse_sqrt_ramp",
     "inverse_time",
     "linear",
     "linear_growth",
@@ -374,6 +375,23 @@ def inverse_sqrt(start_value: float, steps: float) -> Curve:
         return lambda k: start_value / math.sqrt(1 + (k - origin) / steps)
 
     return _Shape(formula, elementwise=True)
+
+
+def inverse_sqrt_ramp(start_value: float, end_value: float, steps: float) -> Curve:
+    """Return the inverse square root ramp ``f(k) = start / sqrt(1 + c * min(1, k / steps))``.
+
+    ``c = (start / end) ** 2 - 1``, so that the value at step ``steps`` is ``end``.
+
+    >>> [round(value, 6) for value in inverse_sqrt_ramp(1.0, 0.5, steps=3).values(5)]
+    [1.0, 0.707107, 0.57735, 0.5, 0.5]
+    """
+    ratio = start_value / end_value
+    change = ratio * ratio - 1  # infinite if it is too large, where ** would raise an error
+
+    def formula(origin: float) -> Formula:
+        return lambda k: start_value / math.sqrt(1 + change * ((k - origin) / steps))
+
+    return _Shape(formula, steps=steps, end_value=end_value, elementwise=True)
 
 
 def inverse_time(start_value: float, rate: float, steps: float) -> Curve:

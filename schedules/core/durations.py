@@ -1,9 +1,9 @@
 """Convert durations to optimizer steps. A duration is a number of steps or a time string.
 
 Time strings have Composer's format, a number followed by a unit. ``"10ep"`` is 10 epochs,
-``"500ba"`` is 500 batches (optimizer steps), ``"4096sp"`` is 4096 samples, and ``"0.1dur"`` is a
-tenth of the run. Epochs, samples and fractions of the run are converted with a `Horizon`, which
-holds the length of the run.
+``"500ba"`` is 500 batches (optimizer steps), ``"4096sp"`` is 4096 samples, ``"1e9tok"`` is a
+billion tokens, and ``"0.1dur"`` is a tenth of the run. Epochs, samples, tokens and fractions of the
+run are converted with a `Horizon`, which holds the length of the run.
 """
 
 from __future__ import annotations
@@ -23,12 +23,23 @@ __all__ = [
     "is_time_string",
 ]
 
-PATTERN = r"^\s*[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?\s*([eE][pP]|[bB][aA]|[sS][pP]|[dD][uU][rR])\s*$"
+_UNIT = "[eE][pP]|[bB][aA]|[sS][pP]|[tT][oO][kK]|[dD][uU][rR]"
+PATTERN = rf"^\s*[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?\s*({_UNIT})\s*$"
 _TIME = re.compile(r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]+)\s*")
-_WHOLE = ("ep", "ba", "sp")
+_WHOLE = ("ep", "ba", "sp", "tok")
 
 MAX_STEPS = 2**53
 """Maximum length of a run or duration in steps. A float represents each step up to it exactly."""
+
+
+_POSITIVE = (
+    "total_steps",
+    "steps_per_epoch",
+    "samples_per_step",
+    "scale_ratio",
+    "tokens_per_sample",
+)
+"""Fields of `Horizon` that must be positive."""
 
 
 class DurationError(ValueError):
@@ -45,7 +56,7 @@ class FractionalSteps(float):
 
 @dataclasses.dataclass(frozen=True)
 class Horizon:
-    """The length of a run and of an epoch in steps, and the number of samples per step.
+    """The length of a run and of an epoch in steps, and the number of samples and tokens per step.
 
     These numbers are used to convert time strings to steps.
 
@@ -56,8 +67,9 @@ class Horizon:
         scale_ratio: factor by which the length of the run and the schedule's durations are
             multiplied (``scale_schedule_ratio`` in Composer).
         scale_warmup: whether ``scale_ratio`` also applies to warmups.
-        counts_samples: whether the length of the run was specified in samples. A fraction of the
-            run is then rounded down to whole samples instead of whole steps.
+        counts_samples: whether the length of the run was specified in samples or tokens. A fraction
+            of the run is then rounded down to whole samples instead of whole steps.
+        tokens_per_sample: number of tokens in each sample, such as the length of packed sequences.
 
     Raises:
         ValueError: a number is zero, negative, infinite or NaN, or the length of the run exceeds
@@ -73,12 +85,13 @@ class Horizon:
     scale_ratio: float = 1.0
     scale_warmup: bool = False
     counts_samples: bool = False
+    tokens_per_sample: float | None = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self)[:4]:
-            value = getattr(self, field.name)
+        for name in _POSITIVE:
+            value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"`{field.name}` must be positive and finite, got {value}.")
+                raise ValueError(f"`{name}` must be positive and finite, got {value}.")
         if self.total_steps is not None:
             samples = (self.samples_per_step or 1) if self.counts_samples else 1
             _check_length(
@@ -105,8 +118,8 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
     """Convert a duration to optimizer steps.
 
     Epochs, batches and fractions of the run are truncated to whole steps, as in Composer. A
-    duration in samples can give a fractional number of steps. So can a fraction of the run if
-    ``horizon.counts_samples`` is true.
+    duration in samples or tokens can give a fractional number of steps. So can a fraction of the
+    run if ``horizon.counts_samples`` is true.
 
     Args:
         duration: number of steps, or a time string.
@@ -122,6 +135,8 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
     28
     >>> convert_to_steps("6sp", Horizon(samples_per_step=4), scaled=True)
     1.5
+    >>> convert_to_steps("64tok", Horizon(samples_per_step=4, tokens_per_sample=8), scaled=True)
+    2
     """
     ratio = horizon.scale_ratio if scaled else 1.0
     if not isinstance(duration, str):
@@ -144,19 +159,32 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
             )
         steps = int(_check_length(value * horizon.steps_per_epoch, repr(duration)))
         return int(_check_length(steps * ratio, repr(duration)))
-    if unit == "sp":
-        if horizon.samples_per_step is None:
-            raise DurationError(
-                f"{duration!r} requires the number of samples per step. "
-                "Set `train_batch_size`, or specify a number of steps."
-            )
-        samples = int(_check_length(value * ratio, repr(duration)))
-        return _to_steps(samples / horizon.samples_per_step)
+    if unit in ("sp", "tok"):
+        per_step = _count_per_step(unit, horizon, repr(duration))
+        return _to_steps(int(_check_length(value * ratio, repr(duration))) / per_step)
     return int(_check_length(value * ratio, repr(duration)))
 
 
+def _count_per_step(unit: str, horizon: Horizon, text: str) -> float:
+    """Return the number of samples or tokens in an optimizer step."""
+    if unit == "tok" and horizon.tokens_per_sample is None:
+        raise DurationError(
+            f"{text} requires the number of tokens per sample, which must be the same for all "
+            'samples. Set "engine": {"tokens_per_sample": 2048} in the config, pass '
+            "horizon=Horizon(samples_per_step=…, tokens_per_sample=…) in a custom loop, or specify "
+            'a number of steps ("500ba").'
+        )
+    if horizon.samples_per_step is None:
+        raise DurationError(
+            f"{text} requires the number of samples per step. "
+            "Set `train_batch_size`, or specify a number of steps."
+        )
+    tokens = (horizon.tokens_per_sample or 1) if unit == "tok" else 1
+    return horizon.samples_per_step * tokens
+
+
 def has_data_durations(schedule: Any) -> bool:
-    """Return whether a schedule has a duration in epochs, samples or fractions of the run.
+    """Return whether a schedule has a duration in epochs, samples, tokens or fractions of the run.
 
     >>> from schedules import WarmupDecayLR
     >>> has_data_durations(WarmupDecayLR(total_num_steps="10ep"))
@@ -183,16 +211,10 @@ def _convert_fraction(value: float, horizon: Horizon, text: str) -> float:
 def _parse(text: str) -> tuple[float, str]:
     match = _TIME.fullmatch(text)
     unit = match[2].lower() if match else ""
-    if unit == "tok":
-        raise DurationError(
-            f"{text!r} is in tokens and cannot be converted to steps, because the number of tokens "
-            'varies from batch to batch. Use a number of steps ("500ba") or a fraction of the run '
-            '("0.1dur").'
-        )
     if match is None or unit not in (*_WHOLE, "dur"):
         raise DurationError(
-            "A duration must be a number of steps, or a number followed by the unit ep, ba, sp or "
-            f'dur, such as "10ep" or "0.1dur", got {text!r}.'
+            "A duration must be a number of steps, or a number followed by the unit ep, ba, sp, "
+            f'tok or dur, such as "10ep" or "0.1dur", got {text!r}.'
         )
     value = _check_length(float(match[1]), repr(text))
     if unit != "dur" and value != int(value):

@@ -233,11 +233,11 @@ def as_number(value: float | str | Sequence[float]) -> float:
 
 _DURATION = (
     'a number of optimizer steps, or a time string such as "10ep" (epochs), "500ba" (steps), '
-    '"4096sp" (samples) or "0.1dur" (fraction of the run)'
+    '"4096sp" (samples), "1e9tok" (tokens) or "0.1dur" (fraction of the run)'
 )
 _SHOWN = 60
 _SHORTEST = 1e-6  # steps; shorter periods would exceed the precision of a float
-_ANY_RUN = Horizon(total_steps=1, steps_per_epoch=1, samples_per_step=1)
+_ANY_RUN = Horizon(total_steps=1, steps_per_epoch=1, samples_per_step=1, tokens_per_sample=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Import the objects that a config specifies as ``module:attribute``, if imports are allowed.
 
 Importing a module runs its code. A training run imports the modules that its config names. Commands
-that only read a config forbid these imports with `imports_allowed`, because the config may come
-from somebody else.
+that only read a config forbid these imports with ``imports_allowed(False)``, because the config may
+come from somebody else.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _allowed: ContextVar[bool] = ContextVar("imports_allowed", default=True)
 
 
 class ImportForbiddenError(ValueError):
-    """Raised if a config names code that must be imported, but imports are forbidden.
+    """Raised when a config names code that must be imported, but imports are forbidden.
 
     ValueError
     └── ImportForbiddenError
@@ -79,7 +79,7 @@ def require_imports(name: str) -> None:
 def check_import_path(path: str) -> bool:
     """Check the form of an import path, and return whether the module can be found.
 
-    Nothing is imported, not even the packages that contain the module.
+    This function imports nothing, not even the packages that contain the module.
 
     Raises:
         ValueError: the path does not have the form ``module:attribute``.
@@ -137,7 +137,7 @@ def import_attribute(path: str) -> Any:
 
 
 def _location(error: Exception) -> str:
-    """Return the file and the line in which an import raised an error."""
+    """Return the file and the line at which an import raised an error."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,8 +1,9 @@
-"""Convert the value of a field, a single number or a list, to one value per param group."""
+"""Convert a field's value, which is a number or a list, to one value per param group."""
 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +12,27 @@ from schedules.core.curves import Curve
 from schedules.core.fields import PerGroup, as_tuple
 
 __all__ = [
+    "PRECISION",
+    "are_equal",
     "broadcast",
     "broadcast_lr",
     "broadcast_strict",
     "build_curve_per_group",
     "exceeds",
 ]
+
+PRECISION = 1e-6
+"""Largest relative difference of equal values. Schedulers round differently, and a tensor can have
+only 32 bits."""
+
+
+def are_equal(base: tuple[float, ...]) -> bool:
+    """Return whether all param groups have the same initial value, apart from rounding.
+
+    >>> are_equal((0.1, 0.10000000149011612))  # the second is 0.1 in 32 bits
+    True
+    """
+    return all(math.isclose(value, base[0], rel_tol=PRECISION) for value in base)
 
 
 def build_curve_per_group(
@@ -63,13 +79,13 @@ def broadcast_lr(schedule: Any, name: str, lrs: tuple[float, ...]) -> tuple[floa
     initial learning rates by the field's value.
 
     Args:
-        schedule: schedule that has this field and a field ``relative``.
+        schedule: schedule with the field ``name`` and a field ``relative``.
         name: name of the field.
         lrs: initial learning rate of each group.
 
     Raises:
         ValueError: the field's value is a single learning rate, but the groups have different
-            initial learning rates; or it is a list that does not have one number per group.
+            initial learning rates, or the value is a list that does not have one number per group.
 
     >>> import schedules
     >>> warmup = schedules.WarmupLR(warmup_max_lr=10.0, relative=True)
@@ -97,10 +113,10 @@ def broadcast_strict(
         ValueError: ``value`` is a single number but the groups have different initial values, or
             ``value`` is a list that does not have one number per group.
     """
-    if isinstance(value, int | float) and len(set(base)) > 1:
+    if isinstance(value, int | float) and not are_equal(base):
         groups = ", ".join(f"group {index}: {each:g}" for index, each in enumerate(base))
         raise ValueError(
-            f"`{name}` must be a list of {len(base)} numbers, one per param group, because the "
-            f"groups have different initial values ({groups}), got {value:g}.{fix}"
+            f"`{name}` must be a list with one number per param group ({len(base)}), got "
+            f"{value:g}. The groups have different initial values ({groups}).{fix}"
         )
     return broadcast(name, value, base)

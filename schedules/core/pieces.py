@@ -23,7 +23,8 @@ Formula = Callable[[Any], Any]
 class Line(NamedTuple):
     """Coefficients of the linear formula ``start_value + rise * ((step - origin) / steps)``.
 
-    Lines with the same ``origin`` and ``steps`` have the same quotient, which can be computed once.
+    Lines with the same ``origin`` and ``steps`` share the quotient ``(step - origin) / steps``, so
+    the quotient can be computed once for all of them.
     """
 
     start_value: float

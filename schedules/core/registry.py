@@ -53,7 +53,7 @@ _OTHER_NAMES = {
 
 
 class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
-    """Maps names to schedule classes, and imports the module of a schedule on first use.
+    """Mapping from names to schedule classes, which imports a schedule's module on first use.
 
     A config usually needs only one of these modules, and importing all of them would take longer
     than validating the config.
@@ -206,7 +206,8 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
 
     Args:
         block: type and parameters of the schedule.
-        horizon: length of the run. If set, durations are converted to steps and scaled.
+        horizon: length of the run. If set, durations are converted to steps and multiplied by
+            ``horizon.scale_ratio``.
 
     Raises:
         ImportForbiddenError: the block names code that must be imported, but imports are forbidden.
@@ -224,13 +225,13 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
     unknown = set(block) - {"type", "params"}
     if "type" not in block or unknown:
         raise ValueError(
-            "A scheduler block must have the key `type`, may have the key `params`, and must have "
-            f"no other keys, got {', '.join(sorted(block)) or 'no keys'}."
+            "The keys of a scheduler block must be `type` and, optionally, `params`, got "
+            f"{', '.join(sorted(block)) or 'no keys'}."
         )
     name, params = block["type"], block.get("params", {})
     if not isinstance(name, str) or not isinstance(params, Mapping):
         raise ValueError(  # noqa: TRY004  # it is a value of the config
-            "The `type` of a scheduler block must be a string and its `params` an object, got "
+            "In a scheduler block, `type` must be a string and `params` must be an object, got "
             f"{type(name).__name__} and {type(params).__name__}."
         )
     schedule = build(find(name), params)
@@ -276,15 +277,15 @@ def _load(path: str) -> type[Schedule[Any]]:
 
 
 def to_class(path: str, found: Any) -> type[Schedule[Any]]:
-    """Return the schedule class for an object that a name or an import path refers to.
+    """Convert the object that a schedule's name refers to into a schedule class.
 
     Args:
-        path: import path or name of the object, which is also the name of the schedule.
+        path: import path of ``found``, or the name of its entry point.
         found: schedule class, PyTorch scheduler class, function that builds such a scheduler, or
             function that maps the step to a learning rate factor.
 
     Raises:
-        ValueError: the object is none of these.
+        ValueError: ``found`` is none of these.
     """
     if isinstance(found, type) and issubclass(found, Schedule):
         _check_class(found)

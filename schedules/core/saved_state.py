@@ -1,4 +1,4 @@
-"""Restore saved values to their types, and validate them against the type annotations."""
+"""Validate saved values against type annotations, and convert them to the annotated types."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _WORDS = {int: "a 64-bit whole number", float: "a number", bool: "true or false"
 
 
 def restore(kind: Any, value: Any, name: str) -> Any:
-    """Convert a saved value to a type, and validate it and all values in it.
+    """Convert a saved value to a type, and validate the value and all values in it.
 
     Checkpoints contain only plain values, so that loading them cannot run code. A dataclass is
-    saved as a dict, a named tuple as a dict or a list, and a tuple may be saved as a list.
+    saved as a dict, a named tuple as a dict or a list, and a tuple as a tuple or a list.
 
     Args:
         kind: type of the result. It can be an annotation such as ``tuple[float, ...]``, a
@@ -41,7 +41,8 @@ def restore(kind: Any, value: Any, name: str) -> Any:
         name: name of the value, for the error message.
 
     Raises:
-        ValueError: the value or a part of it is missing, unknown, of a wrong type or out of range.
+        ValueError: the value or a part of it is missing, unknown, of the wrong type or out of
+            range.
 
     >>> restore(dict[str, tuple[float, ...]], {"lr": [1, 0.5]}, "base")
     {'lr': (1.0, 0.5)}
@@ -93,7 +94,7 @@ def _restore_tuple(arguments: tuple[Any, ...], value: Any, name: str) -> tuple[A
     if arguments[-1] is Ellipsis:
         arguments = arguments[:1] * len(value)
     if len(value) != len(arguments):
-        raise ValueError(f"`{name}` must have {len(arguments)} items, got {len(value)}.")
+        raise ValueError(f"`{name}` must have length {len(arguments)}, got {len(value)}.")
     pairs = enumerate(zip(arguments, value, strict=True))
     return tuple(restore(kind, each, f"{name}[{index}]") for index, (kind, each) in pairs)
 
@@ -109,7 +110,7 @@ def _restore_mapping(arguments: tuple[Any, ...], value: Any, name: str) -> dict[
 
 
 def _restore_record(kind: Any, value: Any, name: str) -> Any:
-    """Restore a dataclass or a named tuple, and each of its fields to the annotated type."""
+    """Restore a dataclass or a named tuple, and convert each field to its annotated type."""
     kinds = _read_annotations(kind)
     if isinstance(value, list | tuple) and hasattr(kind, "_fields"):
         return kind(*_restore_tuple(tuple(kinds.values()), value, name))

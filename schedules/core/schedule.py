@@ -6,18 +6,30 @@ hyperparameters for an optimizer.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    cast,
+    overload,
+)
 
 from schedules.core.combinators import dilate
-from schedules.core.controller import Base, Controller, Curves, OpenLoop
+from schedules.core.controller import DEFAULT_BASE, Base, Controller, Curves, OpenLoop
 from schedules.core.curves import Curve
 from schedules.core.durations import FractionalSteps, Horizon, convert_to_steps, is_time_string
 from schedules.core.fields import Duration, as_tuple, read_fields
+from schedules.core.html import draw_html
 from schedules.core.per_group import broadcast, build_curve_per_group
 
 if TYPE_CHECKING:
@@ -25,6 +37,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self, dataclass_transform
 
 __all__ = [
+    "Joint",
     "LearningRateSchedule",
     "ParameterProblem",
     "Schedule",
@@ -42,6 +55,9 @@ _LENGTH_FIELDS = (
 )
 """Names that other libraries use for the length of a schedule."""
 
+_SHOWN_STEPS = 1000
+"""Length of the run for which a notebook shows a schedule with fractions of the run."""
+
 C = TypeVar("C")
 S = TypeVar("S")
 
@@ -55,6 +71,17 @@ class ParameterProblem:
 
     field: str | None
     message: str
+
+
+class Joint(NamedTuple):
+    """The step at which one part of a schedule ends and the next one starts."""
+
+    hyperparameter: str
+    step: float
+    field: str
+    """Parameter that defines the parts."""
+    fix: str
+    """How to remove a jump at this step."""
 
 
 class ScheduleError(ValueError):
@@ -83,7 +110,16 @@ if TYPE_CHECKING:
 else:
     # Type checkers use the definition above. With this alias, they would reject keyword arguments
     # in the constructor of a schedule.
-    schedule_class = dataclasses.dataclass(frozen=True, kw_only=True)
+    schedule_class = dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+
+
+def format_arguments(arguments: Mapping[str, Any]) -> str:
+    """Format keyword arguments, for a repr.
+
+    >>> format_arguments({"factor": 0.5, "total_iters": "1dur"})
+    "factor=0.5, total_iters='1dur'"
+    """
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 
 @schedule_class
@@ -104,6 +140,9 @@ class Schedule(ABC, Generic[S]):
     has_rate_per_step: ClassVar[bool] = False
     """Whether a parameter is a rate per step. If so, `Horizon.scale_ratio` stretches whole curves,
     because scaling the durations does not scale a rate."""
+
+    group_keys: ClassVar[tuple[str, ...]] = ()
+    """Parameters that a param group of the optimizer can replace with a key of the same name."""
 
     feedback: ClassVar[Literal["loss", "metric"] | None] = None
     """Value that the schedule receives at each step. None if it depends only on the step."""
@@ -127,6 +166,26 @@ class Schedule(ABC, Generic[S]):
             problems = list(self.find_problems())
         if problems:
             raise ScheduleError(self.type_name, problems)
+
+    def __repr__(self) -> str:
+        return f"{self.type_name}({format_arguments(self.params())})"
+
+    def _repr_html_(self) -> str:
+        """Return the repr and small plots of the curves, which notebooks display.
+
+        Fractions of the run are shown for a run of 1,000 steps. There is no plot if the schedule
+        depends on the loss, or on the length of an epoch.
+        """
+        curves: Curves = {}
+        steps = _SHOWN_STEPS
+        if self.feedback is None:
+            groups = self.num_groups or 1
+            base = {name: values * groups for name, values in DEFAULT_BASE.items()}
+            horizon = Horizon(total_steps=_SHOWN_STEPS) if self.unresolved_fields else None
+            with contextlib.suppress(ValueError):
+                steps = steps if horizon else max(1, self.resolve().span)
+                curves = self.build_curves(base, horizon)
+        return draw_html(repr(self), curves, steps)
 
     def _convert_fields(self) -> Iterator[ParameterProblem]:
         for name, field in read_fields(type(self)).items():
@@ -221,6 +280,13 @@ class Schedule(ABC, Generic[S]):
         """Yield warnings about parameters that are valid but unlikely to work well."""
         yield from ()
 
+    def joints(self) -> Iterator[Joint]:
+        """Yield the steps at which a parameter allows a hyperparameter to jump to another value.
+
+        Call `resolve` first if a duration is a time string.
+        """
+        yield from ()
+
     @property
     def hyperparameters(self) -> tuple[str, ...]:
         """Names of the hyperparameters that the schedule sets, such as ``("lr", "momentum")``."""
@@ -273,10 +339,8 @@ class Schedule(ABC, Generic[S]):
         """
         curves = self.resolve(horizon).curves(base)
         if self.has_rate_per_step and horizon is not None:
-            curves = {
-                name: tuple(dilate(curve, horizon.scale_ratio) for curve in group)
-                for name, group in curves.items()
-            }
+            stretch = functools.partial(dilate, ratio=horizon.scale_ratio)
+            curves = {name: build_curve_per_group(stretch, group) for name, group in curves.items()}
         return curves
 
     @overload
@@ -341,6 +405,11 @@ class Schedule(ABC, Generic[S]):
             return (self,) * groups
         rows = (dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True))
         return tuple(dataclasses.replace(self, **row) for row in rows)
+
+    @property
+    def num_groups(self) -> int | None:
+        """Number of param groups that the lists are for; None if there are no lists."""
+        return next(map(len, self.lists_per_group.values()), None)
 
     @property
     def lists_per_group(self) -> dict[str, tuple[float, ...]]:

@@ -17,8 +17,9 @@ _WARMUPS = ("warmup_num_steps", "warmup_steps", "lr_warmup_steps", "t_warmup", "
 def find_nearest(name: str, known: Collection[str]) -> str | None:
     """Return the known name that a misspelled name most likely means, or None if there is none.
 
-    This is the known name with the most similar spelling. If no spelling is similar, it is the only
-    known name that adds one word before ``name``, such as ``warmup_num_steps`` for ``num_steps``.
+    This is the known name with the most similar spelling. If no spelling is similar and exactly one
+    known name adds a word before ``name``, this known name is returned. For example,
+    ``warmup_num_steps`` adds a word before ``num_steps``.
 
     >>> find_nearest("stge", ["stage", "type"])
     'stage'

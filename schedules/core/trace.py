@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from schedules.core.controller import Base, Evidence, Values
+from schedules.core.controller import DEFAULT_BASE, Base, Evidence, Values
 from schedules.core.durations import Horizon
 from schedules.core.registry import from_config
 from schedules.core.schedule import Schedule
@@ -15,10 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["DEFAULT_BASE", "Replay", "replay", "trace"]
-
-DEFAULT_BASE: Base = {"lr": (0.1,), "momentum": (0.9,), "weight_decay": (0.0,)}
-"""Initial hyperparameters that are used if there is no optimizer, for a single param group."""
+__all__ = ["DEFAULT_BASE", "Replay", "complete_base", "replay", "trace"]
 
 
 def trace(
@@ -52,28 +49,42 @@ def trace(
 
     if not isinstance(schedule, Schedule):
         schedule = from_config(schedule)
-    given: Base = {
-        name: (values,) if isinstance(values, int | float) else tuple(values)
-        for name, values in (base or DEFAULT_BASE).items()
-    }
-    groups = len(given["lr"])
-    defaults: Base = {name: value * groups for name, value in DEFAULT_BASE.items()}
+    initial = complete_base(base)
     if losses is not None and schedule.feedback is not None:
         used = itertools.islice(losses, steps - 1)
-        rows = replay(schedule, used, base={**defaults, **given}, horizon=horizon).rows
+        rows = replay(schedule, used, base=initial, horizon=horizon).rows
         if len(rows) < steps:
             raise ValueError(
                 f"`losses` must have at least {steps - 1} values for {steps} steps, "
                 f"got {len(rows) - 1}. Pass more losses or reduce `steps`."
             )
         return {name: np.array([row[name] for row in rows]) for name in schedule.hyperparameters}
-    curves = schedule.build_curves({**defaults, **given}, horizon)
+    curves = schedule.build_curves(initial, horizon)
     values = {}
     for name, of_groups in curves.items():
         arrays = {curve: curve.array(steps) for curve in set(of_groups)}
         columns = [arrays[curve][:, np.newaxis] for curve in of_groups]
         values[name] = columns[0] if len(columns) == 1 else np.hstack(columns)
     return values
+
+
+def complete_base(base: Mapping[str, float | Iterable[float]] | None) -> Base:
+    """Return initial hyperparameters, with `DEFAULT_BASE` for those that are not given.
+
+    Args:
+        base: initial hyperparameters, each a number or a list with one number per param group. The
+            learning rate determines the number of groups.
+
+    >>> complete_base({"lr": [0.1, 0.2]})
+    {'lr': (0.1, 0.2), 'momentum': (0.9, 0.9), 'weight_decay': (0.0, 0.0)}
+    """
+    given: Base = {
+        name: (values,) if isinstance(values, int | float) else tuple(values)
+        for name, values in (base or DEFAULT_BASE).items()
+    }
+    groups = len(given["lr"])
+    defaults: Base = {name: value * groups for name, value in DEFAULT_BASE.items()}
+    return {**defaults, **given}
 
 
 class Replay(NamedTuple):

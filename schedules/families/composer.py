@@ -13,7 +13,15 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Annotated
 
-from schedules.core.combinators import decay_after_warmup, delay, join, multiply_at, repeat, stairs
+from schedules.core.combinators import (
+    decay_after_warmup,
+    delay,
+    join,
+    linear_warmup,
+    multiply_at,
+    repeat,
+    stairs,
+)
 from schedules.core.curves import Curve, constant, cosine, exponential, linear, polynomial
 from schedules.core.fields import (
     Factor,
@@ -67,6 +75,9 @@ class _WithWarmup(_Scheduler):
     fraction of the run (such as "0.1dur") or if `scale_warmup` is true."""
     scale_warmup: bool = False
     """Whether `engine.scale_schedule_ratio` also scales the warmup."""
+    one_based_warmup: bool = False
+    """Whether the warmup counts its steps from 1, as (k + 1) / t_warmup. The learning rate of the
+    first step is then not 0, and the warmup ends one step earlier. Not in Composer."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         yield from super().find_problems()
@@ -81,7 +92,7 @@ class _WithWarmup(_Scheduler):
 
     def curve(self, lr: float) -> Curve:
         steps = as_number(self.t_warmup)
-        warmup = linear(0.0, self._peak(lr), steps)
+        warmup = linear_warmup(self._peak(lr), steps, one_based=self.one_based_warmup)
         body = self._body(lr, start=steps)
         return join([warmup, body], boundaries=[steps], names=("warmup", "schedule"))
 

@@ -15,8 +15,15 @@ from schedules.core.curves import Curve, constant
 from schedules.core.durations import Horizon
 from schedules.core.fields import Items, Milestones, as_number
 from schedules.core.imports import ImportForbiddenError
+from schedules.core.per_group import build_curve_per_group
 from schedules.core.registry import from_config
-from schedules.core.schedule import ParameterProblem, Schedule, schedule_class
+from schedules.core.schedule import (
+    Joint,
+    ParameterProblem,
+    Schedule,
+    format_arguments,
+    schedule_class,
+)
 
 __all__ = ["ChainedScheduler", "Combined", "SequentialLR"]
 
@@ -28,6 +35,7 @@ _BLOCK = {
     "additionalProperties": False,
 }
 Blocks = Annotated[Sequence[Mapping[str, Any]], Items(_BLOCK)]
+BuildCurves = Callable[[Base], Curves]
 _MAX_SCHEDULES = 100
 
 
@@ -73,7 +81,8 @@ class _Composite(Schedule[int]):
             if part.feedback is not None:
                 message = (
                     f"`schedulers[{index}]` must not depend on the {part.feedback}, got "
-                    f"{part.type_name}. Use {part.type_name} as the `scheduler` itself."
+                    f"{part.type_name}. Use {part.type_name} as the `scheduler` itself"
+                    f"{_suggest_warmup(part)}."
                 )
                 yield ParameterProblem("schedulers", message)
                 is_valid = False
@@ -82,9 +91,23 @@ class _Composite(Schedule[int]):
         # Nested schedules would otherwise be built twice at each level.
         self.__dict__["parts"] = tuple(parts)
 
+    def __repr__(self) -> str:
+        others = {name: value for name, value in self.params().items() if name != "schedulers"}
+        arguments = {"schedulers": list(self.parts), **others}
+        return f"{self.type_name}({format_arguments(arguments)})"
+
+    @property
+    def num_groups(self) -> int | None:
+        return next((part.num_groups for part in self.parts if part.num_groups), None)
+
     @property
     def hyperparameters(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for part in self.parts for name in part.hyperparameters))
+
+    def joints(self) -> Iterator[Joint]:
+        for part in self.parts:
+            for joint in part.joints():
+                yield joint._replace(field="schedulers")
 
     @property
     def length(self) -> int | None:
@@ -115,20 +138,20 @@ class _Composite(Schedule[int]):
         return tuple(blocks)
 
     def curves(self, base: Base) -> Curves:
-        return self.combine([part.curves(base) for part in self.parts], base)
+        return self.combine([part.curves for part in self.parts], base)
 
     def build_curves(self, base: Base, horizon: Horizon | None = None) -> Curves:
         # Each part scales its own curves, because the curves of a part with a rate per step
         # (`has_rate_per_step`) must be stretched as a whole.
-        parts = [part.build_curves(base, horizon) for part in self.parts]
+        parts = [functools.partial(part.build_curves, horizon=horizon) for part in self.parts]
         return self.resolve(horizon).combine(parts, base)
 
     @abstractmethod
-    def combine(self, parts: Sequence[Curves], base: Base) -> Curves:
+    def combine(self, parts: Sequence[BuildCurves], base: Base) -> Curves:
         """Return the combined curve of each hyperparameter in each param group.
 
         Args:
-            parts: curves of each schedule.
+            parts: function of each schedule that builds its curves from initial hyperparameters.
             base: initial hyperparameters of the optimizer.
         """
 
@@ -148,13 +171,28 @@ class SequentialLR(
     """Run several schedules one after another. At each milestone, the next schedule starts.
 
     Each schedule counts its steps from its own start. If the active schedule does not set a
-    hyperparameter that another schedule sets, the param group's initial value is used.
+    hyperparameter that another schedule sets, its initial value is used. The initial values are
+    those of the param group or, with ``from_previous``, the last values of the previous schedule.
+
+    >>> blocks = [
+    ...     {"type": "PolynomialLR", "params": {"total_iters": 4}},
+    ...     {"type": "ExponentialLR", "params": {"gamma": 0.5}},
+    ... ]
+    >>> steps = range(5)
+    >>> SequentialLR(schedulers=blocks, milestones=[2])(steps, lr=1.0).tolist()
+    [1.0, 0.75, 1.0, 0.5, 0.25]
+    >>> SequentialLR(schedulers=blocks, milestones=[2], from_previous=True)(steps, lr=1.0).tolist()
+    [1.0, 0.75, 0.5, 0.25, 0.125]
 
     Source: ``SequentialLR`` in torch/optim/lr_scheduler.py.
     """
 
     milestones: Milestones
     """Steps at which the second and later schedules start, in ascending order."""
+    from_previous: bool = False
+    """Whether the initial values of each schedule are the values that the previous one has reached
+    at the milestone. If false, as in PyTorch, they are those of the param group. Absolute values,
+    such as `cycle_max_lr`, do not depend on them."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if list(self.milestones) != sorted(self.milestones):
@@ -171,6 +209,19 @@ class SequentialLR(
                 "except the first one.",
             )
 
+    def joints(self) -> Iterator[Joint]:
+        fix = 'Set "from_previous": true to continue from the last value of each schedule.'
+        if self.from_previous:
+            fix = "Change the absolute values of the two schedules so that they match."
+        starts = [0.0, *map(as_number, self.milestones)]
+        for start, end, part in zip(starts, [*starts[1:], math.inf], self.parts, strict=True):
+            for joint in part.joints():
+                if start + joint.step < end:
+                    yield joint._replace(step=start + joint.step, field="schedulers")
+        for name in self.hyperparameters:
+            for start in starts[1:]:
+                yield Joint(name, start, "milestones", fix)
+
     @property
     def length(self) -> int | None:
         last = self.parts[-1].length
@@ -180,16 +231,23 @@ class SequentialLR(
     def span(self) -> int:
         return int(self.milestones[-1]) + self.parts[-1].span
 
-    def combine(self, parts: Sequence[Curves], base: Base) -> Curves:
+    def combine(self, parts: Sequence[BuildCurves], base: Base) -> Curves:
+        names = [part.type_name for part in self.parts]
+        boundaries = [as_number(each) for each in self.milestones]
+
+        def join_parts(*curves: Curve) -> Curve:
+            return join(curves, boundaries, names)
+
+        columns: list[Curves] = []
+        for index, build in enumerate(parts):
+            if index > 0 and self.from_previous:
+                steps = boundaries[index - 1] - (boundaries[index - 2] if index > 1 else 0)
+                reached = functools.partial(_evaluate, step=steps)
+                base = {name: tuple(map(reached, columns[-1][name])) for name in base}
+            own = {name: build_curve_per_group(constant, base[name]) for name in base}
+            columns.append({**own, **build(base)})
         return {
-            name: tuple(
-                join(
-                    [part[name][group] if name in part else constant(own) for part in parts],
-                    boundaries=map(as_number, self.milestones),
-                    names=[part.type_name for part in self.parts],
-                )
-                for group, own in enumerate(base[name])
-            )
+            name: build_curve_per_group(join_parts, *(column[name] for column in columns))
             for name in self.hyperparameters
         }
 
@@ -215,14 +273,19 @@ class ChainedScheduler(
     Source: ``ChainedScheduler`` in torch/optim/lr_scheduler.py.
     """
 
-    def combine(self, parts: Sequence[Curves], base: Base) -> Curves:
+    def combine(self, parts: Sequence[BuildCurves], base: Base) -> Curves:
+        curves = [build(base) for build in parts]
         return {
-            name: tuple(
-                _product([part[name][group] for part in parts if name in part], own)
-                for group, own in enumerate(base[name])
+            name: build_curve_per_group(
+                _multiply, base[name], *(part[name] for part in curves if name in part)
             )
             for name in self.hyperparameters
         }
+
+
+def _suggest_warmup(part: Schedule[Any]) -> str:
+    """Return how to add a warmup to a schedule that cannot be a part of another one."""
+    return ", with `warmup_steps` for a warmup" if hasattr(part, "warmup_steps") else ""
 
 
 def _to_block(schedule: Any) -> Any:
@@ -244,7 +307,13 @@ def _count_blocks(blocks: Any) -> int:
     return len(blocks) + sum(map(_count_blocks, nested))
 
 
-def _product(curves: Sequence[Curve], own: float) -> Curve:
+def _evaluate(curve: Curve, step: float) -> float:
+    """Return the value of a curve at a step, which can be fractional."""
+    value: float = curve.piece(step).formula(step)
+    return value
+
+
+def _multiply(own: float, *curves: Curve) -> Curve:
     if own == 0:
         return constant(0.0)
     multiply = functools.partial(pointwise, lambda total, value: total * (value / own))
@@ -286,6 +355,5 @@ class Combined(
                         "multiply their factors.",
                     )
 
-    def combine(self, parts: Sequence[Curves], base: Base) -> Curves:
-        del base  # Already passed to each schedule.
-        return functools.reduce(operator.or_, (dict(part) for part in parts))
+    def combine(self, parts: Sequence[BuildCurves], base: Base) -> Curves:
+        return functools.reduce(operator.or_, (dict(build(base)) for build in parts))

@@ -4,7 +4,11 @@ The attribute can be one of the following:
 
 - a function that maps the step to a factor by which the learning rate is multiplied;
 - a subclass of PyTorch's LRScheduler, such as LambdaLR;
-- a function that builds such a scheduler for an optimizer.
+- a function that builds such a scheduler for an optimizer, such as
+  ``transformers:get_linear_schedule_with_warmup``. Its first parameter is named ``optimizer``.
+
+The other parameters of the function, or of the class's constructor, are the ``params`` of the
+schedule.
 
 A PyTorch scheduler runs on a dummy optimizer, and its values are recorded, so that the schedule can
 be previewed and resumed. There are two limitations. To compute the value at a step, the scheduler
@@ -18,17 +22,17 @@ import dataclasses
 import functools
 import importlib.util
 import inspect
-import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, TypeVar, cast
 
 from schedules.core.controller import Base, Curves, Values
 from schedules.core.curves import Curve, from_function
 from schedules.core.durations import Horizon
 from schedules.core.fields import AnyValue
 from schedules.core.imports import import_attribute
+from schedules.core.per_group import build_curve_per_group
 from schedules.core.schedule import (
     LearningRateSchedule,
     ParameterProblem,
@@ -44,9 +48,12 @@ __all__ = [
     "read_torch_parameters",
 ]
 
+C = TypeVar("C", bound=Schedule[Any])
+
 TORCH_MODULE = "torch.optim.lr_scheduler"
 _ABSTRACT = "LRScheduler"
 _NOT_IN_CONFIGS = {"last_epoch", "verbose"}
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _MAX_RECORDED = 1024  # learning rates that a recorder keeps, of all param groups together
 
 
@@ -94,7 +101,7 @@ def adapt(found: Any, path: str) -> type[Schedule[Any]]:
     Args:
         found: function of the step, subclass of ``LRScheduler``, or function that takes
             ``optimizer`` as its first parameter and returns such a scheduler.
-        path: import path of ``found``, which is also the name of the schedule in a config.
+        path: import path of ``found``. It is the name of the schedule in a config.
 
     Raises:
         ValueError: ``found`` is neither a function nor a scheduler class, or the ``step`` method of
@@ -150,38 +157,59 @@ def wrap_scheduler(cls: Any, name: str) -> type[WrappedScheduler]:
             f"method of {name!r} requires the argument `{required[0]}`. Use a scheduler whose "
             "`step` method requires no arguments."
         )
+    parameters = [each for each in _parameters(cls) if each.name not in _NOT_IN_CONFIGS]
+    namespace = {
+        "wrapped": staticmethod(cls),
+        "__doc__": f"PyTorch scheduler: {inspect.getdoc(cls)}",
+    }
+    return _make_class(WrappedScheduler, cls.__name__, name, parameters, namespace)
+
+
+def _parameters(function: Any) -> list[inspect.Parameter]:
+    """Return a function's parameters after the first.
+
+    The first parameter is ``self``, the optimizer or the step.
+    """
+    return list(inspect.signature(function).parameters.values())[1:]
+
+
+def _make_class(
+    base: type[C],
+    class_name: str,
+    type_name: str,
+    parameters: Iterable[inspect.Parameter],
+    namespace: dict[str, Any],
+) -> type[C]:
+    """Create a subclass of a schedule class, with one field per parameter of a function."""
     fields = [
         (
             parameter.name,
             Annotated[Any, AnyValue()],
             dataclasses.field(
-                default=dataclasses.MISSING
-                if parameter.default is parameter.empty
-                else parameter.default,
-                metadata={"description": f"Passed to {cls.__name__}."},
+                default=_convert_default(parameter.default),
+                metadata={"description": f"Passed to {class_name}."},
             ),
         )
-        for parameter in _parameters(cls)
-        if parameter.name not in _NOT_IN_CONFIGS
+        for parameter in parameters
     ]
-    schedule: Any = dataclasses.make_dataclass(
-        cls.__name__,
+    cls: Any = dataclasses.make_dataclass(
+        class_name,
         fields,
-        bases=(WrappedScheduler,),
+        bases=(base,),
         frozen=True,
         kw_only=True,
-        namespace={
-            "wrapped": staticmethod(cls),
-            "__doc__": f"PyTorch scheduler: {inspect.getdoc(cls)}",
-        },
+        repr=False,
+        namespace=namespace,
     )
-    schedule.type_name = name
-    return cast("type[WrappedScheduler]", schedule)
+    cls.type_name = type_name
+    return cast("type[C]", cls)
 
 
-def _parameters(function: Any) -> list[inspect.Parameter]:
-    """Return a function's parameters after the first, which is ``self`` or the optimizer."""
-    return list(inspect.signature(function).parameters.values())[1:]
+def _convert_default(default: Any) -> Any:
+    """Return the default of a field. It is a tuple instead of a list, as in all fields."""
+    if default is inspect.Parameter.empty:
+        return dataclasses.MISSING
+    return tuple(default) if isinstance(default, list) else default
 
 
 @schedule_class
@@ -246,11 +274,12 @@ class WrappedScheduler(Schedule[int]):
 
     def curves(self, base: Base) -> Curves:
         recorder = _Recorder(self, base)
+        rows = list(zip(*base.values(), strict=True))
+        # A list can have one item per group. Otherwise, groups with equal values share a curve.
+        is_per_group = any(isinstance(value, list) for value in self.params().values())
+        first = list(range(len(rows))) if is_per_group else [rows.index(row) for row in rows]
         return {
-            name: tuple(
-                from_function(functools.partial(recorder.value, name, group))
-                for group in range(len(base["lr"]))
-            )
+            name: build_curve_per_group(functools.partial(recorder.curve, name), tuple(first))
             for name in self.hyperparameters
         }
 
@@ -283,9 +312,7 @@ class _Recorder:
             for group in range(len(self._base["lr"]))
         ]
         self._optimizer = torch.optim.SGD(groups, lr=self._base["lr"][0])
-        params = self._schedule.params()
-        functions = {name: _import_functions(value) for name, value in params.items()}
-        self._scheduler = self._schedule.wrapped(self._optimizer, **functions)
+        self._scheduler = self._schedule.wrapped(self._optimizer, **_import_params(self._schedule))
         self._step = 0
         self._rows = deque([self._read()], maxlen=max(2, _MAX_RECORDED // len(groups)))
 
@@ -304,9 +331,18 @@ class _Recorder:
             self._step += 1
         return self._rows[step - self._step - 1]
 
+    def curve(self, name: str, group: int) -> Curve:
+        """Return the curve of a hyperparameter of one param group."""
+        return from_function(functools.partial(self.value, name, group))
+
     def value(self, name: str, group: int, step: float) -> float:
         """Return a hyperparameter of one param group at a step."""
         return self.row(int(step))[name][group]
+
+
+def _import_params(schedule: Schedule[Any]) -> dict[str, Any]:
+    """Return the parameters that differ from their defaults, with import paths resolved."""
+    return {name: _import_functions(value) for name, value in schedule.params().items()}
 
 
 def _import_functions(value: Any) -> Any:
@@ -319,39 +355,49 @@ def _import_functions(value: Any) -> Any:
 
 @schedule_class
 class FunctionSchedule(LearningRateSchedule):
-    """Multiply the learning rate by a function of the step: ``lr(k) = lr * function(k)``.
+    """Multiply the learning rate by a function of the step: ``lr(k) = lr * function(k, **params)``.
 
-    If ``engine.scale_schedule_ratio`` is r, then ``lr(k) = lr * function(k / r)``.
+    If ``engine.scale_schedule_ratio`` is r, then ``lr(k) = lr * function(k / r, **params)``.
     """
 
     has_rate_per_step = True
     function: ClassVar[Any]
 
     @staticmethod
-    def make_class(name: str, function: Callable[[float], float]) -> type[FunctionSchedule]:
+    def make_class(name: str, function: Callable[..., float]) -> type[FunctionSchedule]:
         """Create a schedule class with the given name from a function of the step.
 
-        >>> halving = FunctionSchedule.make_class("halving", lambda k: 0.5 ** (k // 100))
-        >>> halving().curves({"lr": (0.1,)})["lr"][0](250)
+        The schedule has the parameters of the function, except the first one, the step.
+
+        >>> halving = FunctionSchedule.make_class("halving", lambda k, every=1: 0.5 ** (k // every))
+        >>> halving(every=100).curves({"lr": (0.1,)})["lr"][0](250)
         0.025
         """
         body: dict[str, Any] = {"function": staticmethod(function), "__doc__": function.__doc__}
         class_name = getattr(function, "__name__", name)
-        cls = types.new_class(
-            class_name,
-            (FunctionSchedule,),
-            {"type_name": name},
-            lambda namespace: namespace.update(body),
-        )
-        return cast("type[FunctionSchedule]", cls)
+        return _make_class(FunctionSchedule, class_name, name, _optional_parameters(function), body)
 
     def __reduce__(self) -> Any:
         # The class was created at run time, so pickle cannot import it.
-        return _rebuild, (type(self).function, self.type_name, {})
+        params = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return _rebuild, (type(self).function, self.type_name, params)
+
+    def curves(self, base: Base) -> Curves:
+        # The base class would compute the hash of the schedule, whose params can be dicts.
+        return {"lr": build_curve_per_group(self.curve, base["lr"])}
 
     def curve(self, lr: float) -> Curve:
-        function = self.function
+        function = functools.partial(self.function, **_import_params(self))
         return from_function(lambda k: lr * function(k))
+
+
+def _optional_parameters(function: Any) -> list[inspect.Parameter]:
+    """Return the parameters of a function of the step that can be passed by name."""
+    try:
+        parameters = _parameters(function)
+    except (TypeError, ValueError):  # without a signature, such as some functions in C
+        return []
+    return [each for each in parameters if each.kind in _BY_NAME]
 
 
 def _rebuild(found: Any, path: str, params: dict[str, Any]) -> Schedule[Any]:

@@ -104,7 +104,7 @@ class SquareRootScheduler(_WithWarmup, example={}):
 
 @schedule_class
 class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.02}):
-    """Multiply the learning rate by a factor at regular intervals, down to a minimum.
+    """Decay of the learning rate by a factor at regular intervals, down to a minimum.
 
     The factor is applied every ``step`` steps, as in MXNet. If ``step`` is null, the factor is
     applied before every step, including the first, as in the book::
@@ -143,7 +143,7 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
 
 @schedule_class
 class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5}):
-    """Multiply the learning rate by ``factor`` at each step in the list ``step``.
+    """Piecewise constant learning rate, multiplied by ``factor`` at each step in ``step``.
 
     ::
 

@@ -1,8 +1,7 @@
 """DeepSpeed's schedules: OneCycle, LRRangeTest, WarmupLR, WarmupDecayLR and WarmupCosineLR.
 
-Parameters, defaults and shapes match deepspeed/runtime/lr_schedules.py (0.19), except for the
-differences that the docstrings describe. docs/decisions/0003-deepspeed-schedules.md gives the
-reasons.
+Parameters, defaults and shapes match deepspeed/runtime/lr_schedules.py (0.19). Docstrings
+describe the differences, and docs/decisions/0003-deepspeed-schedules.md gives the reasons.
 """
 
 from __future__ import annotations
@@ -227,9 +226,7 @@ class LRRangeTest(
 
         lr(k) = lr_range_test_min_lr * (1 + lr_range_test_step_rate * x)
 
-    If ``lr_range_test_staircase`` is true, x is rounded down.
-
-    The schedule does not stop training. Stop the run when the loss diverges.
+    In a staircase, x is rounded down. Stop the run when the loss diverges.
 
     >>> test = LRRangeTest(lr_range_test_min_lr=0.1, lr_range_test_step_size=2)
     >>> [round(lr, 6) for lr in test.curves({"lr": (0.1,)})["lr"][0].values(5)]

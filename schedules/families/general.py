@@ -1,4 +1,4 @@
-"""General schedules: phases, warmup-stable-decay and inverse square root."""
+"""General-purpose schedules: multi-phase, warmup-stable-decay and inverse square root."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from schedules.core.combinators import join
+from schedules.core.combinators import join, linear_warmup
 from schedules.core.controller import Base, Curves
 from schedules.core.curves import (
     Curve,
@@ -17,6 +17,7 @@ from schedules.core.curves import (
     geometric,
     half_life,
     inverse_sqrt,
+    inverse_sqrt_ramp,
     linear,
     one_minus_sqrt,
     polynomial,
@@ -29,7 +30,14 @@ from schedules.core.fields import (
     WarmupStepsOrZero,
     as_number,
 )
-from schedules.core.schedule import LearningRateSchedule, ParameterProblem, Schedule, schedule_class
+from schedules.core.per_group import are_equal, build_curve_per_group
+from schedules.core.schedule import (
+    Joint,
+    LearningRateSchedule,
+    ParameterProblem,
+    Schedule,
+    schedule_class,
+)
 
 __all__ = [
     "InverseSquareRoot",
@@ -52,8 +60,12 @@ SHAPES: Mapping[str, Ramp] = {
     "exponential": geometric,
     "half-life": half_life,
     "1-sqrt": one_minus_sqrt,
+    "inverse-sqrt": inverse_sqrt_ramp,
 }
 """Maps each shape to the function that builds a phase from its start, end and number of steps."""
+
+_NEVER_ZERO = ("exponential", "inverse-sqrt")
+"""Shapes whose start and end must not be 0."""
 
 _PHASE = {
     "type": "object",
@@ -86,9 +98,13 @@ class Phases(
 
     A phase is ``{"shape": …, "from": …, "to": …, "duration": …}``. "shape" is "linear" (the
     default), "constant", "cosine", "polynomial" (quadratic), "exponential" (linear on a log scale),
-    "half-life" (Megatron-LM's exponential decay) or "1-sqrt" (1 minus square root). "from" defaults
-    to the end value of the previous phase or, in the first phase, to the param group's initial
-    value. "to" defaults to the start value. After the last phase, the value stays constant.
+    "half-life" (Megatron-LM's exponential decay), "1-sqrt" (1 minus square root) or "inverse-sqrt"
+    (``from / sqrt(1 + c * x)`` with x from 0 to 1, and c such that it ends at "to"). "from"
+    defaults to the end value of the previous phase or, in the first phase, to the param group's
+    initial value. "to" defaults to the start value. After the last phase, the value stays constant.
+
+    The decay of Vaswani et al., ``peak * sqrt(W / k)`` after a warmup of W steps, is an
+    "inverse-sqrt" phase of N steps from peak to ``peak * sqrt(W / (W + N))``.
 
     ``engine.scale_schedule_ratio`` scales a phase with ``"warmup": true`` only if its duration is a
     fraction of the run or ``engine.scale_warmup`` is true.
@@ -132,6 +148,13 @@ class Phases(
     def span(self) -> int:
         return self.length + 1
 
+    def joints(self) -> Iterator[Joint]:
+        for name in self.hyperparameters:
+            durations = [phase["duration"] for phase in getattr(self, name)[:-1]]
+            for index, step in enumerate(itertools.accumulate(durations), start=1):
+                fix = f'Remove "from" of phase {index} to continue from the previous phase.'
+                yield Joint(name, step, name, fix)
+
     @property
     def unresolved_fields(self) -> tuple[str, ...]:
         return tuple(
@@ -165,10 +188,10 @@ class Phases(
                 name,
                 f"`from` and `to` of `{path}` must be less than 1, got {max(ends):g}. Lower them.",
             )
-        if phase.get("shape") == "exponential" and 0 in ends:
+        if phase.get("shape") in _NEVER_ZERO and 0 in ends:
             yield ParameterProblem(
                 name,
-                f"`{path}` must not start or end at 0, because its shape is exponential. "
+                f"`{path}` must not start or end at 0, because its shape is {phase['shape']}. "
                 "Use a small positive value.",
             )
 
@@ -177,12 +200,14 @@ class Phases(
             if not self.relative and any("to" in phase for phase in getattr(self, name)):
                 self._check_groups_stay_different(name, base[name])
         return {
-            name: tuple(self._join_phases(name, getattr(self, name), own) for own in base[name])
+            name: build_curve_per_group(
+                partial(self._join_phases, name, getattr(self, name)), base[name]
+            )
             for name in self.hyperparameters
         }
 
     def _check_groups_stay_different(self, name: str, own: tuple[float, ...]) -> None:
-        if len(set(own)) > 1:
+        if not are_equal(own):
             groups = ", ".join(f"group {index}: {value:g}" for index, value in enumerate(own))
             raise ValueError(
                 f"`{name}` must use relative values, because the param groups have different "
@@ -192,17 +217,17 @@ class Phases(
 
     def _join_phases(self, name: str, phases: Sequence[Mapping[str, Any]], own: float) -> Curve:
         if self.relative and own == 0:
-            return constant(0.0)  # also if a shape is exponential
+            return constant(0.0)  # also if a shape does not allow 0
         unit = own if self.relative else 1.0
         value, parts = own, []
         for phase in phases:
             start = phase["from"] * unit if "from" in phase else value
             value = phase["to"] * unit if "to" in phase else start
-            if phase.get("shape") == "exponential" and 0 in (start, value):
+            if phase.get("shape") in _NEVER_ZERO and 0 in (start, value):
                 raise ValueError(
-                    f"An exponential phase of `{name}` must not start or end at 0, got a phase "
-                    f"from {start:g} to {value:g} for a param group with the initial value "
-                    f"{own:g}. Set `from` or `to` to a small positive value."
+                    f"A phase of `{name}` with the shape {phase['shape']} must not start or end at "
+                    f"0, got a phase from {start:g} to {value:g} for a param group with the "
+                    f"initial value {own:g}. Use small positive values."
                 )
             if name == "momentum" and max(start, value) >= 1:
                 raise ValueError(
@@ -255,6 +280,9 @@ class WarmupStableDecay(
     """Shape of the decay at the end of the run."""
     min_lr_ratio: Ratio = 0.0
     """Learning rate at the end of the decay, as a fraction of the initial learning rate."""
+    one_based_warmup: bool = False
+    """Whether the warmup counts its steps from 1, as (k + 1) / warmup_steps. The learning rate of
+    the first step is then not 0, and the warmup ends one step earlier."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         needed, total = self._warmup + self._decay, as_number(self.total_steps)
@@ -277,7 +305,7 @@ class WarmupStableDecay(
         decay_start = as_number(self.total_steps) - self._decay
         return join(
             [
-                linear(0.0, lr, self._warmup),
+                linear_warmup(lr, self._warmup, one_based=self.one_based_warmup),
                 constant(lr),
                 SHAPES[self.decay_type](lr, self.min_lr_ratio * lr, self._decay),
             ],
@@ -304,6 +332,9 @@ class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
     timescale: Steps | None = None
     """Number of steps after the warmup in which the learning rate falls to 1 / sqrt(2) of its peak;
     null uses `warmup_steps`."""
+    one_based_warmup: bool = False
+    """Whether the warmup counts its steps from 1, as (k + 1) / warmup_steps. The learning rate of
+    the first step is then not 0, and the warmup ends one step earlier."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if not (self.timescale or self.warmup_steps):
@@ -314,5 +345,5 @@ class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
     def curve(self, lr: float) -> Curve:
         steps = as_number(self.warmup_steps)
         decay = inverse_sqrt(lr, as_number(self.timescale or steps))
-        warmup = linear(0.0, lr, steps)
+        warmup = linear_warmup(lr, steps, one_based=self.one_based_warmup)
         return join([warmup, decay], boundaries=[steps], names=("warmup", "decay"))

@@ -51,10 +51,14 @@ class OptimizerParamScheduler(
     ``lr_decay_style`` "WSD", the learning rate is constant after the warmup and decays in the last
     ``wsd_decay_steps`` steps. With "constant", it does not decay.
 
+    As in Megatron-LM, the keys ``max_lr``, ``min_lr``, ``start_wd`` and ``end_wd`` of a param group
+    replace these parameters for the group.
+
     Source: ``OptimizerParamScheduler`` in megatron/core/optimizer_param_scheduler.py.
     """
 
     has_rate_per_step = True
+    group_keys = ("max_lr", "min_lr", "start_wd", "end_wd")
 
     init_lr: LearningRate = 0.0
     """Learning rate at the first step of the warmup."""

@@ -260,8 +260,8 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     final_div_factor: Divisor = 1e4
     """Ratio of the learning rate at the first step to the final learning rate."""
     three_phase: bool = False
-    """Whether the learning rate returns to its value at the first step in a phase of its own,
-    before it falls to its final value."""
+    """Whether a separate phase returns the learning rate to its value at the first step before it
+    falls to its final value."""
     relative: bool = False
     """Whether `max_lr` is a multiple of each param group's initial learning rate. If false, it is
     an absolute learning rate."""
@@ -371,9 +371,9 @@ class CyclicLR(
     has_rate_per_step = True
 
     base_lr: LearningRate
-    """Learning rate at the bottom of the triangles."""
+    """Lowest learning rate of each cycle."""
     max_lr: LearningRate | None
-    """Learning rate at the top of the first triangle; null uses each param group's initial learning
+    """Learning rate at the first peak; null uses each param group's initial learning
     rate."""
     step_size_up: Steps = 2000
     """Length of the rising part of each triangle."""
@@ -389,9 +389,9 @@ class CyclicLR(
     """Whether to cycle momentum (betas[0] if the optimizer has betas) inversely to the learning
     rate."""
     base_momentum: Momentum = 0.8
-    """Momentum at the top of the first triangle."""
+    """Momentum at the first peak of the learning rate."""
     max_momentum: Momentum = 0.9
-    """Momentum at the bottom of the triangles."""
+    """Momentum when the learning rate is lowest."""
     relative: bool = False
     """Whether `base_lr` and `max_lr` are multiples of each param group's initial learning rate. If
     false, they are absolute learning rates."""

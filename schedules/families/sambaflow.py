@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 
-from schedules.core.combinators import decay_after_warmup, join, stairs
+from schedules.core.combinators import decay_after_warmup, join, linear_warmup, stairs
 from schedules.core.controller import Base, Curves
 from schedules.core.curves import Curve, constant, cosine, exponential, linear
 from schedules.core.fields import Factor, LearningRate, Ratio, Steps, WarmupStepsOrZero, as_number
@@ -50,6 +50,9 @@ class _WarmupAndDecay(_PeakSchedule):
     """Length of the run, including the warmup. The schedule does not stop training."""
     end_lr_ratio: Ratio = 0.1
     """Learning rate at and after the end of the run, as a fraction of the peak learning rate."""
+    one_based_warmup: bool = False
+    """Whether the warmup counts its steps from 1, as (k + 1) / warmup_steps. The learning rate of
+    the first step is then not 0, and the warmup ends one step earlier."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if as_number(self.warmup_steps) > as_number(self.max_steps):
@@ -62,7 +65,7 @@ class _WarmupAndDecay(_PeakSchedule):
     def curve(self, lr: float) -> Curve:
         steps = as_number(self.warmup_steps)
         decay = self._decay(lr, self.end_lr_ratio * lr, as_number(self.max_steps) - steps)
-        warmup = linear(0.0, lr, steps)
+        warmup = linear_warmup(lr, steps, one_based=self.one_based_warmup)
         return join([warmup, decay], boundaries=[steps], names=("warmup", "decay"))
 
     @abstractmethod

@@ -46,10 +46,10 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     not depend on the scale of the loss, tolerates loss spikes, and starts the decay exactly at the
     peak.
 
-    If ``rollback`` is true, the weights and the optimizer state are restored when the warmup ends.
-    They return to their values after the test interval (the steps from one test to the next) with
-    the lowest mean loss. This helps models without normalization layers, which can diverge at high
-    learning rates.
+    If ``rollback`` is true, the weights and the optimizer state are restored when the warmup ends:
+    to their values at the end of the test interval with the lowest mean loss. A test interval is
+    the steps from one test to the next. A rollback helps models without normalization layers,
+    which can diverge at high learning rates.
 
     The engine passes the loss of ``trainer.backward(loss)`` to the schedule. In a custom loop, call
     ``step(loss=loss)``. Previews show a run on a synthetic loss.

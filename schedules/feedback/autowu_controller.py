@@ -90,7 +90,8 @@ class AutoWUController(FeedbackController[AutoWUState]):
             raise ValueError(
                 "AutoWU requires the loss of every step. "
                 "Pass the loss to `step(loss=loss)` or, with the engine, to "
-                "`trainer.backward(loss)`."
+                "`trainer.backward(loss)`. If a trainer calls `step()` without it, call "
+                "`scheduler.record_loss(loss)` before."
             )
         state = dataclasses.replace(state, step=state.step + 1, is_lowest=False)
         if self._must_cool_down(state):

@@ -70,7 +70,10 @@ class AutoWUState:
 
 @dataclasses.dataclass(frozen=True)
 class Warmup:
-    """Parameters of AutoWU's warmup. ``steps`` is its maximum length, which a test can shorten."""
+    """Parameters of AutoWU's warmup.
+
+    ``steps`` is the maximum length of the warmup. A test can end the warmup earlier.
+    """
 
     steps: int
     steps_per_epoch: int
@@ -83,13 +86,15 @@ class Warmup:
 
     def lr(self, step: int) -> float:
         """Return the learning rate of the first param group at the given step of the warmup."""
+        if self.steps == 0:
+            return self.max_lr
         fraction = step / self.steps
         if self.unit == "epoch":
             fraction = step // self.steps_per_epoch / self.epochs
         return self.lr_between(self.max_lr, fraction)
 
     def lr_between(self, lr: float, fraction: float) -> float:
-        """Return the learning rate after ``fraction`` (0 to 1) of a warmup to ``lr``."""
+        """Return the learning rate after ``fraction`` (0 to 1) of a warmup that ends at ``lr``."""
         if self.type == "linear":
             return self.min_lr + (lr - self.min_lr) * fraction
         return float(self.min_lr * (lr / self.min_lr) ** fraction)

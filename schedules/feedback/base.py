@@ -68,7 +68,7 @@ class FeedbackSchedule(Schedule[S]):
 
     @abstractmethod
     def synthetic_loss(self, step: int, lr: float) -> float:
-        """Return the synthetic loss of a step with learning rate ``lr``, for use in previews."""
+        """Return the synthetic loss at ``step`` with the learning rate ``lr``, for previews."""
 
     def bind(self, base: Base, horizon: Horizon | None = None) -> FeedbackController[S]:
         """Convert all durations to steps with `resolve`, and build the controller."""

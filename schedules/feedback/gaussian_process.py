@@ -180,7 +180,7 @@ class Hyperparameters:
 
 
 class _Slopes:
-    """Function that returns the gradient of `Hyperparameters.loss` for fixed data.
+    """Callable that returns the gradient of `Hyperparameters.loss` for fixed data.
 
     The constructor precomputes a matrix, so that each gradient takes only one matrix product.
 
@@ -255,7 +255,7 @@ class Posterior(NamedTuple):
         return np.asarray((self.root**2).sum(1))
 
     def compute_difference_variance(self, index: int) -> Array:
-        """Return the posterior variance of f(x) - f(p) at each x, where p has index ``index``."""
+        """Return the variance of f(x) - f(p) for each x, where ``index`` is the index of p."""
         return np.asarray(((self.root - self.root[index]) ** 2).sum(1))
 
 

@@ -1,4 +1,4 @@
-"""`History`, an immutable sequence of losses that can share memory with a longer one."""
+"""`History`, an immutable sequence of losses that can share memory with a longer history."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ __all__ = ["History"]
 class History:
     """Immutable sequence of losses.
 
-    `with_loss` returns a longer history, which can share the list of this one to avoid a copy.
+    `with_loss` returns a longer history. If possible, both histories share one list to avoid a
+    copy.
 
     >>> first = History().with_loss(1.0)
     >>> second, third = first.with_loss(2.0), first.with_loss(3.0)
@@ -40,7 +41,15 @@ class History:
 
     @classmethod
     def restore(cls, value: Any, name: str) -> History:
-        """Return a history of the saved losses ``value``, called ``name`` in error messages."""
+        """Build a history from saved losses.
+
+        Args:
+            value: saved list of losses. Its type is checked.
+            name: name of the list in error messages.
+
+        Raises:
+            ValueError: ``value`` is not a list of numbers.
+        """
         return cls.from_losses(restore(tuple[float, ...], value, name))
 
     def with_loss(self, loss: float) -> History:

@@ -150,8 +150,8 @@ def run_robust_test(losses: Array) -> RobustResult:
     """Run the robust test, which checks whether the loss has passed its minimum.
 
     The test tolerates noise and loss spikes, and does not depend on the scale of the loss. It clips
-    losses that differ from the lowest loss by more than twice the decrease of the loss so far, and
-    replaces losses that are not finite with the highest value that clipping allows. The losses are
+    losses that differ from the lowest loss by more than twice the decrease of the loss so far.
+    Losses that are not finite are replaced with the upper limit of the clipping. The losses are
     then compressed with asinh and averaged in at most 256 bins. Unlike the published test, this
     test needs neither random samples nor Adam, because it can compute the most likely noise
     variance directly.
@@ -190,7 +190,7 @@ def _robust_posterior(y: Array) -> Posterior:
 
 
 class _Compression(NamedTuple):
-    """Transform that clips losses to a range around the lowest one, and applies asinh to them."""
+    """Transform that clips losses to a range around the lowest loss, and then applies asinh."""
 
     low: float
     high: float
@@ -239,7 +239,7 @@ def _basis(points: int) -> Array:
 
 
 def _certainty(posterior: Posterior, index: int, floor: float) -> float:
-    """Return the maximum over x of P(f(p) > f(x)), where p has index ``index``.
+    """Return the maximum over x of P(f(p) > f(x)), where ``index`` is the index of p.
 
     ``floor`` is added to the variance of f(p) - f(x), so that tiny differences do not count.
     """

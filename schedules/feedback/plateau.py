@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+from schedules.core.combinators import linear_warmup
 from schedules.core.controller import Base, Decision, Values
-from schedules.core.fields import LearningRate, Range
+from schedules.core.fields import LearningRate, Range, WarmupStepsOrZero, as_number
 from schedules.core.per_group import broadcast
 from schedules.core.saved_state import Count, restore
 from schedules.core.schedule import ParameterProblem, schedule_class
@@ -99,7 +100,10 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
 
     Whenever a new value of the metric is available, for example at the end of an epoch, pass it to
     ``trainer.step(metric=…)`` or, in a custom loop, to ``step(metric)``. Steps without a value do
-    not change the learning rate. Previews show a run on a synthetic metric.
+    not change the learning rate, except in the warmup. Previews show a run on a synthetic metric.
+
+    The warmup counts the calls of ``step``. A trainer that calls it only with a metric, such as
+    Hugging Face's, needs a warmup of as many evaluations.
 
     >>> import torch, schedules
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
@@ -132,6 +136,12 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     """Lower bound of the learning rate."""
     eps: Annotated[float, Range(at_least=0)] = 1e-8
     """Minimum reduction of the learning rate; smaller reductions are skipped."""
+    warmup_steps: WarmupStepsOrZero = 0
+    """Length of a linear warmup from 0. Metric values during the warmup are ignored. Not in
+    PyTorch."""
+    one_based_warmup: bool = False
+    """Whether the warmup counts its steps from 1, as (k + 1) / warmup_steps. The learning rate of
+    the first step is then not 0, and the warmup ends one step earlier."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.factor >= 1:
@@ -139,14 +149,14 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
 
     @property
     def span(self) -> int:
-        return 100
+        return int(self.warmup_steps) + 100
 
     def controller(self, base: Base) -> PlateauController:
         return PlateauController(self, base["lr"])
 
     def synthetic_loss(self, step: int, lr: float) -> float:
         del lr
-        return 1 - min(step, 20) / 20
+        return 1 - min(max(0, step - int(self.warmup_steps)), 20) / 20
 
 
 class PlateauController(FeedbackController[_State]):
@@ -156,6 +166,8 @@ class PlateauController(FeedbackController[_State]):
         self._lrs = lrs
         self._least = broadcast("min_lr", params.min_lr, lrs)
         self._eps = params.eps
+        self._warmup_steps = as_number(params.warmup_steps)
+        self._factors = linear_warmup(1.0, self._warmup_steps, one_based=params.one_based_warmup)
         self._rule = Plateau(
             params.factor,
             params.patience,
@@ -166,13 +178,20 @@ class PlateauController(FeedbackController[_State]):
         )
 
     def init(self) -> _State:
-        return _State(0, self._rule.init(), self._lrs)
+        return _State(0, self._rule.init(), self._warm_up(0))
+
+    def _warm_up(self, step: int) -> tuple[float, ...]:
+        """Return the learning rates at a step of the warmup, or after the last one."""
+        factor = self._factors(step) if step < self._warmup_steps else 1.0
+        return tuple(factor * lr for lr in self._lrs)
 
     def continue_from(self, state: _State, values: Values) -> _State:
         return state._replace(lrs=values["lr"])
 
     def update(self, state: _State, loss: float | None) -> _State:
         step = state.step + 1
+        if state.step < self._warmup_steps:
+            return state._replace(step=step, lrs=self._warm_up(step))
         if loss is None:
             return state._replace(step=step)
         plateau = self._rule.update(state.plateau, loss)

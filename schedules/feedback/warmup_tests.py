@@ -130,7 +130,7 @@ class RobustTest(WarmupTest):
     """Robust test of whether the loss has passed its minimum.
 
     It does not depend on the scale of the loss. It runs about sixty times if the warmup reaches its
-    maximum length, and ends the warmup after at least five confident results in a row.
+    maximum length. At least five confident results in a row are needed to end the warmup.
     """
 
     dtype = np.float64

@@ -131,6 +131,16 @@ def test_plateau_with_metrics_in_some_steps_counts_only_those():
     assert seen == [0.01] * 5 + [0.005] * 3
 
 
+def test_plateau_with_a_warmup_warms_up_in_steps_without_a_metric():
+    trainer = start({"patience": 0, "factor": 0.5, "warmup_steps": 4}, "ReduceLROnPlateau")
+    seen = []
+    for step in range(9):
+        seen.append(trainer.get_lr()[0])
+        trainer.backward(trainer(torch.randn(16, 8)).pow(2).mean())
+        trainer.step(metric=1.0 if step % 2 else None)
+    assert seen == pytest.approx([0, 0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01, 0.01, 0.005])
+
+
 def test_plateau_metric_inside_a_batch_is_used_at_its_end():
     params = {"patience": 0, "factor": 0.5}
     trainer = start(params, "ReduceLROnPlateau", gradient_accumulation_steps=2)

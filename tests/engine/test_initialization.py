@@ -435,3 +435,11 @@ def test_initialize_with_args_reads_their_deepspeed_config(tmp_path):
     args = argparse.Namespace(deepspeed_config=str(path))
     trainer, *_ = engine.initialize(args, model())
     assert trainer.config.name == str(path)
+
+
+def test_model_on_the_meta_device_is_an_error():
+    with torch.device("meta"):
+        model = torch.nn.Linear(2, 1)
+    config = {"train_batch_size": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    with pytest.raises(ValueError, match="`weight` is on the meta device"):
+        engine.initialize(config=config, model=model)

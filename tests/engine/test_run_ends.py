@@ -135,6 +135,28 @@ def test_run_without_a_loader_is_over_at_max_duration(duration, steps):
     assert trainer.global_steps == steps
 
 
+def test_run_in_tokens_is_over_after_this_many_tokens():
+    config = {
+        "train_batch_size": BATCH,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
+        "scheduler": {
+            "type": "LinearWithWarmupScheduler",
+            "params": {"t_warmup": f"{4 * BATCH * 32}tok"},
+        },
+        "engine": {"max_duration": f"{12 * BATCH * 32}tok", "tokens_per_sample": 32},
+    }
+    trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(2, 1))
+    lrs = []
+    while not trainer.run_is_over:
+        lrs.append(trainer.get_lr()[0])
+        trainer.backward(trainer(torch.ones(BATCH, 2)).mean())
+        trainer.step()
+    assert lrs == pytest.approx([0.5 * min(k / 4, (12 - k) / 8) for k in range(12)])
+    del config["engine"]["tokens_per_sample"]
+    with pytest.raises(engine.ConfigError, match=r"`engine.max_duration`: .* tokens per sample"):
+        engine.initialize(config=config, model=torch.nn.Linear(2, 1))
+
+
 @pytest.mark.parametrize(("duration", "steps"), [("56sp", 7 + 4), ("14ba", 14)])
 def test_run_with_a_larger_batch_ends_after_the_same_samples_or_batches(duration, steps):
     trainer, loader = start(max_duration=duration)

@@ -73,7 +73,9 @@ def test_batches_without_data_are_an_error():
 
 def test_epoch_without_a_step_is_an_error():
     trainer = start(max_duration="2ep")
-    with pytest.raises(MisuseError, match=r"epoch .* without a step.*`trainer.step\(\)`"):
+    with pytest.raises(
+        MisuseError, match=r"epoch .* without an optimizer step.*`trainer.step\(\)`"
+    ):
         list(trainer.batches())
 
 

@@ -5,6 +5,7 @@ describe where the values differ, and by how much.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,10 +82,15 @@ def test_composer_scaled_warmup_is_continuous_unlike_composer(name):
 
 
 @pytest.mark.parametrize("name", TOKENS)
-def test_composer_durations_in_tokens_are_rejected(name):
-    block = {"type": TOKENS[name]["scheduler"], "params": TOKENS[name]["params"]}
-    with pytest.raises(ScheduleError, match="cannot be converted to steps"):
-        from_config(block)
+def test_composer_durations_in_tokens_match(name):
+    case = TOKENS[name]
+    block = {"type": case["scheduler"], "params": case["params"]}
+    horizon = horizon_of(case)
+    compare(case, block, at=lagging(case), horizon=horizon)
+    alpha = np.array(case["alpha"]) * case["optimizer"]["lr"]
+    compare(case, block, at=np.arange(len(alpha)), theirs=alpha, horizon=horizon)
+    with pytest.raises(ScheduleError, match="requires the number of tokens per sample"):
+        from_config(block, horizon=replace(horizon, tokens_per_sample=None))
 
 
 NOT_SCALED = {  # Composer changes T_0, but torch does not read it again
@@ -343,7 +349,7 @@ TESTS = {
         test_composer_scaled_warmup_is_continuous_unlike_composer,
     ],
     "composer_pytorch_ssr": [test_pytorch_scheduler_with_composers_scale_ratio_matches],
-    "composer_tokens": [test_composer_durations_in_tokens_are_rejected],
+    "composer_tokens": [test_composer_durations_in_tokens_match],
     "d2l": [test_d2l_golden_case_matches],
     "deepspeed": [
         test_deepspeed_variable_batch_size_scales_a_base_schedule,

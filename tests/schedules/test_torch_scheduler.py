@@ -253,7 +253,9 @@ def test_attach_failing_leaves_the_optimizer_unchanged():
 
     optimizer = torch.optim.SGD([{"params": weights()}, {"params": weights()}], lr=0.2)
     before = without_tensors(optimizer)
-    with pytest.raises(ValueError, match=r"`cycle_max_mom` must be .* \(2\), got 3"):
+    with pytest.raises(
+        ValueError, match=r"`cycle_max_mom` must be .* \(2\), got a list of length 3"
+    ):
         attach("OneCycle", optimizer, **(CYCLE | {"cycle_max_mom": [0.9, 0.9, 0.9]}))
     assert without_tensors(optimizer) == before
 
@@ -329,7 +331,7 @@ def test_attach_list_parameter_applies_per_group(type_name, params, step, lrs):
 
 def test_attach_list_of_wrong_length_names_the_parameter():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-    with pytest.raises(ValueError, match=r"`eta_min` must be .* \(1\), got 2"):
+    with pytest.raises(ValueError, match=r"`eta_min` must be .* \(1\), got a list of length 2"):
         schedules.attach("CosineAnnealingLR", optimizer, T_max=4, eta_min=[0.01, 0.02])
 
 

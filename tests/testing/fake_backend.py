@@ -95,7 +95,7 @@ class FakeBackend(Backend):
         self.restore(torch.load(checkpoint_dir / "fake.pt"))
 
     @override
-    def snapshot(self):
+    def snapshot(self, reuse=None):
         return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
 
     @override

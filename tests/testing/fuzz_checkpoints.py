@@ -6,7 +6,6 @@ must be able to train and save after it. See `tests.testing.fuzz` for the comman
 
 import contextlib
 import copy
-import hashlib
 import io
 import json
 import logging
@@ -21,6 +20,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from safetensors.torch import load_file, save
+from xxhash import xxh3_128
 
 from engine.checkpoint import storage
 from engine.checkpoint.manifest import MANIFEST, _compute_checksum
@@ -156,7 +156,7 @@ class CheckpointMutator:
         content["files"] = {
             path: content["files"][path]
             if self.saved[name].get(path) == data
-            else {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            else {"size": len(data), "xxh3_128": xxh3_128(data).hexdigest()}
             for path, data in files.items()
         }
         return json.dumps({**content, "checksum": _compute_checksum(content)}).encode()

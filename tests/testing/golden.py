@@ -1,6 +1,7 @@
 """Read golden cases, which are recorded values of other libraries, and compare ours with them."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +29,17 @@ def base_of(case):
 def horizon_of(case):
     """Return the horizon of a case that was run by Composer's trainer."""
     per_epoch, batch = case["dataloader_len"], case.get("batch_size")
-    value, unit = float(case["max_duration"][:-2]), case["max_duration"][-2:]
-    steps = value * {"ep": per_epoch, "ba": 1, "sp": 1 / (batch or 1)}[unit]
+    value, unit = re.fullmatch(r"([\d.]+)(\w+)", case["max_duration"]).groups()
+    tokens = case.get("tokens_per_batch")
+    lengths = {"ep": per_epoch, "ba": 1, "sp": 1 / (batch or 1), "tok": 1 / (tokens or 1)}
+    steps = float(value) * lengths[unit]
     return Horizon(
         total_steps=steps,
         steps_per_epoch=per_epoch,
         samples_per_step=batch,
         scale_ratio=case["scale_schedule_ratio"],
-        counts_samples=unit == "sp",
+        counts_samples=unit in ("sp", "tok"),
+        tokens_per_sample=tokens and tokens / batch,
     )
 
 

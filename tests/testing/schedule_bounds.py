@@ -101,7 +101,7 @@ LR_LEVELS: dict[str, Callable[[Any, float], Levels]] = {
     ),
     "OptimizerParamScheduler": lambda s, lr: (s.init_lr, s.max_lr, s.min_lr),
     "AutoWU": lambda s, lr: (0.0, s.max_lr),
-    "ReduceLROnPlateau": lambda s, lr: (lr, min(s.min_lr, lr)),
+    "ReduceLROnPlateau": lambda s, lr: (lr, 0.0 if s.warmup_steps else min(s.min_lr, lr)),
 }
 OTHER_LEVELS: dict[tuple[str, str], Callable[[Any], Levels]] = {
     ("OneCycle", "momentum"): lambda s: (

@@ -51,7 +51,7 @@ def train(dataset: Dataset[tuple[Tensor, Tensor]]) -> None:
     assert_type(own, Optimizer)
     for x, y in loader:
         trainer.backward(nn.functional.mse_loss(trainer(x), y))
-        assert_type(trainer.step(), bool)
+        assert_type(bool(trainer.step()), bool)
     scheduler.get_last_lr()
     batches = DataLoader(dataset, batch_size=8)
     assert_type(trainer.prepare(batches), DataLoader[tuple[Tensor, Tensor]])

@@ -25,6 +25,6 @@ def add_allow_imports(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-imports",
         action="store_true",
-        help="import, and thereby run, the code that the config names, such as a custom schedule. "
-        "Use this option only for configs that you trust",
+        help="import and run the code that the config names, such as a custom schedule. Use this "
+        "option only if you trust the config",
     )

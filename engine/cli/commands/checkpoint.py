@@ -26,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("action", choices=["ls", "verify", "show", "export"])
     parser.add_argument("dir", metavar="DIR", type=Path, help="checkpoint directory of the run")
-    parser.add_argument("--tag", help="tag of the checkpoint (default: newest; verify: all)")
+    parser.add_argument(
+        "--tag",
+        help="tag of the checkpoint (default: the newest checkpoint; for verify, all checkpoints)",
+    )
     parser.add_argument(
         "-o",
         "--output",
@@ -45,7 +48,11 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 def _list(args: argparse.Namespace, out: TextIO) -> int:
     complete = storage.list_checkpoints(args.dir)
     if not complete:
-        raise FileNotFoundError(2, "the directory contains no complete checkpoint", str(args.dir))
+        raise FileNotFoundError(
+            2,
+            "the directory contains no complete checkpoint; pass the checkpoint directory of a run",
+            str(args.dir),
+        )
     width = max(len(path.name) for path, _ in complete)
     for path, manifest in complete:
         ranks = count_noun(manifest.world_size, "rank")
@@ -59,7 +66,11 @@ def _list(args: argparse.Namespace, out: TextIO) -> int:
 def _verify(args: argparse.Namespace, out: TextIO) -> int:
     tags = [args.tag] if args.tag else _list_tags(args.dir)
     if not tags:
-        raise FileNotFoundError(2, "the directory contains no checkpoint", str(args.dir))
+        raise FileNotFoundError(
+            2,
+            "the directory contains no checkpoint; pass the checkpoint directory of a run",
+            str(args.dir),
+        )
     status = OK
     for tag in tags:
         try:
@@ -91,7 +102,9 @@ def _export(args: argparse.Namespace, out: TextIO) -> int:
     path = find_foreign(args.dir, args.tag) or storage.find(args.dir, args.tag)[0]
     output = args.output or Path(f"{path.name}.safetensors")
     if not output.parent.is_dir():
-        raise FileNotFoundError(2, "No such file or directory", str(output))
+        raise FileNotFoundError(
+            2, "the directory of the output file does not exist; create it", str(output)
+        )
     if os.path.lexists(output):
         raise FileExistsError(
             17, "the output file already exists; delete it or choose another name", str(output)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TextIO
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from engine.cli.commands.arguments import add_allow_imports, parse_positive_int
 from engine.distributed.environment import OK
 from engine.errors import escape
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from engine.config.provenance import Entry
+    from engine.config.rules import RuleContext
 
 __all__ = ["add_arguments", "run"]
 
@@ -38,8 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--diff",
         metavar="OTHER",
-        help="print only the keys whose values differ from those of another config. The last "
-        "column is the value in the other config; - marks a missing key",
+        help="print only the keys whose values differ from those in another config. The last "
+        "column shows the values in the other config. A - stands for a missing key",
+    )
+    how.add_argument(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help="also print the param groups of the model that the function returns, or of a class of "
+        "models. The module is imported, from the current directory if it is there. The model is "
+        "built on the meta device, without memory for its weights, if it supports that",
     )
     add_allow_imports(parser)
 
@@ -48,18 +61,21 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     """Print the resolved config, or its differences from another config (``--diff``)."""
     from engine.config.provenance import as_config
 
-    entries = _resolve(args.file, args)
+    entries, context = _resolve(args.file, args)
+    groups = () if args.model is None else ("", *_list_param_groups(context, args.model))
     if args.diff is not None:
-        _print_differences(entries, _resolve(args.diff, args), out)
+        _print_differences(entries, _resolve(args.diff, args)[0], out)
     elif args.json:
         print(json.dumps(as_config(entries), indent=2), file=out)
     else:
         rows = [(entry.name, json.dumps(entry.value), entry.origin) for entry in entries]
         _print_table(rows, out)
+    for line in groups:
+        print(escape(line), file=out)
     return OK
 
 
-def _resolve(name: str, args: argparse.Namespace) -> list[Entry]:
+def _resolve(name: str, args: argparse.Namespace) -> tuple[list[Entry], RuleContext]:
     from engine.config import ConfigError, load_document
     from engine.config.provenance import trace_origins
     from engine.config.validate import examine
@@ -71,11 +87,82 @@ def _resolve(name: str, args: argparse.Namespace) -> list[Entry]:
     if errors or context is None:
         raise ConfigError(document.name, errors)
     with imports_allowed(args.allow_imports):
-        return list(trace_origins(context))
+        return list(trace_origins(context)), context
+
+
+def _list_param_groups(context: RuleContext, path: str) -> list[str]:
+    """Return one line per param group of a model, as in the log of a run.
+
+    Raises:
+        ValueError: the model cannot be imported or built, or does not fit the config.
+    """
+    from engine.config.optimizer_block import build_optimizer_block
+    from engine.config.param_groups import find_group_schedulers
+    from engine.display.param_groups import format_param_groups
+    from engine.training.param_groups import build_param_groups
+
+    config = context.config
+    block = build_optimizer_block(config.get("optimizer"), context.backend.name)
+    if block is None:
+        raise ValueError(
+            "`--model` requires a config with the section `optimizer`, which describes the param "
+            "groups. Add the section, or omit the option."
+        )
+    model = _build_model(path)
+    wrap = context.get_section("engine").get("wrap", ())
+    types = {index: each["type"] for index, _, each in find_group_schedulers(config)}
+    groups = build_param_groups(model, block, wrap=wrap)
+    rows = [group.describe(block, types) for group in groups]
+    return [f"param group {line}" for line in format_param_groups(rows)]
+
+
+def _build_model(path: str) -> nn.Module:
+    """Import a function or a class, and build its model on the meta device if that is possible."""
+    import torch
+    from torch import nn
+
+    from schedules.core.imports import import_attribute
+
+    with _current_directory_on_path():
+        found: Any = import_attribute(path)
+        if not isinstance(found, nn.Module):
+            build = found
+            try:
+                with torch.device("meta"):
+                    found = build()
+            except Exception:  # noqa: BLE001  # such as a model that reads values of its weights
+                found = _call(path, build)
+    if not isinstance(found, nn.Module):
+        raise ValueError(  # noqa: TRY004  # it is a value of the command line
+            f"`--model` must name a function or a class that returns a torch.nn.Module, got "
+            f"{path!r}, which returns a value of type {type(found).__name__}."
+        )
+    return found
+
+
+def _call(path: str, build: Any) -> Any:
+    try:
+        return build()
+    except Exception as error:
+        raise ValueError(
+            f"`--model` must name a function without required arguments that builds a model, got "
+            f"{path!r}, which failed with {type(error).__name__}: {error}."
+        ) from error
+
+
+@contextlib.contextmanager
+def _current_directory_on_path() -> Iterator[None]:
+    """Search the current directory for modules, as Python does for a script."""
+    directory = str(Path.cwd())
+    sys.path.insert(0, directory)
+    try:
+        yield
+    finally:
+        sys.path.remove(directory)
 
 
 def _print_differences(first: Sequence[Entry], second: Sequence[Entry], out: TextIO) -> None:
-    """Print the keys whose values differ between two configs; unset keys have their defaults."""
+    """Print the keys whose values, including defaults, differ between two configs."""
     here, there = (
         {each.name: json.dumps(each.value) for each in entries} for entries in (first, second)
     )

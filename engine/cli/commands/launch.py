@@ -10,6 +10,7 @@ import socket
 import stat
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -30,7 +31,13 @@ from engine.launch.probe import find_free_port
 from engine.launch.request import LaunchRequest, bind_to_cores, find_config, read_variables
 from engine.launch.runner import report_outcome
 from engine.launch.runner import run as run_plan
-from engine.launch.slurm import build_sbatch, is_in_allocation, run_in_allocation, submit
+from engine.launch.slurm import (
+    build_sbatch,
+    count_gpus,
+    is_in_allocation,
+    run_in_allocation,
+    submit,
+)
 from engine.launch.torchrun import LOCAL_RANK_ARGUMENT
 
 __all__ = ["add_arguments", "run"]
@@ -139,7 +146,7 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.hostfile and _is_slurm(args):
         raise LaunchError(
             "`--hostfile` cannot be combined with `--slurm` or `--write-sbatch`. Remove "
-            "`--hostfile`, or remove the other option."
+            "`--hostfile`, or remove the Slurm options."
         )
     kind = "slurm" if _is_slurm(args) else "ssh" if args.hostfile else "local"
     for option, (supported, error) in _SUPPORTED_BY.items():
@@ -193,13 +200,16 @@ def _build_hosts(args: argparse.Namespace, nnodes: int | None) -> tuple[Host, ..
     if count > 1 and not _is_slurm(args):
         raise LaunchError(
             "`--nnodes` must be 1 without `--hostfile`, `--slurm` or `--write-sbatch`, got "
-            f"{count}. Add one of these options, or start the script with srun, or with torchrun "
-            "on every host."
+            f"{count}. Add one of these options. Alternatively, start the script with srun, or "
+            "start torchrun on every host."
         )
     if args.include or args.exclude:
         here = Host("localhost", tuple(range(parse_nproc("auto"))))
         return limit_hosts(select_hosts([here], args.include, args.exclude), None, args.nproc)
-    slots = tuple(range(parse_nproc(args.nproc)))
+    gpus = count_gpus(_read_slurm_options(args)) if _is_slurm(args) else None
+    # The GPUs of a job are those of its nodes, not those of the host that submits it.
+    size = gpus if gpus and args.nproc in {"auto", "gpu"} else parse_nproc(args.nproc)
+    slots = tuple(range(size))
     if not _is_slurm(args):
         return (Host("localhost", slots),)
     return tuple(Host(f"node{index}", slots) for index in range(count))
@@ -228,11 +238,11 @@ def _is_valid(config: str, world_size: int, out: TextIO) -> bool:
 def _run_preflight(
     request: LaunchRequest, config: str | None, out: TextIO
 ) -> dict[str, HostFacts] | None:
-    """Run the preflight checks on all hosts.
+    """Run the preflight checks on all hosts, and print the problem of each failed check.
 
     Returns:
-        Dict from each host's name to its network settings; None if a check failed. The problem of
-        each failed check is printed.
+        Dict that maps the name of each host to the network settings of the host; None if a check
+        failed.
     """
     checks = check_hosts(request, config and str(Path(config).resolve()))
     failed = [check for check in checks if check.problem]
@@ -245,8 +255,12 @@ def _run_preflight(
     return {check.host: check.facts for check in checks if check.facts}
 
 
+def _read_slurm_options(args: argparse.Namespace) -> dict[str, str]:
+    return dict(option.partition("=")[::2] for option in args.slurm_opt)
+
+
 def _launch_by_slurm(args: argparse.Namespace, request: LaunchRequest, out: TextIO) -> int:
-    options = dict(option.partition("=")[::2] for option in args.slurm_opt)
+    options = _read_slurm_options(args)
     if args.dry_run:
         script = build_sbatch(request, options, hide_secrets=True)
         print(json.dumps({"sbatch": script}) if args.json else script, file=out)
@@ -256,6 +270,7 @@ def _launch_by_slurm(args: argparse.Namespace, request: LaunchRequest, out: Text
         _write_private_file(args.write_sbatch, script)
         command = shlex.join(["sbatch", str(args.write_sbatch)])
         print(f"Wrote the job script. Submit it with `{command}`.", file=out)
+        _print_gpu_hint(options, out)
         secrets = [name for name in request.env if is_secret(name)]
         if secrets:
             print(f"Only you can read it, because it contains {', '.join(secrets)}.", file=out)
@@ -265,7 +280,14 @@ def _launch_by_slurm(args: argparse.Namespace, request: LaunchRequest, out: Text
         run_in_allocation(script, len(request.hosts), options)
     accepted, printed = submit(script)
     print(printed, file=out)
+    _print_gpu_hint(options, out)
     return OK if accepted else USAGE
+
+
+def _print_gpu_hint(options: Mapping[str, str], out: TextIO) -> None:
+    if count_gpus(options) == 0:
+        hint = "The job requests no GPUs. To request them, add `--slurm-opt gpus-per-node=N`."
+        print(hint, file=out)
 
 
 def _write_private_file(path: Path, text: str) -> None:

@@ -64,8 +64,8 @@ class _Unsupported(argparse.Action):
 class _Group:
     """A group of options in the help of ``onecycle launch``.
 
-    The group adds each option under its own name and under the names that torchrun and deepspeed
-    use.
+    Each option is available under the name that the help shows, and under the names that torchrun
+    and deepspeed use.
     """
 
     def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
@@ -75,9 +75,9 @@ class _Group:
         """Add an option.
 
         Args:
-            names: names of the option in the help.
+            names: names of the option, as shown in the help.
             also: names that torchrun or deepspeed use for the option. The help does not show them.
-                As with torchrun, each name can also be written with underscores.
+                As in torchrun, underscores can replace the hyphens in each name.
             settings: keyword arguments for ``add_argument`` of ``argparse``.
         """
         action = self._group.add_argument(*names, **settings)

@@ -58,23 +58,35 @@ def _add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="config to use instead of the script's. If the schedule of this config is "
-        "LRRangeTest, the sweep uses that schedule",
+        help="config to use instead of the script's config. If the schedule in FILE is "
+        "LRRangeTest, the sweep uses this schedule",
     )
     parser.add_argument(
-        "--min", type=float, default=1e-6, metavar="LR", help="first learning rate (default: 1e-6)"
+        "--min",
+        type=float,
+        default=1e-6,
+        metavar="LR",
+        help="learning rate at the start of the sweep (default: 1e-6)",
     )
     parser.add_argument(
-        "--max", type=float, default=10.0, metavar="LR", help="last learning rate (default: 10)"
+        "--max",
+        type=float,
+        default=10.0,
+        metavar="LR",
+        help="learning rate at the end of the sweep (default: 10)",
     )
     parser.add_argument(
-        "--steps", type=parse_positive_int, default=250, help="steps of the sweep (default: 250)"
+        "--steps",
+        type=parse_positive_int,
+        default=250,
+        help="number of steps of the sweep (default: 250)",
     )
     parser.add_argument(
         "--shape",
         choices=["exponential", "linear", "staircase"],
         default="exponential",
-        help="how the learning rate increases (default: exponential, by the same factor per step)",
+        help="how the learning rate increases (default: exponential, that is, by the same factor "
+        "at each step)",
     )
     parser.add_argument(
         "--momentum",
@@ -101,18 +113,18 @@ def _add_repetition_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refine",
         action="store_true",
-        help="after the sweep, run short trainings of --steps steps with a 1Cycle schedule, and "
-        "suggest the maximum learning rate with the lowest final loss. The runs use five maximum "
-        "learning rates around the first suggestion, each twice the previous one. If the smallest "
-        "or the largest one is the best, more runs follow. The test takes five to ten times as "
-        "long.",
+        help="after the sweep, do short training runs of --steps steps with a 1Cycle schedule, and "
+        "suggest the maximum learning rate of the run with the lowest final loss. Five runs use "
+        "maximum learning rates around the suggestion of the sweep, each twice the previous one. "
+        "If the smallest or the largest of these learning rates is the best, more runs follow. "
+        "With this option, the test takes five to ten times as long",
     )
     parser.add_argument(
         "--training-steps",
         type=parse_positive_int,
         metavar="N",
-        help="with --refine: number of steps of the planned training. If N is larger than --steps, "
-        "the suggestion is multiplied by (steps / N)**0.32, because longer training needs a "
+        help="with --refine: number of steps of the planned training run. If N is larger than "
+        "--steps, the suggestion is multiplied by (steps / N)**0.32, because a longer run needs a "
         "smaller learning rate (https://arxiv.org/abs/2409.19913)",
     )
 
@@ -122,8 +134,8 @@ def _add_script_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         type=parse_positive_int,
         metavar="N",
-        help="number of the engine to test, if the script calls engine.initialize several times: "
-        "1 is the first engine. The other engines train with their own schedules",
+        help="test the N-th engine that the script creates; required if the script calls "
+        "engine.initialize several times. The other engines train with their own schedules",
     )
     parser.add_argument(
         "--nproc",
@@ -136,7 +148,8 @@ def _add_script_arguments(parser: argparse.ArgumentParser) -> None:
         "--write",
         type=Path,
         metavar="FILE",
-        help="config to write the suggested OneCycle block to; the original is kept as FILE.bak",
+        help="config file to write the suggested OneCycle block to. The original file is kept as "
+        "FILE.bak",
     )
     parser.add_argument(
         "-o",
@@ -149,7 +162,7 @@ def _add_script_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "script",
         nargs=argparse.REMAINDER,
-        help="training script and its arguments, or another command, after --",
+        help="-- followed by the training script and its arguments, or by another command",
     )
 
 
@@ -189,8 +202,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         run = _train(command, cycle, name, args, console)
         if not run.end:
             raise _TestFailedError(
-                f"the script ended after {len(run.lrs)} steps, but a short 1Cycle run needs "
-                f"{args.steps} steps. Train for more epochs, or reduce --steps."
+                f"the script ended after {len(run.lrs)} of the {args.steps} steps of a short "
+                "1Cycle run. Train for more epochs, or reduce `--steps`."
             )
         return run
 
@@ -339,7 +352,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _find_problem(status: int, run: Run, log: Path, args: argparse.Namespace) -> str:
-    """Return the reason why a run has no usable result, or an empty string if it has one."""
+    """Return why a run has no usable result, or an empty string if the result is usable."""
     from engine.range_test.suggestion import MIN_POINTS
 
     name = " ".join(args.script).removeprefix("-- ")

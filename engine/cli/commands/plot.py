@@ -6,6 +6,7 @@ import argparse
 import csv
 import itertools
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
@@ -46,12 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps-per-epoch",
         type=parse_positive_int,
         metavar="N",
-        help="steps per epoch; required if the config has durations in epochs",
+        help="number of steps per epoch; required if the config contains durations in epochs",
     )
     parser.add_argument(
         "--csv",
         metavar="FILE",
-        help="CSV file to write, with columns step,lr,momentum,… and one row per step; - for "
+        help="CSV file to write, with the columns step,lr,momentum,… and one row per step; - for "
         "standard output",
     )
     parser.add_argument(
@@ -59,29 +60,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE|TYPE",
-        help="configs, or schedule types with their example parameters, to add to the plot",
+        help="configs or schedule types to add to the plot. The example of a TYPE is stretched to "
+        "the length of FILE's run and scaled to the peak of its learning rate",
+    )
+    parser.add_argument(
+        "--log", action="store_true", help="plot the learning rate on a logarithmic axis"
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        default=5e-5,
+        metavar="LR",
+        help='learning rate for "auto" (default: 5e-5, as in transformers)',
+    )
+    parser.add_argument(
+        "--warmup-steps",
+        type=parse_positive_int,
+        metavar="N",
+        help='length of the warmup for "auto" (default: a tenth of the run). The length of the '
+        'run for "auto" is --steps, or 1000',
     )
     parser.add_argument(
         "--losses",
         type=Path,
         metavar="CSV",
         help="CSV file with recorded losses in its last column, such as a file written by "
-        "csv_monitor. The plot shows a loss-driven schedule for these losses (default: a "
-        "synthetic loss)",
+        "csv_monitor. A loss-driven schedule, such as AutoWU, is computed from these losses "
+        "(default: from a synthetic loss)",
     )
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="PNG",
-        help="output image; its suffix sets the format (default without --csv and -t: FILE with "
-        "the suffix .png, in the current directory)",
+        help="image file to write; the suffix selects the format. Without --csv and -t, the "
+        "default is FILE with the suffix .png, in the current directory",
     )
     parser.add_argument(
         "-t",
         "--terminal",
         action="store_true",
-        help="plot in the terminal; write an image only with --output",
+        help="plot in the terminal. To write an image as well, add --output",
     )
     add_allow_imports(parser)
 
@@ -98,6 +117,10 @@ class _PlotData(NamedTuple):
     """The values of each column at each step, if recorded losses are replayed."""
     evidence: Evidence | None
     summary: str
+    sources: Mapping[str, str]
+    """The config or schedule of each column."""
+    auto_values: Mapping[str, Mapping[str, Any]]
+    """The values that replaced "auto", by the path of the config and the name of the param."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -108,7 +131,7 @@ class _PlotData(NamedTuple):
         """Return the steps to plot, and the values of each column at these steps.
 
         Args:
-            most: number of steps up to which every step is returned. For a longer run, a fixed
+            most: maximum number of steps to return without sampling. For a longer run, a fixed
                 number of evenly spaced steps is returned.
         """
         if not self.curves:
@@ -146,45 +169,72 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         with Path(args.csv).open("w", encoding="utf-8") as file:
             _write_csv(data, file)
     if args.terminal:
-        _draw_on_terminal(data, out)
+        _draw_on_terminal(data, out, log=args.log)
     if args.output or not (args.csv or args.terminal):
         from engine.display.plots import draw
 
         path = args.output or Path(Path(args.file).name).with_suffix(".png")
         steps, columns = data.sample(_MAX_EXACT)
-        draw(columns, path, data.title, steps=steps, curves=data.curves, evidence=data.evidence)
+        draw(
+            columns,
+            path,
+            data.title,
+            steps=steps,
+            curves=data.curves,
+            sources=data.sources,
+            log=args.log,
+            evidence=data.evidence,
+        )
         if args.csv != "-":
             note = "" if len(steps) == data.steps else f", drawn at {len(steps):,} of them"
             print(escape(f"{path}: {data.summary}{note}"), file=out)
+    for path, values in data.auto_values.items():
+        shown = ", ".join(f"{name} {value}" for name, value in values.items())
+        note = f'{path}: for "auto", the plot shows {shown}'
+        print(escape(note), file=sys.stderr if args.csv == "-" else out)
     return OK
 
 
 def _preview_configs(args: argparse.Namespace) -> _PlotData:
-    """Compute the schedules of the config and of the configs given with ``--compare``."""
+    """Compute the schedule curves of the config and of each ``--compare`` argument."""
+    from engine.display.auto_values import AutoValues
+    from engine.display.catalog import fit_example
     from engine.display.preview import preview
+    from schedules import SCHEDULES
+    from schedules.plots import name_columns
 
-    sources = [args.file, *map(_find_example_or_path, args.compare)]
-    previews = [
-        preview(source, steps_per_epoch=args.steps_per_epoch, allow_imports=args.allow_imports)
-        for source in sources
-    ]
-    steps = args.steps or max(each.span for each in previews)
-    for each in previews:
-        each.check_length(steps)
-    labels = [f".{label}" for label in (Path(args.file).name, *args.compare)]
-    curves = {
-        f"{column}{label if args.compare else ''}": curve
-        for label, each in zip(labels, previews, strict=True)
-        for column, curve in each.columns.items()
+    paths = [args.file, *(name for name in args.compare if name not in SCHEDULES)]
+    auto = AutoValues(args.learning_rate, args.steps, args.warmup_steps)
+    previews = {
+        path: preview(
+            path,
+            steps_per_epoch=args.steps_per_epoch,
+            allow_imports=args.allow_imports,
+            auto=auto,
+        )
+        for path in paths
     }
+    first = previews[args.file]
+    steps = args.steps or max(each.span for each in previews.values())
+    for each in previews.values():
+        each.check_length(steps)
+    curves: dict[str, Curve] = {}
+    sources: dict[str, str] = {}
+    for source in dict.fromkeys((args.file, *args.compare)):
+        own = previews[source].curves if source in previews else fit_example(source, first, steps)
+        label = Path(source).name if source == args.file else source
+        columns = name_columns(own, label if args.compare else "")
+        curves |= columns
+        sources |= dict.fromkeys(columns, label)
     if len(curves) > _MAX_CURVES:
         raise ValueError(
             f"A plot can have at most {_MAX_CURVES} curves, got {len(curves):,}. Use fewer configs "
             "or param groups."
         )
-    title = " and ".join((f"{previews[0].title} of {args.file}", *args.compare))
-    summary = f"{steps} steps of {previews[0].schedule.type_name}"
-    return _PlotData(title, steps, curves, {}, None, summary)
+    title = " and ".join((f"{first.title} of {args.file}", *args.compare))
+    summary = f"{steps} steps of {first.schedule.type_name}"
+    autos = {path: each.auto_values for path, each in previews.items() if each.auto_values}
+    return _PlotData(title, steps, curves, {}, None, summary, sources, autos)
 
 
 def _replay_losses(args: argparse.Namespace) -> _PlotData:
@@ -202,7 +252,7 @@ def _replay_losses(args: argparse.Namespace) -> _PlotData:
     name = data.schedule.type_name
     title = f"{name} of {args.file} on losses from {args.losses}"
     summary = f"{name} on {len(losses)} losses"
-    return _PlotData(title, steps, {}, columns, evidence, summary)
+    return _PlotData(title, steps, {}, columns, evidence, summary, {}, {})
 
 
 def _write_csv(data: _PlotData, file: TextIO) -> None:
@@ -212,7 +262,7 @@ def _write_csv(data: _PlotData, file: TextIO) -> None:
         print(step, *known, sep=",", file=file)
 
 
-def _draw_on_terminal(data: _PlotData, out: TextIO) -> None:
+def _draw_on_terminal(data: _PlotData, out: TextIO, *, log: bool) -> None:
     from engine.display.plots import draw_on_terminal
     from engine.display.terminal import supports_color
 
@@ -222,6 +272,8 @@ def _draw_on_terminal(data: _PlotData, out: TextIO) -> None:
         escape(data.title),
         steps=steps,
         curves=data.curves,
+        sources=data.sources,
+        log=log,
         size=shutil.get_terminal_size(),
         color=supports_color(out),
     )
@@ -238,18 +290,6 @@ def _read_losses(path: Path) -> list[float]:
     try:
         return [float(row[-1]) for row in rows]
     except ValueError as error:
-        raise ValueError(f"{path}: the last column must contain only numbers: {error}.") from None
-
-
-def _find_example_or_path(name: str) -> str | dict[str, Any]:
-    """Return the example config of a schedule if ``name`` is a schedule type.
-
-    Otherwise, ``name`` is the path of a config, and is returned unchanged.
-    """
-    from schedules import SCHEDULES
-
-    if name not in SCHEDULES:
-        return name
-    params = dict(SCHEDULES[name].example)
-    run = {"max_duration": 100}
-    return {"train_batch_size": 1, "scheduler": {"type": name, "params": params}, "engine": run}
+        raise ValueError(
+            f"The last column of {path} must contain only numbers below the header row: {error}."
+        ) from None

@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--editor",
         action="store_true",
         help="print a self-contained draft-07 schema for editors. To get completion and "
-        "documentation, save it as ds_config.draft-07.json next to the config, and start the "
-        'config with "$schema": "./ds_config.draft-07.json".',
+        "documentation in an editor, save the schema as ds_config.draft-07.json next to the "
+        'config, and add "$schema": "./ds_config.draft-07.json" to the config',
     )
 
 

@@ -1,4 +1,4 @@
-"""``onecycle validate``: report every problem in a config with its location and its fix."""
+"""``onecycle validate``: report the location and the fix of every problem in a config."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--strict", action="store_true", help="treat warnings as errors")
     parser.add_argument(
-        "--no-auto", action="store_true", help='treat every "auto" as an error, as a run does'
+        "--no-auto",
+        action="store_true",
+        help='treat "auto" values as errors. Use this option for runs without Hugging Face or '
+        "another integration",
     )
     parser.add_argument(
         "-q", "--quiet", action="store_true", help="omit notes and the summary line"
@@ -51,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fix",
         action="store_true",
-        help="apply automatic fixes, such as renaming deprecated keys, to the file",
+        help="fix the file automatically where possible, for example by renaming deprecated keys",
     )
     parser.add_argument(
         "--diff",

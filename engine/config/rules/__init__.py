@@ -11,6 +11,7 @@ from engine.config.rules.checkpoint import RULES as _CHECKPOINT
 from engine.config.rules.context import Rule, RuleContext
 from engine.config.rules.dataloader import RULES as _DATALOADER
 from engine.config.rules.optimizer import RULES as _OPTIMIZER
+from engine.config.rules.param_groups import RULES as _PARAM_GROUPS
 from engine.config.rules.precision import RULES as _PRECISION
 from engine.config.rules.schedule import RULES as _SCHEDULE
 from engine.config.rules.zero import RULES as _ZERO
@@ -21,6 +22,7 @@ RULES: tuple[Rule, ...] = (
     *_BATCH_SIZES,
     *_PRECISION,
     *_OPTIMIZER,
+    *_PARAM_GROUPS,
     *_SCHEDULE,
     *_ZERO,
     *_ACTIVATION_CHECKPOINTING,

@@ -1,4 +1,4 @@
-"""Rule for activation checkpointing: check what ``contiguous_memory_optimization`` requires."""
+"""Rule for activation checkpointing: check the requirements of contiguous memory."""
 
 from __future__ import annotations
 

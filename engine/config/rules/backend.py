@@ -37,7 +37,7 @@ def _check_support(context: RuleContext) -> Iterator[Problem]:
 
 
 def _find_torch_only(context: RuleContext) -> Iterator[Problem]:
-    """Yield an error for each key that is set although the DeepSpeed backend does not support it.
+    """Yield an error for each key that the DeepSpeed backend does not support.
 
     A key that is set to its default value, or that does not affect the results, is accepted.
     """

@@ -22,11 +22,9 @@ from engine.config.schema import Member
 from engine.config.structure import Structure
 from engine.errors import Problem
 from schedules import SCHEDULES, Schedule, ScheduleError
+from schedules.core.controller import Base
 
 __all__ = ["Rule", "RuleContext"]
-
-# Schedules in these modules are not evaluated, because they may import torch or run user code.
-_OPAQUE = {"schedules.families.composites", "schedules.families.custom"}
 
 
 @dataclass(frozen=True)
@@ -63,13 +61,18 @@ class RuleContext:
         return self.structure.schedule
 
     @property
+    def group_schedules(self) -> Mapping[int, Schedule[Any]]:
+        """The own schedules of param groups, by index in ``optimizer.param_groups``."""
+        return self.structure.group_schedules
+
+    @property
     def data_ranks(self) -> DataRanks | None:
         """The number of ranks that load different samples, or None if the world size is unknown."""
         return self.structure.data_ranks
 
     @cached_property
     def backend(self) -> BackendChoice:
-        """The backend that runs the config, and the reason for this choice."""
+        """The backend that is chosen for the config, and the reason for this choice."""
         return choose_backend(self.config, self.members, self.needs_deepspeed)
 
     @cached_property
@@ -80,7 +83,7 @@ class RuleContext:
 
     @property
     def is_run_resolved(self) -> bool:
-        """Whether the settings that determine the schedule's values are all valid and not "auto".
+        """Whether all settings that determine the schedule's values are valid and not "auto".
 
         These settings are the optimizer, the schedule, and the length of the run.
         """
@@ -93,12 +96,24 @@ class RuleContext:
         Return None if the schedule can run, or if its compatibility cannot be determined before the
         run.
         """
-        schedule, error = self.schedule, None
-        if schedule is None or schedule.feedback is not None or not self.is_run_resolved:
+        schedule, config = self.schedule, self.config
+        if schedule is None or not self.is_run_resolved:
             return None
-        if any(find_named_code(self.config.get("scheduler"))):
+        return self.find_schedule_error(
+            schedule, build_base_values(config, schedule), config.get("scheduler")
+        )
+
+    def find_schedule_error(self, schedule: Schedule[Any], base: Base, block: Any) -> str | None:
+        """Return the reason why a schedule cannot run with the given initial hyperparameters.
+
+        Args:
+            schedule: schedule to check.
+            base: initial hyperparameters of the param groups.
+            block: config block of the schedule. If it names code, the schedule is not checked.
+        """
+        error = None
+        if schedule.feedback is not None or any(find_named_code(block)):
             return None
-        base = build_base_values(self.config, schedule)
         for horizon in list_possible_horizons(schedule, self.config, self.data_ranks):
             try:
                 schedule.build_curves(base, horizon)
@@ -115,8 +130,7 @@ class RuleContext:
         """The schedule and its curves, or None if the curves cannot be computed before launch."""
         if self.schedule is None or not self.is_run_resolved:
             return None
-        cls = SCHEDULES.get(self.get_section("scheduler")["type"])
-        if cls is None or cls.__module__ in _OPAQUE:
+        if not _is_built_in(self.schedule):  # it may import torch or run user code
             return None
         try:
             return evaluate_schedule(self.schedule, self.config, self.data_ranks)
@@ -161,6 +175,11 @@ class RuleContext:
     def note(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
         """Build a problem of severity "note" for an unusual setting that may be intended."""
         return self.document.build_problem(rule, pointer, message, hint, severity="note")
+
+
+def _is_built_in(schedule: Schedule[Any]) -> bool:
+    parts = getattr(schedule, "parts", ())
+    return schedule.type_name in SCHEDULES and all(map(_is_built_in, parts))
 
 
 Rule = Callable[[RuleContext], Iterator[Problem]]

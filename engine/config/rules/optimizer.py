@@ -1,7 +1,7 @@
 """Rules for the optimizer.
 
-They report schedules for hyperparameters that the optimizer does not have, and optimizer parameters
-that conflict or have no effect.
+They report schedules that set hyperparameters which the optimizer does not have, and optimizer
+parameters that conflict or have no effect.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def _check_single_precision(context: RuleContext) -> Iterator[Problem]:
 def _is_autocast_of_16_bits(context: RuleContext, on: list[str]) -> bool:
     """Return whether ``torch_autocast`` uses the same 16-bit dtype as the other enabled precision.
 
-    If it does, both keys can be enabled together. Return False for fp16 without ZeRO, because
-    DeepSpeed would then scale the loss twice.
+    If so, both precisions can be enabled together. For fp16 without ZeRO, return False, because
+    DeepSpeed would scale the loss twice.
     """
     if len(on) != 2 or "torch_autocast" not in on:
         return False

@@ -6,6 +6,7 @@ They report conflicts with the optimizer or the run length, and keys that have n
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ __all__ = ["RULES"]
 
 _PARAMS = "/scheduler/params"
 _DEEPSPEED_PEAK = 0.001
+_TOKENS = re.compile(r"\d\s*tok\b", re.IGNORECASE)
 _NEAR = 0.02  # fraction of the run; smaller differences between the two ends are ignored
 _NEAR_ZERO = 0.01  # fraction of the peak; learning rates below it count as zero
 
@@ -134,6 +136,17 @@ def _check_values(context: RuleContext) -> Iterator[Problem]:
         yield context.error("schedule", _PARAMS, message, hint)
 
 
+def _check_jumps(context: RuleContext) -> Iterator[Problem]:
+    """Yield a note for each step at which a value jumps between two parts of the schedule."""
+    evaluated = context.evaluated_schedule
+    for joint, before, after in evaluated.find_jumps() if evaluated else ():
+        message = (
+            f"The schedule's {joint.hyperparameter} jumps from {before:.3g} to {after:.3g} at step "
+            f"{joint.step:g}, where the next part starts."
+        )
+        yield context.note("jump", f"{_PARAMS}/{joint.field}", message, joint.fix)
+
+
 def _check_flat_warmup(context: RuleContext) -> Iterator[Problem]:
     warmup = _get_params(context, "WarmupLR", "WarmupDecayLR") or {}
     low, high = warmup.get("warmup_min_lr"), warmup.get("warmup_max_lr")
@@ -192,7 +205,7 @@ def _get_onecycle_default(name: str) -> Any:
 
 
 def _format_first_step_size(cycle: Mapping[str, Any]) -> str:
-    """Return ``cycle_first_step_size``, or its default if the key is not set, as JSON."""
+    """Return the value of ``cycle_first_step_size``, or its default value, as JSON."""
     return json.dumps(
         cycle.get("cycle_first_step_size", _get_onecycle_default("cycle_first_step_size"))
     )
@@ -206,14 +219,25 @@ def _check_report(context: RuleContext) -> Iterator[Problem]:
         yield context.note("no-effect", "/engine/report", message, "Remove the key.")
 
 
+def _check_tokens(context: RuleContext) -> Iterator[Problem]:
+    run = context.get_section("engine")
+    params = context.get_section("scheduler").get("params")
+    if "tokens_per_sample" in run and not _TOKENS.search(f"{run.get('max_duration')} {params}"):
+        message = "`engine.tokens_per_sample` has an effect only on durations in tokens."
+        hint = 'Specify a duration in tokens, such as "1e9tok", or remove the key.'
+        yield context.note("no-effect", "/engine/tokens_per_sample", message, hint)
+
+
 RULES: tuple[Rule, ...] = (
     _check_warmup_peak,
     _check_overwritten,
     _check_end,
     _check_values,
+    _check_jumps,
     _check_flat_warmup,
     _check_log_warmup,
     _check_stair_count,
     _check_decay_interval,
     _check_report,
+    _check_tokens,
 )

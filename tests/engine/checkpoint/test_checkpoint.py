@@ -19,6 +19,7 @@ import torch
 
 import engine
 from engine.checkpoint import storage
+from engine.checkpoint.hashes import describe_files
 from engine.checkpoint.saved_run import read_run
 from engine.cli.main import main
 from engine.errors import CheckpointError
@@ -349,7 +350,7 @@ def test_resume_auto_with_checkpoints_of_another_tool_is_an_error(tmp_path):
     ("how", "message"),
     [
         ("a truncated shard", r"\.safetensors has [\d,]+ bytes instead of [\d,]+"),
-        ("a flipped byte", r"\.safetensors does not match its SHA-256.*Other .*global_step4"),
+        ("a flipped byte", r"\.safetensors does not match its hash.*Other .*global_step4"),
         ("a missing file", "random.0.pt is missing"),
         ("no manifest", "manifest.json is missing"),
         ("a broken manifest", "manifest.json cannot be read"),
@@ -533,10 +534,10 @@ def test_save_checkpoint_existing_tag_is_replaced_when_complete(saved, monkeypat
     trainer, loader = start()
     train(trainer, loader, 1)
 
-    def full(path):
-        raise OSError(28, "No space left on device", str(path))
+    def full(paths, directory):
+        raise OSError(28, "No space left on device", str(directory))
 
-    monkeypatch.setattr(storage, "_hash", full)
+    monkeypatch.setattr(storage, "describe_files", full)
     with pytest.raises(OSError, match="No space left"):
         trainer.save_checkpoint(saved, tag="global_step6")
     monkeypatch.undo()
@@ -569,12 +570,12 @@ def test_async_save_contains_state_at_the_call(tmp_path):
 
 
 def test_async_save_failure_is_raised_by_wait(tmp_path, monkeypatch):
-    def full(path):
-        raise OSError(28, "No space left on device", str(path))
+    def full(paths, directory):
+        raise OSError(28, "No space left on device", str(directory))
 
     trainer, loader = start(**checkpoint_section(tmp_path, **{"async": True}))
     train(trainer, loader, 1)
-    monkeypatch.setattr(storage, "_hash", full)
+    monkeypatch.setattr(storage, "describe_files", full)
     trainer.save_checkpoint(tmp_path)
     with pytest.raises(OSError, match="No space left"):
         trainer.wait_for_checkpoint()
@@ -589,8 +590,9 @@ def test_async_save_failure_at_exit_sets_exit_status(tmp_path):
     script = f"""
 import torch, engine
 from engine.checkpoint import storage
+
 from engine.checkpoint.saved_run import read_run
-storage._hash = lambda path: 1 / 0
+storage.describe_files = lambda *_: 1 / 0
 config = {{"train_batch_size": 1, "optimizer": {{"type": "SGD"}}}}
 config["engine"] = {{"checkpoint": {{"dir": {str(tmp_path)!r}, "async": True}}}}
 trainer, *_ = engine.initialize(model=torch.nn.Linear(2, 1), config=config)
@@ -625,10 +627,7 @@ def test_load_checkpoint_pickle_bomb_is_rejected(saved, monkeypatch):
     place = saved / "global_step6"
     torch.save(Bomb(), place / "engine.pt")
     manifest = json.loads((place / "manifest.json").read_text())
-    manifest["files"]["engine.pt"] = {
-        "size": (place / "engine.pt").stat().st_size,
-        "sha256": storage._hash(place / "engine.pt"),
-    }
+    manifest["files"] |= describe_files([place / "engine.pt"], place)
     del manifest["checksum"]
     (place / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"`posix\.system`"):
@@ -660,7 +659,9 @@ def test_checkpoint_command_lists_verifies_shows_and_exports(saved):
     out, err = io.StringIO(), io.StringIO()
     nowhere = str(saved / "no directory" / "x.safetensors")
     assert main(["checkpoint", "export", str(saved), "-o", nowhere], out, err) == 2
-    assert err.getvalue() == f"onecycle: {nowhere}: No such file or directory\n"
+    assert err.getvalue() == (
+        f"onecycle: {nowhere}: the directory of the output file does not exist; create it\n"
+    )
     assert main(["checkpoint", "show", str(saved), "--tag", "nope"], out, err) == 2
     assert (
         "does not contain the checkpoint 'nope'. Complete checkpoints: global_step2"
@@ -668,7 +669,7 @@ def test_checkpoint_command_lists_verifies_shows_and_exports(saved):
     )
     damage(saved, "a flipped byte")
     status, out = run("checkpoint", "verify", saved)
-    assert (status, "does not match its SHA-256" in out) == (1, True)
+    assert (status, "does not match its hash" in out) == (1, True)
     assert run("checkpoint", "ls", saved / "none")[0] == 2
 
 
@@ -678,9 +679,10 @@ def test_checkpoint_verify_without_checkpoints_reports_it(tmp_path, directory):
     path = tmp_path / directory
     out, err = io.StringIO(), io.StringIO()
     assert main(["checkpoint", "verify", str(path)], out, err) == 2
-    assert (out.getvalue(), err.getvalue()) == (
-        "",
-        f"onecycle: {path}: the directory contains no checkpoint\n",
+    assert out.getvalue() == ""
+    assert err.getvalue() == (
+        f"onecycle: {path}: the directory contains no checkpoint; pass the checkpoint directory of "
+        "a run\n"
     )
 
 

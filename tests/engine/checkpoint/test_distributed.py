@@ -201,7 +201,7 @@ def destroy_on(destroying, directory):
     train(trainer, 2)
     done = directory / "destroyed"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives, "_TIMEOUT", 1.0)
+        patch.setattr(collectives, "_PATIENCE", 1.0)
         if trainer.global_rank in destroying:
             trainer.destroy()
             done.touch()

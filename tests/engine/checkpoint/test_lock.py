@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import pytest
 
-from engine.checkpoint import lock
+from engine.checkpoint import lock, storage
 from engine.checkpoint.lock import DirectoryLock
 from engine.errors import CheckpointError
+from tests.engine.checkpoint.test_pruning import start, train
 
 HOLD = """
     import sys, time
@@ -41,7 +44,7 @@ def change_owner(directory, **values):
 
 
 def test_directory_of_a_running_process_is_refused_until_it_ends(tmp_path, other_process):
-    with pytest.raises(CheckpointError, match=f"in use by process {other_process.pid} on host"):
+    with pytest.raises(CheckpointError, match=f"in use: process {other_process.pid} on host"):
         DirectoryLock(tmp_path)
     other_process.kill()
     other_process.wait()
@@ -110,3 +113,35 @@ def test_damaged_lock_is_taken_over(tmp_path, monkeypatch, text):
     monkeypatch.setattr(lock, "_STALE_SECONDS", 0.1)
     (tmp_path / ".lock").write_text(text)
     DirectoryLock(tmp_path).release()
+
+
+def test_renewed_lock_of_a_deleted_directory_is_held_and_keeps_its_heartbeat(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_BEAT_SECONDS", 0.05)
+    directory = tmp_path / "checkpoints"
+    directory.mkdir()
+    held = DirectoryLock(directory)
+    shutil.rmtree(directory)
+    held.renew()
+    first = read_owner(directory)
+    time.sleep(0.3)
+    assert read_owner(directory)["beats"] > first.get("beats", 0)
+    held.release()
+    assert not (directory / ".lock").exists()
+
+
+def test_directory_that_another_process_uses_after_its_deletion_is_refused(tmp_path, other_process):
+    directory = tmp_path / "own"
+    directory.mkdir()
+    held = DirectoryLock(directory)
+    shutil.copy(tmp_path / ".lock", directory)  # the directory was deleted and locked again
+    with pytest.raises(CheckpointError, match=f"process {other_process.pid}"):
+        held.renew()
+    held.release()
+
+
+def test_save_after_the_directory_was_deleted_writes_a_complete_checkpoint(tmp_path):
+    trainer = train(start(tmp_path / "checkpoints", keep=None), 4)
+    shutil.rmtree(tmp_path / "checkpoints")
+    train(trainer, 2).destroy()
+    [(path, manifest)] = storage.list_checkpoints(tmp_path / "checkpoints")
+    assert (path.name, manifest.step) == ("global_step6", 6)

@@ -137,7 +137,7 @@ def test_lr_test_refine_script_too_short_reports_the_step(directory):
     arguments = ("--min", 1e-4, "--max", 1, "--steps", 60, "--refine")
     status, out, _ = lr_test(*arguments, "--", write_script(directory), 50)
     assert status == 1
-    assert "ended after 50 steps" in out
+    assert "ended after 50 of the 60 steps" in out
 
 
 @pytest.mark.slow
@@ -234,6 +234,8 @@ def test_range_test_in_config_writes_the_report_without_lr_test(directory):
     assert "LR range test" in done.stderr
     assert Path("after").exists(), "the script must not be stopped"
     assert len(read_report()["runs"][0]["lr"]) == 30
+    done = subprocess.run([sys.executable, path, "10"], check=True, capture_output=True, text=True)
+    assert "the script ended after 10 steps, but the test needs at least 21." in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,9 @@ def test_plot_compare_draws_all_configs(tutorial, tmp_path, monkeypatch):
         "lr.LinearScheduler",
     ]
     assert drawn[f"lr.{other}"] == [0.0, 0.0005, 0.001]
+    # The example falls linearly to a tenth of its peak in its run, stretched to 3 steps here.
+    peak = max(drawn["lr.ds_config.json"])
+    assert drawn["lr.LinearScheduler"] == pytest.approx([peak, peak * 0.7, peak * 0.4])
     assert run("plot", tutorial, "--compare", "nonsense.json")[0] == USAGE
 
 
@@ -170,6 +173,88 @@ def test_plot_config_with_auto_values_succeeds(tmp_path):
     path = tmp_path / "c.json"
     path.write_text(json.dumps(config))
     assert run("plot", path, "--csv", "-", "--steps", 3)[::2] == (OK, "")
+
+
+HF_WARMUP = {
+    "warmup_min_lr": "auto",
+    "warmup_max_lr": "auto",
+    "warmup_num_steps": "auto",
+    "total_num_steps": "auto",
+    "warmup_type": "linear",
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "run_section", "rows"),
+    [
+        (("--steps", 20), {}, {0: 0.0, 1: 2.5e-5, 2: 5e-5, 11: 2.5e-5, 19: 5e-5 / 18}),
+        (
+            ("--steps", 10, "--warmup-steps", 5, "--learning-rate", 1e-3),
+            {},
+            {0: 0.0, 1: 2e-4, 5: 1e-3, 9: 2e-4},
+        ),
+        ((), {"max_duration": 40}, {2: 2.5e-5, 4: 5e-5, 22: 2.5e-5, 39: 5e-5 / 36}),
+    ],
+)
+def test_plot_config_of_transformers_replaces_auto(tmp_path, arguments, run_section, rows):
+    """5e-5 is the default of transformers; the warmup is a tenth of the run."""
+    config = {
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}},
+        "scheduler": {"type": "WarmupDecayLR", "params": HF_WARMUP},
+        "engine": run_section,
+    }
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(config))
+    status, out, _ = run("plot", path, "--csv", "-", *arguments)
+    assert status == OK
+    table = dict(line.split(",") for line in out.splitlines()[1:])
+    assert {k: float(table[str(k)]) for k in rows} == pytest.approx(rows)
+
+
+def test_plot_prints_the_values_drawn_for_auto(tmp_path):
+    config = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(config))
+    _, out, _ = run("plot", path, "-o", tmp_path / "c.png")
+    assert out.endswith('c.json: for "auto", the plot shows warmup_num_steps 100\n')
+    assert json.loads(path.read_text()) == config
+
+
+def test_plot_log_draws_a_straight_line_for_an_exponential(tmp_path):
+    """On a linear axis, most of an exponential decay is in the bottom row."""
+    decay = {"type": "ExponentialLR", "params": {"gamma": 0.8}}
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"scheduler": decay}))
+
+    def count_rows(*arguments):
+        _, out, _ = run("plot", path, "--steps", 60, "--terminal", *arguments)
+        curve = [line for line in out.splitlines() if "┤" in line or "│" in line]
+        return sum(any("\u2801" <= each <= "\u28ff" for each in line[40:]) for line in curve)
+
+    assert count_rows("--log") > 2 * count_rows()
+
+
+def test_plot_combined_with_lists_draws_equal_groups_once(tmp_path):
+    """The cycle has two groups, which have the same momentum and weight decay."""
+    parts = [
+        {"type": "OneCycleLR", "params": {"max_lr": [0.1, 0.2], "total_steps": 10}},
+        {"type": "Phases", "params": {"weight_decay": [{"from": 0, "to": 0.1, "duration": 10}]}},
+    ]
+    combined = {"type": "Combined", "params": {"schedulers": parts}}
+    chained = {"type": "ChainedScheduler", "params": {"schedulers": parts[:1]}}
+    sequence = {"type": "SequentialLR", "params": {"schedulers": parts[:1] * 2, "milestones": [5]}}
+    scaled = {"scale_schedule_ratio": 2.0}
+    exponential = {"type": "ExponentialLR", "params": {"gamma": 0.5}}
+    slow = {"type": "ChainedScheduler", "params": {"schedulers": [*parts[:1], exponential]}}
+    for block, engine_section, names in (
+        (combined, {}, "lr.0,lr.1,momentum,weight_decay"),
+        (chained, {}, "lr.0,lr.1,momentum"),
+        (sequence, {}, "lr.0,lr.1,momentum"),
+        (slow, scaled, "lr.0,lr.1,momentum"),
+    ):
+        path = tmp_path / "c.json"
+        path.write_text(json.dumps({"scheduler": block, "engine": engine_section}))
+        assert run("plot", path, "--csv", "-", "--steps", 2)[1].startswith(f"step,{names}\n")
 
 
 def test_schedules_lists_every_type_with_a_plot():
@@ -287,7 +372,7 @@ def test_plot_losses_drive_a_loss_driven_schedule(tmp_path):
     broken.write_text("step,train_loss\n8,much\n")
     err = io.StringIO()
     assert main(["plot", str(config), "--losses", str(broken), "--csv", "-"], out, err) == 2
-    assert "the last column must contain only numbers" in err.getvalue()
+    assert "must contain only numbers below the header row" in err.getvalue()
 
 
 def test_plot_losses_with_other_schedule_exits_with_2(tutorial, tmp_path):
@@ -297,12 +382,3 @@ def test_plot_losses_with_other_schedule_exits_with_2(tutorial, tmp_path):
     assert (status, out) == (USAGE, "")
     assert "OneCycle" in err
     assert "--losses" in err
-
-
-def test_plot_schedule_with_auto_names_the_key(tmp_path):
-    path = tmp_path / "c.json"
-    warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}
-    path.write_text(json.dumps({"scheduler": warmup}))
-    status, out, _ = run("plot", path)
-    assert status == INVALID
-    assert "`scheduler.params.warmup_num_steps`" in out

@@ -12,8 +12,8 @@ import schemas
 from engine.config import load_document
 from engine.config.parser import parse
 from engine.config.schema import is_ignored
-from engine.config.structure import check_against_schema
 from engine.config.validate import check
+from engine.config.violations import check_against_schema
 from tests.testing.corpus import (
     CLEAN,
     INDEX,

@@ -3,7 +3,10 @@
 import io
 import json
 import logging
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +24,9 @@ MODULE = "named_by_a_config"
 @pytest.fixture(autouse=True)
 def directory(tmp_path, monkeypatch):
     """Put a module and a package on the path; importing either leaves a trace in sys.modules."""
-    (tmp_path / f"{MODULE}.py").write_text("def half(step):\n    return 0.5\n")
+    (tmp_path / f"{MODULE}.py").write_text(
+        "def half(step):\n    return 0.5\n\ndef floor(step, bound, least=0):\n    return least\n"
+    )
     package = tmp_path / f"{MODULE}_package"
     package.mkdir()
     (package / "__init__.py").write_text("")
@@ -135,3 +140,33 @@ def test_initialize_imports_named_code_and_logs_it(caplog):
     caplog.set_level(logging.INFO, "onecycle")
     engine.initialize(config=config_of(BLOCKS[0]), model=torch.nn.Linear(2, 1))
     assert f"imported {MODULE}:half" in caplog.text
+
+
+def test_load_config_names_the_missing_attribute_and_the_missing_params():
+    with pytest.raises(engine.ConfigError, match=rf"module '{MODULE}' has no attribute 'hal'"):
+        engine.load_config(config_of({"type": f"{MODULE}:hal"}))
+    with pytest.raises(engine.ConfigError, match=r"Missing key `bound`"):
+        engine.load_config(config_of({"type": f"{MODULE}:floor"}))
+    with pytest.raises(engine.ConfigError, match=r"Did you mean `least`"):
+        block = {"type": f"{MODULE}:floor", "params": {"bound": 1, "leest": 2}}
+        engine.load_config(config_of(block))
+
+
+def test_script_finds_named_code_beside_itself(tmp_path):
+    """Not in the working directory, which is elsewhere."""
+    (tmp_path / "elsewhere").mkdir()
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import engine\n"
+        f"config = engine.load_config({config_of(BLOCKS[0])!r})\n"
+        "print(config.schedule(3, lr=1.0))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path / "elsewhere",
+        env=os.environ | {"PYTHONPATH": str(Path(engine.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "0.5\n"

@@ -106,7 +106,7 @@ def test_parse_line_break_instead_of_comma_is_accepted_with_a_note():
         (
             '{"a": 1,\n "b": 2, "a": 3}',
             [("duplicate-key", 2, 10)],
-            "Duplicate key `a`, already set on line 1.",
+            "Duplicate key `a`. The key is already set on line 1.",
         ),
     ],
 )

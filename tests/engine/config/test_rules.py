@@ -18,6 +18,7 @@ GATHER, ON_SAVE = "stage3_gather", "_weights_on_model_save"
 NOTES = {
     "unused-betas",
     "deprecated-key",
+    "jump",
     "log-warmup",
     "no-effect",
     "no-minimum-loss-scale",
@@ -452,6 +453,89 @@ def test_check_key_newer_than_installed_deepspeed_warns(monkeypatch):
     assert find_problems(config) == [("newer-key", "warning", "/compile")]
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.19.8")
     assert find_problems(config) == []
+
+
+COSINE = {"type": "CosineAnnealingLR", "params": {"T_max": 80}}
+WARMUP_TO_1 = {"type": "LinearLR", "params": {"start_factor": 0.1, "total_iters": 20}}
+TAIL = {"type": "ConstantLR", "params": {"factor": 0.5, "total_iters": 50}}
+
+
+def schedule(type_name, **params):
+    return {"type": type_name, "params": params}
+
+
+def sequence(*blocks, **params):
+    return {"type": "SequentialLR", "params": {"schedulers": list(blocks), **params}}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "jumps"),
+    [
+        (sequence(WARMUP_TO_1, COSINE, milestones=[20]), []),
+        (
+            sequence(WARMUP_TO_1, COSINE, milestones=[10]),
+            [("/milestones", "lr jumps from 0.055 to 0.1 at step 10")],
+        ),
+        (
+            sequence(WARMUP_TO_1, COSINE, TAIL, milestones=[20, 100]),
+            [("/milestones", "lr jumps from 0 to 0.05 at step 100")],
+        ),
+        (sequence(WARMUP_TO_1, COSINE, milestones=[10], from_previous=True), []),
+        (
+            {
+                "type": "Combined",
+                "params": {"schedulers": [sequence(COSINE, TAIL, milestones=["0.1dur"])]},
+            },
+            [("/schedulers", "at step 10")],
+        ),
+        (
+            {
+                "type": "Phases",
+                "params": {
+                    "lr": [{"from": 0, "to": 1, "duration": 5}, {"to": 0, "duration": 5}],
+                    "momentum": [{"to": 0.5, "duration": 5}, {"from": 0.8, "duration": "5ba"}],
+                },
+            },
+            [("/momentum", "momentum jumps from 0.5 to 0.8 at step 5")],
+        ),
+        ({"type": "StepLR", "params": {"step_size": 10}}, []),
+        (  # the jump of the inner schedule at step 50 is after its end
+            sequence(sequence(TAIL, COSINE, milestones=[50]), COSINE, milestones=[20]),
+            [("/milestones", "lr jumps from 0.05 to 0.1 at step 20")],
+        ),
+    ],
+)
+def test_jump_between_two_parts_is_a_note(scheduler, jumps):
+    config = {
+        "train_batch_size": 8,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}},
+        "scheduler": scheduler,
+        "engine": {"max_duration": 100},
+    }
+    found = [problem for problem in engine.validate(config) if problem.rule == "jump"]
+    assert [problem.severity for problem in found] == ["note"] * len(jumps)
+    for problem, (pointer, text) in zip(found, jumps, strict=True):
+        assert problem.pointer == f"/scheduler/params{pointer}"
+        assert text in problem.message
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "run", "has_effect"),
+    [
+        (schedule("StepScheduler", step_size="9tok"), {}, True),
+        (schedule("StepScheduler", step_size="9ba"), {"max_duration": "90 TOK"}, True),
+        (sequence(WARMUP_TO_1, COSINE, milestones=["160tok"]), {}, True),
+        (schedule("StepScheduler", step_size="9sp"), {"max_duration": "9ep"}, False),
+    ],
+)
+def test_tokens_per_sample_without_a_duration_in_tokens_has_no_effect(scheduler, run, has_effect):
+    config = {
+        "train_batch_size": 2,
+        "scheduler": scheduler,
+        "engine": {"tokens_per_sample": 4, **run},
+    }
+    rules = [(problem.rule, problem.pointer) for problem in engine.validate(config)]
+    assert rules == ([] if has_effect else [("no-effect", "/engine/tokens_per_sample")])
 
 
 @pytest.mark.parametrize(("world_size", "severity"), [(None, "warning"), (1, None), (2, "error")])

@@ -172,7 +172,11 @@ def test_validate_one_mistake_is_reported_once(pointer, value, rule, place, mess
     ("scheduler", "run", "message"),
     [
         (("CosineAnnealingScheduler", {}), {}, "length of the run"),
-        (("StepScheduler", {"step_size": "9tok"}), {}, "9tok"),
+        (
+            ("StepScheduler", {"step_size": "9tok"}),
+            {},
+            "'9tok' requires the number of tokens per sample",
+        ),
         (
             ("LinearWithWarmupScheduler", {"t_warmup": "60ba"}),
             {"max_duration": 50},

@@ -113,7 +113,7 @@ def test_build_plan_min_nodes_is_elastic():
     assert plan.min_nodes == 1
     assert flags(plan.nodes[0])["--nnodes"] == "1:2"
     assert plan.nodes[0].env["ONECYCLE_ELASTIC"] == "1"
-    with pytest.raises(LaunchError, match="must be between 1 and 2.* got 3"):
+    with pytest.raises(LaunchError, match="must be between 1 and the number of hosts .2., got 3"):
         build_plan(request_with(min_nodes=3), FACTS, {})
 
 
@@ -623,3 +623,22 @@ def test_write_sbatch_grace_sets_signal_and_timeout(tmp_path):
     assert launch("--write-sbatch", path, "--nproc", 1, "--grace", 300, __file__)[0] == 0
     assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300\n" in path.read_text()
     assert "--signal=TERM@300\n" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "nproc", "size", "hints"),
+    [
+        ([], "2", 2, True),
+        (["gpus-per-node=4"], "auto", 4, False),
+        (["gpus-per-node=a100:8"], "auto", 8, False),
+        (["gres=gpu:h100:2,shm:1"], "1", 1, False),
+        (["gres=shm:1"], "1", 1, True),
+    ],
+)
+def test_write_sbatch_gpus_of_the_job_set_nproc(tmp_path, options, nproc, size, hints):
+    path = tmp_path / "job"
+    given = [argument for option in options for argument in ("--slurm-opt", option)]
+    status, printed = launch("--write-sbatch", path, "--nproc", nproc, *given, __file__)
+    assert status == 0
+    assert f"--nproc-per-node {size} " in path.read_text()
+    assert ("The job requests no GPUs" in printed) == hints

@@ -24,3 +24,13 @@ def test_report_without_a_suggestion_names_a_script_that_ended_early(planned, en
     report = build_report(60, planned, end)
     assert report.max_lr is None
     assert report.suggestion.reason.startswith(reason)
+
+
+def test_report_of_a_schedule_in_a_config_names_the_last_step():
+    """Such a test has no planned number of steps."""
+    reason = build_report(60, None, "").suggestion.reason
+    assert reason.startswith("the loss still falls at the largest learning rate, ")
+    assert reason.endswith(
+        "The script ended at a learning rate of 2.99e-05; let it train for more steps, or increase "
+        "`lr_range_test_step_rate`"
+    )

@@ -359,7 +359,7 @@ def test_own_loader_with_settings_for_a_dataset_raises():
     with pytest.raises(ValueError, match=r"`engine\.dataloader` is for datasets"):
         start(shuffled(), dataloader={"num_workers": 1})
     config = {"train_batch_size": MICRO, "optimizer": {"type": "SGD"}}
-    with pytest.raises(ValueError, match="`collate_fn` is for a dataset"):
+    with pytest.raises(ValueError, match="`collate_fn` applies only to a dataset"):
         engine.initialize(
             config=config, model=torch.nn.Linear(2, 1), training_data=shuffled(), collate_fn=list
         )
@@ -368,7 +368,7 @@ def test_own_loader_with_settings_for_a_dataset_raises():
 def test_prepare_of_a_second_loader_raises():
     trainer = start(Numbers())
     assert trainer.prepare(trainer.training_dataloader) is trainer.training_dataloader
-    with pytest.raises(MisuseError, match=r"pass other loaders to `trainer\.evaluate`"):
+    with pytest.raises(MisuseError, match=r"Pass other loaders to `trainer\.evaluate`"):
         trainer.prepare(shuffled())
 
 

@@ -118,14 +118,3 @@ def test_attach_an_optimizer_without_a_learning_rate_is_rejected():
     optimizer.param_groups[0]["lr"] = None
     with pytest.raises(ValueError, match="`lr` of each param group must be a number, got None"):
         attach("CosineAnnealingLR", optimizer, T_max=5)
-
-
-@pytest.mark.parametrize("key", ["lr_scale", "lr_mult"])
-def test_attach_to_a_group_with_a_multiplier_is_rejected(key):
-    """A layer-wise decay of timm would have no effect."""
-    groups = [{"params": weights(), key: 1.0}, {"params": weights(), key: 0.5}]
-    optimizer = torch.optim.SGD(groups, lr=0.1)
-    with pytest.raises(ValueError, match=f"`{key}` .* got 0.5 in param group 1. Multiply the `lr`"):
-        attach("StepLR", optimizer, step_size=2)
-    decay = {"weight_decay": [{"from": 0.0, "to": 0.1, "duration": 5}]}
-    assert attach("Phases", optimizer, **decay).get_last_lr() == [0.1, 0.1]

@@ -253,3 +253,67 @@ def test_first_step_from_a_last_epoch_that_the_script_set_does_not_warn():
     binder.last_epoch = 5
     run(optimizer, binder, 1)
     assert binder.get_last_lr() == [pytest.approx(1e-3)]
+
+
+def make_autowu():
+    optimizer, binder = make("AutoWU", total_epochs=20, steps_per_epoch=9)
+    optimizer.step()
+    return binder
+
+
+def test_record_loss_uses_the_mean_since_the_last_step():
+    recorded, passed = make_autowu(), make_autowu()
+    for losses in ((1.0,), (2.0, torch.tensor(3.0)), (0.5, 0.75)):
+        for loss in losses:
+            recorded.record_loss(loss)
+        recorded.step()
+        passed.step(sum(losses) / len(losses))
+    assert recorded.state_dict() == passed.state_dict()
+    with pytest.raises(ValueError, match="AutoWU requires the loss .*record_loss"):
+        recorded.step()
+
+
+def test_record_loss_and_a_loss_in_step_is_an_error():
+    binder = make_autowu()
+    binder.record_loss(1.0)
+    with pytest.raises(ValueError, match=r"must be omitted after record_loss\(\), got 2"):
+        binder.step(2.0)
+    with pytest.raises(ValueError, match="must be a single number, got a tensor of shape"):
+        binder.record_loss(torch.ones(2))
+
+
+def test_record_loss_is_discarded_when_a_state_is_loaded():
+    binder = make_autowu()
+    binder.record_loss(1.0)
+    binder.load_state_dict(binder.state_dict())
+    with pytest.raises(ValueError, match="requires the loss"):
+        binder.step()
+
+
+def test_record_loss_of_a_schedule_that_does_not_depend_on_the_loss_has_no_effect():
+    optimizer, binder = make("ReduceLROnPlateau", patience=0)
+    for _ in range(3):
+        optimizer.step()
+        binder.record_loss(1.0)
+        binder.step()
+    assert (binder.get_last_lr(), binder.best) == ([1.0], float("inf"))
+
+
+def test_get_lr_within_a_step_of_ignite_also_sets_the_momentum():
+    """Ignite's LRScheduler does not call `step`."""
+    optimizer, binder = make("OneCycle", **CYCLE)
+    expected, other = make("OneCycle", **CYCLE)
+    run(expected, other, 2)
+    binder.last_epoch = 2
+    assert optimizer.param_groups[0]["momentum"] == 0.95
+    binder._get_lr_called_within_step = True
+    assert binder.get_lr() == other.get_last_lr()
+    assert binder.get_mom() == other.get_mom() != [0.95]
+
+
+def test_get_lr_of_a_feedback_schedule_at_a_step_that_other_code_has_set_is_an_error():
+    """In ignite's LRScheduler, its learning rate would never change."""
+    binder = make_autowu()
+    binder.last_epoch += 1
+    with pytest.raises(ValueError, match="must not be set with AutoWU, .* got 1 after 0 steps"):
+        binder.get_lr()

@@ -5,7 +5,7 @@ import pytest
 from schedules import Horizon, ScheduleError, from_config, trace
 from schedules.core.durations import DurationError, convert_to_steps
 
-RUN = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=4)
+RUN = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=4, tokens_per_sample=8)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,8 @@ RUN = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=4)
         ("40sp", 1.0, 10),
         ("6sp", 1.0, 1.5),
         ("220sp", 0.5, 27.5),
+        ("1e3 TOK", 1.0, 31.25),
+        ("640tok", 0.5, 10),
         ("0.29dur", 1.0, 28),  # the float 0.29 * 100 is less than 29; truncated like in Composer
         ("0.29dur", 0.5, 14),
         ("1dur", 2.0, 200),
@@ -41,7 +43,7 @@ def test_convert_to_steps_unscaled_duration_scales_only_a_fraction_of_the_run():
 @pytest.mark.parametrize(
     ("duration", "message"),
     [
-        ("10tok", "cannot be converted to steps"),
+        ("10tok", "requires the number of tokens per sample"),
         ("1.5ep", "must be whole. Only the unit dur"),
         ("10s", "got '10s'"),
         ("", "got ''"),

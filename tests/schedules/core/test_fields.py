@@ -44,6 +44,7 @@ REQUIRED_PARAMS = {
     ("OptimizerParamScheduler", "lr_decay_style"): {"lr_decay_style": "linear"},
     ("OptimizerParamScheduler", "wd_incr_style"): {"wd_incr_steps": 30},
     ("OptimizerParamScheduler", "wd_incr_steps"): {"wd_incr_steps": 30},
+    ("ReduceLROnPlateau", "one_based_warmup"): {"warmup_steps": 8},
     ("WarmupLR", "relative"): {"warmup_max_lr": 0.5},
     ("WarmupDecayLR", "relative"): {"warmup_max_lr": 0.5},
 }
@@ -153,7 +154,7 @@ def test_register_invalid_class_is_rejected(cls, message):
         ({"type": "OneCylce"}, "got 'OneCylce'. Did you mean `OneCycle`?"),
         ({"type": "onecycle"}, "Did you mean `OneCycle`?"),
         ({"type": "math"}, "Run `onecycle schedules`"),
-        ({"params": {}}, "must have the key `type`"),
+        ({"params": {}}, "must be `type` and, optionally, `params`, got params"),
         ({"type": "WarmupLR", "parms": {}}, "got parms, type"),
         ({"type": "WarmupLR", "params": {"warmup_steps": 1}}, "Did you mean `warmup_num_steps`?"),
         ({"type": "WarmupLR", "params": {"cos_min_ratio": 1}}, "parameter of WarmupCosineLR."),

@@ -152,3 +152,41 @@ def test_type_in_a_module_that_fails_to_import_is_an_error(tmp_path, monkeypatch
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="'failing_module:f' .* with (SyntaxError|RuntimeError)"):
         from_config({"type": "failing_module:f"})
+
+
+def test_sequential_from_previous_starts_each_schedule_where_the_last_one_ended():
+    """Without it, the second and the third schedule start at the initial lr, as in PyTorch."""
+    halve = {"type": "LinearLR", "params": {"start_factor": 1, "end_factor": 0.5, "total_iters": 2}}
+    thaw = {"type": "Phases", "params": {"momentum": [{"to": 0.5, "duration": 2}]}}
+    decay = {"type": "ExponentialLR", "params": {"gamma": 0.1}}
+    block = build_block("SequentialLR", halve, thaw, decay, milestones=["2ba", 4])
+    base = {"lr": [0.8, 0.4], "momentum": [0.9, 0.9]}
+    torch_like = trace(block, 6, base=base)
+    assert torch_like["lr"][:, 0] == pytest.approx([0.8, 0.6, 0.8, 0.8, 0.8, 0.08])
+    block["params"]["from_previous"] = True
+    values = trace(block, 6, base=base)
+    assert values["lr"][:, 0] == pytest.approx([0.8, 0.6, 0.4, 0.4, 0.4, 0.04])
+    assert values["lr"][:, 1] == pytest.approx([0.4, 0.3, 0.2, 0.2, 0.2, 0.02])
+    assert values["momentum"][:, 0] == pytest.approx([0.9, 0.9, 0.9, 0.7, 0.5, 0.5])
+
+
+def test_sequential_from_previous_does_not_evaluate_steps_outside_of_a_schedule():
+    """The last schedule has no end, and its square root has no value at a negative step."""
+    root = {"type": "math:sqrt"}
+    block = build_block("SequentialLR", root, root, milestones=[4], from_previous=True)
+    lrs = trace(block, 9, base={"lr": 1.0})["lr"][:, 0]
+    assert lrs == pytest.approx([*(k**0.5 for k in range(4)), *(2 * k**0.5 for k in range(5))])
+
+
+def test_sequential_from_previous_is_stretched_by_the_scale_ratio():
+    decay = {"type": "ExponentialLR", "params": {"gamma": 0.5}}
+    block = build_block("SequentialLR", decay, decay, milestones=[4], from_previous=True)
+    horizon = Horizon(total_steps=8, scale_ratio=2.0)
+    lrs = trace(block, 17, base={"lr": 1.0}, horizon=horizon)["lr"][:, 0]
+    assert lrs == pytest.approx([0.5 ** (step / 2) for step in range(17)])
+
+
+def test_sequential_with_a_plateau_names_its_warmup():
+    block = build_block("SequentialLR", WARMUP, {"type": "ReduceLROnPlateau"}, milestones=[2])
+    with pytest.raises(ScheduleError, match=r"itself, with `warmup_steps` for a warmup\."):
+        from_config(block)

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from schedules import attach
+from schedules import attach, from_config
 from tests.schedules.test_torch_scheduler import run, weights
 
 OF_TORCH = torch.optim.lr_scheduler
@@ -15,6 +15,15 @@ OF_TORCH = torch.optim.lr_scheduler
 
 def halve(step):
     return 0.5**step
+
+
+def decay_in_stairs(step, gamma, stairs=(1,), *, lengths=[2, 4]):  # noqa: B006  # a list, as users write
+    """Multiply by gamma at each of the steps."""
+    return gamma ** sum(step >= each for each in [*stairs, *lengths])
+
+
+def decay_by_table(step, table):
+    return table[str(int(step))]
 
 
 def build_decay(optimizer, gamma, last_epoch=-1):
@@ -109,3 +118,37 @@ def test_attach_code_halves_the_lr_also_after_pickling(schedule, params, save):
 def test_attach_code_with_invalid_arguments_is_rejected(schedule, params, message):
     with pytest.raises(ValueError, match=message):
         attach(schedule, torch.optim.SGD(weights(), lr=1.0), **params)
+
+
+def test_function_with_params_receives_them_by_name():
+    optimizer = torch.optim.SGD(weights(), lr=1.0)
+    block = {"type": f"{__name__}:decay_in_stairs", "params": {"gamma": 0.5, "stairs": [0, 3]}}
+    binder = attach(block, optimizer)
+    lrs = [groups[0]["lr"] for groups in run(optimizer, binder, 5)]
+    assert lrs == [0.5, 0.5, 0.25, 0.125, 0.0625]  # half at steps 0, 2, 3 and 4
+    copied = pickle.loads(pickle.dumps(binder))
+    assert copied.identity == binder.identity
+    assert copied.identity["params"] == {"gamma": 0.5, "stairs": [0, 3]}
+    other = attach(decay_in_stairs, torch.optim.SGD(weights(), lr=1.0), gamma=0.1, stairs=[0, 3])
+    with pytest.raises(ValueError, match=r"`gamma` is 0.5 in the saved state, 0.1 now"):
+        other.load_state_dict(binder.state_dict())
+
+
+def test_function_with_an_object_as_param_is_accepted():
+    table = {"0": 1.0, "1": 0.25}
+    binder = attach(decay_by_table, torch.optim.SGD(weights(), lr=2.0), table=table)
+    assert [binder.schedule(step, lr=2.0) for step in (0, 1)] == [2.0, 0.5]
+
+
+def test_function_in_c_is_a_factor_of_the_step():
+    assert from_config({"type": "math:sqrt"})(4, lr=0.5) == 1.0
+
+
+def test_transformers_factory_sets_what_its_scheduler_sets():
+    transformers = pytest.importorskip("transformers")
+    params = {"num_warmup_steps": 2, "num_training_steps": 6}
+    block = {"type": "transformers:get_linear_schedule_with_warmup", "params": params}
+    ours, theirs = two_groups(), two_groups()
+    peer = transformers.get_linear_schedule_with_warmup(theirs, **params)
+    for group, other in zip(run(ours, attach(block, ours), 8), run(theirs, peer, 8), strict=True):
+        assert [g["lr"] for g in group] == [g["lr"] for g in other]

@@ -127,7 +127,7 @@ def test_warmup_without_maximum_reaches_each_groups_lr():
 
 def test_warmup_one_maximum_for_different_groups_is_an_error():
     schedule = from_config({"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}})
-    with pytest.raises(ValueError, match="`warmup_max_lr` must be a list of 2 numbers") as error:
+    with pytest.raises(ValueError, match="`warmup_max_lr` must be a list with one number") as error:
         schedule.curves({"lr": (1e-2, 1e-4)})
     assert "group 0: 0.01, group 1: 0.0001" in str(error.value)
 

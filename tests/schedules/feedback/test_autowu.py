@@ -296,3 +296,11 @@ def test_autowu_keeps_a_group_with_lr_0_at_0_and_the_ratios_of_the_others():
     first, second, third = scheduler.get_last_lr()
     assert (first, third) == (0.0, second / 2)
     assert second > 1e-5
+
+
+def test_autowu_without_a_warmup_starts_at_max_lr_and_warns_that_no_test_can_run():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    params = {"steps_per_epoch": 5, "total_epochs": 10, "max_warmup_fraction": 0, "max_lr": 0.5}
+    with pytest.warns(UserWarning, match=r"at most 0 steps .* will end at lr 0\.5"):
+        binder = schedules.attach("AutoWU", optimizer, **params)
+    assert binder.get_last_lr() == [0.5]

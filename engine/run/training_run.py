@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
+import atexit
+import functools
 import logging
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from engine.backends.base import Backend
+from engine.backends.base import Backend, DeferringBackend
 from engine.checkpoint.rollback import Rollback
 from engine.config import Config
 from engine.config.batch_sizes import BatchSizes
@@ -20,22 +21,19 @@ from engine.config.wording import count_noun
 from engine.errors import MisuseError
 from engine.training.accumulation import Accumulation
 from engine.training.best_metric import BestMetric
-from engine.training.data import call_on_batches, repeat_batches
+from engine.training.deferred_step import StepResult
 from engine.training.divergence import DivergenceCheck
-from engine.training.evaluation import preserve_modes
-from engine.training.loader import RunLoader
 from engine.training.loss_window import LossWindow
 from engine.training.misuse import MisuseChecks
 from engine.training.monitors import Monitors
 from engine.training.progress import Counters, ProgressReporter, StepRecord, StepRecorder
-from engine.training.rng import preserve_rng_state
 from engine.training.run_length import RunLength
 from engine.training.schedule_driver import ScheduleDriver
 from schedules import AutoWU, Schedule, ScheduleBinder
 from schedules.param_groups import read_lr, read_momentum
 from schedules.torch_scheduler import bind
 
-__all__ = ["TrainingRun", "evaluate_batch", "iterate_batches", "preserve_state", "train_pipeline"]
+__all__ = ["TrainingRun"]
 
 log = logging.getLogger("onecycle")
 
@@ -50,23 +48,28 @@ class TrainingRun:
 
     config: Config
     backend: Backend
-    driver: ScheduleDriver
+    _driver: ScheduleDriver
     progress: ProgressReporter
-    window: LossWindow
+    _window: LossWindow
     rollback: Rollback | None
     accumulation: Accumulation
     length: RunLength
-    divergence: DivergenceCheck
+    _divergence: DivergenceCheck
     misuse: MisuseChecks
     best: BestMetric | None = None
-    recorder: StepRecorder | None = None
+    _recorder: StepRecorder | None = None
     is_trial: bool = False
     """Whether this run is part of an LR range test, which saves no checkpoints.
 
-    `recorder` decides when the test ends. With `onecycle lr-test`, only one engine of the script
+    The recorder decides when the test ends. With `onecycle lr-test`, only one engine of the script
     has a recorder.
     """
-    counters: Counters = field(default_factory=Counters)
+    latest: Counters = field(default_factory=Counters)
+    """The counters. While a step is deferred, `skipped_steps` and `applied` are not known yet."""
+    _deferring: DeferringBackend | None = None
+    """The backend, if it can defer steps."""
+    _pending: tuple[StepResult, LossWindow] | None = None
+    """The deferred step whose outcome is not known yet, and its losses."""
 
     @classmethod
     def start(
@@ -89,7 +92,7 @@ class TrainingRun:
         rolls_back = isinstance(config.schedule, AutoWU) and config.schedule.rollback
         rollback = Rollback(backend) if rolls_back else None
         best = config.checkpoint.best
-        return cls(
+        run = cls(
             config,
             backend,
             driver,
@@ -106,12 +109,19 @@ class TrainingRun:
             misuse or MisuseChecks(backend),
             None if best is None else BestMetric(best.metric, best.mode, best.patience),
         )
+        if isinstance(backend, DeferringBackend) and backend.deferred is not None:
+            run._deferring = backend
+            run._window.is_kept |= config.progress.is_logged
+            run._settle_before_use(scheduler)
+            atexit.register(_settle, weakref.ref(run))  # write the last step to the monitors
+        return run
 
     def start_trial(self, recorder: StepRecorder, schedule: Schedule[Any]) -> TrainingRun:
         """Build a trial run with another schedule on the same backend.
 
         The trial run writes no files.
         """
+        self.settle()
         config = self.config.copy_for_trial_run(schedule)
         binder = bind(schedule, self.backend.optimizer)
         trial = self.start(config, self.backend, binder, misuse=self.misuse)
@@ -120,23 +130,82 @@ class TrainingRun:
 
     def record_steps(self, recorder: StepRecorder, *, is_trial: bool) -> None:
         """Record every step with ``recorder`` from now on."""
-        self.recorder, self.is_trial, self.window.is_kept = recorder, is_trial, True
+        self.settle()
+        self._recorder, self.is_trial, self._window.is_kept = recorder, is_trial, True
 
     @property
     def scheduler(self) -> LRScheduler | None:
         """The learning-rate scheduler, stepped after each applied optimizer step; may be None."""
-        return self.driver.scheduler
+        return self._driver.scheduler
 
     @scheduler.setter
     def scheduler(self, scheduler: LRScheduler | None) -> None:
-        self.driver.scheduler = scheduler
-        self.window.is_kept |= self.driver.feedback == "loss"
+        self.settle()
+        self._driver.scheduler = scheduler
+        self._settle_before_use(scheduler)
+        self._window.is_kept |= self._driver.feedback == "loss"
 
     @property
     def is_over(self) -> bool:
         """Whether the run has reached its end, or stops early because a metric has not improved."""
         is_early = self.best is not None and self.best.is_exhausted
-        return is_early or self.length.is_over(self.counters)
+        # The outcome of a deferred step matters only close to the end.
+        return is_early or (self.length.is_over(self.latest) and self.length.is_over(self.counters))
+
+    @property
+    def counters(self) -> Counters:
+        """The counters, after the outcome of a deferred step is known."""
+        self.settle()
+        return self.latest
+
+    @counters.setter
+    def counters(self, counters: Counters) -> None:
+        self.latest = counters
+
+    @property
+    def settled_backend(self) -> Backend:
+        """The backend, after the outcome of a deferred step is known."""
+        self.settle()
+        return self.backend
+
+    @property
+    def defers(self) -> bool:
+        """Whether steps are deferred; see `DeferredStep`."""
+        scheduler = self._driver.scheduler
+        return (
+            self._deferring is not None
+            and not self.is_trial
+            and self._recorder is None
+            and self.rollback is None
+            and not self.config.diagnostics.wall_clock_breakdown
+            and (scheduler is None or isinstance(scheduler, ScheduleBinder))
+        )
+
+    def settle(self) -> None:
+        """Wait for the outcome of a deferred step, and complete the step.
+
+        Do nothing if no outcome is pending. The ranks need not call this method at the same time.
+
+        Raises:
+            FloatingPointError: training diverges.
+        """
+        if self._pending is None or self._deferring is None:
+            return
+        (result, window), self._pending = self._pending, None
+        self.latest.applied = result.is_applied = False
+        self.latest.applied, loss = self._deferring.finish_step()
+        result.is_applied = self.latest.applied
+        if window.has_losses:
+            window.set_mean(loss)
+            self.progress.add_mean(loss, window.count)
+            self._divergence.last_loss = loss
+        self._complete_step(window)
+        self.misuse.note_scheduler(self.scheduler)
+
+    def _settle_before_use(self, scheduler: LRScheduler | None) -> None:
+        """Make the scheduler complete a deferred step before a script uses the scheduler."""
+        if self._deferring is not None and isinstance(scheduler, ScheduleBinder):
+            scheduler.before_use = functools.partial(_settle, weakref.ref(self))
 
     def set_batch_sizes(self, batch: BatchSizes) -> None:
         """Change the batch sizes of the following steps.
@@ -150,17 +219,18 @@ class TrainingRun:
                 f"{count_noun(self.accumulation.micro_batches, 'micro-batch')} of a step. Change "
                 "the batch size right after a `trainer.step()` that runs the optimizer."
             )
+        self.settle()
         self.config = replace(self.config, batch=batch)
         self.accumulation.steps = batch.accumulation
         self.backend.set_batch_sizes(batch)
 
     def restore_counters(self, counters: Counters) -> None:
         """Restore the counters of a checkpoint, so that the run continues at the saved step."""
-        self.counters = counters
+        self.latest = counters
         self.length.steps_before = counters.applied_steps
         self.accumulation.restart(counters.micro_steps)
         self.misuse.restart()
-        self.window.clear()
+        self._window.clear()
         self.backend.zero_grad()
 
     def end_epoch(self) -> None:
@@ -170,7 +240,7 @@ class TrainingRun:
             RuntimeError: in two consecutive epochs, `backward` was called, but `step` was not.
         """
         accumulation = self.accumulation
-        self.misuse.check_epoch(self.counters.micro_steps, accumulation)
+        self.misuse.check_epoch(self.latest.micro_steps, accumulation)
         if accumulation.micro_batches == 0 or accumulation.boundary is not None:
             return
         log.info(
@@ -179,49 +249,53 @@ class TrainingRun:
             accumulation.steps,
         )
         self.backend.zero_grad()
-        self.counters.micro_steps -= accumulation.micro_batches
+        self.latest.micro_steps -= accumulation.micro_batches
         accumulation.restart()
-        self.window.clear()
+        self._window.clear()
 
     def add_loss(self, loss: Tensor) -> None:
         """Record the loss of a micro-batch that was passed to `backward` or `scale`."""
         self.accumulation.scaled_losses += 1
-        self.divergence.last_loss = loss.detach()
-        self.window.add(loss)
-        self.progress.add(loss)
+        self._window.add(loss)
+        if self._deferring is None or not self.defers:
+            self._divergence.last_loss = loss.detach()
+            self.progress.add(loss)
 
-    def step(self, metric: Tensor | float | None) -> bool:
+    def step(self, metric: Tensor | float | None) -> bool | StepResult:
         """Finish a micro-batch, and take an optimizer step if it completes a batch.
 
         Returns:
             Whether an optimizer step was applied.
         """
         self._check_may_step()
-        if metric is not None:
-            metric = self.driver.metric = self.backend.mean(float(metric))
-        counters, accumulation = self.counters, self.accumulation
+        counters, accumulation, scheduler = self.latest, self.accumulation, self._driver.scheduler
         is_boundary = accumulation.is_boundary()
-        self.misuse.check_step(self.scheduler, accumulation, is_boundary=is_boundary)
+        self.misuse.check_step(scheduler, accumulation, is_boundary=is_boundary)
+        if self._pending is not None:  # the device now has the next backward pass to work on
+            self.settle()
+        if metric is not None:
+            metric = self._driver.metric = self.backend.mean(float(metric))
         counters.micro_steps += 1
         accumulation.micro_batches += 1
         accumulation.has_gradients = not is_boundary and self.backend.has_gradients()
         counters.applied = is_boundary and self._step_optimizer()
         if is_boundary:
             self._finish_step()
-            self.misuse.note_step(self.scheduler, counters.global_steps)
+            self.misuse.note_step(scheduler, counters.global_steps)
         if metric is not None and self.best is not None:
             self._update_best(metric)
-        return counters.applied
+        return counters.applied if self._pending is None else self._pending[0]
 
     def _check_may_step(self) -> None:
         if not self.accumulation.averages_gradients:
             raise MisuseError(
                 "`step()` must not be called inside `no_sync()`. Leave the context first."
             )
-        if self.is_trial and self.recorder is not None:
+        if self.is_trial and self._recorder is not None:
             # A script may catch the exception that ends the run; in that case, raise it again.
-            self.recorder.stop_if_over()
-        if self.length.is_session_over(self.counters):
+            self._recorder.stop_if_over()
+        is_over = self.length.is_session_over
+        if is_over(self.latest) and is_over(self.counters):
             raise RuntimeError(
                 f"The run has ended after {self.config.run['steps_this_run']} steps "
                 "(`engine.steps_this_run`). Exit the training loop when `trainer.run_is_over` is "
@@ -230,16 +304,17 @@ class TrainingRun:
 
     def report(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Average metrics over the ranks, and report them to the log and the monitors."""
+        self.settle()
         means = {name: self.backend.mean(float(value)) for name, value in metrics.items()}
         self.progress.report_metrics(means, self.counters)
         if self.best is not None and self.best.name in means:
-            self.driver.metric = means[self.best.name]
+            self._driver.metric = means[self.best.name]
             self._update_best(means[self.best.name])
 
     def _update_best(self, value: float) -> None:
         best, was_over = self.best, self.is_over
         assert best is not None
-        best.update(value, self.counters.global_steps)
+        best.update(value, self.latest.global_steps)
         if best.is_exhausted and not was_over and self.backend.ranks.rank == 0:
             log.info(
                 "stopping early: %s has not improved in %d reports; the best value is %g, at step "
@@ -254,19 +329,34 @@ class TrainingRun:
         scaled, self.accumulation.scaled_losses = self.accumulation.scaled_losses, 0
         if not self.accumulation.is_managed:
             self.accumulation.micro_batches = scaled
+        if self._deferring is not None and self.defers:
+            self._start_step(self._deferring, is_scaled=scaled > 0)
+            return False
         if scaled:
             return self.backend.step()
+        self._check_is_not_scaled()
+        return self.backend.step(divide_by=self.accumulation.steps)
+
+    def _start_step(self, backend: DeferringBackend, *, is_scaled: bool) -> None:
+        """Start a deferred step, which `settle` completes."""
+        if not is_scaled:
+            self._check_is_not_scaled()
+        divide_by = 1 if is_scaled else self.accumulation.steps
+        backend.start_step(self._window.compute_local_mean(), divide_by=divide_by)
+        self._pending = StepResult(self.settle), self._window
+        self._window = self._window.renew()
+
+    def _check_is_not_scaled(self) -> None:
         if self.backend.loss_scale != 1.0:
             raise RuntimeError(
                 "fp16 needs a scaled loss, but neither `trainer.backward(loss)` nor "
                 "`trainer.scale(loss).backward()` was called in this step. Call one of them "
                 "instead of `loss.backward()`."
             )
-        return self.backend.step(divide_by=self.accumulation.steps)
 
     def _finish_step(self) -> None:
-        """Count and report a step, and step the scheduler if the optimizer step was applied."""
-        counters, batch = self.counters, self.config.batch
+        """Count a step, and complete it if its outcome is known."""
+        counters, batch = self.latest, self.config.batch
         counters.global_steps += 1
         counters.global_samples += (
             batch.train
@@ -274,6 +364,12 @@ class TrainingRun:
             else batch.micro * batch.data_ranks * self.accumulation.micro_batches
         )
         self.accumulation.micro_batches = 0
+        if self._pending is None:
+            self._complete_step(self._window)
+
+    def _complete_step(self, window: LossWindow) -> None:
+        """Report a step, and step the scheduler if the optimizer step was applied."""
+        counters = self.latest
         if not counters.applied:
             counters.skipped_steps += 1
             self.progress.clear_losses()
@@ -283,23 +379,23 @@ class TrainingRun:
                 counters.skipped_steps,
             )
         if self.progress.needs_record(counters):
-            self.progress.report(self._collect_record())
+            self.progress.report(self._collect_record(window))
         if self.progress.has_bar:
             last = self.length.find_last_step(counters, self.config.batch.train)
             self.progress.move_bar(counters.global_steps, last)
         # The window is empty if the script calls `loss.backward()` itself.
-        if self.recorder is not None and (self.window.has_losses or self.is_trial):
-            self._record_step(self.recorder)
+        if self._recorder is not None and (window.has_losses or self.is_trial):
+            self._record_step(self._recorder)
         if counters.applied:
-            self.driver.step(self.window)
+            self._driver.step(window)
             if self.rollback is not None:
                 self.rollback.update(self.scheduler)
-        self.window.clear()
+        window.clear()
         if not self.is_trial:
-            self.divergence.update(self.counters, read_lr(self.backend.optimizer)[0])
+            self._divergence.update(counters, read_lr(self.backend.optimizer)[0])
 
-    def _collect_record(self) -> StepRecord:
-        counters, backend = self.counters, self.backend
+    def _collect_record(self, window: LossWindow) -> StepRecord:
+        counters, backend = self.latest, self.backend
         groups = backend.optimizer.param_groups
         return StepRecord(
             step=counters.global_steps,
@@ -309,7 +405,7 @@ class TrainingRun:
             lr=read_lr(backend.optimizer),
             momentum=read_momentum(backend.optimizer),
             weight_decay=[group["weight_decay"] for group in groups if "weight_decay" in group],
-            loss=self.window.mean() if self.window.has_losses else None,
+            loss=window.mean() if window.has_losses else None,
             grad_norm=backend.grad_norm,
             loss_scale=backend.loss_scale if self.config.precision == "fp16" else None,
             batch_size=self.config.batch.train,
@@ -318,104 +414,12 @@ class TrainingRun:
     def _record_step(self, recorder: StepRecorder) -> None:
         momentum = read_momentum(self.backend.optimizer)
         used = read_lr(self.backend.optimizer)[0], momentum[0] if momentum else None
-        recorder.record(*used, self.window.mean(), applied=self.counters.applied)
+        recorder.record(*used, self._window.mean(), applied=self.counters.applied)
         if self.is_trial:
             recorder.stop_if_over()
 
 
-def train_pipeline(
-    batches: Iterator[Any] | None, loader: RunLoader | None, run: TrainingRun
-) -> Tensor | None:
-    """Train a pipeline model on one batch, and return the mean loss.
-
-    If the model is not a pipeline, return None.
-
-    Args:
-        batches: iterator over micro-batches; default: the batches of ``loader``.
-        loader: data loader of the run. If ``batches`` and ``loader`` are None, the pipeline uses
-            the data that was passed to its ``set_dataloader``.
-        run: state of the run.
-    """
-    batches = batches or (repeat_batches(loader) if loader is not None else None)
-    run._check_may_step()  # noqa: SLF001  # private to this module
-    run.misuse.check_step(run.scheduler, run.accumulation, is_boundary=False)
-    result = run.backend.run_pipeline(batches, trains=True)
-    if result is None:
-        return None
-    loss, run.counters.applied = result
-    run.counters.micro_steps += run.accumulation.steps
-    run.add_loss(loss)
-    run.accumulation.scaled_losses = 0
-    run._finish_step()  # noqa: SLF001  # private to this module
-    run.misuse.note_step(run.scheduler, run.counters.global_steps)
-    return loss
-
-
-def evaluate_batch(model: nn.Module, batches: Iterator[Any], run: TrainingRun) -> Tensor:
-    """Evaluate the model on as many micro-batches as a step uses; return their mean loss."""
-    if result := run.backend.run_pipeline(batches, trains=False):
-        return result[0]
-    losses = call_on_batches(model, batches, run.accumulation.steps)
-    return torch.stack(list(losses)).mean()
-
-
-def iterate_batches(loader: RunLoader | None, run: TrainingRun) -> Iterator[Any]:
-    """Return an iterator over the batches of a run; see `Engine.batches`."""
-    if loader is None:
-        raise MisuseError(
-            "`trainer.batches()` needs training data. Pass `training_data` to `initialize`, or "
-            "your data loader to `trainer.prepare`."
-        )
-    if not (run.length.is_known or run.is_trial):
-        scheduler = run.scheduler
-        run.length.schedule_steps = (
-            scheduler.length if isinstance(scheduler, ScheduleBinder) else None
-        )
-        if not run.length.is_known:
-            raise MisuseError(
-                "The length of the run is unknown, because the run has no schedule that ends. Set "
-                '`engine.max_duration`, for example to "10ep".'
-            )
-    if run.is_over and run.backend.ranks.rank == 0:
-        log.info("the run is already over at step %d; nothing to train", run.counters.global_steps)
-    return _iterate_epochs(loader, run)
-
-
-def _iterate_epochs(loader: RunLoader, run: TrainingRun) -> Iterator[Any]:
-    while not run.is_over:
-        steps = run.counters.global_steps
-        try:
-            yield from loader
-        finally:
-            # If the script leaves its loop within an epoch, the next loop continues the epoch.
-            loader.load_state_dict(loader.state_dict())
-        if run.counters.global_steps == steps:
-            raise MisuseError(
-                "An epoch of the training data ended without an optimizer step. Call "
-                "`trainer.step()` after each `trainer.backward(loss)`, and check that the data has "
-                "at least "
-                f"{run.accumulation.steps} micro-batches."
-            )
-
-
-@contextlib.contextmanager
-def preserve_state(model: nn.Module, backend: Backend, loader: RunLoader | None) -> Iterator[None]:
-    """Restore the training state when the context exits, even after an exception.
-
-    Args:
-        model: module whose training mode is restored, including that of each submodule.
-        backend: backend whose model, optimizer and loss scale are restored, and whose gradients are
-            cleared.
-        loader: data loader whose position is restored, or None.
-    """
-    data = None if loader is None else (loader.state_dict(), loader.resumes)
-    with preserve_rng_state():
-        snapshot = backend.snapshot()
-        try:
-            with preserve_modes(model):
-                yield
-        finally:
-            backend.zero_grad()
-            backend.restore(snapshot)
-            if loader is not None and data is not None:
-                loader.load_state_dict(data[0], resumes=data[1])
+def _settle(reference: weakref.ref[TrainingRun]) -> None:
+    run = reference()
+    if run is not None:
+        run.settle()

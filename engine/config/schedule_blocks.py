@@ -1,0 +1,166 @@
+"""Check the ``scheduler`` blocks of a config, and construct their schedules."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from engine.config.batch_sizes import DataRanks
+from engine.config.named_code import check_named_code
+from engine.config.parser import Document
+from engine.config.pointers import get_last_key, is_within, join_pointer, split_pointer
+from engine.config.schedule_context import list_possible_horizons
+from engine.config.schema import schedule_schema
+from engine.config.violations import MAX_SUGGESTIONS, check_against_schema
+from engine.errors import Problem
+from schedules import SCHEDULES, Horizon, Schedule, ScheduleError, from_config
+from schedules.core.durations import DurationError
+from schedules.core.fields import read_fields
+from schedules.core.imports import ImportForbiddenError, are_imports_allowed
+from schedules.core.registry import find, read_torch_parameters
+from schedules.core.schedule import ParameterProblem
+
+__all__ = ["check_scheduler", "construct_schedule"]
+
+
+def check_scheduler(
+    document: Document, block: Mapping[str, Any], pointer: str = "/scheduler"
+) -> Iterator[Problem]:
+    """Check the type and the params of a ``scheduler`` block, each on its own.
+
+    Args:
+        document: parsed config.
+        block: block with a ``type``; valid according to the schema of the section.
+        pointer: JSON pointer of the block.
+    """
+    if not are_imports_allowed():
+        yield from check_named_code(document, block, pointer)
+    try:
+        schema: Mapping[str, Any] = schedule_schema(find(block["type"]))
+    except ImportForbiddenError:
+        schema = _read_torch_schema(block["type"])
+    except ValueError as error:
+        yield document.build_problem("unknown-scheduler", f"{pointer}/type", str(error))
+        return
+    params = block.get("params", {})
+    problems = check_against_schema(document, params, schema, f"{pointer}/params")
+    for index, problem in enumerate(problems):
+        yield _suggest_schedules(problem) if index < MAX_SUGGESTIONS else problem
+
+
+def _read_torch_schema(name: str) -> Mapping[str, Any]:
+    """Return a JSON schema that contains the parameter names of a PyTorch scheduler.
+
+    The names are read from PyTorch's source code, because validation does not import PyTorch. The
+    schema is empty if PyTorch has no scheduler of this name.
+    """
+    parameters = read_torch_parameters(name)
+    if parameters is None:
+        return {}
+    return {
+        "properties": {each: {} for each in parameters},
+        "required": [each for each, is_required in parameters.items() if is_required],
+        "additionalProperties": False,
+    }
+
+
+def _suggest_schedules(problem: Problem) -> Problem:
+    """Return a problem whose hint lists schedules that have the unknown parameter.
+
+    If the problem is not about an unknown parameter, or no schedule has the parameter, return the
+    problem unchanged.
+    """
+    if problem.rule != "unknown-key" or "`" in problem.hint:
+        return problem
+    key = get_last_key(problem.pointer)
+    owners = [name for name, cls in SCHEDULES.items() if key in read_fields(cls)]
+    hint = f"It is a parameter of {', '.join(owners[:5])}."
+    return dataclasses.replace(problem, hint=hint) if owners else problem
+
+
+def construct_schedule(
+    document: Document,
+    config: Mapping[str, Any],
+    unresolved: Collection[str],
+    ranks: DataRanks | None,
+    pointer: str = "/scheduler",
+) -> tuple[Schedule[Any] | None, list[Problem]]:
+    """Construct the schedule of a ``scheduler`` block.
+
+    Args:
+        document: parsed config.
+        config: config without invalid values.
+        unresolved: JSON pointers of invalid values and "auto" values.
+        ranks: number of ranks that load different samples; None if unknown.
+        pointer: JSON pointer of the block.
+
+    Returns:
+        The schedule, or None if it cannot be constructed, and the problems of its parameters. The
+        list of problems is empty if a parameter of the schedule is in ``unresolved``, because this
+        invalid or "auto" parameter could be the cause of the problems.
+    """
+    block = _find_block(config, pointer)
+    if not isinstance(block, Mapping) or "type" not in block:
+        return None, []
+    pointer, params = f"{pointer}/params", block.get("params", {})
+    schedule = None
+    problems = []
+    try:
+        schedule = from_config({"type": block["type"], "params": params})
+        _resolve_in_any_run(schedule, list_possible_horizons(schedule, config, ranks))
+    except ScheduleError as error:
+        for fault in error.problems:
+            below = join_pointer(pointer, fault.field) if fault.field else pointer
+            problems.append(document.build_problem("schedule", below, fault.message))
+        # Construct the schedule without the invalid parameters for rules that do not need them.
+        invalid = {fault.field for fault in error.problems}
+        valid = {name: value for name, value in params.items() if name not in invalid}
+        with contextlib.suppress(ValueError):
+            schedule = from_config({"type": block["type"], "params": valid})
+    except DurationError as error:
+        problems.append(document.build_problem("schedule", "/engine/max_duration", str(error)))
+    except ValueError:
+        return None, []  # the type is unknown or not imported, or `params` is not an object
+    is_complete = not any(is_within(each, [pointer]) for each in unresolved)
+    return schedule, problems if is_complete else []
+
+
+def _find_block(config: Any, pointer: str) -> Any:
+    """Return the value at a JSON pointer; None if it is absent."""
+    for key in split_pointer(pointer):
+        if isinstance(config, list):
+            config = config[int(key)]
+        elif isinstance(config, Mapping) and key in config:
+            config = config[key]
+        else:
+            return None
+    return config
+
+
+def _resolve_in_any_run(schedule: Schedule[Any], horizons: Sequence[Horizon]) -> None:
+    """Check that a schedule is valid for at least one of the possible lengths of its run.
+
+    Raises:
+        ScheduleError: a parameter is invalid for every possible length.
+    """
+    found: list[dict[str | None, ParameterProblem]] = []
+    for horizon in horizons:
+        try:
+            schedule.resolve(horizon)
+        except ScheduleError as error:  # noqa: PERF203  # one error per length
+            found.append({problem.field: problem for problem in error.problems})
+            if len(horizons) == 1:
+                raise
+        else:
+            return
+    first, *others = found
+    problems = [first[field] for field in first if all(field in each for each in others)]
+    for index, problem in enumerate(problems):
+        if any(each[problem.field].message != problem.message for each in others):
+            message = f"{problem.message} These numbers of steps are examples: they depend on the "
+            message += "data set or the batch size, but the problem does not."
+            problems[index] = dataclasses.replace(problem, message=message)
+    if problems:
+        raise ScheduleError(schedule.type_name, problems)

@@ -1,0 +1,170 @@
+"""Check values of a config against a JSON schema, and report each violation as a problem."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jsonschema
+from referencing import Registry, Resource
+
+import schemas
+from engine.config.parser import Document
+from engine.config.pointers import dotted_name, get_parent, join_pointer
+from engine.config.schema import is_ignored, means_default
+from engine.config.suggestions import Suggestion, suggest_key
+from engine.config.wording import quote_value, shorten
+from engine.errors import Fix, Problem
+from schedules.core.fields import describe_schema
+
+__all__ = ["MAX_SUGGESTIONS", "check_against_schema", "get_suggested_pointer"]
+
+_RANGE = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems"}
+MAX_SUGGESTIONS = 100
+"""Number of problems with a suggestion, because the search for suggestions takes time."""
+_NO_SUGGESTION = Suggestion("")
+_REGISTRY: Registry[Any] = Registry(
+    retrieve=lambda uri: Resource.from_contents(schemas.read(uri))  # type: ignore[call-arg]  # mypy does not know that attrs renames the field
+)
+
+
+def check_against_schema(
+    document: Document, value: Any, schema: Mapping[str, Any], pointer: str = ""
+) -> Iterator[Problem]:
+    """Check a value and its nested values against a schema, and yield a problem per violation.
+
+    Args:
+        document: parsed config, used to look up the line and column of each problem.
+        value: value from the config to check.
+        schema: JSON schema of the value.
+        pointer: JSON pointer of the value.
+    """
+    validator = jsonschema.Draft202012Validator(schema, registry=_REGISTRY)
+    problems: list[Problem] = []
+    for error in validator.iter_errors(value):
+        below = pointer
+        for part in error.absolute_path:
+            below = join_pointer(below, part)
+        problems += _convert_error(document, error, below, MAX_SUGGESTIONS - len(problems))
+    # A fraction in a key for whole numbers can violate both `type` and `minimum`.
+    problems = list({(each.pointer, each.message): each for each in reversed(problems)}.values())
+    problems.reverse()
+    meant = {get_suggested_pointer(problem) for problem in problems}
+    for problem in problems:
+        # A misspelled required key is reported as an unknown key, but not also as a missing key.
+        if problem.rule != "missing-key" or problem.suggestion not in meant:
+            yield problem
+
+
+def get_suggested_pointer(problem: Problem) -> str:
+    """Return the JSON pointer of the key that a problem suggests instead of an unknown key.
+
+    Return an empty string if the problem is not about an unknown key, or suggests no key.
+    """
+    found = problem.rule == "unknown-key" and problem.suggestion
+    return join_pointer(get_parent(problem.pointer), problem.suggestion) if found else ""
+
+
+def _convert_error(
+    document: Document, error: jsonschema.ValidationError, pointer: str, suggestions: int
+) -> Iterator[Problem]:
+    """Convert an error of the ``jsonschema`` package to problems of the config.
+
+    If the error is about unknown keys, suggest known keys only for the first ``suggestions`` keys.
+    """
+    name = dotted_name(pointer) or "the config"
+    keyword = str(error.validator)
+    schema: Mapping[str, Any] = error.schema
+    value = error.instance
+    match keyword:
+        case "additionalProperties":
+            known = schema["properties"]
+            unknown = (key for key in value if key not in known and not is_ignored(key))
+            for index, key in enumerate(unknown):
+                found = _NO_SUGGESTION
+                if index < suggestions:
+                    found = suggest_key(pointer, key, known, value)
+                yield _build_unknown_key_problem(document, join_pointer(pointer, key), key, found)
+        case "required":
+            # jsonschema yields one error per missing key, but does not name the key.
+            for missing in (key for key in error.validator_value if key not in value):
+                takes = describe_schema(schema["properties"][missing])
+                message = f"Missing key `{missing}` in {name}."
+                below = join_pointer(pointer, missing)
+                hint = f"Add the key. It accepts {takes}."
+                yield document.build_problem(
+                    "missing-key", pointer, message, hint, suggestion=below
+                )
+        case "not":
+            message = f"`{name}` was removed in DeepSpeed {schema['x-removed']}."
+            hint = schema["x-instead"]
+            yield document.build_problem("removed-key", pointer, message, hint, at_key=True)
+        case _ if value == "auto":
+            replaced = schema.get("x-alias-of")
+            hint = f"Set a value, or use `{replaced}`." if replaced else "Set a value."
+            message = f"`{name}` must be {describe_schema(schema)}, "
+            message += 'got "auto", which no integration replaces.'
+            is_accepted = means_default(pointer, value)
+            if is_accepted:
+                message = f'`{name}` is "auto", which no integration replaces. The default is used.'
+            yield document.build_problem(
+                "unsupported-auto",
+                pointer,
+                message,
+                hint,
+                severity="warning" if is_accepted else "error",
+            )
+        case _ if keyword in {"type", "enum", "pattern"} | _RANGE:
+            message = f"`{name}` must be {describe_schema(schema)}, got {quote_value(value)}."
+            takes_auto = keyword == "pattern" and error.validator_value == "^auto$"
+            kind = "wrong-type" if keyword == "type" or takes_auto else "out-of-range"
+            hint, fix = _suggest_unquoting(value, schema) if kind == "wrong-type" else ("", None)
+            hint = hint or _suggest_fraction_of_run(value, schema)
+            yield document.build_problem(kind, pointer, message, hint, fix=fix)
+        case _:
+            raise AssertionError(f"no message is defined for the JSON Schema keyword `{keyword}`")
+
+
+def _suggest_fraction_of_run(value: Any, schema: Mapping[str, Any]) -> str:
+    """Return a hint if a duration is probably a fraction of the run, else an empty string."""
+    accepts_fractions = "[dD][uU][rR]" in schema.get("pattern", "")
+    if not accepts_fractions or not isinstance(value, float) or not 0 < value < 1:
+        return ""
+    return f'Write "{value:g}dur" for a fraction of the run.'
+
+
+def _suggest_unquoting(value: Any, schema: Mapping[str, Any]) -> tuple[str, Fix | None]:
+    """Suggest removing the quotes from a string such as "1" or "True".
+
+    Returns:
+        A hint and an automatic fix. If the value would still be invalid without quotes, the hint is
+        empty and the fix is None.
+    """
+    if not isinstance(value, str):
+        return "", None
+    try:
+        meant = json.loads(value.strip().lower())
+    except ValueError:
+        return "", None
+    validator = jsonschema.Draft202012Validator(schema, registry=_REGISTRY)
+    is_infinite = isinstance(meant, float) and not math.isfinite(meant)
+    if is_infinite or not validator.is_valid(meant):
+        return "", None
+    return f"Write {json.dumps(meant)} without quotes.", Fix(value=meant)
+
+
+def _build_unknown_key_problem(
+    document: Document, pointer: str, key: str, found: Suggestion
+) -> Problem:
+    message = f"Unknown key `{shorten(key)}`."
+    return document.build_problem(
+        "unknown-key",
+        pointer,
+        message,
+        found.hint or 'Remove the key, or start the key with "//" or "x-" to keep it as a comment.',
+        at_key=True,
+        fix=found.fix,
+        suggestion=found.meant,
+    )

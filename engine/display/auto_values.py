@@ -1,0 +1,64 @@
+"""Replace the "auto" values of a schedule, so that a config for transformers can be previewed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from engine.config.parser import Document
+
+__all__ = ["AutoValues", "replace_auto_values"]
+
+_AUTO = "auto"
+_TOTAL_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class AutoValues:
+    """The values that "auto" stands for in a preview. transformers gets them from its arguments."""
+
+    learning_rate: float = 5e-5
+    """Learning rate of the optimizer; the default is that of transformers."""
+    total_steps: int | None = None
+    """Length of the run. Defaults to ``engine.max_duration`` or, if it is absent, 1,000 steps."""
+    warmup_steps: int | None = None
+    """Length of the warmup; defaults to a tenth of the run."""
+
+
+def replace_auto_values(document: Document, values: AutoValues) -> tuple[Document, dict[str, Any]]:
+    """Replace "auto" in the learning rate and in the schedule of a config.
+
+    Returns:
+        The document with these replacements, and the new values by the name of the param.
+    """
+    config = document.value
+    if not isinstance(config, dict):
+        return document, {}
+    optimizer, params = _get_params(config, "optimizer"), _get_params(config, "scheduler")
+    own = optimizer.get("lr", _AUTO)
+    lr = values.learning_rate if own == _AUTO else own
+    run = config.get("engine")
+    is_known = isinstance(run, dict) and "max_duration" in run and values.total_steps is None
+    total = values.total_steps or _TOTAL_STEPS
+    warmup: int | str = "0.1dur" if is_known else max(1, total // 10)
+    known = {
+        "warmup_min_lr": 0.0,
+        "warmup_max_lr": lr,
+        "warmup_num_steps": values.warmup_steps or warmup,
+        "total_num_steps": "1dur" if is_known else total,
+    }
+    for_schedule = {name: known[name] for name in known if params.get(name) == _AUTO}
+    for_optimizer = {"lr": lr} if optimizer.get("lr") == _AUTO else {}
+    changed = dict(config)
+    if for_schedule:
+        changed["scheduler"] = {**config["scheduler"], "params": {**params, **for_schedule}}
+    if for_optimizer:
+        changed["optimizer"] = {**config["optimizer"], "params": {**optimizer, **for_optimizer}}
+    return replace(document, value=changed), {**for_optimizer, **for_schedule}
+
+
+def _get_params(config: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    block = config.get(section)
+    params = block.get("params") if isinstance(block, dict) else None
+    return params if isinstance(params, dict) else {}

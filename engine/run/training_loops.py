@@ -1,0 +1,122 @@
+"""Functions that run the steps of a training run: pipelines, loops over the data, trial runs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.backends.base import Backend
+from engine.config.wording import count_noun
+from engine.errors import MisuseError
+from engine.run.training_run import TrainingRun
+from engine.training.data import call_on_batches, repeat_batches
+from engine.training.evaluation import preserve_modes
+from engine.training.loader import RunLoader
+from engine.training.rng import preserve_rng_state
+from schedules import ScheduleBinder
+
+__all__ = ["evaluate_batch", "iterate_batches", "preserve_state", "train_pipeline"]
+
+log = logging.getLogger("onecycle")
+
+
+def train_pipeline(
+    batches: Iterator[Any] | None, loader: RunLoader | None, run: TrainingRun
+) -> Tensor | None:
+    """Train a pipeline model on one batch, and return the mean loss.
+
+    If the model is not a pipeline, return None.
+
+    Args:
+        batches: iterator over micro-batches; default: the batches of ``loader``.
+        loader: data loader of the run. If ``batches`` and ``loader`` are None, the pipeline uses
+            the data that was passed to its ``set_dataloader``.
+        run: state of the run.
+    """
+    batches = batches or (repeat_batches(loader) if loader is not None else None)
+    run._check_may_step()  # noqa: SLF001  # private to the package
+    run.misuse.check_step(run.scheduler, run.accumulation, is_boundary=False)
+    result = run.backend.run_pipeline(batches, trains=True)
+    if result is None:
+        return None
+    loss, run.counters.applied = result
+    run.counters.micro_steps += run.accumulation.steps
+    run.add_loss(loss)
+    run.accumulation.scaled_losses = 0
+    run._finish_step()  # noqa: SLF001  # private to the package
+    run.misuse.note_step(run.scheduler, run.counters.global_steps)
+    return loss
+
+
+def evaluate_batch(model: nn.Module, batches: Iterator[Any], run: TrainingRun) -> Tensor:
+    """Evaluate the model on as many micro-batches as a step uses; return their mean loss."""
+    if result := run.backend.run_pipeline(batches, trains=False):
+        return result[0]
+    losses = call_on_batches(model, batches, run.accumulation.steps)
+    return torch.stack(list(losses)).mean()
+
+
+def iterate_batches(loader: RunLoader | None, run: TrainingRun) -> Iterator[Any]:
+    """Return an iterator over the batches of a run; see `Engine.batches`."""
+    if loader is None:
+        raise MisuseError(
+            "`trainer.batches()` needs training data. Pass `training_data` to `initialize`, or "
+            "your data loader to `trainer.prepare`."
+        )
+    if not (run.length.is_known or run.is_trial):
+        scheduler = run.scheduler
+        run.length.schedule_steps = (
+            scheduler.length if isinstance(scheduler, ScheduleBinder) else None
+        )
+        if not run.length.is_known:
+            raise MisuseError(
+                "The length of the run is unknown, because the run has no schedule that ends. Set "
+                '`engine.max_duration`, for example to "10ep".'
+            )
+    if run.is_over and run.backend.ranks.rank == 0:
+        log.info("the run is already over at step %d; nothing to train", run.counters.global_steps)
+    return _iterate_epochs(loader, run)
+
+
+def _iterate_epochs(loader: RunLoader, run: TrainingRun) -> Iterator[Any]:
+    while not run.is_over:
+        steps = run.counters.global_steps
+        try:
+            yield from loader
+        finally:
+            # If the script leaves its loop within an epoch, the next loop continues the epoch.
+            loader.load_state_dict(loader.state_dict())
+        if run.counters.global_steps == steps:
+            raise MisuseError(
+                "An epoch of the training data ended without an optimizer step. Call "
+                "`trainer.step()` after each `trainer.backward(loss)`, and check that the data has "
+                f"at least {count_noun(run.accumulation.steps, 'micro-batch')}."
+            )
+
+
+@contextlib.contextmanager
+def preserve_state(model: nn.Module, backend: Backend, loader: RunLoader | None) -> Iterator[None]:
+    """Restore the training state when the context exits, even after an exception.
+
+    Args:
+        model: module whose training mode is restored, including that of each submodule.
+        backend: backend whose model, optimizer and loss scale are restored, and whose gradients are
+            cleared.
+        loader: data loader whose position is restored, or None.
+    """
+    data = None if loader is None else (loader.state_dict(), loader.resumes)
+    with preserve_rng_state():
+        snapshot = backend.snapshot()
+        try:
+            with preserve_modes(model):
+                yield
+        finally:
+            backend.zero_grad()
+            backend.restore(snapshot)
+            if loader is not None and data is not None:
+                loader.load_state_dict(data[0], resumes=data[1])

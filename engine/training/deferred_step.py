@@ -1,0 +1,208 @@
+"""Optimizer steps that the device itself skips, so that the host does not wait for it.
+
+A step with non-finite gradients must be skipped. If the host decides this, it has to wait until the
+device has finished the backward pass, and the device then idles until the host has started the
+optimizer. `DeferredStep` lets the device decide. The host reads the outcome later.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from engine.training.loss_scaling import LossScaler
+
+__all__ = ["DeferredStep", "StepResult", "can_skip_on_device", "compute_norm_on_device"]
+
+
+def can_skip_on_device(optimizer: Optimizer, device: torch.device) -> bool:
+    """Return whether the optimizer's kernels skip a step if a tensor on the device requires it.
+
+    Only PyTorch's fused kernels do. All parameters must be on ``device``.
+
+    >>> weight, device = torch.nn.Parameter(torch.ones(1)), torch.device("cpu")
+    >>> can_skip_on_device(torch.optim.AdamW([weight], fused=True), device)
+    True
+    >>> can_skip_on_device(torch.optim.AdamW([weight]), device)
+    False
+    """
+    groups = optimizer.param_groups
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
+        group.get("fused") and all(each.device == device for each in group["params"])
+        for group in groups
+    )
+
+
+def compute_norm_on_device(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """Return the 2-norm of all gradients as a float64 tensor on the device.
+
+    The norm of finite gradients is finite, even if their squares overflow in float32.
+
+    >>> device = torch.device("cpu")
+    >>> compute_norm_on_device([torch.tensor([3.0]), torch.tensor([4e30])], device).item()
+    4...e+30
+    """
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = torch._foreach_norm(gradients, 2, torch.float64)  # noqa: SLF001  # as in `compute_norm`
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
+
+
+class StepResult:
+    """The result of a deferred `Engine.step`: whether the optimizer step was applied.
+
+    Use it like a bool. ``bool(result)``, ``result == True`` and ``repr(result)`` wait until the
+    device has finished the step. ``result is True`` is always false.
+
+    Args:
+        settle: function that reads the outcome from the device and sets `is_applied`.
+
+    >>> result = StepResult(lambda: setattr(result, "is_applied", False))
+    >>> "applied" if result else "skipped"
+    'skipped'
+    >>> result, result == False
+    (False, True)
+    """
+
+    __slots__ = ("_settle", "is_applied")
+
+    def __init__(self, settle: Callable[[], None]) -> None:
+        self._settle: Callable[[], None] | None = settle
+        self.is_applied: bool | None = None
+        """The outcome; None if the host has not read it yet."""
+
+    def __bool__(self) -> bool:
+        settle, self._settle = self._settle, None
+        if self.is_applied is None and settle is not None:
+            settle()
+        return bool(self.is_applied)
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self) == (bool(other) if isinstance(other, StepResult) else other)
+
+    def __hash__(self) -> int:
+        return hash(bool(self))
+
+    def __repr__(self) -> str:
+        return repr(bool(self))
+
+    def __reduce__(self) -> tuple[type[bool], tuple[bool]]:
+        return bool, (bool(self),)  # a copy is a plain bool
+
+
+class DeferredStep:
+    """Runs optimizer steps without waiting for the device, and reads their outcome later.
+
+    The gradients stay as the backward pass computed them. The fused kernel divides them by
+
+        grad_scale = scale * max(1, (norm + 1e-6) / clipping)
+
+    where the norm is that of the unscaled gradients, and returns without a change if the norm is
+    not finite. The norm and the loss are copied to pinned memory, behind the step. `read` waits
+    for this copy, so call it after the next backward pass has been started. The device then has
+    work, and the host usually does not have to wait.
+
+    With a dynamic loss scale, the scale of the next backward pass depends on the outcome. The host
+    knows the two possible scales, and the device chooses between them.
+
+    Args:
+        optimizer: optimizer for which `can_skip_on_device` is true.
+        clipping: maximum norm of the gradients; 0 to not clip.
+        scaler: loss scaler of the run, or None. `read` updates it.
+        device: device of the parameters.
+
+    >>> weight = torch.nn.Parameter(torch.ones(1))
+    >>> optimizer = torch.optim.SGD([weight], lr=0.5, fused=True)
+    >>> deferred = DeferredStep(optimizer, 0.0, None, weight.device)
+    >>> for gradient in (math.nan, 1.0):
+    ...     weight.grad = torch.tensor([gradient])
+    ...     norm = compute_norm_on_device([weight.grad], weight.device)
+    ...     deferred.start(norm, 1.0, None)
+    ...     deferred.read(), weight.item()
+    ((nan, nan), 1.0)
+    ((1.0, 1.0), 0.5)
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        clipping: float,
+        scaler: LossScaler | None,
+        device: torch.device,
+    ) -> None:
+        self.scale: Tensor | None = None
+        """Loss scale for the next backward pass, if it depends on an outcome that is not read."""
+        self.has_skipped = False
+        """Whether the last step that was read was skipped."""
+        self._optimizer = optimizer
+        self._clipping = clipping
+        self._scaler = scaler
+        self._is_limited = False  # whether `scale` was limited to float16
+        is_host = device.type == "cpu"
+        values = torch.zeros(2, dtype=torch.float64, pin_memory=not is_host)
+        self._target = values
+        self._values = values.numpy()  # the same memory
+        self._event = None if is_host else torch.get_device_module(device).Event()
+
+    def start(self, norm: Tensor, scale: float, loss: Tensor | None) -> None:
+        """Run the optimizer. The step has no effect if the norm is not finite.
+
+        Args:
+            norm: 2-norm of the unscaled gradients; float64 scalar on the device.
+            scale: factor by which the gradients in ``.grad`` are too large.
+            loss: scalar tensor that `read` returns with the norm, or None.
+        """
+        found_inf = (~torch.isfinite(norm)).float()
+        optimizer = self._optimizer
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # as torch's GradScaler does
+        optimizer.grad_scale = self._find_divisor(norm, scale)  # type: ignore[attr-defined]
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
+        if self._scaler is not None:
+            applied, skipped = self._scaler.find_next_scales()
+            if applied != skipped:
+                self.scale = (found_inf * (skipped - applied)).add_(applied)
+        shown = norm if loss is None else loss.to(norm.device, norm.dtype, non_blocking=True)
+        self._target.copy_(torch.stack((norm, shown)), non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def _find_divisor(self, norm: Tensor, scale: float) -> Tensor | None:
+        """Return the number by which the kernel divides the gradients; None for 1."""
+        if self._clipping > 0:
+            divisor = torch.clamp((norm + 1e-6) / self._clipping, min=1.0) * scale
+            return divisor.float()
+        return None if scale == 1.0 else norm.new_full((), scale, dtype=torch.float32)
+
+    def limit_to_float16(self) -> None:
+        """Limit the loss scale for the next backward pass; see `LossScaler.limit_to_float16`."""
+        assert self._scaler is not None
+        if self.scale is None:
+            self._scaler.limit_to_float16()
+        else:
+            self.scale.clamp_(max=self._scaler.max_float16_scale)
+            self._is_limited = True
+
+    def read(self) -> tuple[float, float]:
+        """Wait for the last step, update the loss scaler, and return the step's norm and loss.
+
+        Raises:
+            FloatingPointError: the gradients overflow at the minimum loss scale.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        norm, loss = float(self._values[0]), float(self._values[1])
+        self.has_skipped = not math.isfinite(norm)
+        is_limited, self._is_limited, self.scale = self._is_limited, False, None
+        if self._scaler is not None:
+            self._scaler.update(overflow=self.has_skipped)
+            if is_limited:
+                self._scaler.limit_to_float16()
+        return norm, loss

@@ -1,0 +1,357 @@
+"""Divide a model's parameters into the param groups that the config's optimizer describes."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.config import Config
+from engine.config.optimizer_block import OptimizerBlock
+from engine.config.param_groups import GroupSettings
+from engine.display.param_groups import GroupRow
+from engine.training.activation_checkpointing import find_blocks
+
+__all__ = ["ParamGroup", "build_param_groups", "divide_parameters"]
+
+_HEAD = re.compile(r"(^|[._])(head|heads|classifier|fc|fc_norm|score|logits|qa_outputs)\b")
+"""Usual names of a model's last layers. A script can create them before the blocks."""
+_BLOCK_LISTS = {"block", "blocks", "h", "layer", "layers", "resblocks"}
+"""Usual names of a transformer's list of blocks."""
+_SYNTAX = re.compile(r"[\\^$.*+?()\[\]{}|]+")
+_REST = "default"
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters with the same hyperparameters.
+
+    Args:
+        name: unique name of the group.
+        entry: index in ``optimizer.param_groups``; None for the parameters of no entry.
+        parameters: dict from the name of each parameter to the parameter.
+        hyperparameters: hyperparameters that differ from ``optimizer.params``.
+    """
+
+    name: str
+    entry: int | None
+    parameters: Mapping[str, nn.Parameter]
+    hyperparameters: Mapping[str, Any]
+
+    def to_torch(self) -> dict[str, Any]:
+        """Return the group in the form that optimizers accept."""
+        hyperparameters = dict(self.hyperparameters)
+        if "betas" in hyperparameters:
+            hyperparameters["betas"] = tuple(hyperparameters["betas"])
+        return {"params": list(self.parameters.values()), "name": self.name, **hyperparameters}
+
+    def describe(self, block: OptimizerBlock, schedules: Mapping[int, str]) -> GroupRow:
+        """Return the group without its tensors.
+
+        Args:
+            block: optimizer of the config.
+            schedules: types of the groups' own schedules, by index in ``optimizer.param_groups``.
+        """
+        shown = [key for key in ("lr", "weight_decay") if key in block.params]
+        values = {key: block.params[key] for key in shown} | dict(self.hyperparameters)
+        values.pop("wd_mult", None)  # it repeats that the weight decay is 0
+        return GroupRow(
+            name=self.name,
+            entry=self.entry,
+            hyperparameters=values,
+            parameters=list(self.parameters),
+            num_elements=sum(getattr(p, "ds_numel", p.numel()) for p in self.parameters.values()),
+            schedule=None if self.entry is None else schedules.get(self.entry),
+        )
+
+
+def divide_parameters(
+    model: nn.Module, config: Config, parameters: Iterable[Any] | None
+) -> tuple[list[Any] | None, list[GroupRow]]:
+    """Divide the parameters to train into the param groups of the config, if it describes any.
+
+    Args:
+        model: module to train.
+        config: a validated config.
+        parameters: parameters, pairs of names and parameters, or param groups to train; if None,
+            all that require gradients.
+
+    Returns:
+        The parameters or param groups for the optimizer, and a description of each group. If the
+        config describes no groups, these are ``parameters`` in a list, and an empty list.
+
+    Raises:
+        ValueError: the groups do not fit the model, or ``parameters`` are param groups already.
+    """
+    given = None if parameters is None else [_list_members(each) for each in parameters]
+    block = config.optimizer
+    if block is None or not block.group_keys:
+        return given, []
+    groups = build_param_groups(model, block, given, config.model.wrap_classes)
+    types = {index: own.type_name for index, own in block.group_schedules.items()}
+    return (
+        [group.to_torch() for group in groups],
+        [group.describe(block, types) for group in groups],
+    )
+
+
+def _list_members(each: Any) -> Any:
+    """Copy a param group with its parameters in a list, or return a parameter without its name.
+
+    The list replaces a generator, which could be iterated only once.
+    """
+    if isinstance(each, dict):
+        members = each["params"]
+        members = [members] if isinstance(members, torch.Tensor) else members
+        return {**each, "params": [_list_members(member) for member in members]}
+    is_named = isinstance(each, tuple) and len(each) == 2  # from `model.named_parameters()`
+    return each[1] if is_named else each
+
+
+def build_param_groups(
+    model: nn.Module,
+    block: OptimizerBlock,
+    parameters: Iterable[Any] | None = None,
+    wrap: Sequence[str] = (),
+) -> list[ParamGroup]:
+    """Divide the trained parameters of a model into param groups.
+
+    Each parameter belongs to the first entry of ``optimizer.param_groups`` with a pattern that
+    matches one of its names, or to the last group. ``no_decay`` and ``layer_decay`` divide these
+    groups further.
+
+    Args:
+        model: module whose parameters are trained.
+        block: optimizer of the config.
+        parameters: parameters to train; if None, all that require gradients.
+        wrap: class names of the blocks for ``layer_decay``; see `find_blocks`.
+
+    Raises:
+        ValueError: a pattern selects no trained parameter, ``parameters`` are param groups or not
+            in the model, or the model has no blocks for ``layer_decay``.
+
+    >>> settings = GroupSettings("head", ("^1",), {"lr": 0.1}, no_decay=False)
+    >>> block = OptimizerBlock("SGD", {"lr": 0.01, "weight_decay": 0.0}, (settings,))
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    >>> [(group.name, list(group.parameters)) for group in build_param_groups(model, block)]
+    [('head', ['1.weight', '1.bias']), ('default', ['0.weight', '0.bias'])]
+    """
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    if parameters is None:
+        trained = [each for each in names if each.requires_grad]
+    else:
+        trained = list(parameters)
+        _check_not_grouped_twice(trained, block)
+        _check_are_named(trained, names)
+    entry_of = _assign_entries(block.param_groups, trained, names)
+    scales = _find_layers(model, names, block.layer_decay, wrap) if block.layer_decay != 1 else {}
+    exempt = _find_without_decay(model, names)
+    found: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+    for parameter in trained:
+        entry = entry_of.get(parameter)
+        settings = _get_settings(block, entry)
+        is_exempt = settings.no_decay and parameter in exempt
+        order = len(block.param_groups) if entry is None else entry
+        key = (order, entry, scales.get(parameter), is_exempt)
+        found.setdefault(key, []).append(parameter)
+    return [
+        _build_group(block, key, {names[each][0]: each for each in found[key]})
+        for key in sorted(found, key=lambda key: (key[0], key[2] or 0, key[3]))
+    ]
+
+
+def _check_not_grouped_twice(parameters: Sequence[Any], block: OptimizerBlock) -> None:
+    """Check that the parameters are not param groups if the config divides them into groups.
+
+    Raises:
+        ValueError: ``parameters`` contains a param group.
+    """
+    if block.group_keys and any(isinstance(each, dict) for each in parameters):
+        raise ValueError(
+            f"`model_parameters` must be parameters, not param groups, because the config has "
+            f"`{block.group_keys[0]}`. Pass the parameters, or remove the key from the config."
+        )
+
+
+def _check_are_named(
+    parameters: Sequence[nn.Parameter], names: Mapping[nn.Parameter, list[str]]
+) -> None:
+    for parameter in parameters:
+        if parameter not in names:
+            raise ValueError(
+                "`model_parameters` must contain only parameters of `model`, because the config "
+                "divides them into groups by name, got another one of shape "
+                f"{tuple(parameter.shape)}. Register its module in the model."
+            )
+
+
+def _get_settings(block: OptimizerBlock, entry: int | None) -> GroupSettings:
+    if entry is None:
+        return GroupSettings(_REST, (), {}, block.no_decay)
+    return block.param_groups[entry]
+
+
+def _build_group(
+    block: OptimizerBlock, key: tuple[Any, ...], parameters: Mapping[str, nn.Parameter]
+) -> ParamGroup:
+    order, entry, layer, is_exempt = key
+    settings = _get_settings(block, entry)
+    hyperparameters = dict(settings.hyperparameters)
+    name = settings.name
+    is_ambiguous = name in {_REST, *(each.name for each in block.param_groups[:order])}
+    if entry is not None and is_ambiguous:
+        name = f"{name} ({entry})"
+    if layer is not None:
+        depth, count = layer
+        lr = hyperparameters.get("lr", block.params["lr"])
+        hyperparameters["lr"] = lr * block.layer_decay ** (count - depth)
+        name = f"{name}, layer {depth}"
+    if is_exempt:
+        # A schedule of the weight decay multiplies it by `wd_mult`.
+        hyperparameters |= {"weight_decay": 0.0, "wd_mult": 0.0}
+        name = f"{name}, no decay"
+    return ParamGroup(name, entry, parameters, hyperparameters)
+
+
+def _assign_entries(
+    entries: Sequence[GroupSettings],
+    trained: Sequence[nn.Parameter],
+    names: Mapping[nn.Parameter, list[str]],
+) -> dict[nn.Parameter, int]:
+    """Return the index of the first entry that selects each trained parameter.
+
+    Raises:
+        ValueError: a pattern selects no trained parameter that no earlier entry selects.
+    """
+    found: dict[nn.Parameter, int] = {}
+    for index, entry in enumerate(entries):
+        selected = set()
+        for pattern in entry.patterns:
+            search = re.compile(pattern).search
+            matched = {p: None for p, own in names.items() if any(map(search, own))}
+            free = [p for p in trained if p in matched and p not in found]
+            if not free:
+                place = f"`optimizer.param_groups.{index}.params`"
+                raise ValueError(_explain_empty(place, pattern, list(matched), found, names))
+            selected |= set(free)
+        found |= dict.fromkeys(selected, index)
+    return found
+
+
+def _explain_empty(
+    place: str,
+    pattern: str,
+    matched: Sequence[nn.Parameter],
+    found: Mapping[nn.Parameter, int],
+    names: Mapping[nn.Parameter, list[str]],
+) -> str:
+    taken = [each for each in matched if each in found]
+    if taken:
+        name, entry = names[taken[0]][0], found[taken[0]]
+        return (
+            f"{place} matches only parameters of earlier entries, such as `{name}` of "
+            f"`optimizer.param_groups.{entry}`, got {pattern!r}. Move the entry before that one."
+        )
+    if matched:
+        return (
+            f"{place} matches only parameters that are not trained, such as "
+            f"`{names[matched[0]][0]}`, got {pattern!r}. Unfreeze them, or remove the entry."
+        )
+    near = _find_near_names(pattern, [name for own in names.values() for name in own])
+    listed = ", ".join(f"`{name}`" for name in near)
+    fix = f"Names that are near: {listed}." if near else "`onecycle config --model` lists them."
+    return f"{place} must match the name of a parameter, got {pattern!r}. {fix}"
+
+
+def _find_near_names(pattern: str, names: Sequence[str]) -> list[str]:
+    """Return up to three names of modules or parameters that are similar to a pattern."""
+    plain = _SYNTAX.sub(".", pattern).strip(".")
+    candidates: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        for index in range(len(parts)):
+            candidates |= {".".join(parts[: index + 1]): None, ".".join(parts[index:]): None}
+            candidates[parts[index]] = None
+    folded = {each.lower(): each for each in reversed(candidates) if not each.isdigit()}
+    near = difflib.get_close_matches(plain.lower(), list(folded), n=3, cutoff=0.6)
+    return [folded[each] for each in near] or list(names)[:3]
+
+
+def _find_without_decay(
+    model: nn.Module, names: Mapping[nn.Parameter, list[str]]
+) -> set[nn.Parameter]:
+    """Return the parameters that usually have no weight decay.
+
+    These are parameters with at most one dimension, biases, and the parameters of norms.
+    """
+    found = {
+        parameter
+        for parameter, own in names.items()
+        if len(getattr(parameter, "ds_shape", parameter.shape)) <= 1
+        or any(name.rpartition(".")[2].endswith("bias") for name in own)
+    }
+    for module in model.modules():
+        if "norm" in type(module).__name__.lower():
+            found.update(module.parameters(recurse=False))
+    return found
+
+
+def _find_layers(
+    model: nn.Module,
+    names: Mapping[nn.Parameter, list[str]],
+    layer_decay: float,
+    wrap: Sequence[str],
+) -> dict[nn.Parameter, tuple[int, int]]:
+    """Return the layer of each parameter, and the number of the last layer.
+
+    Layer 0 contains the parameters before the first block, and layer i the block i, from 1. The
+    last layer contains the parameters after the last block.
+
+    Raises:
+        ValueError: the model has no blocks.
+    """
+    blocks = _find_outermost_blocks(model, wrap)
+    if not blocks:
+        raise ValueError(
+            f"`optimizer.layer_decay` must be 1 for a model without a list of blocks, got "
+            f'{layer_decay:g}. List the class names of the blocks in "engine": '
+            '{"wrap": […]}, or set the learning rates in `optimizer.param_groups`.'
+        )
+    in_block = {p: index for index, each in enumerate(blocks, 1) for p in each.parameters()}
+    order = {parameter: position for position, parameter in enumerate(names)}
+    starts = [min(order[p] for p in each.parameters()) for each in blocks]
+    last = len(blocks) + 1
+    found = {}
+    for parameter, own in names.items():
+        passed = bisect_right(starts, order[parameter])
+        layer = in_block.get(parameter, passed + 1 if passed else 0)
+        is_head = parameter not in in_block and layer == 0 and _HEAD.search(own[0])
+        found[parameter] = (last if is_head else layer, last)
+    return found
+
+
+def _find_outermost_blocks(model: nn.Module, wrap: Sequence[str]) -> list[nn.Module]:
+    """Return the blocks that are not inside another block, in the order of their parameters.
+
+    Besides a ModuleList, a Sequential with a usual name also contains blocks, as in timm.
+    """
+    blocks = find_blocks(model, wrap)
+    for name, module in () if wrap else model.named_modules():
+        members = list(module.children())
+        is_list = isinstance(module, nn.Sequential) and name.rpartition(".")[2] in _BLOCK_LISTS
+        if is_list and len(members) > 1 and len({type(member) for member in members}) == 1:
+            blocks += members
+    inner = {id(each) for block in blocks for each in block.modules() if each is not block}
+    order = {parameter: position for position, parameter in enumerate(model.parameters())}
+    found = [
+        each for each in blocks if id(each) not in inner and any(True for _ in each.parameters())
+    ]
+    return sorted(found, key=lambda block: min(order[each] for each in block.parameters()))

@@ -1,0 +1,121 @@
+"""Use the keys that other libraries put into param groups, such as ``lr_scale`` of timm.
+
+- ``lr_scale`` (timm, fairseq, MAE) and ``lr_mult`` (earlier versions of Megatron-LM) multiply the
+  learning rate of every schedule, and ``wd_mult`` (Megatron-LM) multiplies the weight decay.
+- ``max_lr``, ``min_lr``, ``start_wd`` and ``end_wd`` (Megatron-LM) replace the parameters of the
+  schedules that list them in `Schedule.group_keys`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from schedules.core.combinators import scale
+from schedules.core.controller import Base, Controller, OpenLoop
+from schedules.core.durations import Horizon
+from schedules.core.per_group import are_equal, broadcast
+from schedules.core.schedule import Schedule
+from schedules.param_groups import Group
+
+__all__ = ["bind_to_groups"]
+
+_MULTIPLIERS = {"lr": ("lr_scale", "lr_mult"), "weight_decay": ("wd_mult",)}
+_REPLACEMENTS = ("max_lr", "min_lr", "start_wd", "end_wd")
+_WRITTEN_BY_ONE_CYCLE_LR = {"initial_lr", "max_lr", "min_lr"}
+"""Keys that PyTorch's OneCycleLR leaves in the param groups, and in their saved state."""
+
+
+def bind_to_groups(
+    schedule: Schedule[Any], base: Base, horizon: Horizon | None, groups: Sequence[Group]
+) -> Controller[Any]:
+    """Return the controller of a schedule, including the effect of keys of the param groups.
+
+    Args:
+        schedule: schedule to bind.
+        base: initial hyperparameters, without the factors in the groups.
+        horizon: length of the run.
+        groups: param groups of the optimizer.
+
+    Raises:
+        ValueError: the schedule is incompatible with the param groups or with one of their keys.
+    """
+    controller = _replace_parameters(schedule, groups).bind(base, horizon)
+    factors = {name: _read_factors(name, groups) for name in schedule.hyperparameters}
+    if all(factor == 1 for in_groups in factors.values() for factor in in_groups):
+        return controller
+    index, key = _find_factor(schedule.hyperparameters, groups)
+    if not isinstance(controller, OpenLoop):
+        raise ValueError(  # noqa: TRY004  # it is a value of the optimizer
+            f"{schedule.type_name} does not read the key `{key}` of param groups, but param group "
+            f"{index} has `{key}` {groups[index][key]:g}. Multiply the value of the group by this "
+            "factor, and remove the key."
+        )
+    if "lr" in factors:
+        _check_not_applied(base["lr"], factors["lr"], groups)
+    scale_once = functools.cache(scale)
+    return OpenLoop(
+        {
+            name: tuple(map(scale_once, curves, factors[name]))
+            for name, curves in controller.curves.items()
+        }
+    )
+
+
+def _read_factors(hyperparameter: str, groups: Sequence[Group]) -> tuple[float, ...]:
+    keys = _MULTIPLIERS.get(hyperparameter, ())
+    return tuple(math.prod(float(group.get(key, 1.0)) for key in keys) for group in groups)
+
+
+def _find_factor(names: Sequence[str], groups: Sequence[Group]) -> tuple[int, str]:
+    """Return the index of the first param group with a factor, and the key of the factor."""
+    keys = [key for name in names for key in _MULTIPLIERS.get(name, ())]
+    return next(
+        (index, key) for index, group in enumerate(groups) for key in keys if group.get(key, 1) != 1
+    )
+
+
+def _check_not_applied(
+    lrs: Sequence[float], factors: Sequence[float], groups: Sequence[Group]
+) -> None:
+    """Check that the learning rates do not include the factors already.
+
+    The layer-wise decay of MMDetection writes the product into ``lr`` and keeps ``lr_scale``.
+    """
+    if are_equal(tuple(lrs)) or 0 in factors:
+        return
+    before = tuple(lr / factor for lr, factor in zip(lrs, factors, strict=True))
+    if are_equal(before):
+        key = _find_factor(["lr"], groups)[1]
+        raise ValueError(
+            f"The schedule multiplies the learning rate of each param group by the group's key "
+            f"`{key}`, but the learning rates ({', '.join(f'{lr:g}' for lr in lrs)}) already "
+            "include this factor. Remove the key, or give all groups the same learning rate."
+        )
+
+
+def _replace_parameters(schedule: Schedule[Any], groups: Sequence[Group]) -> Schedule[Any]:
+    """Return the schedule with the values that param groups have for its parameters."""
+    changes = {}
+    for key in _REPLACEMENTS:
+        index = next((index for index, group in enumerate(groups) if key in group), None)
+        if index is None:
+            continue
+        is_decay = key.endswith("_wd")
+        if key in schedule.group_keys and (
+            not is_decay or "weight_decay" in schedule.hyperparameters
+        ):
+            own = broadcast(key, getattr(schedule, key) or 0.0, (0.0,) * len(groups))
+            changes[key] = [
+                float(group.get(key, value)) for group, value in zip(groups, own, strict=True)
+            ]
+        elif key == "max_lr" and not groups[index].keys() >= _WRITTEN_BY_ONE_CYCLE_LR:
+            raise ValueError(
+                f"{schedule.type_name} does not read the key `{key}` of param groups, but param "
+                f"group {index} has `{key}` {groups[index][key]:g}. Set the learning rates of the "
+                "schedule to lists with one value per param group, and remove the key."
+            )
+    return dataclasses.replace(schedule, **changes) if changes else schedule

@@ -1,0 +1,116 @@
+"""Run a different schedule in each param group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
+
+from schedules.core.controller import Base, Curves
+from schedules.core.curves import Curve, constant
+from schedules.core.durations import Horizon
+from schedules.core.fields import AnyValue
+from schedules.core.schedule import ParameterProblem, Schedule, schedule_class
+
+__all__ = ["PerGroup"]
+
+
+@schedule_class
+class PerGroup(Schedule[int]):
+    """Run a different schedule in each param group.
+
+    `schedules.attach` builds this schedule from a mapping of param groups, and `engine.initialize`
+    from the entries of ``optimizer.param_groups``. Groups with equal schedules are passed to one
+    schedule together, so that a single learning rate for groups with different ones is an error, as
+    without this class. If a group's schedule does not set a hyperparameter that the schedule of
+    another group sets, the group keeps its initial value.
+
+    >>> import schedules
+    >>> warmup = schedules.LinearLR(start_factor=0.0, total_iters=2)
+    >>> cooldown = schedules.LinearLR(start_factor=10.0, total_iters=2)
+    >>> curves = PerGroup(schedulers=(warmup, cooldown, None)).curves({"lr": (0.1, 0.1, 0.1)})
+    >>> [list(curve.values(3)) for curve in curves["lr"]]
+    [[0.0, 0.05, 0.1], [1.0, 0.55, 0.1], [0.1, 0.1, 0.1]]
+    """
+
+    schedulers: Annotated[Any, AnyValue()]
+    """The `Schedule` of each param group, in a list. None keeps the group's initial values."""
+
+    def _convert_fields(self) -> Iterator[ParameterProblem]:
+        yield from super()._convert_fields()
+        for index, part in enumerate(self.schedulers):
+            if part is not None and part.feedback is not None:
+                message = (
+                    f"The schedule of param group {index} must not depend on the {part.feedback}, "
+                    f"got {part.type_name}. Use {part.type_name} for all groups."
+                )
+                yield ParameterProblem("schedulers", message)
+
+    @property
+    def parts(self) -> tuple[Schedule[Any], ...]:
+        """The different schedules, each once."""
+        found: list[Schedule[Any]] = []
+        for part in self.schedulers:
+            if part is not None and part not in found:
+                found.append(part)
+        return tuple(found)
+
+    @property
+    def hyperparameters(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.hyperparameters))
+
+    @property
+    def length(self) -> int | None:
+        lengths = [part.length for part in self.parts]
+        return None if None in lengths else max(filter(None, lengths), default=0)
+
+    @property
+    def span(self) -> int:
+        return max(part.span for part in self.parts)
+
+    @property
+    def unresolved_fields(self) -> tuple[str, ...]:
+        return ("schedulers",) if any(part.unresolved_fields for part in self.parts) else ()
+
+    def warnings(self) -> Iterator[str]:
+        for part in self.parts:
+            yield from part.warnings()
+
+    def resolve(self, horizon: Horizon | None = None) -> PerGroup:
+        resolved = [(part, part.resolve(horizon)) for part in self.parts]
+        schedulers = tuple(
+            next((each for whole, each in resolved if whole == part), None)
+            for part in self.schedulers
+        )
+        return PerGroup(schedulers=schedulers)
+
+    def params(self) -> dict[str, Any]:
+        blocks: list[Mapping[str, Any] | None] = [
+            None if part is None else {"type": part.type_name, "params": part.params()}
+            for part in self.schedulers
+        ]
+        return {"schedulers": blocks}
+
+    def curves(self, base: Base) -> Curves:
+        return self._build(base, lambda part, own: part.curves(own))
+
+    def build_curves(self, base: Base, horizon: Horizon | None = None) -> Curves:
+        return self._build(base, lambda part, own: part.build_curves(own, horizon))
+
+    def _build(self, base: Base, build: Callable[[Schedule[Any], Base], Curves]) -> Curves:
+        """Return the curves of all groups, given a function that builds those of a schedule."""
+        count = len(base["lr"])
+        if len(self.schedulers) != count:
+            raise ValueError(
+                f"There must be one schedule per param group ({count}), got "
+                f"{len(self.schedulers)}. Attach the schedules again, with one for each group."
+            )
+        curves: dict[str, list[Curve]] = {
+            name: [constant(value) for value in base[name]] for name in self.hyperparameters
+        }
+        for part in self.parts:
+            groups = [index for index, each in enumerate(self.schedulers) if each == part]
+            own = {name: tuple(values[index] for index in groups) for name, values in base.items()}
+            for name, in_groups in build(part, own).items():
+                for index, curve in zip(groups, in_groups, strict=True):
+                    curves[name][index] = curve
+        return {name: tuple(in_groups) for name, in_groups in curves.items()}

@@ -1,0 +1,243 @@
+"""Plot schedules with matplotlib: the hyperparameters that they set, against the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from schedules.core.curves import Curve
+from schedules.core.durations import Horizon
+from schedules.core.registry import from_config
+from schedules.core.schedule import Schedule
+from schedules.core.trace import complete_base
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["LABELS", "build_figure", "find_phases", "group_by_panel", "name_columns", "plot"]
+
+LABELS = {"lr": "learning rate", "momentum": "momentum", "weight_decay": "weight decay"}
+LINE_STYLES = ("-", "--", "-.", ":")
+_LOG_PANELS = ("lr",)
+_MAX_EXACT = 100_000
+
+
+def plot(
+    *schedules: Schedule[Any] | Mapping[str, Any],
+    steps: int | None = None,
+    base: Mapping[str, float | Iterable[float]] | None = None,
+    horizon: Horizon | None = None,
+    log: bool = False,
+) -> Figure:
+    """Plot one schedule, or compare several, and return the matplotlib figure.
+
+    The figure has one panel per hyperparameter. A notebook displays it. In a script, save it with
+    ``figure.savefig("schedule.png")``.
+
+    Args:
+        *schedules: schedules, or ``{"type": …, "params": {…}}`` blocks.
+        steps: number of steps to plot, up to 100,000. Defaults to the length of the run or, if it
+            is unknown, of the longest schedule.
+        base: initial hyperparameters of the optimizer, each a number or a list with one number per
+            param group. Defaults to a single group with learning rate 0.1, momentum 0.9 and weight
+            decay 0.
+        horizon: length of the run, used to convert time strings to steps and to scale durations.
+        log: whether the axis of the learning rate is logarithmic. Zeros are then not drawn.
+
+    Raises:
+        ValueError: no schedule is passed, a schedule is invalid or requires the length of the run,
+            or ``steps`` is less than 1 or more than 100,000.
+
+    >>> from schedules import LinearLR, OneCycleLR
+    >>> figure = plot(OneCycleLR(max_lr=0.1, total_steps=100), LinearLR(total_iters=100))
+    >>> [axis.get_ylabel() for axis in figure.axes]
+    ['learning rate', 'momentum']
+    """
+    built = [each if isinstance(each, Schedule) else from_config(each) for each in schedules]
+    if not built:
+        raise ValueError("`schedules` must have at least one schedule, got none. Pass a schedule.")
+    known = horizon.scaled_steps if horizon is not None else None
+    count = steps or int(known or max(each.resolve(horizon).span for each in built))
+    if not 1 <= count <= _MAX_EXACT:
+        raise ValueError(f"`steps` must be from 1 to {_MAX_EXACT:,}, got {count:,}. Set `steps`.")
+    initial = complete_base(base)
+    curves: dict[str, Curve] = {}
+    sources: dict[str, str] = {}
+    for label, each in zip(_find_labels(built), built, strict=True):
+        named = name_columns(each.build_curves(initial, horizon), label)
+        curves |= named
+        sources |= dict.fromkeys(named, label)
+    values = {name: list(curve.values(count)) for name, curve in curves.items()}
+    title = " and ".join(dict.fromkeys(each.type_name for each in built))
+    return build_figure(values, title, curves=curves, sources=sources, log=log)[0]
+
+
+def _find_labels(schedules: Sequence[Schedule[Any]]) -> list[str]:
+    """Return the label of each schedule in the legend: its type, or its repr if types are equal.
+
+    A single schedule has no label.
+    """
+    names = [each.type_name for each in schedules]
+    if len(names) == 1:
+        return [""]
+    return [
+        name if names.count(name) == 1 else f"{index}: {schedule!r}"
+        for index, (name, schedule) in enumerate(zip(names, schedules, strict=True))
+    ]
+
+
+def name_columns(curves: Mapping[str, tuple[Curve, ...]], label: str = "") -> dict[str, Curve]:
+    """Return the curves of a schedule by column name.
+
+    The column name is the hyperparameter, such as ``lr``. If the param groups have different
+    curves, there is one column per param group: ``lr.0``, ``lr.1``, …
+
+    Args:
+        curves: curve of each hyperparameter in each param group. Groups with equal values share a
+            curve.
+        label: label of the schedule, appended to each name after a dot; may be empty.
+    """
+    columns = {}
+    suffix = f".{label}" if label else ""
+    for name, groups in curves.items():
+        if len(set(groups)) == 1:
+            columns[f"{name}{suffix}"] = groups[0]
+        else:
+            columns |= {f"{name}.{group}{suffix}": curve for group, curve in enumerate(groups)}
+    return columns
+
+
+def group_by_panel(columns: Iterable[str]) -> dict[str, list[str]]:
+    """Group column names by plot panel. The panel ``lr``, for example, shows ``lr.0`` and ``lr.1``.
+
+    >>> group_by_panel(["lr.0", "lr.1", "momentum"])
+    {'lr': ['lr.0', 'lr.1'], 'momentum': ['momentum']}
+    """
+    panels: dict[str, list[str]] = {}
+    for column in columns:
+        panels.setdefault(column.partition(".")[0], []).append(column)
+    return panels
+
+
+def find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) -> dict[int, str]:
+    """Return the phases of a panel's curve, as a dict from first step to phase name.
+
+    Return an empty dict if the panel shows several curves, or if ``curves`` does not contain the
+    curve.
+    """
+    if len(panel) > 1 or panel[0] not in curves:
+        return {}
+    named = curves[panel[0]].phases()
+    return {int(phase.start): phase.name for phase in named if 0 <= phase.start < steps}
+
+
+def choose_styles(
+    columns: Iterable[str], sources: Mapping[str, str] | None = None
+) -> dict[str, tuple[int, int]]:
+    """Return the color and the line style of each column, as a pair of indices.
+
+    The columns of a schedule have the same color in all panels, and its param groups have different
+    line styles. Without ``sources``, each param group has a color.
+
+    >>> choose_styles(["lr.a", "momentum.a", "lr.b"], {"lr.a": "a", "momentum.a": "a", "lr.b": "b"})
+    {'lr.a': (0, 0), 'momentum.a': (0, 0), 'lr.b': (1, 0)}
+    """
+    colors: dict[str, int] = {}
+    drawn: dict[tuple[str, int], int] = {}
+    styles = {}
+    for column in columns:
+        panel, _, label = column.partition(".")
+        color = colors.setdefault((sources or {}).get(column) or label, len(colors))
+        style = drawn[panel, color] = drawn.get((panel, color), -1) + 1
+        styles[column] = (color, style)
+    return styles
+
+
+def keep_positive(values: Iterable[float]) -> list[float]:
+    """Replace values that a logarithmic axis cannot show by NaN, so that they are not drawn."""
+    return [value if value > 0 else math.nan for value in values]
+
+
+def is_log_panel(panel: str, columns: Iterable[Sequence[float]]) -> bool:
+    """Return whether a panel can have a logarithmic axis: it shows positive learning rates."""
+    return panel in _LOG_PANELS and any(value > 0 for values in columns for value in values)
+
+
+def build_figure(
+    columns: Mapping[str, Sequence[float]],
+    title: str,
+    *,
+    steps: Sequence[int] | None = None,
+    curves: Mapping[str, Curve] | None = None,
+    sources: Mapping[str, str] | None = None,
+    log: bool = False,
+    extra_panels: int = 0,
+) -> tuple[Figure, list[Axes]]:
+    """Plot columns against the step, with one panel per hyperparameter.
+
+    Args:
+        columns: values, by column name; see `name_columns` for the names.
+        title: title of the figure.
+        steps: step of each value, in ascending order (default: 0, 1, 2, …).
+        curves: curve of each column; its phases, such as the warmup, are labeled in the plot.
+        sources: schedule that each column belongs to, if several schedules are compared. All
+            columns of a schedule have the same color.
+        log: whether the axis of the learning rate is logarithmic.
+        extra_panels: number of empty panels to add below.
+
+    Returns:
+        The figure and its panels, from top to bottom.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    panels = group_by_panel(columns)
+    count = len(panels) + extra_panels
+    figure = Figure(figsize=(8, 1.2 + 2.0 * count), layout="constrained")
+    axes = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
+    styles = choose_styles(columns, sources)
+    for axis, (name, panel) in zip(axes, panels.items(), strict=False):
+        _draw_panel(axis, name, {each: columns[each] for each in panel}, styles, steps, log=log)
+        end = len(columns[panel[0]]) if steps is None else steps[-1] + 1
+        for start, phase in find_phases(curves or {}, panel, end).items():
+            axis.axvline(start, color="gray", linestyle=":", linewidth=0.8)
+            position = ((start, 1.0), axis.get_xaxis_transform())
+            axis.annotate(
+                phase, position[0], (3, 2), position[1], "offset points", fontsize=7, color="gray"
+            )
+    axes[-1].set_xlabel("step (k)")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(title, parse_math=False)  # file names can contain $
+    return figure, axes
+
+
+def _draw_panel(
+    axis: Axes,
+    name: str,
+    columns: Mapping[str, Sequence[float]],
+    styles: Mapping[str, tuple[int, int]],
+    steps: Sequence[int] | None,
+    *,
+    log: bool,
+) -> None:
+    is_log = log and is_log_panel(name, columns.values())
+    for column, values in columns.items():
+        color, style = styles[column]
+        # Values are constant during a step, so the plot is a staircase.
+        axis.plot(
+            range(len(values)) if steps is None else steps[: len(values)],
+            keep_positive(values) if is_log else values,
+            drawstyle="steps-post",
+            linewidth=1.2,
+            color=f"C{color % 10}",
+            linestyle=LINE_STYLES[style % len(LINE_STYLES)],
+            label=column.partition(".")[2],
+        )
+    if is_log:
+        axis.set_yscale("log")
+    axis.set_ylabel(LABELS.get(name, name))
+    axis.grid(alpha=0.3)
+    if len(columns) > 1:
+        axis.legend(fontsize="small")
