@@ -140,7 +140,9 @@ def check_param_groups(document: Document, optimizer: str, entries: Any) -> Iter
     """
     if not isinstance(entries, list) or not entries:
         return
-    if optimizer == _SPLITS_GROUPS_ITSELF:
+    engine = document.value.get("engine")
+    is_torch = isinstance(engine, Mapping) and engine.get("backend") == "torch"
+    if optimizer == _SPLITS_GROUPS_ITSELF and not is_torch:
         message = f"`{dotted_name(POINTER)}` cannot be used with {optimizer}."
         hint = f"With {optimizer}, DeepSpeed itself divides the parameters. Remove the key."
         yield document.build_problem("param-groups", POINTER, message, hint)

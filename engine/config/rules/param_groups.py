@@ -39,7 +39,8 @@ def _check_own_schedules(context: RuleContext) -> Iterator[Problem]:
         return
     name = optimizer_name(context.get_section("optimizer")["type"])
     assert name is not None
-    known = OPTIMIZERS[name]["properties"].keys()
+    # The hyperparameters of a custom optimizer are unknown before the schedule is bound.
+    known = None if is_import_path(name) else OPTIMIZERS[name]["properties"].keys()
     for index, pointer, block in find_group_schedulers(context.config):
         schedule = context.group_schedules.get(index)
         if schedule is None:
@@ -59,7 +60,7 @@ def _check_own_schedules(context: RuleContext) -> Iterator[Problem]:
         missing = [
             each
             for each in schedule.hyperparameters
-            if each in _HYPERPARAMETERS and not _HYPERPARAMETERS[each] & known
+            if known is not None and each in _HYPERPARAMETERS and not _HYPERPARAMETERS[each] & known
         ]
         if missing:
             message = f"{schedule.type_name} changes {missing[0]}, but {name} has none."
@@ -113,7 +114,8 @@ def _check_no_decay(context: RuleContext) -> Iterator[Problem]:
         return
     if any(each.startswith("/optimizer/params/weight_decay") for each in context.unresolved):
         return
-    default = add_optimizer_defaults(name, block.get("params", {}))["weight_decay"]
+    params = add_optimizer_defaults(name, block.get("params", {}), context.backend.name)
+    default = params["weight_decay"]
     is_driven = context.schedule is not None and "weight_decay" in context.schedule.hyperparameters
     if not is_driven and not default and not any(each.get("weight_decay") for each in entries):
         message = "`no_decay` has no effect, because the weight decay is 0."

@@ -150,6 +150,33 @@ def test_optimizer_class_of_torch_resumes_bit_for_bit(tmp_path):
     assert torch.equal(train(trainer), train(resumed))
 
 
+def test_param_groups_with_an_optimizer_class_have_their_own_values_and_schedules():
+    config = config_of("torch.optim:SGD", lr=0.1, momentum=0.9)
+    config["optimizer"]["param_groups"] = [
+        {"params": "bias", "lr": 0.5, "weight_decay": 0.25},
+        {"params": "weight", "scheduler": {"type": "ConstantLR", "params": {"factor": 0.1}}},
+    ]
+    assert [each.severity for each in engine.validate(config)] == ["note"]
+    assert engine.validate(config, allow_imports=True) == []
+    _, optimizer, *_ = engine.initialize(config=config, model=torch.nn.Linear(3, 1))
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.25, 0.01])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0]
+
+
+def test_param_groups_with_muon_of_torch_have_their_own_values():
+    config = {
+        "train_batch_size": 2,
+        "optimizer": {"type": "Muon", "param_groups": [{"params": "^0", "lr": 0.5}]},
+        "engine": {"backend": "torch"},
+    }
+    layers = (torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(2, 1, bias=False))
+    _, optimizer, *_ = engine.initialize(config=config, model=torch.nn.Sequential(*layers))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.001]
+    config["engine"] = {"backend": "deepspeed"}
+    (error,) = (each for each in engine.validate(config) if each.severity == "error")
+    assert error.pointer == "/optimizer/param_groups"
+
+
 def train_on_both_backends():
     weights = []
     for backend in ("torch", "deepspeed"):
