@@ -356,7 +356,7 @@ def check_gradient_averaging(ranks: Ranks) -> None:
     """
     # Leave the weight uninitialized, so that the script's random state does not change.
     probe = skip_init(nn.Linear, ranks.world_size, 1, bias=False, device=ranks.device)  # type: ignore[no-untyped-call]  # untyped in torch
-    fully_shard(probe, mesh=init_device_mesh(ranks.device.type, (ranks.world_size,)))
+    fully_shard(probe, mesh=init_device_mesh(ranks.device.type, (dist.get_world_size(),)))
     given = torch.full((1, ranks.world_size), float(ranks.rank + 1), device=ranks.device)
     probe(given).sum().backward()
     gradient = probe.weight.grad

@@ -161,7 +161,7 @@ def test_no_sync_suspends_synchronization_and_steps():
     train(trainer, 1)
     assert backend.arguments("is_last") == [False, True]
     sharded = build_engine(zero_optimization={"stage": 2})
-    with pytest.raises(MisuseError, match="stages 2 and 3"), sharded.no_sync():
+    with pytest.raises(MisuseError, match="stage 2 or 3"), sharded.no_sync():
         pass
 
 

@@ -268,6 +268,7 @@ def start_with_other_stages():
         engine.initialize(config=CONFIG | STAGES, model=model)
 
 
+@pytest.mark.slow  # DeepSpeed compiles its collective operations
 def test_initialize_with_other_stages_than_the_config_raises():
     run_distributed_test(start_with_other_stages, 2)
 
