@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import difflib
+import hashlib
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ __all__ = [
     "Ranks",
     "check_configs_match",
     "destroy_distributed",
+    "gather_if_different",
     "get_rank",
     "get_world_size",
     "init_distributed",
@@ -33,7 +35,11 @@ __all__ = [
 log = logging.getLogger("onecycle")
 
 _EXIT_TIMEOUT = 5.0  # seconds
+_EXIT_POLL = 0.01
 _RELEASE_TIME = 0.05
+# Keys of the store. One request reads them, however many ranks there are.
+_EXIT_COUNT = "onecycle/exit_count"
+_EXITED_RANKS = "onecycle/exited_ranks"
 
 
 @dataclass(frozen=True)
@@ -227,10 +233,7 @@ def check_configs_match(ranks: Ranks, config: str) -> None:
         ValueError: if a rank has a different config than rank 0. The message contains a diff of
             the two configs.
     """
-    if ranks.world_size == 1:
-        return
-    configs: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(configs, config, group=ranks.control_group)
+    configs = gather_if_different(ranks, config)
     for rank, other in enumerate(configs):
         if other != configs[0]:
             first, second = (
@@ -241,6 +244,29 @@ def check_configs_match(ranks: Ranks, config: str) -> None:
                 f"Rank {rank} has a different config than rank 0. Pass the same config on every "
                 "rank. Difference:\n" + "\n".join(lines)
             )
+
+
+def gather_if_different(ranks: Ranks, value: Any) -> list[Any]:
+    """Return the value of each rank if the values differ, or an empty list if they are equal.
+
+    The ranks compare a hash with one all-reduce of 512 bytes. Only if the hashes differ are the
+    values gathered, so the cost does not grow with the world size in a correct run. Every rank must
+    call this function.
+
+    Args:
+        ranks: rank and world size of this process.
+        value: value of this rank; equal values must have the same `repr`.
+    """
+    if ranks.world_size == 1:
+        return []
+    digest = torch.tensor(list(hashlib.sha256(repr(value).encode()).digest()), device="cpu")
+    highest = torch.cat([digest, -digest])
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=ranks.control_group)
+    if torch.equal(highest[: len(digest)], -highest[len(digest) :]):  # highest equals lowest
+        return []
+    values: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(values, value, group=ranks.control_group)
+    return values
 
 
 def destroy_distributed() -> None:
@@ -283,20 +309,19 @@ def _get_store() -> Any:
     return dist.distributed_c10d._get_default_store()  # noqa: SLF001  # the function has no public name
 
 
-def _get_exit_key(rank: int) -> str:
-    return f"onecycle/exit/{rank}"
-
-
 def _announce_exit() -> None:
     with contextlib.suppress(RuntimeError):
-        _get_store().set(_get_exit_key(dist.get_rank()), "")
+        store = _get_store()
+        store.add(_EXIT_COUNT, 1)
+        store.append(_EXITED_RANKS, f"{dist.get_rank()} ")
 
 
 def _log_ended_ranks() -> None:
     ended: list[int] = []
     with contextlib.suppress(RuntimeError):
         store = _get_store()
-        ended += (r for r in range(dist.get_world_size()) if store.check([_get_exit_key(r)]))
+        if store.check([_EXITED_RANKS]):
+            ended = sorted(map(int, store.get(_EXITED_RANKS).split()))
     if ended:
         log.error(
             "Rank %s had ended before this rank failed. All ranks must take the same number of "
@@ -311,12 +336,11 @@ def _wait_for_exit_of_all_ranks() -> bool:
     The wait ends after at most 5 seconds. If the rank that hosts the store has already exited,
     return True at once.
     """
-    keys = [_get_exit_key(rank) for rank in range(dist.get_world_size())]
     deadline = time.monotonic() + _EXIT_TIMEOUT
     with contextlib.suppress(RuntimeError):
         store = _get_store()
-        while not store.check(keys):
+        while store.add(_EXIT_COUNT, 0) < dist.get_world_size():
             if time.monotonic() > deadline:
                 return False
-            time.sleep(0.01)
+            time.sleep(_EXIT_POLL)
     return True

@@ -33,7 +33,7 @@ from engine.launch.torchrun import remove_directory
 __all__ = ["STARTED", "find_descendants", "main", "map_slots_to_devices"]
 
 STARTED = "\x1eonecycle-started"
-"""Line that the agent prints after it acquires its lock, just before it starts the job."""
+"""Line that the agent prints just before it starts the job, when it has acquired its lock."""
 
 _MAX_SILENCE = 30.0
 _MASK = "CUDA_VISIBLE_DEVICES"
@@ -92,12 +92,11 @@ def main() -> int:
     signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda caught, _: signals.append(caught))
-    lock = _wait_for_lock(spec.get("lock"), signals)
+    lock = _wait_for_lock(spec.get("lock"), signals)  # noqa: F841  # held until this process exits
     if signals:
         return to_exit_status(-signals[0])
-    if lock is not None:
-        # Write without buffering, so that the job's output cannot come before or inside this line.
-        os.write(sys.stdout.fileno(), f"{STARTED}\n".encode())
+    # Write without buffering, so that the job's output cannot come before or inside this line.
+    os.write(sys.stdout.fileno(), f"{STARTED}\n".encode())
     job = _Job(spec)
     _watch(job, words, signals)
     status = to_exit_status(job.process.returncode)

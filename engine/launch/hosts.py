@@ -64,12 +64,16 @@ def read_hostfile(path: Path, nproc: str = "auto") -> list[Host]:
         OSError: if the file cannot be read.
     """
     hosts: dict[str, Host] = {}
+    default: int | None = None  # number of slots, counted once, and only if a line needs it
     # Editors on Windows write a byte order mark at the start of the file; `utf-8-sig` skips it.
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
-            host = _parse_host(line.strip(), nproc)
+            name, slots = _parse_line(line.strip())
+            if slots is None:
+                default = slots = default or parse_nproc(nproc)
+            host = Host(name, tuple(range(slots)))
         except LaunchError as error:
             raise LaunchError(f"{path}:{number}: {error}") from None
         if host.name in hosts:
@@ -83,18 +87,19 @@ def read_hostfile(path: Path, nproc: str = "auto") -> list[Host]:
     return list(hosts.values())
 
 
-def _parse_host(line: str, nproc: str) -> Host:
+def _parse_line(line: str) -> tuple[str, int | None]:
+    """Return the name of the host and its number of slots; None if the line has no ``slots=N``."""
     found = _LINE.fullmatch(line)
     options = dict(_OPTION.findall(found["options"])) if found else {}
     if found is None or not options.keys() <= {"slots", "max_slots", "max-slots"}:
         raise LaunchError(f"invalid line {line!r}. Use the form `host slots=N`.")
-    slots = int(options["slots"]) if "slots" in options else parse_nproc(nproc)
-    if slots < 1:
+    slots = int(options["slots"]) if "slots" in options else None
+    if slots is not None and slots < 1:
         raise LaunchError(
             f"{found['name']} must have at least 1 slot, got {slots}. To exclude the host, delete "
             "this line."
         )
-    return Host(found["name"], tuple(range(slots)))
+    return found["name"], slots
 
 
 def select_hosts(hosts: Sequence[Host], include: str = "", exclude: str = "") -> list[Host]:

@@ -172,6 +172,7 @@ def build_plan(
     min_nodes = request.min_nodes or len(request.hosts)
     _check_request(request, min_nodes)
     known = {host.name: facts.get(host.name) or HostFacts(host.name) for host in request.hosts}
+    passed = _select_variables(request, environment)
     nodes, next_rank = [], 0
     for host in request.hosts:
         argv = (
@@ -184,7 +185,7 @@ def build_plan(
             host.name,
             _build_transport(request, host),
             argv,
-            _build_node_environment(request, host, known[host.name], environment),
+            _build_node_environment(request, host, known[host.name], passed),
             request.cwd,
             tuple(range(next_rank, next_rank + host.size)),
             host.slots,
@@ -273,15 +274,19 @@ def build_environment(request: LaunchRequest, size: int) -> dict[str, str]:
     return env
 
 
-def _build_node_environment(
-    request: LaunchRequest, host: Host, own: HostFacts, environment: Mapping[str, str]
-) -> dict[str, str]:
+def _select_variables(request: LaunchRequest, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment variables of the launcher that the ranks receive."""
     patterns = (*_PASSED_PATTERNS, *request.pass_env)
-    passed = {
+    return {
         name: value
         for name, value in environment.items()
         if name not in _NEVER_PASSED_NAMES and any(fnmatch(name, pattern) for pattern in patterns)
     }
+
+
+def _build_node_environment(
+    request: LaunchRequest, host: Host, own: HostFacts, passed: Mapping[str, str]
+) -> dict[str, str]:
     env = {
         **passed,
         **build_environment(request, host.size),

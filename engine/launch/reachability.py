@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import sys
 
 __all__ = ["connect", "listen", "main"]
 
 _TIMEOUT = 5.0
+_BACKLOG = 1024
 
 
 def listen(port: int) -> socket.socket:
-    """Return a socket that listens on a port. Clients can connect before `accept` is called.
+    """Return a socket that listens on a port. Some clients can connect before `accept` is called.
 
     Raises:
         OSError: if the port is in use.
     """
-    return socket.create_server(("", port), backlog=128)
+    return socket.create_server(("", port), backlog=_BACKLOG)
 
 
 def connect(address: str, port: int) -> str:
@@ -43,9 +45,11 @@ def main() -> None:
     if address:
         print(connect(address[0], int(port)))
         return
-    with listen(int(port)):
+    with listen(int(port)) as listener:
         print("listening", flush=True)
-        sys.stdin.read()
+        # Accept the connections: a host whose connection does not fit in the queue would time out.
+        while sys.stdin not in select.select([sys.stdin, listener], [], [])[0]:
+            listener.accept()[0].close()
 
 
 if __name__ == "__main__":

@@ -6,29 +6,29 @@ import contextlib
 import json
 import queue
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import IO, Literal, NamedTuple
+from itertools import islice
+from typing import IO, Literal
 
 from engine.launch.agent import STARTED
 from engine.launch.failure import FAILURE_PREFIX, Failure, parse_failure
-from engine.launch.plan import LaunchPlan, NodePlan
+from engine.launch.open_files import raise_open_file_limit
+from engine.launch.pings import Pinger
+from engine.launch.plan import LaunchPlan
+from engine.launch.processes import MAX_CONNECTING, Child, Children
 from engine.launch.state_machine import Action, LaunchStateMachine, Outcome
 
 __all__ = ["report_outcome", "run"]
 
 _PING_INTERVAL = 5.0
-_PING = """import os, select, sys
-while not select.select([0], [], [], float(sys.argv[1]))[0]:
-    os.write(1, b"ping\\n")
-"""
-"""Program that writes pings to an agent until the launcher exits, which closes standard input."""
 _TICK = 0.1
+_BURST = 16  # agents to start before events are handled again
+_FILES_PER_HOST = 4  # two pipes, and two connections to the store
 _KEPT_LINES = 50  # last lines of output that are kept per rank: a whole traceback
 # SIGHUP does not exist on Windows.
 _SIGNALS = tuple(
@@ -38,69 +38,25 @@ _SIGNALS = tuple(
 Console = Literal["all", "rank0", "none"]
 
 
-class _Report(NamedTuple):
-    kind: Literal["started", "line", "ended"]
-    host: str
-    line: str = ""
-    returncode: int = 0
-    failure: Failure | None = None
-
-
 class _Agent:
     """The local process for one host: the agent, or the ssh client that runs the agent there."""
 
-    def __init__(self, plan: NodePlan, reports: queue.Queue[_Report]) -> None:
-        self._host = plan.host
-        self._reports = reports
-        self._process = subprocess.Popen(  # noqa: S603  # the plan's command
-            plan.transport,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that Ctrl-C interrupts only the launcher
-        )
-        self.send(json.dumps(plan.to_dict()))
-        # The agent stops the job if it receives no pings. A separate process sends them even
-        # while the launcher is stopped (Ctrl-Z), and does not receive signals of the terminal.
-        self._pings = subprocess.Popen(  # noqa: S603  # the program above
-            [sys.executable, "-I", "-S", "-c", _PING, str(_PING_INTERVAL)],
-            stdin=subprocess.PIPE,
-            stdout=self._process.stdin,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        threading.Thread(target=self._read, daemon=True).start()
+    def __init__(self, child: Child) -> None:
+        self.child = child
+        self.failure: Failure | None = None
+        self._line: list[bytes] = []
 
-    def send(self, line: str) -> None:
-        """Send a line to the standard input of the agent. Do nothing if the agent has exited."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError, ValueError):
-            self._process.stdin.write(line.encode() + b"\n")
-            self._process.stdin.flush()
+    def split_lines(self, data: bytes) -> Iterator[str]:
+        """Return the lines that new output completes, or the incomplete last line at the end.
 
-    def kill(self) -> None:
-        """Kill the local process: the agent itself, or the ssh client."""
-        self._process.kill()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        failure = None
-        for raw in self._process.stdout:
-            line = raw.decode(errors="replace").rstrip("\n")
-            if line == STARTED:
-                self._reports.put(_Report("started", self._host))
-            elif FAILURE_PREFIX in line:
-                failure = parse_failure(line) or failure
-            else:
-                self._reports.put(_Report("line", self._host, line))
-        returncode = self._process.wait()
-        self._pings.kill()
-        self._pings.communicate()
-        with contextlib.suppress(OSError):  # closing stdin flushes it, which can fail
-            self._process.stdout.close()
-            if self._process.stdin is not None:
-                self._process.stdin.close()
-        self._reports.put(_Report("ended", self._host, returncode=returncode, failure=failure))
+        Args:
+            data: new output; empty at the end.
+        """
+        first, *others = data.split(b"\n")
+        self._line.append(first)
+        for part in others or ([b""] if not data and any(self._line) else []):
+            yield b"".join(self._line).decode(errors="replace")
+            self._line = [part]
 
 
 class _Output:
@@ -170,20 +126,23 @@ class _Runner:
     def __init__(self, plan: LaunchPlan, console: Console, out: IO[str]) -> None:
         self._machine = LaunchStateMachine(plan)
         self._nodes = {node.host: node for node in plan.nodes}
+        self._children = Children(len(plan.nodes))
+        self._waiting = dict.fromkeys(self._nodes)  # hosts whose agent must be started, in order
+        self._connecting: set[str] = set()  # hosts whose agent has not started its job yet
         self._agents: dict[str, _Agent] = {}
-        self._reports: queue.Queue[_Report] = queue.Queue()
         self.output = _Output(console, out)
 
-    def run(self, signals: queue.SimpleQueue[int]) -> Outcome:
+    def run(self, signals: queue.SimpleQueue[int], pinger: Pinger) -> Outcome:
         """Start the agents of all hosts, and handle events until every agent has exited.
 
         Args:
             signals: queue of the numbers of the signals that the launcher receives.
+            pinger: process that sends pings to the agents.
         """
-        self._execute(Action("start", host) for host in self._nodes)
         while not self._machine.is_over:
-            with contextlib.suppress(queue.Empty):
-                self._handle(self._reports.get(timeout=_TICK))
+            is_starting = self._start_agents()
+            for child, data in self._children.wait(0.0 if is_starting else _TICK):
+                self._handle(self._agents[child.name], data, pinger)
             now = time.monotonic()
             with contextlib.suppress(queue.Empty):
                 self._execute(self._machine.signal_received(signals.get_nowait(), now))
@@ -191,26 +150,53 @@ class _Runner:
         outcome = self._machine.outcome
         return replace(outcome, last_lines=self.output.get_last_lines(outcome.source))
 
-    def _handle(self, report: _Report) -> None:
-        now = time.monotonic()
-        if report.kind == "line":
-            self.output.print(report.line, report.host)
-        elif report.kind == "started":
-            self._execute(self._machine.host_started(report.host, now))
-        else:
-            ended = self._machine.host_ended(report.host, report.returncode, report.failure, now)
-            self._execute(ended)
+    def _start_agents(self) -> bool:
+        """Start the next agents, and return whether there are any.
+
+        Only a few are started at once, so that the launcher handles events in between.
+        """
+        free = MAX_CONNECTING - len(self._connecting)
+        hosts = list(islice(self._waiting, min(_BURST, free)))
+        for host in hosts:
+            node = self._nodes[host]
+            child = self._children.start(host, node.transport, is_agent=True)
+            child.send(json.dumps(node.to_dict()).encode() + b"\n")
+            self._agents[host] = _Agent(child)
+            self._connecting.add(host)
+            del self._waiting[host]
+        return bool(hosts)
+
+    def _handle(self, agent: _Agent, data: bytes, pinger: Pinger) -> None:
+        host, now = agent.child.name, time.monotonic()
+        for line in agent.split_lines(data):
+            if line == STARTED:
+                self._connecting.discard(host)
+                pinger.add(agent.child.input_descriptor)
+                self._execute(self._machine.host_started(host, now))
+            elif FAILURE_PREFIX in line:
+                agent.failure = parse_failure(line) or agent.failure
+            else:
+                self.output.print(line, host)
+        if not data:
+            self._connecting.discard(host)
+            returncode = agent.child.returncode
+            assert returncode is not None
+            self._execute(self._machine.host_ended(host, returncode, agent.failure, now))
 
     def _execute(self, actions: Iterable[Action]) -> None:
         for verb, host, text in actions:
             if verb == "start":
-                self._agents[host] = _Agent(self._nodes[host], self._reports)
-            elif verb == "send":
-                self._agents[host].send(text)
-            elif verb == "kill":
-                self._agents[host].kill()
-            else:
+                self._waiting[host] = None
+            elif verb == "print":
                 self.output.print(text, host)
+            elif host in self._waiting:  # there is no process to stop yet
+                del self._waiting[host]
+                now = time.monotonic()
+                self._execute(self._machine.host_ended(host, -signal.SIGTERM, None, now))
+            elif verb == "send":
+                self._agents[host].child.send(text.encode() + b"\n")
+            else:
+                self._agents[host].child.kill()
 
 
 def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
@@ -221,10 +207,17 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
         console: ranks whose output is printed: "all", "rank0" or "none". In any case, the outcome
             contains the last lines of the first failed rank.
         out: stream to which the output of the ranks is printed.
+
+    Raises:
+        LaunchError: if the limit of open files or of processes is too low for this many hosts.
     """
     runner = _Runner(plan, console, out)
-    with _catch_signals() as signals, _serve_store(plan.store_port):
-        outcome = runner.run(signals)
+    with (
+        _catch_signals() as signals,
+        _serve_store(plan.store_port, len(plan.nodes)),
+        contextlib.closing(Pinger(_PING_INTERVAL)) as pinger,
+    ):
+        outcome = runner.run(signals, pinger)
     runner.output.close()  # after the handlers are restored: a signal ends the wait for a reader
     return outcome
 
@@ -261,10 +254,11 @@ def _catch_signals() -> Iterator[queue.SimpleQueue[int]]:
 
 
 @contextlib.contextmanager
-def _serve_store(port: int | None) -> Iterator[None]:
+def _serve_store(port: int | None, hosts: int) -> Iterator[None]:
     """Serve the rendezvous store on ``port`` inside this context, unless ``port`` is None."""
     store = None
     if port is not None:
+        raise_open_file_limit(_FILES_PER_HOST * hosts)
         from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but missing from the stubs
 
         store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -136,6 +137,8 @@ class LaunchStateMachine:
         self.outcome = Outcome()
         self._plan = plan
         self._hosts = {node.host: _Host(node) for node in plan.nodes}
+        # Events must not take longer with more hosts, so count the hosts in each state.
+        self._counts = Counter({HostState.RUNNING: len(self._hosts)})
         self._left = len(plan.nodes)  # number of hosts that were not lost permanently
         self._failed_at = math.inf
         self._kill_at = math.inf
@@ -143,7 +146,7 @@ class LaunchStateMachine:
     @property
     def is_over(self) -> bool:
         """Whether the agent of every host has exited."""
-        return all(host.state is HostState.ENDED for host in self._hosts.values())
+        return self._counts[HostState.ENDED] == len(self._hosts)
 
     def get_host_state(self, name: str) -> HostState:
         """Return the state of a host."""
@@ -168,7 +171,7 @@ class LaunchStateMachine:
         """
         host = self._hosts[name]
         was_dismissed = host.state is HostState.DISMISSED
-        host.state = HostState.ENDED
+        self._set_state(name, HostState.ENDED)
         if was_dismissed:
             return []
         outcome = _describe_end(name, returncode, failure)
@@ -198,8 +201,8 @@ class LaunchStateMachine:
             return self._apply(_Event.OVERDUE, _Details(now))
         due = [
             name
-            for name, host in self._hosts.items()
-            if host.state is HostState.LOST and host.reconnect_at <= now
+            for name in self._find_hosts(HostState.LOST)
+            if self._hosts[name].reconnect_at <= now
         ]
         return [
             action
@@ -219,8 +222,8 @@ class LaunchStateMachine:
         return [action for step in steps for action in step(self, details)]
 
     def _mark_running(self, details: _Details) -> Iterable[Action]:
-        host = self._hosts[details.host]
-        host.state, host.lost_since = HostState.RUNNING, None
+        self._set_state(details.host, HostState.RUNNING)
+        self._hosts[details.host].lost_since = None
         return ()
 
     def _wait_to_reconnect(self, details: _Details) -> Iterable[Action]:
@@ -228,12 +231,13 @@ class LaunchStateMachine:
         is_new = host.lost_since is None
         if is_new:
             host.lost_since = details.now
-        host.state, host.reconnect_at = HostState.LOST, details.now + RECONNECT_INTERVAL
+        host.reconnect_at = details.now + RECONNECT_INTERVAL
+        self._set_state(details.host, HostState.LOST)
         text = f"{details.host} was lost; trying to reconnect for up to {self._plan.patience} s"
         return [Action("print", details.host, text)] if is_new else []
 
     def _reconnect(self, details: _Details) -> Iterable[Action]:
-        self._hosts[details.host].state = HostState.RECONNECTING
+        self._set_state(details.host, HostState.RECONNECTING)
         return [Action("start", details.host)]
 
     def _give_up(self, details: _Details) -> Iterable[Action]:
@@ -244,9 +248,9 @@ class LaunchStateMachine:
     def _dismiss_late_hosts(self, details: _Details) -> Iterable[Action]:
         del details
         self._forget_lost_hosts()
-        late = [name for name, host in self._hosts.items() if host.state is HostState.RECONNECTING]
+        late = self._find_hosts(HostState.RECONNECTING)
         for name in late:
-            self._hosts[name].state = HostState.DISMISSED
+            self._set_state(name, HostState.DISMISSED)
         return [Action("send", name, "kill") for name in late]
 
     def _record_outcome(self, details: _Details) -> Iterable[Action]:
@@ -272,9 +276,19 @@ class LaunchStateMachine:
         return self._order_all("kill")  # an agent stops by itself if its connection is closed
 
     def _forget_lost_hosts(self) -> None:
-        for host in self._hosts.values():
-            if host.state is HostState.LOST:
-                host.state = HostState.ENDED
+        for name in self._find_hosts(HostState.LOST):
+            self._set_state(name, HostState.ENDED)
+
+    def _find_hosts(self, state: HostState) -> list[str]:
+        if not self._counts[state]:
+            return []
+        return [name for name, host in self._hosts.items() if host.state is state]
+
+    def _set_state(self, name: str, state: HostState) -> None:
+        host = self._hosts[name]
+        self._counts[host.state] -= 1
+        self._counts[state] += 1
+        host.state = state
 
     def _order_all(self, verb: Literal["send", "kill"], text: str = "") -> list[Action]:
         return [Action(verb, name, text) for name, host in self._hosts.items() if host.has_process]

@@ -16,12 +16,16 @@ import time
 from pathlib import Path
 
 from engine.distributed.environment import FAILURE_FILE, TIMED_OUT, to_exit_status
+from engine.errors import LaunchError
 from engine.launch.failure import Failure, format_failure
+from engine.launch.open_files import raise_open_file_limit
 
 __all__ = ["LOCAL_RANK_ARGUMENT", "main", "remove_directory"]
 
 LOCAL_RANK_ARGUMENT = "--local_rank=${local_rank}"
 """Argument in which torchrun replaces ``${local_rank}`` with the local rank of each process."""
+
+_CONNECTIONS_PER_RANK = 2  # one of the store, one of gloo
 
 
 def main(arguments: list[str]) -> int:
@@ -37,6 +41,7 @@ def main(arguments: list[str]) -> int:
     options.training_script_args = [*map(_escape, options.training_script_args)]
     if not options.no_python:  # the script is then an argument of Python
         options.training_script = _escape(options.training_script)
+    _raise_open_file_limit(options.nnodes, options.nproc_per_node)
     try:
         with tempfile.TemporaryDirectory(
             prefix=_get_prefix(os.getpid()), ignore_cleanup_errors=True
@@ -63,6 +68,23 @@ def remove_directory(pid: int) -> None:
     """Remove the temporary directory of a process that was killed while it was running `main`."""
     for directory in Path(tempfile.gettempdir()).glob(f"{_get_prefix(pid)}*"):
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _raise_open_file_limit(nnodes: str, nproc: str) -> None:
+    """Allow each rank a connection to every other rank, and the store one to every rank.
+
+    If the hard limit is too low, print a warning: not every script needs that many connections.
+
+    Args:
+        nnodes: number of hosts, or a range MIN:MAX.
+        nproc: number of ranks per host; another word if it is not known.
+    """
+    if nproc.isdecimal():
+        ranks = int(nnodes.rpartition(":")[2]) * int(nproc)
+        try:
+            raise_open_file_limit(_CONNECTIONS_PER_RANK * ranks)
+        except LaunchError as error:
+            print(f"onecycle launch: warning: {error}", file=sys.stderr, flush=True)
 
 
 def _get_prefix(pid: int) -> str:

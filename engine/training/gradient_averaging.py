@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from engine.distributed.ranks import Ranks
+from engine.distributed.ranks import Ranks, gather_if_different
 from engine.errors import MisuseError
 
 T = TypeVar("T", bound=Tensor)
@@ -403,8 +403,7 @@ def find_sparse_weights(model: nn.Module) -> set[int]:
 
 def _check_models_match(model: nn.Module, ranks: Ranks) -> None:
     own = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
-    models: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(models, own, group=ranks.control_group)
+    models = gather_if_different(ranks, own)
     for rank, other in enumerate(models):
         if other != models[0]:
             pairs = zip(models[0], other, strict=False)

@@ -8,11 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from engine.config import Config
-from engine.distributed.ranks import Ranks
+from engine.distributed.ranks import Ranks, gather_if_different
 from engine.training.batch_sampler import (
     EpochOrder,
     GlobalBatchSampler,
@@ -204,10 +203,8 @@ def _check_same_order(order: EpochOrder, ranks: Ranks) -> None:
     """
     if ranks.world_size == 1:
         return
-    found: list[Any] = [None] * ranks.world_size
     items = b"" if order.is_sharded else repr(list(order.draw(0))).encode()
-    own = order.length, hashlib.sha256(items).hexdigest()
-    dist.all_gather_object(found, own, group=ranks.control_group)
+    found = gather_if_different(ranks, (order.length, hashlib.sha256(items).hexdigest()))
     for rank, other in enumerate(found):
         if other != found[0]:
             raise ValueError(

@@ -164,12 +164,12 @@ class AutoWUController(FeedbackController[AutoWUState]):
         return dataclasses.replace(state, lowest=mean, is_lowest=True)
 
     def _update_plateau(self, state: AutoWUState, loss: float) -> AutoWUState:
-        epoch = (*state.epoch, loss)
+        epoch = state.epoch.with_loss(loss)
         if len(epoch) < self._warmup.steps_per_epoch:
             return dataclasses.replace(state, epoch=epoch)
         assert state.decay is not None
         decay = self._plateau.update(state.decay, sum(epoch) / len(epoch))
-        return dataclasses.replace(state, epoch=(), decay=decay)
+        return dataclasses.replace(state, epoch=History(), decay=decay)
 
     def decision(self, state: AutoWUState) -> Decision | None:
         return state.decision

@@ -41,14 +41,14 @@ class AutoWUState:
     begin: int = 0
     length: Count = 0
     decay: PlateauState | None = None
-    epoch: tuple[float, ...] = ()
+    epoch: History = dataclasses.field(default_factory=History)
     """Losses of the current epoch so far, used in the constant phase to detect a plateau."""
     decision: Decision | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Convert the state to a JSON-serializable dict."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["losses"] = list(self.losses)
+        values |= {"losses": list(self.losses), "epoch": list(self.epoch)}
         values["fit"] = self.fit and dataclasses.asdict(self.fit)
         values["decay"] = self.decay and self.decay._asdict()
         values["decision"] = self.decision and list(self.decision)

@@ -11,7 +11,12 @@ import torch.distributed as dist
 
 import engine
 from engine.distributed.environment import TIMEOUT
-from engine.distributed.ranks import get_rank, get_world_size, init_distributed
+from engine.distributed.ranks import (
+    gather_if_different,
+    get_rank,
+    get_world_size,
+    init_distributed,
+)
 from engine.distributed.tasks import read_task_variables
 from tests.testing.distributed import run_distributed_test
 from tests.testing.small_model import start
@@ -117,6 +122,34 @@ def initialize_with_different_lrs():
 
 def test_initialize_different_configs_shows_a_diff():
     run_distributed_test(initialize_with_different_lrs, 2)
+
+
+def initialize_and_count_gathered_objects():
+    dist.init_process_group("gloo")
+    gathered, gather = [], dist.all_gather_object
+    dist.all_gather_object = lambda values, value, **rest: (
+        gathered.append(value),
+        gather(values, value, **rest),
+    )
+    trainer = start(train_batch_size=4)
+    assert trainer.world_size == 2
+    return gathered
+
+
+def test_initialize_equal_configs_and_models_are_not_gathered():
+    """The ranks compare hashes: 16,384 configs in the memory of each rank would be gigabytes."""
+    assert run_distributed_test(initialize_and_count_gathered_objects, 2) == [[], []]
+
+
+def gather_own_rank():
+    ranks = init_distributed()
+    assert gather_if_different(ranks, ("same", 1)) == []
+    return gather_if_different(ranks, ("own", ranks.rank))
+
+
+def test_gather_if_different_returns_the_values_of_all_ranks():
+    own = [("own", rank) for rank in range(3)]
+    assert run_distributed_test(gather_own_rank, 3) == [own] * 3
 
 
 def test_initialize_invalid_config_is_reported_on_rank_0_only(monkeypatch):

@@ -202,6 +202,7 @@ def test_agent_passes_argv_and_environment_unchanged(argv, env):
     ) as started:
         started.stdin.write(json.dumps(spec) + "\n")
         started.stdin.flush()
+        assert started.stdout.readline() == f"{STARTED}\n"
         seen_argv, seen_env = json.loads(started.stdout.readline())
     assert seen_argv == argv
     assert env.items() <= seen_env.items()

@@ -1,0 +1,263 @@
+"""Measure how ``onecycle launch`` grows with the number of hosts, with simulated hosts.
+
+    python benchmarks/launch_many_hosts.py [--hosts 8 64 512 2048] [--delay 1.0]
+
+A shell script takes the place of ssh. It waits for the delay of a connection, and then answers as a
+host does: to the probe, to the connection check, and as an agent whose rank prints one line and
+waits. No rank trains. One host fails on request, and all others exit when the launcher stops them.
+
+The first table shows CPU seconds, which do not depend on other programs of this machine:
+
+- plan: `build_plan`, and the job of each host as JSON;
+- preflight: the launcher's own CPU time for both rounds of the check;
+- run: the launcher's own CPU time from the start of the agents to its exit;
+- stubs: the CPU time of the shell scripts, which a real launcher does not spend.
+
+The second table shows wall-clock seconds, which include the CPU time of the stubs, and counts:
+
+- preflight: both rounds of the check; the delay of a host is part of each round;
+- corrected: without the CPU time of the stubs, divided by the number of cores;
+- outputs: from the start of the launcher until it has printed the first line, and all lines;
+- notice: from the failure of a host until the launcher stops another host;
+- exit: from the failure until the launcher has exited;
+- the memory (largest resident set size), threads and open files of the launcher, the processes that
+  it has started, and the memory of those that send pings (proportional set size).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+SSH = r"""#!/bin/sh
+# The last argument is the command, the one before it is the host.
+while [ $# -gt 2 ]; do shift; done
+case $2 in
+*engine.launch.probe*) sleep $STUB_DELAY; cat $STUB_DIR/probe.json ;;
+*engine.launch.reachability*127.0.0.1*) sleep $STUB_DELAY ;;
+*engine.launch.reachability*) sleep $STUB_DELAY; echo listening; read -r end ;;
+*)
+    sleep $STUB_DELAY
+    read -r job
+    printf '\036onecycle-started\n'
+    echo "[$1:r0] ready"
+    case $1 in
+    fails) read -r order < $STUB_DIR/fail; exit 7 ;;
+    witness) while read -r word; do
+        [ $word = ping ] || { echo > $STUB_DIR/stopped; exit 143; }
+        done ;;
+    *) while read -r word; do [ $word = ping ] || exit 143; done ;;
+    esac ;;
+esac
+"""
+
+
+def build_hostfile(count: int) -> str:
+    names = ["first", "witness", "fails", *(f"node{index}" for index in range(count - 3))]
+    return "".join(f"{name} slots=8\n" for name in names)
+
+
+def measure_part(part: str, directory: Path) -> dict[str, float]:
+    """Measure the plan or the preflight check in this process, which runs nothing else."""
+    from engine.launch.hosts import read_hostfile
+    from engine.launch.plan import build_plan
+    from engine.launch.preflight import check_hosts
+    from engine.launch.request import LaunchRequest
+
+    hosts = tuple(read_hostfile(directory / "hosts"))
+    request = LaunchRequest(("train.py",), hosts, is_local=False, python=sys.executable)
+    config = str(directory / "ds_config.json")
+    begin, cpu = time.monotonic(), time.process_time()
+    if part == "plan":
+        plan = build_plan(request, {}, os.environ)
+        size = sum(len(json.dumps(node.to_dict())) for node in plan.nodes)
+        print(f"{size / len(hosts):.0f} bytes per host", file=sys.stderr)
+    else:
+        checks = check_hosts(request, config)
+        failed = [check for check in checks if check.problem]
+        if failed:
+            raise SystemExit(f"{len(failed)} checks failed: {failed[0]}")
+    return {
+        "wall": time.monotonic() - begin,
+        "cpu": time.process_time() - cpu,
+        "stubs": read_cpu_of_children(),
+    }
+
+
+def read_cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+class Usage:
+    """The largest memory, number of threads, files and child processes of a running process."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.largest = dict.fromkeys(("MiB", "threads", "files", "processes"), 0.0)
+        self.cpu = 0.0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
+
+    def _sample(self) -> None:
+        while not self._is_over.wait(0.2):
+            with contextlib.suppress(OSError):  # the process has exited
+                self._read()
+
+    def _read(self) -> None:
+        path = Path("/proc", str(self.pid))
+        status = dict(line.split(":\t", 1) for line in (path / "status").read_text().splitlines())
+        children = (path / "task" / str(self.pid) / "children").read_text().split()
+        found = {
+            "MiB": int(status["VmHWM"].split()[0]) / 1024,
+            "threads": int(status["Threads"]),
+            "files": len(list((path / "fd").iterdir())),
+            "processes": len(children),
+        }
+        fields = (path / "stat").read_text().rpartition(")")[2].split()
+        self.cpu = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        for name, value in found.items():
+            self.largest[name] = max(self.largest[name], value)
+
+    def read_helpers(self) -> float:
+        """Return the memory in MiB of the processes that send pings; shared pages are divided."""
+        path = Path("/proc", str(self.pid), "task", str(self.pid), "children")
+        kib = 0
+        for child in path.read_text().split():
+            process = Path("/proc", child)
+            if (process / "cmdline").read_bytes().startswith(sys.executable.encode()):
+                lines = (process / "smaps_rollup").read_text().splitlines()
+                kib += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        return kib / 1024
+
+    def stop(self) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+
+def measure_run(directory: Path, environment: dict[str, str], count: int) -> dict[str, float]:
+    """Launch, wait until every host has printed its line, let a host fail, and wait for the end."""
+    command = [sys.executable, "-m", "engine.cli.main", "launch", "--no-preflight"]
+    command += ["--hostfile", str(directory / "hosts"), "--console", "all", str(__file__)]
+    found: dict[str, float] = {}
+    children = read_cpu_of_children()
+    begin = time.monotonic()
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as launcher:
+        assert launcher.stdout is not None
+        usage = Usage(launcher.pid)
+        for number, _ in enumerate(launcher.stdout):
+            if number == 0:
+                found["first"] = time.monotonic() - begin
+            if number == count - 1:
+                found["all"] = time.monotonic() - begin
+                break
+        time.sleep(1)  # an idle moment, so that the samples include every host
+        found["helpers"] = usage.read_helpers()
+        failed = time.monotonic()
+        (directory / "fail").write_text("\n")
+        (directory / "stopped").read_text()
+        found["notice"] = time.monotonic() - failed
+        _, errors = launcher.communicate()
+        found["exit"] = time.monotonic() - failed
+        usage.stop()
+    if launcher.returncode != 7 or "fails exited with status 7" not in errors:
+        raise SystemExit(f"the launcher exited with {launcher.returncode}: {errors[-2000:]}")
+    found["cpu"] = usage.cpu
+    found["total cpu"] = read_cpu_of_children() - children
+    return found | usage.largest
+
+
+def measure(count: int, delay: float) -> dict[str, dict[str, float]]:
+    """Return the measurements of each part of a launch on a number of hosts."""
+    from engine.launch.probe import probe
+
+    with tempfile.TemporaryDirectory(prefix="launch_many_hosts_") as name:
+        directory = Path(name)
+        (directory / "hosts").write_text(build_hostfile(count))
+        (directory / "ds_config.json").write_text('{"train_batch_size": 8}')
+        answer: dict[str, Any] = probe(str(directory / "ds_config.json"))
+        (directory / "probe.json").write_text(json.dumps(answer) + "\n")
+        (directory / "ssh").write_text(SSH)
+        (directory / "ssh").chmod(0o755)
+        for pipe in ("fail", "stopped"):
+            os.mkfifo(directory / pipe)
+        environment = os.environ | {
+            "PATH": f"{directory}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "STUB_DIR": name,
+            "STUB_DELAY": str(delay),
+        }
+        found: dict[str, dict[str, float]] = {}
+        for part in ("plan", "preflight"):
+            done = subprocess.run(
+                [sys.executable, __file__, "--part", part, "--directory", name],
+                env=environment, stdout=subprocess.PIPE, text=True, check=True,
+            )  # fmt: skip
+            found[part] = json.loads(done.stdout)
+        found["run"] = measure_run(directory, environment, count)
+    return found
+
+
+def print_tables(rows: dict[int, dict[str, dict[str, float]]]) -> None:
+    cores = len(os.sched_getaffinity(0))
+    print("| hosts | plan | preflight | run | stubs: preflight | stubs: run |")
+    print("|---|---|---|---|---|---|")
+    for count, row in rows.items():
+        plan, preflight, run = row["plan"], row["preflight"], row["run"]
+        stubs = run["total cpu"] - run["cpu"]
+        cells = (plan["cpu"], preflight["cpu"], run["cpu"], preflight["stubs"], stubs)
+        print(f"| {count:,} |", " | ".join(f"{cell:.2f}" for cell in cells), "|")
+    print()
+    print("| hosts | preflight | corrected | first output | all outputs | notice | exit |", end="")
+    print(" MiB | threads | files | processes | MiB of pings |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for count, row in rows.items():
+        preflight, run = row["preflight"], row["run"]
+        corrected = preflight["wall"] - preflight["stubs"] / cores
+        seconds = (
+            preflight["wall"],
+            corrected,
+            *(run[n] for n in ("first", "all", "notice", "exit")),
+        )
+        counts = (run[name] for name in ("MiB", "threads", "files", "processes", "helpers"))
+        cells = [*(f"{each:.1f}" for each in seconds), *(f"{each:,.0f}" for each in counts)]
+        print(f"| {count:,} |", " | ".join(cells), "|")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--hosts", type=int, nargs="+", default=[8, 64, 512, 2048])
+    parser.add_argument("--delay", type=float, default=1.0, help="seconds of a connection")
+    parser.add_argument("--part", choices=("plan", "preflight"), help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        print(json.dumps(measure_part(args.part, args.directory)))
+        return
+    rows = {}
+    for count in args.hosts:
+        rows[count] = measure(count, args.delay)
+        print(count, json.dumps(rows[count]), file=sys.stderr)
+    print_tables(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Raise the limit of open files for a launch on many hosts."""
+
+from __future__ import annotations
+
+from engine.errors import LaunchError
+
+__all__ = ["raise_open_file_limit"]
+
+_OTHER_FILES = 128  # files and libraries that a process has open anyway
+
+
+def raise_open_file_limit(count: int) -> None:
+    """Raise the soft limit of open files of this process, if it is too low for ``count`` files.
+
+    Child processes inherit the limit. A limit that is high enough is not changed, because programs
+    that use `select` cannot handle file descriptors above 1,023.
+
+    Args:
+        count: number of files, pipes and connections that this process is about to open.
+
+    Raises:
+        LaunchError: if the hard limit is too low.
+    """
+    import resource  # resource does not exist on Windows, where `doctor` imports this module
+
+    needed = count + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft == unlimited or soft >= needed:
+        return
+    if hard != unlimited and hard < needed:
+        raise LaunchError(
+            f"The limit of open files must be >= {needed}, got {hard}. Raise it with "
+            f"`ulimit -Hn {needed}` as root, or in /etc/security/limits.conf, or use fewer hosts."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

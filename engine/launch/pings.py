@@ -1,0 +1,92 @@
+"""Send pings to the agents of all hosts from one process, separate from the launcher.
+
+An agent stops its job if it receives no input for a while. The separate process sends pings even
+while the launcher is stopped (Ctrl-Z), and does not receive signals of the terminal. It exits when
+the launcher exits, which closes the standard input of every agent.
+
+The process runs this file without the packages of onecycle, so that it starts fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+
+__all__ = ["Pinger", "main"]
+
+_PING = b"ping\n"
+_PASSED_AT_ONCE = 64
+
+
+class Pinger:
+    """The process that sends pings."""
+
+    def __init__(self, interval: float) -> None:
+        """Start the process.
+
+        Args:
+            interval: time between two pings in seconds.
+        """
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(  # noqa: S603  # this file
+                [sys.executable, "-I", "-S", __file__, str(interval)],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def add(self, descriptor: int) -> None:
+        """Send pings to a pipe from now on, until its reader exits.
+
+        Args:
+            descriptor: file descriptor of the pipe. The caller may close it afterwards.
+        """
+        with contextlib.suppress(OSError):  # the process was killed; the agents end their jobs
+            socket.send_fds(self._socket, [b"."], [descriptor])
+
+    def close(self) -> None:
+        """End the process."""
+        self._socket.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def main() -> None:
+    """Receive pipes on standard input, and write pings to them until the launcher exits."""
+    interval = float(sys.argv[1])
+    pipes: list[int] = []
+    next_time = time.monotonic() + interval
+    with socket.socket(fileno=0) as launcher:
+        while True:
+            wait = max(0.0, next_time - time.monotonic())
+            if select.select([launcher], [], [], wait)[0]:
+                data, descriptors, *_ = socket.recv_fds(launcher, _PASSED_AT_ONCE, _PASSED_AT_ONCE)
+                if not data:
+                    return
+                pipes += descriptors
+            if time.monotonic() >= next_time:
+                pipes = [pipe for pipe in pipes if _write_ping(pipe)]
+                next_time = time.monotonic() + interval
+
+
+def _write_ping(pipe: int) -> bool:
+    """Write a ping to a pipe. Return whether the pipe still has a reader."""
+    try:
+        os.write(pipe, _PING)
+    except BlockingIOError:  # the agent does not read, but it has input
+        return True
+    except OSError:
+        os.close(pipe)
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()
