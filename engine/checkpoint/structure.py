@@ -23,6 +23,7 @@ __all__ = [
 
 _IMPLEMENTATION = {"fused", "foreach"}
 """Settings of a param group that are not restored."""
+_NOT_IN_TEMPLATES = {*_IMPLEMENTATION, "capturable", "params"}
 _MAX_INT = 2**63 - 1
 _MAX_FLOAT = torch.finfo(torch.float32).max
 """Optimizers multiply float32 tensors by their settings, and PyTorch rejects a larger factor."""
@@ -207,6 +208,8 @@ class _Templates:
     def __init__(self, optimizer: Optimizer) -> None:
         self._kind = type(optimizer)
         self._is_known = getattr(torch.optim, self._kind.__name__, None) is self._kind
+        accepted = inspect.signature(self._kind).parameters if self._is_known else ()
+        self._accepted = {*accepted} - _NOT_IN_TEMPLATES
         self._groups = {
             id(parameter): group
             for group in optimizer.param_groups
@@ -227,11 +230,8 @@ class _Templates:
         group = self._groups.get(id(parameter))
         if group is None or not self._is_known:
             return self._own.get(parameter, {})
-        accepted = inspect.signature(self._kind).parameters
         settings = {
-            key: value
-            for key, value in {**group, **saved}.items()
-            if key in accepted and key not in {"params", "fused", "foreach", "capturable"}
+            key: value for key, value in {**group, **saved}.items() if key in self._accepted
         }
         dimensions = parameter.dim()
         structure = {k: v if isinstance(v, bool) else bool(v) for k, v in settings.items()}
