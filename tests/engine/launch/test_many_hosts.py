@@ -33,10 +33,10 @@ def build_hosts(count):
     return tuple(Host(f"node{index}", (0,)) for index in range(count))
 
 
-def run_hosts(directory, monkeypatch, count, script, out=None):
-    """Run a plan with a fake ssh that executes a script; its first argument is the host."""
+def run_hosts(directory, monkeypatch, count, script, out=None, job="x"):
+    """Run a job on a fake ssh that executes a script, whose first argument is the host."""
     monkeypatch.setenv("PATH", write_commands(directory, ssh=f"cd {directory}; {script}")["PATH"])
-    plan = build_plan(LaunchRequest(("x",), build_hosts(count), is_local=False), {}, {})
+    plan = build_plan(LaunchRequest((job,), build_hosts(count), is_local=False), {}, {})
     nodes = (dataclasses.replace(node, transport=("ssh", node.host)) for node in plan.nodes)
     return runner.run(LaunchPlan(tuple(nodes), count, count), "all", out or io.StringIO())
 
@@ -90,10 +90,8 @@ def test_run_job_larger_than_a_pipe_does_not_block_the_other_hosts(tmp_path, mon
         "[ $1 = node1 ] && { echo quick; touch quick; }; until [ -e quick ]; do sleep 0.1; done"
     )
     script += "; read -r job; echo ${#job}"
-    request = LaunchRequest(("x" * 200_000,), build_hosts(2), is_local=False)
-    monkeypatch.setattr(sys.modules[__name__], "LaunchRequest", lambda *_, **__: request)
     out = io.StringIO()
-    assert run_hosts(tmp_path, monkeypatch, 2, script, out).status == 0
+    assert run_hosts(tmp_path, monkeypatch, 2, script, out, job="x" * 200_000).status == 0
     sizes = [int(line) for line in out.getvalue().split() if line != "quick"]
     assert len(sizes) == 2
     assert min(sizes) > 200_000
