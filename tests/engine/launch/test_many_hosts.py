@@ -59,7 +59,7 @@ def test_run_has_one_process_per_host_and_no_thread_per_host(tmp_path, monkeypat
     before = Census()
     before.write("")
     script = f"read -r job; {ANNOUNCE}; echo up > $1; echo $1"
-    script += "; until [ $(ls node* | wc -l) = 40 ]; do sleep 0.1; done; sleep 0.3; echo $1"
+    script += "; until [ $(ls | grep -c ^node) = 40 ]; do sleep 0.1; done; sleep 0.3; echo $1"
     out = Census()
     assert run_hosts(tmp_path, monkeypatch, 40, script, out).status == 0
     assert len(out.getvalue().split()) == 80
@@ -69,7 +69,7 @@ def test_run_has_one_process_per_host_and_no_thread_per_host(tmp_path, monkeypat
 
 def test_run_limits_the_hosts_that_connect_at_the_same_time(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "MAX_CONNECTING", 4)
-    script = "touch connecting.$1; ls connecting.* | wc -l >> counts; sleep 0.2; rm connecting.$1"
+    script = "touch connecting.$1; ls | grep -c ^connecting >> counts; sleep 0.2; rm connecting.$1"
     script += f"; read -r job; {ANNOUNCE}; sleep 1"
     assert run_hosts(tmp_path, monkeypatch, 12, script).status == 0
     counts = [int(line) for line in (tmp_path / "counts").read_text().split()]
@@ -99,7 +99,7 @@ def test_run_job_larger_than_a_pipe_does_not_block_the_other_hosts(tmp_path, mon
 
 def test_run_commands_limits_the_processes_and_keeps_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "MAX_CONNECTING", 3)
-    script = f"cd {tmp_path}; touch up.$0; ls up.* | wc -l; sleep 0.2; rm up.$0; echo $0 >&2"
+    script = f"cd {tmp_path}; touch up.$0; ls | grep -c ^up; sleep 0.2; rm up.$0; echo $0 >&2"
     names = [f"node{index}" for index in range(9)]
     found = run_commands({name: ["sh", "-c", script, name] for name in names}, timeout=30)
     assert [done.errors.strip() for done in found.values()] == names
