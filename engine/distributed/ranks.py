@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import difflib
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -195,6 +196,10 @@ def _start_process_group(device: torch.device, **settings: Any) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=read_timeout(), **settings)
     atexit.register(destroy_distributed)
+    # At exit, PyTorch imports tabulate if it is installed. Such a late import would make Python
+    # forget that KeyboardInterrupt ended the process, and exit with status 1 instead of 130.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("tabulate")
 
 
 def read_timeout() -> timedelta | None:
