@@ -38,6 +38,7 @@ log = logging.getLogger("onecycle")
 _EXIT_TIMEOUT = 5.0  # seconds
 _EXIT_POLL = 0.01
 _RELEASE_TIME = 0.05
+_REPORT_TIME = 1.0  # seconds; a launcher polls the processes ten times as often
 # Keys of the store. One request reads them, however many ranks there are.
 _EXIT_COUNT = "onecycle/exit_count"
 _EXITED_RANKS = "onecycle/exited_ranks"
@@ -333,6 +334,8 @@ def _log_ended_ranks() -> None:
             "steps: check that each rank has the same number of batches.",
             ", ".join(map(str, ended)),
         )
+        # The launcher should first see the exit status of a rank that ended before.
+        time.sleep(_REPORT_TIME)
 
 
 def _wait_for_exit_of_all_ranks() -> bool:
