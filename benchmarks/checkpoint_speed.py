@@ -147,7 +147,7 @@ def main() -> None:
             "one memcpy into allocated memory": ("memcpy", lambda _: arena.copy_(source)),
             "onecycle, copying": (
                 "copy",
-                lambda _: state._copy_to_host(
+                lambda _: state.copy_to_host(
                     state._get_state(saver.module, saver.optimizer, frozen=True), allocated
                 ),
             ),
