@@ -1,7 +1,8 @@
 // Bundle the libraries of `onecycle ui` and of the HTML reports. The output is committed, so that
 // installing onecycle needs no Node.js. Run it with `make ui-bundle`.
+import { buildParserFile } from "@lezer/generator";
 import { build } from "esbuild";
-import { readFileSync, writeFileSync } from "node:fs";
+import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
 
 // The reports are drawn by `engine/display`, which is below `engine/ui`.
 const CHARTS = "../../display/static";
@@ -30,6 +31,9 @@ await build({
   entryPoints: ["uplot/dist/uPlot.min.css"],
   outfile: `${CHARTS}/uplot.css`,
 });
+const grammar = readFileSync("config.grammar", "utf8");
+mkdirSync("build", { recursive: true });
+writeFileSync("build/parser.js", buildParserFile(grammar, { fileName: "config.grammar" }).parser);
 const editor = await build({
   ...shared,
   entryPoints: ["codemirror.js"],

@@ -7,7 +7,6 @@ export {
   startCompletion,
 } from "@codemirror/autocomplete";
 export { defaultKeymap, history, historyKeymap, indentWithTab } from "@codemirror/commands";
-export { json } from "@codemirror/lang-json";
 export {
   bracketMatching,
   ensureSyntaxTree,
@@ -33,3 +32,4 @@ export {
   lineNumbers,
 } from "@codemirror/view";
 export { tags } from "@lezer/highlight";
+export { config } from "./language.js";
