@@ -69,8 +69,9 @@ def analyze(
         return Numbers({**header, "curvesError": str(error)})
     steps = curves.select_steps(window)
     facts += _describe_curves(curves)
-    header["curves"] = curves.to_json()
-    return Numbers(header, [steps, *curves.evaluate(steps)])
+    header["curves"] = curves.to_json(steps)
+    values = list(curves.evaluate(steps))
+    return Numbers(header, [steps, *values] if header["curves"]["isSampled"] else values)
 
 
 def compute_for_text(

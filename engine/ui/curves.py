@@ -75,7 +75,7 @@ class CurveSet:
         """Yield the values of each column at the given steps, which are in ascending order."""
         import numpy as np
 
-        is_contiguous = len(steps) == steps[-1] - steps[0] + 1
+        is_contiguous = _is_contiguous(steps)
         known: dict[Curve, NDArray[np.float64]] = {}
         for column in self.columns:
             if column.curve not in known:
@@ -87,8 +87,12 @@ class CurveSet:
                 known[column.curve] = values
             yield known[column.curve]
 
-    def to_json(self) -> dict[str, Any]:
-        """Describe the panels, for the page."""
+    def to_json(self, steps: NDArray[np.float64]) -> dict[str, Any]:
+        """Describe the panels, for the page.
+
+        Args:
+            steps: steps that the page draws.
+        """
         panels: dict[str, dict[str, Any]] = {}
         for column in self.columns:
             name = column.hyperparameter
@@ -96,6 +100,9 @@ class CurveSet:
             panel["columns"].append({"label": column.label, "isCompared": bool(column.source)})
         return {
             "steps": self.steps,
+            "first": int(steps[0]),
+            "count": len(steps),
+            "isSampled": not _is_contiguous(steps),
             "panels": list(panels.values()),
             "phases": self._find_phases(),
             "constants": self._list_constants(),
@@ -117,6 +124,10 @@ class CurveSet:
             for name, values in self.preview.base.items()
             if name not in self.preview.curves and any(values)
         ]
+
+
+def _is_contiguous(steps: NDArray[np.float64]) -> bool:
+    return bool(len(steps) == steps[-1] - steps[0] + 1)
 
 
 def compute_curves(

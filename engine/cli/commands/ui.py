@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     print(f"{shown}: {address}\nPress Ctrl+C to stop.", file=out, flush=True)
     if not args.no_browser:
         webbrowser.open(address)
+    gc.enable()  # The command line disables garbage collection, but the server runs for hours.
     with server, contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
     return OK
