@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from engine.config import ConfigError, Problem
@@ -11,13 +12,17 @@ from engine.config.edits import find_fix_edits
 from engine.config.parser import Document, parse
 from engine.config.pointers import get_parent
 from engine.config.rules import RuleContext
+from engine.config.suggestions import suggest_optimizer
 from engine.config.validate import examine
 from engine.config.wording import count_noun
+from engine.errors import Fix
 from engine.ui.cursor import to_utf16
 from engine.ui.curves import CurveSet, compute_curves
 from engine.ui.form import build_form
 from engine.ui.replies import Numbers
 from engine.ui.settings import RunSettings, find_batch_sizes
+from schedules import SCHEDULES
+from schedules.core.spelling import find_nearest
 
 __all__ = ["analyze", "compute_for_text"]
 
@@ -47,7 +52,7 @@ def analyze(
     if context is not None:
         batch = find_batch_sizes(context.config, context.data_ranks)
         steps_per_epoch = settings.count_steps_per_epoch(context.config, batch)
-        facts = _list_facts(context, steps_per_epoch)
+        facts = _list_facts(context)
     header: dict[str, Any] = {
         "problems": _describe_problems(document, problems),
         "summary": _summarize(problems, settings.world_size),
@@ -68,7 +73,7 @@ def analyze(
     except ValueError as error:
         return Numbers({**header, "curvesError": str(error)})
     steps = curves.select_steps(window)
-    facts += _describe_curves(curves)
+    facts += _describe_auto_values(curves)
     header["curves"] = curves.to_json(steps)
     values = list(curves.evaluate(steps))
     return Numbers(header, [steps, *values] if header["curves"]["isSampled"] else values)
@@ -93,16 +98,21 @@ def compute_for_text(
 def _describe_problems(document: Document, problems: Sequence[Problem]) -> list[dict[str, Any]]:
     """Return the problems with their positions in the editor and the edits of their fixes."""
     text = document.text
-    edits = {id(edit.problem): edit for edit in find_fix_edits(document, problems)}
+    offered = [_offer_fix(document, problem) for problem in problems[:_MAX_PROBLEMS]]
+    edits = {id(edit.problem): edit for edit in find_fix_edits(document, offered)}
     described = []
-    for problem in problems[:_MAX_PROBLEMS]:
+    for problem in offered:
         start, end = _find_range(document, problem)
         edit = edits.get(id(problem))
         fix = None
         if edit is not None:
-            label = f"Rename to {edit.text}" if edit.problem.fix.key else f"Change to {edit.text}"  # type: ignore[union-attr]
-            at = {"from": to_utf16(text, edit.start), "to": to_utf16(text, edit.end)}
-            fix = {**at, "insert": edit.text, "label": label}
+            verb = "Rename to" if problem.fix is not None and problem.fix.key else "Change to"
+            fix = {
+                "label": f"{verb} {edit.text}",
+                "from": to_utf16(text, edit.start),
+                "to": to_utf16(text, edit.end),
+                "insert": edit.text,
+            }
         described.append(
             {
                 "rule": problem.rule,
@@ -117,6 +127,24 @@ def _describe_problems(document: Document, problems: Sequence[Problem]) -> list[
             }
         )
     return described
+
+
+def _offer_fix(document: Document, problem: Problem) -> Problem:
+    """Return a problem with a fix that the user must confirm, if it has no automatic fix.
+
+    The fix replaces a misspelled name with the most similar known one.
+    """
+    if problem.fix is not None or problem.pointer not in document.locations:
+        return problem
+    if problem.rule == "unknown-key":
+        is_key = problem.suggestion and not problem.suggestion.startswith("/")
+        return replace(problem, fix=Fix(key=problem.suggestion)) if is_key else problem
+    near = None
+    if problem.rule in {"unknown-optimizer", "unknown-scheduler"}:
+        name = str(document.get_value(problem.pointer))
+        is_optimizer = problem.rule == "unknown-optimizer"
+        near = suggest_optimizer(name) if is_optimizer else find_nearest(name, SCHEDULES)
+    return problem if near is None else replace(problem, fix=Fix(value=near))
 
 
 def _find_range(document: Document, problem: Problem) -> tuple[int, int]:
@@ -147,21 +175,17 @@ def _summarize(problems: Sequence[Problem], world_size: int | None) -> str:
     return ", ".join((f"Valid{ranks}", *counts))
 
 
-def _list_facts(context: RuleContext, steps_per_epoch: int | None) -> list[dict[str, str]]:
+def _list_facts(context: RuleContext) -> list[dict[str, str]]:
     backend = context.backend
     facts = [{"label": "Backend", "value": backend.name, "detail": backend.reason}]
     batch = find_batch_sizes(context.config, context.data_ranks)
     if batch is not None:
         facts.append({"label": "Batch", "value": str(batch.train), "detail": str(batch)})
-    if steps_per_epoch is not None:
-        facts.append({"label": "Epoch", "value": f"{steps_per_epoch:,} steps", "detail": ""})
     return facts
 
 
-def _describe_curves(curves: CurveSet) -> list[dict[str, str]]:
-    preview = curves.preview
-    facts = [{"label": "Steps", "value": f"{curves.steps:,}", "detail": preview.title}]
-    if preview.auto_values:
-        shown = ", ".join(f"{name} {value}" for name, value in preview.auto_values.items())
-        facts.append({"label": '"auto"', "value": shown, "detail": "Values that the curves use."})
-    return facts
+def _describe_auto_values(curves: CurveSet) -> list[dict[str, str]]:
+    values = curves.preview.auto_values
+    shown = ", ".join(f"{name} {value}" for name, value in values.items())
+    detail = "The curves use these values instead of auto."
+    return [{"label": "auto", "value": shown, "detail": detail}] if shown else []

@@ -44,7 +44,7 @@ class Column(NamedTuple):
     @property
     def label(self) -> str:
         """The text for a legend."""
-        return " · ".join(filter(None, (self.source, self.group))) or LABELS[self.hyperparameter]
+        return " · ".join(filter(None, (self.source or "this config", self.group)))
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class Panel {
     this.legend = element("span", { className: "legend" });
     this.plot = element("div", { className: "plot", tabIndex: 0, role: "img" });
     this.plot.setAttribute("aria-label", `${label}: arrow keys move the cursor, + and - zoom, 0 resets`);
-    this.head = element("div", { className: "panel-head" }, this.title, this.position, this.legend);
+    this.head = element("div", { className: "panel-head" }, this.title, this.legend, this.position);
     this.root = element("div", { className: "panel" }, this.head, this.plot);
     stack.container.append(this.root);
     this.plot.addEventListener("keydown", (event) => this.handleKey(event));
@@ -196,9 +196,10 @@ class Panel {
   showValues(index) {
     const isKnown = index !== null && index !== undefined && index < this.chart.data[0].length;
     const x = isKnown ? this.chart.data[0][index] : null;
-    this.position.textContent = isKnown ? this.stack.describePosition(x) : "";
+    const isFirst = this.panel === this.stack.shown[0];
+    this.position.textContent = isKnown && isFirst ? this.stack.describePosition(x) : "";
     this.values?.forEach(({ value }, column) => {
-      value.textContent = isKnown ? formatNumber(this.panel.columns[column].values[index], 7) : "";
+      value.textContent = isKnown ? formatNumber(this.panel.columns[column].values[index], 6) : "";
     });
   }
 
