@@ -66,8 +66,12 @@ def _choose_page(paths: list[Path]) -> Page:
     from engine.ui.config_file import ConfigFile
     from engine.ui.config_page import TEMPLATE, ConfigPage
 
-    if len(paths) > 1 or paths[0].is_dir():
-        raise ValueError("Pass one config, or directories of runs.")
+    if all(path.is_dir() for path in paths):
+        from engine.ui.run_page import RunPage
+
+        return RunPage(paths)
+    if len(paths) > 1:
+        raise ValueError("Pass one config, or one or more directories of runs.")
     file = ConfigFile(paths[0], TEMPLATE)
     file.read()  # An unreadable file is an error of the command.
     return ConfigPage(file)
