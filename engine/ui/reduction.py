@@ -58,4 +58,5 @@ def smooth(y: Numbers, width: int) -> Numbers:
     starts = np.maximum(0, ends - width)
     number = counts[ends] - counts[starts]
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (totals[ends] - totals[starts]) / number
+        means: Numbers = (totals[ends] - totals[starts]) / number
+    return means

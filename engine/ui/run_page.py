@@ -33,6 +33,8 @@ _LABELS = {
     "skipped_steps": "skipped steps",
 }
 """The panels in their order. Other metrics follow."""
+_OPTIONAL = {"weight_decay"}
+"""Metrics that are not shown if they are always 0."""
 _STEP = "step"
 _GROUP = re.compile(r"(lr|momentum|weight_decay)_group_(\d+)")
 
@@ -188,7 +190,8 @@ def _list_columns(
 ) -> Iterator[_Column]:
     steps = series.get(_STEP)
     for name, (samples, values) in series.items():
-        if name == _STEP:
+        is_unused = name in _OPTIONAL and not values.any()
+        if name == _STEP or is_unused:
             continue
         group = _GROUP.fullmatch(name)
         panel, label = (group[1], f"group {group[2]}") if group else (name, "")

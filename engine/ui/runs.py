@@ -112,21 +112,37 @@ def find_runs(roots: Sequence[Path], known: Sequence[Run] = ()) -> list[Run]:
     old = {(run.root, run.name): run for run in known}
     runs = []
     for root in roots:
-        groups: dict[str, list[Path]] = {}
-        for directory in _walk(root):
-            if _has_csv_metrics(directory):
-                groups.setdefault(directory.name, []).insert(0, directory)
-            elif any(_EVENTS in entry.name for entry in _list_files(directory)):
-                groups.setdefault(directory.name, []).append(directory)
-        is_only = len(groups) <= 1
+        groups = _group_directories(root)
         title = root.resolve().name
-        for name, directories in groups.items() or [("", [])]:
-            shown = title if is_only else f"{title}/{name}"
-            own_root = root if is_only else _find_own_root(root, directories[0])
-            run = old.get((own_root, shown)) or Run(shown, own_root, directories)
+        for (own_root, name), directories in groups.items():
+            key = (root, title) if len(groups) == 1 else (own_root, f"{title}/{name}")
+            run = old.get(key) or Run(key[1], key[0], directories)
             run.add_directories(directories)
             runs.append(run)
     return runs[:_MAX_RUNS]
+
+
+def _group_directories(root: Path) -> dict[tuple[Path, str], list[Path]]:
+    """Return the directories of metrics by the root and the name of their run."""
+    groups: dict[tuple[Path, str], list[Path]] = {}
+    for directory in _walk(root):
+        key = _find_own_root(root, directory), directory.name
+        if _has_csv_metrics(directory):
+            groups.setdefault(key, []).insert(0, directory)
+        elif any(_EVENTS in entry.name for entry in _list_files(directory)):
+            groups.setdefault(key, []).append(directory)
+    names = {name for _, name in groups}
+    if len(groups) == 2 and len(names) == 1:
+        # The monitors can write to different parents: csv_monitor/JOB and runs/JOB.
+        both = [each for directories in groups.values() for each in directories]
+        both.sort(key=_has_csv_metrics, reverse=True)
+        if [_has_csv_metrics(each) for each in both] == [True, False]:
+            return {(root, names.pop()): both}
+    roots = [own_root for own_root, _ in groups]
+    if len(names) < len(groups) and len(set(roots)) == len(groups):
+        # The jobs have the same name, so the directories around them tell them apart.
+        return {(own, own.name): directories for (own, _), directories in groups.items()}
+    return groups or {(root, ""): []}
 
 
 def _find_own_root(root: Path, directory: Path) -> Path:

@@ -81,3 +81,10 @@ export function element(tag, properties = {}, ...children) {
   node.append(...children);
   return node;
 }
+
+// Return the nodes of a text in which `names` or ``names`` are shown as code.
+export function formatText(text) {
+  return text.split(/(``[^`]+``|`[^`]+`)/).map((part) =>
+    part.startsWith("`") && part.length > 2 ? element("code", { textContent: part.replaceAll("`", "") }) : part,
+  );
+}

@@ -23,10 +23,13 @@ function readColor(name) {
 
 // A stack of charts.
 //
-// A panel has a `name`, a `label`, a `height`, whether its axis can be logarithmic (`isLog`), and
-// `columns` with a `label`, the `values` and whether the column is only compared (`isCompared`).
-// The options are the label of the horizontal axis, a function that describes a position on it, and
-// a function that is called when the user zooms.
+// A panel has a `name`, a `label`, a `height`, whether its axis is logarithmic (`isLog`), optionally
+// its own positions `x`, and `columns`. A column has a `label` and `values`, and optionally a `color`
+// (an index), whether it is drawn with a dashed line (`isCompared`), as a thin line without a value in
+// the legend (`isFaint`), or as points (`hasPoints`).
+//
+// `describePosition` returns the text for a position on the horizontal axis, and `onZoom` is called
+// with the range that the user chooses, or null.
 export class ChartStack {
   constructor(container, { describePosition, onZoom = () => {} }) {
     this.container = container;
@@ -59,7 +62,8 @@ export class ChartStack {
     }
     for (const each of panels) {
       const isLast = each === panels.at(-1);
-      this.panels.get(each.name).draw(x, each, { ...options, isLast }, isNew);
+      const hasAxis = isLast || Boolean(options.hasAllAxes);
+      this.panels.get(each.name).draw(each.x ?? x, each, { ...options, hasAxis }, isNew);
     }
   }
 
@@ -96,11 +100,11 @@ class Panel {
     this.options = options;
     this.title.textContent = panel.label;
     const signature = JSON.stringify([
-      panel.columns.map(({ label, isCompared }) => [label, isCompared]),
+      panel.columns.map(({ label, isCompared, isFaint }) => [label, isCompared, isFaint]),
       panel.isLog,
       panel.height,
       options.xLabel,
-      options.isLast,
+      options.hasAxis,
     ]);
     const columns = panel.columns.map(({ values }) => (panel.isLog ? keepPositive(values) : values));
     const data = [x, ...columns];
@@ -136,16 +140,16 @@ class Panel {
         drag: { x: true, y: false, setScale: false },
         bind: { dblclick: () => () => this.stack.zoom(null) },
       },
-      scales: { x: { time: false }, y: { distr: panel.isLog ? 3 : 1, log: 10, range: panel.range } },
+      scales: { x: { time: false, distr: options.isLogX ? 3 : 1 }, y: { distr: panel.isLog ? 3 : 1, log: 10, range: panel.isLog ? undefined : chooseRange } },
       axes: [
         {
           ...axis,
-          size: options.isLast ? 24 : 6,
-          label: options.isLast ? options.xLabel : undefined,
+          size: options.hasAxis ? 24 : 6,
+          label: options.hasAxis ? options.xLabel : undefined,
           labelSize: 16,
           labelFont: axis.font,
           labelGap: 0,
-          values: (_, splits) => splits.map((value) => (options.isLast ? formatNumber(value) : "")),
+          values: (_, splits) => splits.map((value) => (options.hasAxis ? formatNumber(value) : "")),
         },
         {
           ...axis,
@@ -163,8 +167,9 @@ class Panel {
   }
 
   buildSeries(column, index) {
-    const stroke = readColor(COLORS[index % COLORS.length]);
-    const dash = column.isCompared ? [6, 4] : DASHES[Math.floor(index / COLORS.length) % DASHES.length];
+    const color = column.color ?? index;
+    const stroke = readColor(COLORS[color % COLORS.length]);
+    const dash = column.isCompared ? [6, 4] : DASHES[Math.floor(color / COLORS.length) % DASHES.length];
     return {
       label: column.label,
       stroke,
@@ -173,19 +178,20 @@ class Panel {
       dash,
       points: { show: column.hasPoints ?? false, size: 6, fill: stroke },
       paths: column.hasPoints ? () => null : undefined,
-      spanGaps: column.spansGaps ?? false,
+      spanGaps: column.hasGaps ?? false,
     };
   }
 
   buildLegend({ columns }) {
-    this.values = columns.slice(0, MAX_LEGEND).map((column, index) => {
+    const named = columns.flatMap((column, index) => (column.isFaint ? [] : [{ column, index }]));
+    this.values = named.slice(0, MAX_LEGEND).map(({ column, index }) => {
       const value = element("b");
-      if (columns.length === 1) return { value, row: value };
+      if (named.length === 1) return { value, index, row: value };
       const line = element("i", { className: column.isCompared ? "swatch dashed" : "swatch" });
-      line.style.borderColor = readColor(COLORS[index % COLORS.length]);
-      return { value, row: element("span", {}, line, column.label, value) };
+      line.style.borderColor = readColor(COLORS[(column.color ?? index) % COLORS.length]);
+      return { value, index, row: element("span", {}, line, column.label, value) };
     });
-    const more = columns.length - this.values.length;
+    const more = named.length - this.values.length;
     this.legend.replaceChildren(
       ...this.values.map(({ row }) => row),
       ...(more > 0 ? [`and ${more} more`] : []),
@@ -197,10 +203,16 @@ class Panel {
     const isKnown = index !== null && index !== undefined && index < this.chart.data[0].length;
     const x = isKnown ? this.chart.data[0][index] : null;
     const isFirst = this.panel === this.stack.shown[0];
+    this.position.hidden = !isFirst;
     this.position.textContent = isKnown && isFirst ? this.stack.describePosition(x) : "";
-    this.values?.forEach(({ value }, column) => {
-      value.textContent = isKnown ? formatNumber(this.panel.columns[column].values[index], 6) : "";
-    });
+    for (const { value, index: column } of this.values ?? []) {
+      const { values, last } = this.panel.columns[column];
+      // Several runs have values at different positions: show the closest one before the cursor.
+      let at = index;
+      while (isKnown && at > 0 && (values[at] === null || values[at] === undefined)) at -= 1;
+      const shown = isKnown ? values[at] : last;
+      value.textContent = shown === undefined ? "" : formatNumber(shown, 6);
+    }
   }
 
   select(chart) {
@@ -282,6 +294,13 @@ class Panel {
     this.chart?.destroy();
     this.root.remove();
   }
+}
+
+// Return the range of the vertical axis: a constant is drawn in the middle, and zero at the bottom.
+function chooseRange(_, low, high) {
+  if (low === null) return [0, 1];
+  if (low === high) return low === 0 ? [0, 1] : [low - Math.abs(low) / 2, low + Math.abs(low) / 2];
+  return uPlot.rangeNum(low, high, 0.1, true);
 }
 
 // A logarithmic axis cannot show zero and negative values.

@@ -1,5 +1,5 @@
 // The page that edits a config.
-import { coalesce, download, element, request, requestNumbers } from "./api.js";
+import { coalesce, download, element, formatText, request, requestNumbers } from "./api.js";
 import { ChartStack, formatNumber } from "./charts.js";
 import { createEditor } from "./editor.js";
 import { SchedulerForm } from "./form.js";
@@ -128,8 +128,8 @@ function showProblems(problems) {
       "button",
       { type: "button", className: "problem-text" },
       element("span", { className: "place", textContent: place }),
-      element("span", { textContent: problem.message }),
-      problem.hint ? element("span", { className: "muted", textContent: ` ${problem.hint}` }) : "",
+      element("span", {}, ...formatText(problem.message)),
+      problem.hint ? element("span", { className: "muted" }, " ", ...formatText(problem.hint)) : "",
     );
     message.addEventListener("click", () => editor.goTo(problem.from));
     const row = element("div", { className: "problem", dataset: { severity: problem.severity } }, message);
@@ -190,7 +190,7 @@ function showForm(value) {
   form.show(value);
   const select = find("type");
   if (document.activeElement !== select) select.value = value.type ?? "";
-  find("type-summary").textContent = value.summary;
+  find("type-summary").replaceChildren(...formatText(value.summary));
 }
 
 // Change the scheduler block. The last one of several fast edits of the same param counts.

@@ -32,7 +32,7 @@ import {
   syntaxHighlighting,
   tags,
 } from "./codemirror.js";
-import { element } from "./api.js";
+import { element, formatText } from "./api.js";
 
 const SEVERITIES = { error: "error", warning: "warning", note: "info" };
 
@@ -224,7 +224,7 @@ async function explain(view, position, describe) {
         "div",
         { className: "help" },
         element("code", { textContent: found.title }),
-        ...found.lines.map((line) => element("p", { textContent: line })),
+        ...found.lines.map((line) => element("p", {}, ...formatText(line))),
       ),
     }),
   };

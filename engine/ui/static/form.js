@@ -1,5 +1,5 @@
 // The form of the scheduler block. Each change is an edit of the text, which the server computes.
-import { element } from "./api.js";
+import { element, formatText } from "./api.js";
 import { formatNumber } from "./charts.js";
 
 const POSITIONS = 1000; // of a slider
@@ -107,7 +107,7 @@ class Row {
       this.input,
       this.slider,
       this.reset,
-      element("p", { className: "muted", textContent: field.description }),
+      element("p", { className: "muted" }, ...formatText(field.description)),
     );
   }
 

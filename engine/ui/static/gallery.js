@@ -1,5 +1,5 @@
 // The gallery of schedules: a card with a small curve for each type.
-import { element, request } from "./api.js";
+import { element, formatText, request } from "./api.js";
 
 const WIDTH = 132;
 const HEIGHT = 44;
@@ -31,9 +31,9 @@ export class Gallery {
     const card = element(
       "button",
       { type: "button", className: "card", dataset: { search: `${name} ${summary}`.toLowerCase() } },
-      element("strong", { textContent: name }),
+      element("strong", {}, ...breakWords(name)),
       drawCurve(points),
-      element("span", { className: "muted", textContent: feedback ? `${summary} Uses the ${feedback}.` : summary }),
+      element("span", { className: "muted" }, ...formatText(feedback ? `${summary} Uses the ${feedback}.` : summary)),
     );
     card.addEventListener("click", () => {
       this.dialog.close();
@@ -56,9 +56,15 @@ function drawCurve(points) {
     `${(2 + (index / (points.length - 1)) * (WIDTH - 4)).toFixed(1)},${(3 + scale(value) * (HEIGHT - 6)).toFixed(1)}`;
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
+  svg.setAttribute("preserveAspectRatio", "none");
   svg.setAttribute("aria-hidden", "true");
   const line = document.createElementNS("http://www.w3.org/2000/svg", "polyline");
   line.setAttribute("points", points.map(place).join(" "));
   svg.append(line);
   return svg;
+}
+
+// Allow line breaks between the words of a name such as CosineAnnealingLR.
+function breakWords(name) {
+  return name.split(/(?<=[a-z_])(?=[A-Z])|(?<=_)/).flatMap((word) => [word, document.createElement("wbr")]);
 }
