@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -169,7 +170,9 @@ def test_keyboard_alone_completes_fixes_and_saves(browser, open_config):
     path = open_config()
     place_cursor(browser, 2)
     type_keys(browser, "\n", '"gradient_clip')
-    wait_for(browser, "document.querySelector('.cm-tooltip-autocomplete')")
+    selected = "document.querySelector('.cm-tooltip-autocomplete [aria-selected]')?.innerText"
+    wait_for(browser, f"({selected} ?? '').startsWith('gradient_clipping')")
+    time.sleep(0.3)  # CodeMirror ignores Enter just after the list appears
     type_keys(browser, Keys.ENTER)
     wait_for(browser, f"{TEXT}.includes('\"gradient_clipping\": 1.0,')")
     type_keys(browser, "\n", '"prescale_gradient": false,')
