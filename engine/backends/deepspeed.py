@@ -1,4 +1,4 @@
-"""The DeepSpeed backend, which trains with DeepSpeed's engine."""
+"""The DeepSpeed backend. It trains with DeepSpeed's engine."""
 
 from __future__ import annotations
 
@@ -132,10 +132,10 @@ class DeepSpeedBackend(Backend):
             self.engine.set_gradient_accumulation_boundary(is_last)
 
     def _start_backward(self, *, is_last: bool) -> None:
-        """Check the order of the passes, and set whether this backward pass ends a step.
+        """Check the order of the passes, and mark the last backward pass of a step.
 
-        DeepSpeed needs this information only if it manages gradient accumulation. Otherwise, it
-        reduces all gradients in its optimizer step.
+        The mark has an effect only if DeepSpeed manages gradient accumulation. If not, DeepSpeed
+        reduces all gradients in the optimizer step.
         """
         self._order.check(is_last=is_last and self._is_managed)
         if self._is_managed:
@@ -205,8 +205,8 @@ class DeepSpeedBackend(Backend):
     def _are_gradients_finite(self) -> bool:
         """Return whether the gradients of all ranks are finite.
 
-        Without ZeRO, DeepSpeed does not check this. If every rank has the same weights, the norm
-        of the gradients is also stored in ``grad_norm``.
+        Without ZeRO, DeepSpeed does not check the gradients. If every rank has the same weights,
+        this method also stores the gradient norm in ``grad_norm``.
         """
         parameters = (p for g in self.optimizer.param_groups for p in g["params"])
         norm = compute_norm([get_gradient(p) for p in parameters if p.grad is not None])
@@ -344,8 +344,8 @@ class DeepSpeedBackend(Backend):
     def _load_only_weights(self, files: DeepSpeedFiles, *, strict: bool) -> None:
         """Load the weights and the step counters of a checkpoint, but not the optimizer's state.
 
-        DeepSpeed's own method is not used here, because it would load the weights of the newest tag
-        instead of those of this checkpoint.
+        DeepSpeed's own method is not suitable, because it loads the weights of the newest tag
+        instead of the weights of this checkpoint.
         """
         with report_damage_on_all_ranks(files.directory, self.ranks):
             found = files.find_weights()

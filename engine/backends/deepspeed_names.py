@@ -1,4 +1,4 @@
-"""Look up settings of a run by the names that they have in DeepSpeed's engine.
+"""Look up settings of a run by their names in DeepSpeed's engine.
 
 Scripts written for DeepSpeed read settings from its engine, for example with
 ``engine.zero_optimization_stage()``.
@@ -106,7 +106,7 @@ def find_attribute(backend: Backend, config: Config, name: str) -> Any:
 
 
 def find_setting(config: Config, name: str) -> Any:
-    """Return a setting of the config by the name that it has in DeepSpeed's engine.
+    """Return a config setting by its name in DeepSpeed's engine.
 
     If DeepSpeed's engine has a method of this name, return a function without arguments that
     returns the setting.

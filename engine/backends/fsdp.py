@@ -2,7 +2,7 @@
 
 FSDP2 implements ZeRO's stages as follows. Stage 3 gathers a block's parameters for the forward pass
 and again for the backward pass. Stage 2 keeps the gathered parameters between the two passes. Stage
-1 does the same, but reduces the gradients only once per step.
+1 also keeps them, and reduces the gradients only once per step.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class FSDPBackend(PyTorchBackend):
     def _check_frozen(self) -> None:
         """Check that no 16-bit parameter was unfrozen after the engine was built.
 
-        FSDP cannot convert a parameter to float32 after it has sharded the parameter.
+        FSDP cannot convert a sharded parameter to float32.
         """
         for name, parameter in self._frozen_16_bits:
             if parameter.requires_grad:
@@ -214,9 +214,9 @@ def _check_supported(optimizer: Optimizer) -> Optimizer:
 
 
 def _clear_unreduced_gradients(module: FSDPModule) -> None:
-    """Clear the gradients that a module has accumulated on this rank but not yet reduced.
+    """Clear the unreduced gradients that a module has accumulated on this rank.
 
-    FSDP has no public method that clears them.
+    FSDP does not have a public method to clear these gradients.
     """
     group = module._get_fsdp_state()._fsdp_param_group  # noqa: SLF001  # private in torch
     for parameter in group.fsdp_params if group is not None else ():
@@ -235,8 +235,8 @@ def shard(
 ) -> list[Any]:
     """Shard a model's parameters across ranks, in place, and return the parameters to train.
 
-    As with DDP, all ranks start with rank 0's values. Each block is moved to the device, copied
-    from rank 0 and sharded before the next one, so that a GPU need not hold the whole model.
+    As with DDP, all ranks start with rank 0's values. The blocks are moved to the device, copied
+    from rank 0 and sharded one at a time, so the whole model does not need to fit on one GPU.
 
     Args:
         model: module to shard.
@@ -322,7 +322,8 @@ def _copy_from_rank_0(module: nn.Module, device: torch.device, copied: set[int])
     Args:
         module: block or model.
         device: device of this rank.
-        copied: ids of the tensors that have been copied already; those of this module are added.
+        copied: ids of the tensors that have already been copied. The ids of this module's tensors
+            are added.
     """
     tensors = [
         tensor
@@ -348,7 +349,7 @@ def _to_local(tensor: Tensor) -> Tensor:
 
 
 def check_gradient_averaging(ranks: Ranks) -> None:
-    """Check that FSDP averages gradients over the ranks, because some builds of torch do not.
+    """Check that FSDP averages gradients over the ranks. Some builds of torch do not.
 
     Raises:
         RuntimeError: the gradient that FSDP computes for a test weight is not the mean over the

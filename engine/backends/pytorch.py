@@ -1,4 +1,4 @@
-"""The PyTorch backend, which trains in one process or replicates the model on several ranks."""
+"""The PyTorch backend. It trains in one process, or replicates the model on several ranks."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class PyTorchBackend(DeferringBackend):
     """Backend that trains with PyTorch and averages the gradients over all ranks.
 
     Trained 16-bit parameters are converted to float32 unless ``engine.master_weights`` is false. If
-    the config selects bf16 or fp16, the model's methods run under autocast with that dtype.
-    Otherwise, if parameters were converted, autocast uses the dtype that they had before.
+    the config selects bf16 or fp16, the model's methods run under autocast with that dtype. Without
+    bf16 or fp16 in the config, autocast uses the original dtype of the converted parameters.
 
     Args:
         model: the user's module; it is moved to the device of ``ranks``.
@@ -213,7 +213,7 @@ class PyTorchBackend(DeferringBackend):
         return finite
 
     def _prepare_gradients(self) -> list[Tensor]:
-        """Finish the averaging of the gradients, and return them."""
+        """Finish averaging the gradients, and return the gradients."""
         if self._may_have_16_bits:
             self._convert_unfrozen()
         if self._averager is not None:
@@ -245,7 +245,7 @@ class PyTorchBackend(DeferringBackend):
         return not self.deferred.has_skipped, loss
 
     def _publish_scale(self, *, overflow: bool) -> None:
-        """Set optimizer attributes that scripts for DeepSpeed read, such as ``loss_scale``."""
+        """Set optimizer attributes that DeepSpeed scripts read, such as ``loss_scale``."""
         optimizer: Any = self.optimizer
         optimizer.overflow = overflow
         optimizer.cur_scale = optimizer.loss_scale = self._scaler.scale if self._scaler else 1.0
@@ -349,7 +349,8 @@ class PyTorchBackend(DeferringBackend):
         if optimizer is not None and not has_states_for(optimizer, files, self.model):
             name = type(optimizer).__name__
             log.warning(
-                "the optimizer starts from scratch, because %s contains no state that %s can load",
+                "the optimizer state was not restored, because %s does not contain a state that "
+                "%s can load",
                 checkpoint_dir,
                 name,
             )

@@ -58,8 +58,8 @@ def collect_weights(
         prefix: see ``nn.Module.state_dict``.
         keep_vars: see ``nn.Module.state_dict``; gathered tensors are always detached.
         exclude_frozen: whether to leave out parameters that do not require gradients.
-        is_on_rank_0_only: whether only rank 0 keeps and returns the tensors, and the other ranks
-            return an empty dict.
+        is_on_rank_0_only: whether only rank 0 returns the tensors. If true, all other ranks return
+            an empty dict.
     """
     model = backend.model
     weights: Any = model.state_dict(destination=destination, prefix=prefix, keep_vars=True)  # type: ignore[type-var]  # None is the default

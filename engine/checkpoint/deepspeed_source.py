@@ -1,4 +1,4 @@
-"""Load a checkpoint in DeepSpeed's format into a model that PyTorch trains."""
+"""Load a checkpoint in DeepSpeed's format with the PyTorch backend."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ They identify the kind of a saved optimizer, because DeepSpeed does not save its
 
 
 class DeepSpeedSource:
-    """Contents of a checkpoint in DeepSpeed's format, named as in the PyTorch backend's format.
+    """Contents of a DeepSpeed checkpoint, with the names that the PyTorch backend uses.
 
     Args:
         files: files of the checkpoint.
@@ -82,10 +82,10 @@ class DeepSpeedSource:
 
 
 def has_states_for(optimizer: Optimizer, files: DeepSpeedFiles, model: nn.Module) -> bool:
-    """Return whether a checkpoint contains the settings and states that an optimizer needs.
+    """Return whether a checkpoint contains the optimizer state of an optimizer.
 
-    The result is true if the saved optimizer was of the same kind, such as Adam. It is always false
-    for kinds of optimizers that are not in `_KINDS`.
+    The result is true if the saved optimizer was of the same kind, such as Adam. The result is
+    always false if the kind is not in `_KINDS`.
     """
     states = files.find_optimizer_states(list_group_names(model, optimizer)).values()
     groups = files.find_param_groups()

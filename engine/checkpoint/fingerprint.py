@@ -1,4 +1,4 @@
-"""Build and compare the identities of runs: the settings that must not change on resume."""
+"""Build and compare the identities of runs. An identity is the settings that must not change on resume."""
 
 from __future__ import annotations
 
