@@ -31,7 +31,7 @@ def import_for_config() -> Any:
         return import_deepspeed()
     except ImportError as error:
         raise ImportError(
-            f"This config needs DeepSpeed, but importing DeepSpeed failed: {error}. Run `pip install "
-            'deepspeed`, or set "engine": {"backend": "torch"} and remove the keys that only '
+            f"This config needs DeepSpeed, but importing DeepSpeed failed: {error}. Run `pip "
+            'install deepspeed`, or set "engine": {"backend": "torch"} and remove the keys that only '
             "DeepSpeed supports."
         ) from error

@@ -42,7 +42,7 @@ class DataPosition:
             self._pending = None
 
     def get_state(self) -> dict[str, Any] | None:
-        """Return the position that is equal on all ranks, or None if the run does not have a loader."""
+        """Return the part of the position that is equal on all ranks, or None without a loader."""
         state = None if self._loader is None else self._loader.state_dict()
         return state and {key: value for key, value in state.items() if key != "loader"}
 
@@ -58,7 +58,7 @@ class DataPosition:
     def read(
         self, state: Mapping[str, Any], batch: BatchSizes, directory: Path, world_size: int
     ) -> Mapping[str, Any] | None:
-        """Return the position in the data from a checkpoint, or None if the checkpoint lacks it.
+        """Return the position in the data from a checkpoint, or None if it was not saved.
 
         If the batch sizes have changed, the position is converted to batches of the new size.
 

@@ -1,4 +1,4 @@
-"""Read and format the manifest of a checkpoint, which lists its files and describes its run."""
+"""Read and format the manifest of a checkpoint. It lists the files and describes the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of ``manifest.json``, which describes a checkpoint.
+    """Contents of ``manifest.json``, the description of a checkpoint.
 
     ``files`` maps each file's relative path to its size in bytes and its hash. ``identity``
     contains the settings that must be the same in a run that resumes from the checkpoint.

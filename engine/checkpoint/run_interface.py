@@ -1,4 +1,4 @@
-"""The parts of a training run and its backend that checkpoints save and restore."""
+"""Protocols for the run and the backend that checkpoints save and restore."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["RunState", "SavedBackend"]
 
 
 class SavedBackend(Protocol):
-    """The part of `engine.backends.base.Backend` that checkpoints use."""
+    """Protocol for the methods of `engine.backends.base.Backend` that checkpoints use."""
 
     @property
     def optimizer(self) -> Optimizer:
@@ -45,7 +45,7 @@ class SavedBackend(Protocol):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        """Write the same state as `save`, but in the background, from a copy in host memory."""
+        """Copy the state to host memory, and write the copy to a checkpoint in the background."""
         ...
 
     def load(
@@ -56,7 +56,7 @@ class SavedBackend(Protocol):
 
 
 class RunState(Protocol):
-    """The attributes of a training run that checkpoints contain."""
+    """Protocol for the training run that checkpoints save and restore."""
 
     config: Config
     is_trial: bool
@@ -74,7 +74,7 @@ class RunState(Protocol):
 
     @property
     def scheduler(self) -> LRScheduler | None:
-        """The learning-rate scheduler of the run; None if it has none."""
+        """The learning-rate scheduler of the run, or None."""
         ...
 
     def restore_counters(self, counters: Counters) -> None:
