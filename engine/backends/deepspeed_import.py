@@ -32,6 +32,6 @@ def import_for_config() -> Any:
     except ImportError as error:
         raise ImportError(
             f"This config needs DeepSpeed, but importing DeepSpeed failed: {error}. Run `pip "
-            'install deepspeed`, or set "engine": {"backend": "torch"} and remove the keys that only '
-            "DeepSpeed supports."
+            'install deepspeed`, or set "engine": {"backend": "torch"} and remove the keys that '
+            "only DeepSpeed supports."
         ) from error

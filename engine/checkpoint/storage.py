@@ -243,7 +243,7 @@ def _find_newest(directory: Path, complete: list[tuple[Path, Manifest]]) -> tupl
         log.warning("skipping the damaged checkpoint %s: %s", checkpoint_dir, "; ".join(problems))
     damaged = "".join(f" {text}" for text in _describe_incomplete(directory))
     raise FileNotFoundError(
-        f"{directory} does not contain a complete checkpoint.{damaged} Use another "
+        f"{directory} contains no complete checkpoint to resume from.{damaged} Use another "
         'directory, or set `engine.checkpoint.resume` to "never" to start from scratch.'
     )
 

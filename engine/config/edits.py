@@ -1,4 +1,4 @@
-"""Edit the text of a config: apply automatic fixes, and add or replace the scheduler block.
+"""Edit the text of a config: apply automatic fixes, or set the scheduler block.
 
 All other text is preserved, including comments, whitespace and the order of keys.
 """
@@ -82,8 +82,8 @@ def write_scheduler(path: Path, block: Mapping[str, Any]) -> Path:
 def replace_scheduler(document: Document, block: Mapping[str, Any]) -> str:
     """Return the text of a config with the scheduler block added or replaced.
 
-    If the existing block has the same type and the same parameter names, only the values that
-    differ are replaced, so that comments inside the block are preserved.
+    If the existing block has the same type and parameter names, only changed values are replaced,
+    and comments inside the block are preserved.
 
     >>> from engine.config.parser import parse
     >>> text = '{"scheduler": {"type": "A", "params": {"x": 1}} // mine\\n}'

@@ -1,4 +1,4 @@
-"""Find the optimizer that a config's ``optimizer.type`` names, and the schema of its params."""
+"""Find the optimizer that ``optimizer.type`` names, and the JSON schema of its params."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _ANY_PARAMS: Mapping[str, Any] = {}
 
 
 def find_optimizer_schema(document: Document, name: str) -> Mapping[str, Any] | Problem:
-    """Return the JSON schema of the ``params`` of an optimizer, or a problem of its type.
+    """Return the JSON schema of an optimizer's ``params``, or a problem with ``optimizer.type``.
 
-    A custom class is imported if imports are allowed. Its schema contains the names of the
-    constructor's arguments, but not the types of their values. If imports are not allowed, the
-    problem is usually a note that the class is not checked.
+    If imports are allowed, a custom class is imported. The schema of a custom class contains the
+    names of the constructor's arguments, but not their types. If imports are not allowed, the
+    result is usually a note that the class is not checked.
 
     Args:
         document: parsed config.
@@ -92,7 +92,7 @@ def _is_optimizer_class(found: Any) -> bool:
 
 
 def needs_closure(optimizer_class: Any) -> bool:
-    """Return whether the method ``step`` of an optimizer class requires a closure, as in LBFGS."""
+    """Return whether an optimizer class requires a closure in ``step``, like LBFGS."""
     try:
         parameters = list(inspect.signature(optimizer_class.step).parameters.values())
     except (AttributeError, TypeError, ValueError):  # not every callable has a signature
@@ -102,7 +102,7 @@ def needs_closure(optimizer_class: Any) -> bool:
 
 
 def _build_schema(optimizer_class: type) -> Mapping[str, Any]:
-    """Build a JSON schema that accepts the keyword arguments of a class, with any values."""
+    """Build a JSON schema that accepts the keyword arguments of a class with any value."""
     try:
         arguments = list(inspect.signature(optimizer_class).parameters.values())
     except (TypeError, ValueError):

@@ -2,11 +2,11 @@
 
 `add_config_arguments` adds DeepSpeed's arguments for the config file. `add_schedule_arguments` adds
 arguments that override values in this file. Some of these arguments have the same names and
-meanings as in SambaFlow (``--learning_rate``, ``--max_steps``, …). In addition, there is one
-argument per parameter of DeepSpeed's schedules.
+meanings as in SambaFlow (``--learning_rate``, ``--max_steps``, …). There is also one argument per
+parameter of DeepSpeed's schedules.
 
-If the script adds its own argument with one of these names, before or after these calls, the
-script's argument takes precedence. Its value does not override the config.
+If the script defines an argument with the same name, before or after these calls, the script's
+argument takes precedence. The value of the script's argument does not override the config.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _RUN_ARGUMENTS: Mapping[str, tuple[str, Callable[[str], Any], str]] = {
 
 @functools.cache
 def _find_schedule_parameters() -> dict[str, type[Schedule[Any]]]:
-    """Map each parameter name of DeepSpeed's schedules to a schedule that has this parameter."""
+    """Map each parameter name of DeepSpeed's schedules to a schedule with this parameter."""
     return {
         name: cls
         for cls in import_family("families.deepspeed").values()
@@ -79,9 +79,9 @@ _VALUES = "onecycle_overrides"
 class _StoreOverride(argparse.Action):
     """An argparse action that stores the value of an argument in two places.
 
-    As usual, the value is stored in the namespace attribute with the argument's name. The value is
-    also stored in the dict ``onecycle_overrides``, which is another attribute of the namespace. A
-    script's own argument with the same name does not change the value in the dict.
+    The value is stored in the namespace attribute with the argument's name, and in the dict
+    ``onecycle_overrides`` of the namespace. A script's argument with the same name does not change
+    the value in the dict.
     """
 
     def __call__(
@@ -98,10 +98,10 @@ class _StoreOverride(argparse.Action):
 
 @dataclass(frozen=True)
 class Override:
-    """A config value that was set by a command-line argument.
+    """A config value set by a command-line argument.
 
-    ``replaced_value`` describes the overridden value and its position in the config file. It is
-    empty if the file does not contain the key, or already sets the key to the new value.
+    ``replaced_value`` describes the overridden value and its position in the config file. The
+    string is empty if the file does not contain the key or already contains the new value.
     """
 
     argument: str
@@ -138,8 +138,8 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     """Add arguments that override values in the config, such as ``--learning_rate``.
 
     Pass the parsed namespace to ``initialize(args=…)``. Arguments that are not given on the command
-    line do not change the config. If the script itself adds an argument with one of these names,
-    before or after this call, the script's argument is used instead and does not change the config.
+    line do not change the config. If the script defines an argument with the same name, the
+    script's argument takes precedence and does not change the config.
 
     Returns:
         The parser that was passed in.
@@ -171,9 +171,9 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
 def _start_group(
     parser: argparse.ArgumentParser, title: str, description: str
 ) -> Callable[..., None]:
-    """Start a group of command-line arguments, and return a function that adds an argument to it.
+    """Create an argument group, and return a function that adds an argument to the group.
 
-    The function does not add an argument if the script already has one with the same name.
+    The returned function skips arguments that the script already defines.
     """
     # Let the script replace our arguments. `argparse` copies this setting to each group, so set it
     # in the existing ones as well.
@@ -200,7 +200,7 @@ def apply_overrides(
 
     Args:
         document: parsed config. It is not modified.
-        args: parsed command-line arguments. Only those of `add_schedule_arguments` are used.
+        args: parsed command-line arguments. Only arguments from `add_schedule_arguments` are used.
 
     Returns:
         The config with the new values, and one `Override` per value that was set.
@@ -236,7 +236,7 @@ def apply_overrides(
 def _find_values_to_set(
     given: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, Any]]:
-    """Yield the argument name, the JSON pointer and the new value of each config value to set.
+    """Yield the argument name, JSON pointer and new value of each config value to set.
 
     The type of the schedule is yielded first.
     """

@@ -1,8 +1,8 @@
 """Parse the text of a config into values, and record the position of every key and value.
 
-Like DeepSpeed, which parses configs with hjson, the parser accepts comments and trailing commas.
-Unlike DeepSpeed, it rejects NaN and unquoted text. If possible, the parser continues after an
-error, so that all problems are reported at once.
+Like DeepSpeed's hjson parser, the parser accepts comments and trailing commas. Unlike DeepSpeed,
+the parser rejects NaN and unquoted text. If possible, the parser continues after an error, so that
+all problems are reported at once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LITERALS = {"true": True, "false": False, "null": None}
 
 @dataclass(frozen=True)
 class Location:
-    """The positions of a key and of its value, each as a 1-based (line, column) pair."""
+    """The positions of a key and its value. A position is a 1-based (line, column) pair."""
 
     key: tuple[int, int]
     value: tuple[int, int]
@@ -48,7 +48,7 @@ class Document:
     """A parsed config.
 
     ``locations`` maps the JSON pointer of each value to its position. ``problems`` lists the
-    problems that the parser found, such as duplicate keys.
+    problems that the parser found, for example duplicate keys.
     """
 
     name: str
@@ -107,9 +107,9 @@ class Document:
             pointer: JSON pointer of the key.
             message: description of the problem.
             hint: description of the fix.
-            at_key: whether to use the position of the key instead of the position of its value.
+            at_key: whether to report the position of the key instead of its value.
             severity: "error", "warning" or "note".
-            fix: automatic fix, if there is one.
+            fix: automatic fix, or None.
             suggestion: key that the user probably meant, or the JSON pointer of a missing key.
         """
         around = pointer
@@ -278,7 +278,7 @@ class _Parser:
 
         Args:
             bracket: closing bracket of the current object or array.
-            first: whether no item has been parsed yet; if so, no comma is expected.
+            first: whether the next item is the first one, without a comma before it.
 
         Returns:
             Whether the closing bracket was found.

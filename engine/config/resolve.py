@@ -45,7 +45,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LossScaling:
-    """The loss-scaling settings of the ``fp16`` section. Field names are the config keys."""
+    """The loss-scaling settings of the ``fp16`` section. The field names are the config keys."""
 
     loss_scale: float
     initial_scale_power: int
@@ -116,7 +116,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Settings that decide how a backend prepares and trains the model."""
+    """Settings for preparing and training the model."""
 
     wrap_classes: tuple[str, ...]
     """Class names of the modules to shard and to recompute as a unit."""
@@ -148,7 +148,7 @@ class ProgressSettings:
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Settings of the diagnostics that a run logs in addition to its progress."""
+    """Settings of the diagnostics that a run logs."""
 
     wall_clock_breakdown: bool
     """Whether the mean times of the passes are logged with each progress line."""
@@ -162,7 +162,7 @@ class Diagnostics:
 class Config(Mapping[str, Any]):
     """A valid config with all defaults and derived values filled in.
 
-    When used as a mapping, it contains only the keys and values that the user set (``raw``).
+    As a mapping, the config contains only the user's keys and values (``raw``).
     """
 
     name: str
@@ -242,14 +242,14 @@ class Config(Mapping[str, Any]):
         )
 
     def horizon(self, steps_per_epoch: float | None) -> Horizon:
-        """Return the length of the run, which is needed to convert durations to steps.
+        """Return the length of the run, for converting durations to steps.
 
         Args:
             steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
         Raises:
-            DurationError: ``max_duration`` is in epochs, and ``steps_per_epoch`` is None or so
-                large that the run is longer than 2**53 steps.
+            DurationError: ``max_duration`` is in epochs, but ``steps_per_epoch`` is None, or the
+                run is longer than 2**53 steps.
         """
         return build_horizon(
             self.run, samples_per_step=self.batch.train, steps_per_epoch=steps_per_epoch
@@ -266,16 +266,16 @@ def load_config(
 ) -> Config:
     """Load and validate a config, and fill in all defaults and derived values.
 
-    The code that the config names, such as ``"my_module:MySchedule"``, is imported, because the
-    returned config contains the schedule. To check a config that you do not trust, use `validate`.
+    Code that the config names, such as ``"my_module:MySchedule"``, is imported. To check a config
+    that you do not trust, use `validate` instead.
 
     Args:
         config: path of the config, or the config as a dict. The dict is not modified.
         world_size: number of ranks of the run.
-        args: parsed command-line arguments. Those of `add_schedule_arguments` override config
+        args: parsed command-line arguments. Arguments from `add_schedule_arguments` override config
             values.
-        needs_deepspeed: part of the model that only DeepSpeed supports; None if there is none.
-            Such a part selects the DeepSpeed backend unless ``engine.backend`` is set.
+        needs_deepspeed: part of the model that only DeepSpeed supports, or None. If set, the
+            default backend is DeepSpeed.
         count_ranks: function that takes the config and the world size, and returns the number of
             ranks that load different samples. By default, this number is derived from the config's
             parallelism.
@@ -370,7 +370,7 @@ def _resolve(
 
 
 def drop_group_schedules(config: Config) -> Config:
-    """Return a copy of the config in which no param group has its own schedule."""
+    """Return a copy of the config without the schedules of individual param groups."""
     if config.optimizer is None:
         return config
     return replace(config, optimizer=replace(config.optimizer, group_schedules={}))

@@ -1,4 +1,4 @@
-"""Rules for keys that the backend, or its installed version, does not support."""
+"""Rules for keys that the backend or its installed version does not support."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _check_support(context: RuleContext) -> Iterator[Problem]:
 def _find_torch_only(context: RuleContext) -> Iterator[Problem]:
     """Yield an error for each key that the DeepSpeed backend does not support.
 
-    A key that is set to its default value, or that does not affect the results, is accepted.
+    A key with its default value and a key that does not affect the results are accepted.
     """
     for member in context.members:
         torch_only = member.schema.get("x-backend") == "torch"
