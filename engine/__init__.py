@@ -87,8 +87,8 @@ def _import_from_deepspeed(name: str) -> Any:
         return getattr(import_deepspeed(), name)
     except ImportError as error:
         raise ImportError(
-            f"`{name}` requires DeepSpeed, but importing DeepSpeed failed: {error}. Run `pip install "
-            "deepspeed`."
+            f"`{name}` requires DeepSpeed, but importing DeepSpeed failed: {error}. Run `pip "
+            "install deepspeed`."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Generate the output of `onecycle schedules`: a list of all schedules, or one schedule's page."""
+"""Generate the list of schedules and the page of each schedule for `onecycle schedules`."""
 
 from __future__ import annotations
 
@@ -45,19 +45,18 @@ def get_summary(cls: type[Schedule[Any]]) -> str:
 
 
 def example_curves(cls: type[Schedule[Any]]) -> dict[str, Curve]:
-    """Return the curve of each hyperparameter that a schedule sets with its example parameters."""
+    """Return the hyperparameter curves of a schedule's example."""
     curves = cls(**cls.example).build_curves(_BASE, EXAMPLE_RUN)
     return {name: groups[0] for name, groups in curves.items()}
 
 
 def fit_example(name: str, other: Preview, steps: int) -> Curves:
-    """Return the curves of a schedule's example, fitted to those of a config, to compare them.
+    """Return the curves of a schedule's example, scaled for comparison with a config.
 
     Args:
         name: type of the schedule.
-        other: preview of the config. The learning rate of the example is multiplied by a factor, so
-            that both have the same peak.
-        steps: length of the plot, to which the example's run of 100 steps is stretched.
+        other: preview of the config. The learning rate of the example is scaled to the same peak.
+        steps: length of the plot. The 100 steps of the example are stretched to this length.
     """
     curves = example_curves(SCHEDULES[name])
     length = int(EXAMPLE_RUN.total_steps or 1)
@@ -76,14 +75,14 @@ def _sample(curve: Curve, steps: int) -> Iterable[float]:
 
 
 def list_schedules() -> Iterator[str]:
-    """Yield one line per schedule: the name, a small plot of the learning rate, and the summary."""
+    """Yield one line per schedule with its name, a small learning-rate plot and its summary."""
     width = max(map(len, SCHEDULES))
     for name, cls in SCHEDULES.items():
         yield f"{name:{width}}  {_draw_sparkline(example_curves(cls)['lr'])}  {get_summary(cls)}"
 
 
 def format_page(cls: type[Schedule[Any]]) -> Iterator[str]:
-    """Yield the lines of a schedule's page: description, parameters, example and small plots."""
+    """Yield the lines of a schedule's page."""
     yield cls.type_name
     yield ""
     yield (inspect.getdoc(cls) or "").partition("\n\n>>>")[0]

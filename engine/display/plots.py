@@ -1,4 +1,4 @@
-"""Plot hyperparameters against the step, as an image file or in the terminal."""
+"""Plot hyperparameters against the step in an image file or in the terminal."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def draw(
         path: output file. Its suffix, such as ``.png`` or ``.pdf``, selects the format.
         title: title of the figure.
         steps: step of each value, in ascending order (default: 0, 1, 2, …).
-        curves: curve of each column; its phases, such as the warmup, are labeled in the plot.
+        curves: curve of each column. The plot labels its phases, such as the warmup.
         sources: schedule that each column belongs to, if several schedules are compared.
         log: whether the axis of the learning rate is logarithmic.
-        evidence: losses from which a loss-driven schedule determined the end of its warmup, and the
-            Gaussian process that was fitted to these losses. Both are plotted in an additional
-            panel. If ``columns`` contains ``loss``, the panel shows that column instead of these
+        evidence: losses that determined the end of a loss-driven warmup, and the Gaussian process
+            fitted to these losses. An additional panel shows the losses and the Gaussian process.
+            If ``columns`` contains ``loss``, the panel shows that column instead of the given
             losses.
         dpi: resolution of the image in dots per inch.
     """
@@ -78,7 +78,7 @@ def draw(
 
 
 def _draw_loss(axis: Axes, losses: Sequence[float], evidence: Evidence) -> None:
-    """Plot the losses of a run, and the Gaussian process fitted to the losses of its warmup."""
+    """Plot the losses of a run and the Gaussian process fitted to the warmup losses."""
     axis.plot(range(len(losses)), losses, ".", markersize=2, color="tab:blue", alpha=0.4)
     axis.set_ylabel(_LOSS)
     axis.grid(alpha=0.3)
@@ -99,7 +99,7 @@ def _draw_loss(axis: Axes, losses: Sequence[float], evidence: Evidence) -> None:
 
 
 def draw_decision(evidence: Evidence, path: Path, title: str) -> None:
-    """Plot the learning rate and losses of a loss-driven warmup, and state why the warmup ended."""
+    """Plot the learning rate and losses of a loss-driven warmup, with the reason for its end."""
     step, lr, reason, probability = evidence.decision
     confidence = "" if probability is None else f" (probability {probability:.3f})"
     draw(
@@ -127,7 +127,7 @@ def draw_on_terminal(
         columns: values at each step, by column name.
         title: first line of the text.
         steps: step of each value, in ascending order (default: 0, 1, 2, …).
-        curves: curve of each column; its phases are listed below the panel.
+        curves: curve of each column. Its phases are listed below the panel.
         sources: schedule that each column belongs to, if several schedules are compared.
         log: whether the axis of the learning rate is logarithmic.
         size: width and height of the terminal in characters.

@@ -1,4 +1,4 @@
-"""Preview a config's schedule: compute the learning rate at each step before launch."""
+"""Preview a config's schedule before launch."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Preview:
             losses: recorded loss at each step.
 
         Returns:
-            The values of each hyperparameter at each step, and the losses from which the schedule
-            determined the end of its warmup (None if the warmup did not end).
+            The values of each hyperparameter at each step, and the losses that determined the end
+            of the warmup. The losses are None if the warmup did not end.
 
         Raises:
             ValueError: the schedule is not loss-driven.
@@ -75,11 +75,10 @@ class Preview:
         return columns, done.evidence
 
     def check_length(self, steps: int) -> None:
-        """Check that the values of the first ``steps`` steps can be computed in a short time.
+        """Check that the values of the first ``steps`` steps can be computed quickly.
 
         Raises:
-            ValueError: there are too many steps for a PyTorch scheduler, which has to be run step
-                by step.
+            ValueError: the schedule is a PyTorch scheduler, and the number of steps is too large.
         """
         from schedules.families.custom import WrappedScheduler
 
@@ -94,8 +93,8 @@ class Preview:
     def span(self) -> int:
         """Default number of steps to plot.
 
-        This is the length of the run, or of the schedule if the length of the run is
-        unknown.
+        The default is the length of the run. If the run length is unknown, the default is the
+        length of the schedule.
         """
         return int(self.horizon.scaled_steps or 0) or max(1, self.schedule.span)
 
@@ -105,9 +104,9 @@ class Preview:
         return name_columns(self.curves)
 
     def rows(self, steps: int) -> Iterator[tuple[float, ...]]:
-        """Return an iterator over the first ``steps`` steps.
+        """Return an iterator over the rows of the first ``steps`` steps.
 
-        Each item contains the step and the value of each column at that step.
+        A row contains the step and the value of each column.
         """
         values = [curve.values(steps) for curve in self.columns.values()]
         return zip(range(steps), *values, strict=True)
@@ -130,7 +129,7 @@ def preview(
             in epochs.
         allow_imports: whether to import the code that the config names, such as
             ``"my_module:MySchedule"``.
-        auto: values that replace "auto" in the learning rate and in the schedule. If None, "auto"
+        auto: values to use instead of "auto" in the learning rate and the schedule. If None, "auto"
             in the schedule is an error.
 
     Raises:
@@ -188,7 +187,7 @@ def _build_preview(
 
 
 def _prevents_curve(problem: Problem) -> bool:
-    """Return whether a problem makes it impossible to compute the curves of the schedule."""
+    """Return whether a problem prevents the computation of the schedule's curves."""
     if problem.severity != "error" or problem.rule == "batch-sizes":
         return False
     section, *_ = [*split_pointer(problem.pointer), ""]

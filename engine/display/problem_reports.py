@@ -23,7 +23,7 @@ _MAX_PRINTED = 100
 
 @dataclass(frozen=True)
 class Report:
-    """A parsed config, its problems, and whether to print them in color."""
+    """A parsed config, its problems, and the color setting."""
 
     document: Document
     problems: Sequence[Problem]
@@ -31,9 +31,9 @@ class Report:
 
 
 def _select_problems(problems: Sequence[Problem]) -> tuple[list[Problem], int]:
-    """Select the problems to print, and count the problems that are left out.
+    """Select the problems to print, and count the remaining problems.
 
-    If there are too many problems, the most severe ones are selected, in their original order.
+    The most severe problems are selected, in their original order.
     """
     severities = list(_COLORS)
     by_severity = sorted(
@@ -87,7 +87,7 @@ def _format_github(report: Report) -> Iterator[str]:
 
 
 def _encode(text: str, characters: str) -> str:
-    """Percent-encode ``characters`` in a GitHub command, and escape control characters."""
+    """Percent-encode ``characters`` in a GitHub workflow command, and escape control characters."""
     encoded = "".join(f"%{ord(each):02X}" if each in characters else each for each in text)
     return escape(encoded)
 

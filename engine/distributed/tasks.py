@@ -1,4 +1,4 @@
-"""Read the ranks of processes that were started by srun or mpirun instead of torchrun.
+"""Read the ranks of processes that srun or mpirun started.
 
 This module does not import torch.
 """
@@ -14,7 +14,7 @@ _DEFAULT_PORT = 29500  # DeepSpeed's
 
 
 class _Starter(NamedTuple):
-    """A program that starts the tasks of a job, and the environment variables that it sets."""
+    """The name and the environment variables of a program that starts tasks, such as srun."""
 
     name: str
     size: str
@@ -105,8 +105,7 @@ def _find_address(starter: _Starter, environment: Mapping[str, str]) -> str | No
 def _choose_port(environment: Mapping[str, str]) -> int:
     """Return a port number that is the same for all tasks of a job.
 
-    In Slurm, the port depends on the job and the job step, so that two job steps use different
-    ports.
+    In Slurm, the port depends on the job and the job step, so two job steps use different ports.
     """
     job, step = (environment.get(f"SLURM_{kind}_ID", "") for kind in ("JOB", "STEP"))
     if job.isdecimal() and step.isdecimal():
