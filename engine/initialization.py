@@ -1,4 +1,4 @@
-"""Validate a config and build the training engine, in the function `initialize`."""
+"""The function `initialize`."""
 
 from __future__ import annotations
 
@@ -87,27 +87,27 @@ def initialize(
     """Validate a config and build the engine that trains the model.
 
     The arguments and results are the same as those of ``deepspeed.initialize``, in the same order.
-    If the config is invalid, the model and the optimizer are not changed. If the config names your
-    own schedule, such as ``"my_module:MySchedule"``, its import is logged.
+    An invalid config leaves the model and the optimizer unchanged. If the config names a custom
+    schedule, such as ``"my_module:MySchedule"``, its import is logged.
 
     Args:
         args: parsed command line; ``args.deepspeed_config`` is used if ``config`` is not passed.
             Options added by `add_schedule_arguments` override the config; each override is logged.
         model: module to train; it is moved to this rank's device.
         optimizer: your own optimizer, or a function that takes the parameters and returns one; by
-            default, the optimizer in the config is used. Without either, the engine can run the
-            model, but not train it.
+            default, the optimizer in the config is used. Without an optimizer, the engine can run
+            the model, but not train it.
         model_parameters: parameters or param groups to train; by default, all parameters that
             require gradients.
-        training_data: dataset for the returned data loader, or your own data loader, which is
-            prepared as in `Engine.prepare`.
+        training_data: dataset for the returned data loader. Your own data loader is prepared like
+            in `Engine.prepare`.
         lr_scheduler: your own scheduler, or a function that takes the optimizer and returns one; by
             default, the scheduler in the config is used. The engine steps the scheduler after each
             applied optimizer step.
         distributed_port: port of rank 0, used if the environment does not set ``MASTER_PORT``.
         mpu: model-parallel unit; DeepSpeed backend only.
         dist_init_required: ignored; accepted for compatibility with DeepSpeed. A process group is
-            created only if it is needed and not initialized yet.
+            created only if needed.
         collate_fn: function that turns a list of samples into a batch, for the returned loader.
         config: path of a ds_config.json, or the config as a dict.
         mesh_param: shape of the device mesh; DeepSpeed backend only.
@@ -236,7 +236,7 @@ def _load(
     needs_deepspeed: str | None,
     shard: tuple[int, int] | None,
 ) -> Config:
-    """Load and validate a config; report its problems on rank 0 only."""
+    """Load and validate a config. Report problems on rank 0 only."""
 
     def count_ranks(config: Mapping[str, Any], world_size: int) -> DataRanks:
         if shard is not None:
@@ -268,13 +268,13 @@ def _load(
 def _prefer_arguments(
     config: Config, optimizer: object, lr_scheduler: object
 ) -> tuple[Config, list[str]]:
-    """Remove the optimizer or the schedule from the config if an argument replaces it.
+    """Remove the optimizer or schedule from the config if an argument replaces it.
 
     Returns:
         The config, and a log message about each replacement.
 
     Raises:
-        ValueError: the config or an argument requires an optimizer, but there is none.
+        ValueError: the config or an argument requires an optimizer, but no optimizer is specified.
     """
     if optimizer is None and config.optimizer is None:
         _check_inference(config, lr_scheduler)
@@ -336,14 +336,14 @@ def _bind_schedule(
 def _choose_schedule(
     config: Config, groups: Sequence[GroupRow], backend: Backend
 ) -> Schedule[Any] | None:
-    """Return the config's schedule; if param groups have their own, one for each group."""
+    """Return the config's schedule, or one schedule per param group if groups have their own."""
     if config.optimizer is None or not config.optimizer.group_schedules:
         return config.schedule
     entries = [group.entry for group in groups]
     if len(entries) != len(backend.optimizer.param_groups):
         raise ValueError(
             "`optimizer.param_groups` must not contain `scheduler` for a model with DeepSpeed's "
-            "MoE layers, because DeepSpeed divides the groups further. Remove it."
+            "MoE layers, because DeepSpeed splits the groups. Remove `scheduler` from the groups."
         )
     own = config.optimizer.group_schedules
     return PerGroup(
@@ -355,13 +355,13 @@ def _choose_schedule(
 
 
 def _warn_of_repeated_samples(training_data: object, config: Config) -> None:
-    """Warn if the dataset is smaller than a batch, so that each batch repeats samples."""
+    """Warn if each batch repeats samples, because the dataset is smaller than a batch."""
     if not isinstance(training_data, Dataset) or isinstance(training_data, IterableDataset):
         return
     samples = len(training_data)  # type: ignore[arg-type]  # Dataset does not declare __len__
     if samples < config.batch.train:
         log.warning(
-            "`len(training_data)` is %d, less than the `train_batch_size` of %d, so each batch "
+            "`len(training_data)` (%d) is smaller than `train_batch_size` (%d), so each batch "
             "repeats samples; reduce `train_batch_size`",
             samples,
             config.batch.train,

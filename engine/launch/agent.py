@@ -6,8 +6,8 @@ job immediately. In the following cases, the agent sends SIGTERM to the job, and
 a grace period:
 
 - it reads ``term`` or receives a signal;
-- standard input is closed, which means that the launcher has exited;
-- it receives no input for 30 seconds, which means that the launcher is unreachable.
+- standard input is closed, because the launcher has exited;
+- it receives no input for 30 seconds, because the launcher is unreachable.
 
 The job writes its output to the standard output of the agent.
 """
@@ -41,7 +41,7 @@ _SUBREAPER, _PARENT_DEATH = 36, 1  # PR_SET_CHILD_SUBREAPER and PR_SET_PDEATHSIG
 
 
 class _Job:
-    """The torchrun process of this host, and the ranks that it starts."""
+    """The torchrun process of this host and its ranks."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self._grace = float(spec["grace"])
@@ -106,12 +106,11 @@ def main() -> int:
 
 
 def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
-    """Wait until the job exits. Stop the job on request, or if the launcher is unreachable.
+    """Wait until the job exits. Stop it on request or if the launcher is unreachable.
 
     Args:
         job: running job.
-        words: bytes already read from standard input after the first line. They may contain
-            commands, such as ``kill``.
+        words: bytes already read from standard input after the first line, such as ``kill``.
         signals: signals received so far; the signal handlers append to this list.
     """
     silence = 0.0
@@ -139,13 +138,13 @@ def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
 def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
     """Acquire a lock. If an earlier agent holds the lock, wait until that agent exits.
 
-    The lock file is never deleted. Otherwise, another process could create and lock a new file of
-    the same name while this process still holds the lock on the deleted file.
+    The lock file is never deleted. If it were deleted, another process could create and lock a new
+    file of the same name while this process still holds the lock on the deleted file.
 
     Args:
         name: name of the lock; None if no lock is needed.
-        signals: signals received so far. A signal ends the wait. If the launcher stops the job or
-            exits during the wait, SIGTERM is appended to this list.
+        signals: signals received so far. Any signal ends the wait. If the launcher stops the job or
+            exits during the wait, SIGTERM is appended.
 
     Returns:
         The open lock file, or None if no lock is needed. If a signal ended the wait, the file might
@@ -163,10 +162,10 @@ def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
 
 
 def map_slots_to_devices(env: dict[str, str]) -> dict[str, str]:
-    """Replace each slot in the job's `CUDA_VISIBLE_DEVICES` with the device that it refers to.
+    """Replace each slot in the job's `CUDA_VISIBLE_DEVICES` with a device.
 
-    If the environment of this host sets `CUDA_VISIBLE_DEVICES`, slot n refers to device n of that
-    list, counted from 0. Otherwise, slot n refers to device n of the host.
+    If this host sets `CUDA_VISIBLE_DEVICES`, slot n is entry n of that list, counted from 0.
+    Without `CUDA_VISIBLE_DEVICES`, slot n is device n of the host.
 
     Args:
         env: environment variables of the job.
@@ -200,10 +199,10 @@ def _try_lock(file: IO[str]) -> bool:
 
 
 def _read_first_line(descriptor: int) -> tuple[bytes, bytes]:
-    """Read the first line from a file descriptor. Return it, and any bytes read after it.
+    """Return the first line from a file descriptor, and the bytes read after the line.
 
-    The function does not use Python's buffered input, because `select` would not see data that is
-    already in the buffer.
+    The function does not use Python's buffered input, because `select` does not detect buffered
+    data.
     """
     read = b""
     while b"\n" not in read:
@@ -227,7 +226,7 @@ def _prctl(option: int, value: int = 1) -> None:
 def find_descendants(root: int) -> list[int]:
     """Return the process IDs of all descendants of a process, including those in other sessions.
 
-    On systems without ``/proc``, the list is empty.
+    Without ``/proc``, the list is empty.
     """
     parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*"):

@@ -1,4 +1,4 @@
-"""The launch request, and functions to build it from command-line options and files."""
+"""The launch request, and functions to build one from command-line options and files."""
 
 from __future__ import annotations
 
@@ -86,9 +86,9 @@ def build_module_command(python: str, module: str) -> tuple[str, ...]:
 
 
 def find_config(script: tuple[str, ...], cwd: str) -> str | None:
-    """Return the path of the config among the arguments of a script, or None if there is none.
+    """Return the path of the config in the arguments of a script, or None.
 
-    The config is the first JSON file that has a typical config key, such as ``optimizer``.
+    The config is the first JSON file with a typical config key, such as ``optimizer``.
 
     Args:
         script: script and its arguments. An argument can be a path or `--option=path`.
