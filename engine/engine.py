@@ -289,10 +289,9 @@ class Engine(DeepSpeedAccessors):
         The model runs in eval mode without gradients. Afterwards, the mode of each submodule and
         the random state are restored. Every rank must call this method.
 
-        The samples are split across ranks if ``loader`` is a `DataLoader` of the whole dataset. It
-        may shuffle or use a ``DistributedSampler``. In all other cases, each rank evaluates all
-        batches of its ``loader``. Examples are an iterable dataset, a custom sampler and a
-        different dataset per rank.
+        The samples are split across ranks if ``loader`` is a `DataLoader` of the whole dataset. In
+        all other cases, such as an iterable dataset or a custom sampler, each rank evaluates all
+        batches of its ``loader``. Shuffling and a ``DistributedSampler`` make no difference.
 
         Args:
             loader: `DataLoader`, list or other iterable that ends. Its batches are moved to

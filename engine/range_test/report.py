@@ -1,4 +1,4 @@
-"""The report of an LR range test: suggestion, plot, table and scheduler block."""
+"""The report of an LR range test."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class LRRangeReport:
 
     @property
     def max_lr(self) -> float | None:
-        """The suggested maximum learning rate, refined if short cycles were trained.
+        """The suggested maximum learning rate, or its refined value.
 
-        The value is None if the range test has no suggestion.
+        The value is None without a suggestion.
         """
         return self.refinement.max_lr if self.refinement else self.suggestion.max_lr
 
@@ -60,17 +60,17 @@ class LRRangeReport:
         training_steps: int | None = None,
         known: Mapping[str, Any] | None = None,
     ) -> LRRangeReport:
-        """Return a copy of this report, with a suggestion that is refined by training short cycles.
+        """Return a copy of this report with a suggestion refined by short cycles.
 
-        If there is no suggestion, return this report without training.
+        Without a suggestion, return this report without training.
 
         Args:
             train: function that takes a scheduler block and the index of the repeat, trains with
                 this schedule and returns the recorded run.
             steps: number of steps per cycle.
             training_steps: number of steps of the planned training; None if it equals `steps`.
-            known: OneCycle block that provides the momentum settings and the ratio of the two
-                phases' lengths.
+            known: OneCycle block with the momentum settings and the ratio of the phase lengths to
+                use.
         """
         if self.suggestion.max_lr is None:
             return self
@@ -88,10 +88,9 @@ class LRRangeReport:
     def suggestion(self) -> Suggestion:
         """The suggestion from all runs. If ``max_lr`` is None, ``reason`` explains why.
 
-        The smoothed curve and the rules of `suggest` use the points of all runs together. If there
-        are several runs, and more than half of them yield a suggestion on their own, ``max_lr`` is
-        the median of these suggestions. A single run that diverged early therefore has little
-        effect.
+        The smoothed curve and the rules of `suggest` use the points of all runs. If more than half
+        of several runs have their own suggestion, ``max_lr`` is the median of these suggestions. A
+        single run that diverged early therefore has little effect.
         """
         lrs, losses = (
             np.concatenate([np.asarray(part, float) for part in parts])
@@ -107,10 +106,10 @@ class LRRangeReport:
         return Suggestion(rounded, reason, found.rules, found.smoothed)
 
     def _find_early_end(self, reason: str) -> str:
-        """Return a message if a script ended before its sweep did, or an empty string.
+        """Return a message if the script ended before the sweep, or an empty string.
 
         Args:
-            reason: why the recorded losses allow no suggestion.
+            reason: reason why the recorded losses do not allow a suggestion.
         """
         for run in self.runs:
             steps = run.facts.get("steps", 0)
@@ -128,9 +127,9 @@ class LRRangeReport:
 
     @property
     def max_lrs(self) -> list[float]:
-        """The maximum learning rates that the runs suggest individually.
+        """The suggested maximum learning rate of each run.
 
-        Runs without a suggestion are omitted. If there is only one run, the list is empty.
+        Runs without a suggestion are omitted. For a single run, the list is empty.
         """
         if len(self.runs) == 1:
             return []
@@ -141,10 +140,10 @@ class LRRangeReport:
         """Return a OneCycle scheduler block with the suggested range.
 
         Args:
-            known: OneCycle scheduler block that provides all other params, or None.
+            known: OneCycle scheduler block with the remaining params, or None.
 
         Raises:
-            ValueError: if there is no suggestion.
+            ValueError: if the range test has no suggestion.
         """
         if self.max_lr is None:
             raise ValueError(
@@ -185,7 +184,7 @@ class LRRangeReport:
         }
 
     def table(self) -> Table:
-        """Return a table for the terminal: the learning rate of each rule, and the suggestion."""
+        """Return a table of the learning rate of each rule and the suggestion."""
         from rich.table import Table
 
         suggestion = self.suggestion

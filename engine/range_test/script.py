@@ -1,6 +1,6 @@
 """Run an LR range test in a training script.
 
-The test is requested by `onecycle lr-test`, or by an `LRRangeTest` schedule in the config.
+`onecycle lr-test` or an `LRRangeTest` schedule in the config starts the test.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _reports: list[Path] = []
 
 
 def is_next_engine_swept(sweep: Sweep) -> bool:
-    """Return whether the engine that `initialize` will create next runs the LR range test.
+    """Return whether the next engine runs the LR range test.
 
     Every other engine of the script trains with its own schedule.
 
@@ -45,17 +45,17 @@ def is_next_engine_swept(sweep: Sweep) -> bool:
     number = next(_engines)
     if sweep.engine is None and number > 1:
         raise MisuseError(
-            "`onecycle lr-test` tests the learning rate of one engine, but this script calls "
-            "`engine.initialize` several times. Select an engine: `--engine 1` tests the first "
-            "one that the script creates, `--engine 2` the second, and so on."
+            "`onecycle lr-test` tests one engine, but this script calls `engine.initialize` "
+            "several times. Select an engine: `--engine 1` tests the first engine of the script, "
+            "`--engine 2` the second engine, and so on."
         )
     return number == (sweep.engine or 1)
 
 
 def apply_sweep(config: Config, sweep: Sweep) -> Config:
-    """Return a config whose schedule is replaced by the sweep of `onecycle lr-test`.
+    """Return a config with the sweep of `onecycle lr-test` as schedule.
 
-    The seed offset of the sweep is added to the config's seed and to torch's initial seed.
+    The sweep's seed offset is added to the config's seed and to torch's initial seed.
     """
     changed = config.copy_for_trial_run(from_config(sweep.scheduler))
     if sweep.seed_offset:
@@ -65,7 +65,7 @@ def apply_sweep(config: Config, sweep: Sweep) -> Config:
 
 
 def spread_sweep(config: Config, sweep: Sweep, optimizer: Optimizer) -> Config:
-    """Return a config whose sweep keeps the ratios of the param groups' learning rates."""
+    """Return a config with a sweep that keeps the ratios of the groups' learning rates."""
     lrs = read_initial_lrs(optimizer.param_groups)
     return replace(config, schedule=from_config(spread_over_groups(sweep.scheduler, lrs)))
 
@@ -103,9 +103,9 @@ def attach_recorder(engine: Engine, sweep: Sweep | None) -> None:
 
 
 def _find_own_directory(directory: Path) -> Path:
-    """Return a report directory that no other engine of this process uses.
+    """Return an unused report directory.
 
-    Return ``directory`` itself if no other engine uses it. Otherwise, append a number to its name.
+    If another engine of this process uses ``directory``, append a number to its name.
     """
     count = _reports.count(directory)
     _reports.append(directory)
