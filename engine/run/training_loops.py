@@ -75,8 +75,8 @@ def iterate_batches(loader: RunLoader | None, run: TrainingRun) -> Iterator[Any]
         )
         if not run.length.is_known:
             raise MisuseError(
-                "The length of the run is unknown, because the schedule does not end or is missing. "
-                'Set `engine.max_duration`, for example to "10ep".'
+                "The length of the run is unknown, because no schedule with an end is set. Set "
+                '`engine.max_duration`, for example to "10ep".'
             )
     if run.is_over and run.backend.ranks.rank == 0:
         log.info("the run is already over at step %d; nothing to train", run.counters.global_steps)

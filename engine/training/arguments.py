@@ -61,7 +61,7 @@ def check_arguments(
 
 
 def check_needs_no_closure(optimizer: Any) -> None:
-    """Check that an optimizer, or a class of optimizers, can take a step without a closure.
+    """Check that an optimizer or optimizer class does not require a closure.
 
     Raises:
         ValueError: the method ``step`` requires a closure.
@@ -89,10 +89,9 @@ def check_is_trainable(model: nn.Module) -> None:
 
 
 def check_are_in_model(model: nn.Module, groups: Iterable[Any], backend: str) -> None:
-    """Check that all parameters to train belong to the model.
+    """Check that all trained parameters belong to the model.
 
-    The backend neither averages the gradients of parameters outside of the model nor saves these
-    parameters.
+    The backend does not save parameters outside of the model or average their gradients.
 
     Args:
         model: module to train.

@@ -46,21 +46,21 @@ def call_on_batches(model: Callable[..., Any], batches: Iterator[Any], count: in
         batch = next(batches, None)
         if batch is None:
             raise ValueError(
-                f"`data_iter` must yield all micro-batches of a step ({count}), got {index}. Pass "
+                f"`data_iter` must yield the {count} micro-batches of a step, got {index}. Pass "
                 "an endless iterator, or stop training at the end of an epoch."
             )
         yield call_model(model, batch)
 
 
 def repeat_batches(loader: RunLoader | None) -> Iterator[Any]:
-    """Return an endless iterator over the batches of the run's data loader.
+    """Return an infinite iterator over the batches of the run's data loader.
 
     Raises:
         RuntimeError: the run has no data loader.
     """
     if loader is None:
         raise MisuseError(
-            "`train_batch()` needs training data. Pass an iterator over micro-batches to it, or "
+            "`train_batch()` requires training data. Pass an iterator over micro-batches, or "
             "pass `training_data` to `initialize`."
         )
     return loader.iterate_forever()
@@ -110,8 +110,8 @@ def build_loader(
 ) -> RunLoader:
     """Build the data loader that yields the micro-batches of one rank.
 
-    Unless the config disables shuffling, a map-style dataset is reshuffled in every epoch. An
-    iterable dataset is not shuffled, and must itself split its samples across ranks.
+    A map-style dataset is shuffled in every epoch, unless the config disables shuffling. An
+    iterable dataset is not shuffled and must split its samples across ranks.
 
     Args:
         training_data: dataset, or the user's own data loader.

@@ -172,7 +172,7 @@ def test_step_in_fp16_with_an_unscaled_loss_raises():
     for half in X.split(2):
         trainer(half).float().pow(2).mean().backward()
         if trainer.is_gradient_accumulation_boundary():
-            with pytest.raises(RuntimeError, match="fp16 needs a scaled loss"):
+            with pytest.raises(RuntimeError, match="fp16 requires a scaled loss"):
                 trainer.step()
         else:
             trainer.step()

@@ -190,7 +190,7 @@ def test_lr_test_script_with_two_engines_must_select_one(directory):
     Path("train.py").write_text(TWO_ENGINES)
     status, out, _ = lr_test("--", "train.py")
     assert status == 1
-    assert "`--engine 1` tests the first one" in out
+    assert "`--engine 1` tests the first engine" in out
 
 
 def test_lr_test_engine_tests_only_the_selected_one(directory):

@@ -133,7 +133,7 @@ def test_evaluate_of_a_nan_loss_returns_nan():
         ([torch.ones(3)], lambda x: None, "one number for the loss, got None. Return the mean"),
         ([torch.ones(3)], lambda x: (1.0, x), "one number for the number of samples, got"),
         ([torch.ones(3)], lambda x: (1.0, -1), "a number of samples >= 0, got -1"),
-        ([["text"]], lambda x: 1.0, "contains no tensor. Return `(metrics, number_of_samples)`"),
+        ([["text"]], lambda x: 1.0, "not contain a tensor. Return `(metrics, number_of_samples)`"),
     ],
 )
 def test_evaluate_with_invalid_results_raises(loader, fn, message):
