@@ -218,8 +218,8 @@ class DeepSpeedAccessors(nn.Module):
     def get_global_grad_norm(self) -> float | None:
         """Return the 2-norm of the last step's gradients over all parameters, before clipping.
 
-        The result is None before the first step. On the DeepSpeed backend, it is also None for bf16
-        without ZeRO and for mixture-of-experts models.
+        The result is None before the first step. On the DeepSpeed backend, the result is also None
+        for bf16 without ZeRO and for mixture-of-experts models.
         """
         return self._run.settled_backend.grad_norm
 
@@ -229,7 +229,7 @@ class DeepSpeedAccessors(nn.Module):
 
     @property
     def global_steps(self) -> int:
-        """The number of completed batches, including those of skipped steps."""
+        """The number of completed batches, including skipped steps."""
         self._run.length.is_position_known = True
         return self._run.latest.global_steps
 

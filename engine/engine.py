@@ -41,9 +41,9 @@ LoaderT = TypeVar("LoaderT", bound=Iterable[Any])
 class Engine(DeepSpeedAccessors):
     """A training engine that wraps the model and is called like the model.
 
-    For each micro-batch ``x``, compute the loss from ``trainer(x)``, where ``trainer`` is the
-    engine. Then call ``trainer.backward(loss)`` and ``trainer.step()``. `step` applies an optimizer
-    step once every ``gradient_accumulation_steps()`` calls.
+    For each micro-batch ``x``, compute the loss from ``trainer(x)`` with the engine ``trainer``.
+    Then call ``trainer.backward(loss)`` and ``trainer.step()``. `step` applies an optimizer step
+    once every ``gradient_accumulation_steps()`` calls.
     """
 
     def __init__(
@@ -188,8 +188,8 @@ class Engine(DeepSpeedAccessors):
 
         Returns:
             Whether an optimizer step was applied. A step with non-finite gradients is skipped, and
-            the schedule does not advance. On a GPU, the result is usually a `StepResult`, whose
-            ``bool()`` waits for the device; see ``engine.deferred_step``.
+            the schedule does not advance. On a GPU, the result is usually a `StepResult`:
+            ``bool(result)`` waits for the device; see ``engine.deferred_step``.
 
         Raises:
             RuntimeError: ``engine.steps_this_run`` steps have been applied, `no_sync` is active, no
@@ -300,8 +300,8 @@ class Engine(DeepSpeedAccessors):
                 number or a scalar tensor, averaged over the batch. The weight of a batch is its
                 number of samples: the first dimension of its first tensor. To set a different
                 weight, such as the number of tokens, return ``(metrics, number)``. All ranks call
-                ``fn`` equally often. A rank without further batches repeats a batch and drops the
-                result. To collect other results, use `gather`. It also drops repeated batches.
+                ``fn`` the same number of times. A rank without further batches repeats a batch and
+                drops the result. To collect other results, use `gather`.
 
         Returns:
             The mean loss or a dict of mean metrics, equal on all ranks.
@@ -381,7 +381,7 @@ class Engine(DeepSpeedAccessors):
 
         Args:
             load_dir: directory that was passed to `save_checkpoint` of this engine or of DeepSpeed.
-            tag: name or number of the checkpoint; default: the newest complete one.
+            tag: name or number of the checkpoint; default: the newest complete checkpoint.
             load_module_strict: whether the model must have exactly the saved parameters. If false,
                 parameters without a saved value keep their values, and additional saved parameters
                 are ignored. DeepSpeed also requires ``load_optimizer_states=False``.

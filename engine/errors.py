@@ -126,6 +126,6 @@ class LaunchError(ValueError):
 class MisuseError(RuntimeError, AssertionError):
     """Raised when a method is called at the wrong time.
 
-    The class derives from `RuntimeError`. It also derives from `AssertionError`, because scripts
-    for DeepSpeed may catch the `AssertionError` that DeepSpeed raises for such calls.
+    The class derives from `RuntimeError`. It also derives from `AssertionError`, because DeepSpeed
+    raises `AssertionError` in these cases.
     """

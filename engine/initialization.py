@@ -86,7 +86,7 @@ def initialize(
 ) -> tuple[Engine, Optimizer, DataLoader[Any] | Any, LRScheduler | Any]:
     """Validate a config and build the engine that trains the model.
 
-    The arguments and results are the same as those of ``deepspeed.initialize``, in the same order.
+    The function has the same arguments and results as ``deepspeed.initialize``, in the same order.
     An invalid config leaves the model and the optimizer unchanged. If the config names a custom
     schedule, such as ``"my_module:MySchedule"``, its import is logged.
 
@@ -94,16 +94,16 @@ def initialize(
         args: parsed command line; ``args.deepspeed_config`` is used if ``config`` is not passed.
             Options added by `add_schedule_arguments` override the config; each override is logged.
         model: module to train; it is moved to this rank's device.
-        optimizer: your own optimizer, or a function that takes the parameters and returns one; by
-            default, the optimizer in the config is used. Without an optimizer, the engine can run
-            the model, but not train it.
+        optimizer: your own optimizer, or a function that takes the parameters and returns an
+            optimizer; default: the optimizer in the config. Without an optimizer, the engine can
+            run the model, but not train it.
         model_parameters: parameters or param groups to train; by default, all parameters that
             require gradients.
         training_data: dataset for the returned data loader. Your own data loader is prepared like
             in `Engine.prepare`.
-        lr_scheduler: your own scheduler, or a function that takes the optimizer and returns one; by
-            default, the scheduler in the config is used. The engine steps the scheduler after each
-            applied optimizer step.
+        lr_scheduler: your own scheduler, or a function that takes the optimizer and returns a
+            scheduler; default: the scheduler in the config. The engine steps the scheduler after
+            each applied optimizer step.
         distributed_port: port of rank 0, used if the environment does not set ``MASTER_PORT``.
         mpu: model-parallel unit; DeepSpeed backend only.
         dist_init_required: ignored; accepted for compatibility with DeepSpeed. A process group is
@@ -114,15 +114,15 @@ def initialize(
         config_params: alias of ``config``, for compatibility with DeepSpeed.
 
     Returns:
-        The engine, the optimizer, the data loader (None without ``training_data``) and the
-        scheduler (None if neither the config nor the arguments specify one).
+        A tuple of the engine, optimizer, data loader and scheduler. The data loader is None without
+        ``training_data``. The scheduler is None if it is not specified.
 
     Raises:
         ConfigError: the config is invalid; ``problems`` lists every problem.
         ValueError: an argument has the wrong type, there is a schedule but no optimizer, the
             optimizer does not match the schedule, no parameter of the model requires gradients, or
             the ranks have different configs.
-        ImportError: the config needs DeepSpeed, which is not installed.
+        ImportError: the config requires DeepSpeed, but DeepSpeed is not installed.
 
     >>> import torch, engine
     >>> config = {
@@ -300,7 +300,7 @@ def _prefer_arguments(
 
 
 def _check_inference(config: Config, lr_scheduler: object) -> None:
-    """Check that a run without an optimizer has no schedule or ZeRO stage that requires one."""
+    """Check that a run without an optimizer does not use a schedule or a ZeRO stage."""
     need = None
     if config.schedule is not None or lr_scheduler is not None:
         need = f"{config.name} has a schedule" if config.schedule else "`lr_scheduler` is passed"

@@ -47,8 +47,8 @@ def build(
     Args:
         model: module to train. It is moved to the rank's device. If the config requires it, the
             module is compiled, sharded or set up for activation checkpointing.
-        optimizer: the user's optimizer, or a function that takes the parameters and returns one;
-            if None, the config's optimizer is used.
+        optimizer: the user's optimizer, or a function that takes the parameters and returns an
+            optimizer; if None, the config's optimizer is used.
         config: a validated config.
         ranks: rank, world size and device of this process.
         parameters: parameters or param groups to train, as `divide_parameters` returns them; if
@@ -59,7 +59,7 @@ def build(
     Raises:
         ValueError: the model, parameters, optimizer and config are incompatible, or the model or an
             argument requires the DeepSpeed backend.
-        ImportError: the config needs DeepSpeed, which is not installed.
+        ImportError: the config requires DeepSpeed, but DeepSpeed is not installed.
     """
     check_stages(model, config)
     groups = None if parameters is None else list(parameters)

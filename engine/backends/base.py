@@ -122,7 +122,7 @@ class Backend(ABC):
         Args:
             loss: scalar tensor that requires grad.
             accumulation: number of micro-batches per step. The loss is divided by this number.
-            is_last: whether this backward pass is the last one before the optimizer step. If true,
+            is_last: whether this pass is the last backward pass before the optimizer step. If true,
                 gradients should be averaged across ranks during this pass.
             retain_graph: whether to keep the graph for another backward pass.
         """

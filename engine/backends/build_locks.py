@@ -1,9 +1,9 @@
 """Find the lock files of C++ extension builds, including stale locks of killed processes.
 
-DeepSpeed compiles its ops with `torch.utils.cpp_extension`, which creates the file ``lock`` in the
-build directory of the op and removes it afterwards. While the file exists, every run that needs the
-op waits silently. The locks of `torch.compile` need no check, because the operating system releases
-them when the process that holds them ends.
+DeepSpeed compiles its ops with `torch.utils.cpp_extension`. During a build, the build directory of
+the op contains the file ``lock``. While the file exists, every run that needs the op waits
+silently. The locks of `torch.compile` need no check, because the operating system releases them
+when the process that holds them ends.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ class DeepSpeedBackend(Backend):
 
     Args:
         model: the user's module.
-        optimizer: the user's optimizer, or a function that takes the parameters and returns one;
-            if None, the config's optimizer is used.
+        optimizer: the user's optimizer, or a function that takes the parameters and returns an
+            optimizer; if None, the config's optimizer is used.
         config: a validated config.
         ranks: rank, world size and device of this process. Even a single process needs an
             initialized process group.

@@ -32,7 +32,7 @@ __all__ = [
 
 @contextlib.contextmanager
 def report_damage_on_all_ranks(checkpoint_dir: Path, ranks: Ranks) -> Iterator[None]:
-    """Raise an exception on all ranks if the ``with`` block raises one on any rank.
+    """Raise an exception on all ranks if the ``with`` block fails on any rank.
 
     Args:
         checkpoint_dir: directory of the checkpoint, for the error message.

@@ -26,7 +26,8 @@ def prepare_optimizer(
 
     Args:
         model: the user's module.
-        optimizer: the user's optimizer, or a function that takes the parameters and returns one.
+        optimizer: the user's optimizer, or a function that takes the parameters and returns an
+            optimizer.
         config: a validated config.
         parameters: tensors or param groups to train; if None, all that require gradients.
 

@@ -21,7 +21,7 @@ _UNSUPPORTED = ("Direct calls to tensor.backward()", "The size of tensor a (0)")
 class BackwardOrder:
     """Checker for the order of the forward and backward passes of a DeepSpeed engine.
 
-    In these cases, DeepSpeed 0.19 loses gradients or computes wrong ones without raising an error:
+    In these cases, DeepSpeed 0.19 silently loses gradients or computes wrong gradients:
 
     - With ZeRO stage 1 or 2, more than one backward pass of a step is marked as the last. DeepSpeed
       averages the gradients in the first of these passes, so the gradients of the later passes are

@@ -39,7 +39,8 @@ def check_structure(
         directory: directory of the checkpoint.
         weights: meta tensors that `read_weights` returned.
         strict: whether the checkpoint must have exactly the weights of the model.
-        trusts: whether to unpickle objects of any class, which can run code from the files.
+        trusts: whether to unpickle objects of any class. Unpickling them can run code from the
+            files.
 
     Raises:
         CheckpointError: a file is damaged.

@@ -2,7 +2,7 @@
 
 FSDP2 implements ZeRO's stages as follows. Stage 3 gathers a block's parameters for the forward pass
 and again for the backward pass. Stage 2 keeps the gathered parameters between the two passes. Stage
-1 also keeps them, and reduces the gradients only once per step.
+1 is like stage 2, but reduces the gradients only once per step.
 """
 
 from __future__ import annotations

@@ -59,16 +59,16 @@ class PyTorchBackend(DeferringBackend):
 
     Args:
         model: the user's module; it is moved to the device of ``ranks``.
-        optimizer: the user's optimizer, or a function that takes the parameters and returns one;
-            if None, the config's optimizer is used.
+        optimizer: the user's optimizer, or a function that takes the parameters and returns an
+            optimizer; if None, the config's optimizer is used.
         config: a validated config.
         ranks: rank, world size and device of this process. If there are several ranks, the process
             group must be initialized.
         parameters: tensors or param groups to train; if None, all that require gradients.
 
     Raises:
-        ValueError: the model has none of the classes in ``engine.wrap``, ``engine.compile`` is not
-            a known compiler, a parameter of the model is on the meta device, or the user's
+        ValueError: the model does not contain any class in ``engine.wrap``, ``engine.compile`` is
+            not a known compiler, a parameter of the model is on the meta device, or the user's
             optimizer does not train any parameter of the model.
     """
 

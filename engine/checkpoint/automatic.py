@@ -1,4 +1,4 @@
-"""Save checkpoints according to the config, and resume from the newest one."""
+"""Save checkpoints according to the config, and resume from the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class AutomaticCheckpoints:
         run.best.is_unsaved = False
 
     def save_last(self, run: RunState) -> None:
-        """Save a checkpoint of the last step, unless one already exists."""
+        """Save a checkpoint of the last step, unless it has already been saved."""
         if self._directory is None or self._plan.every is None or run.is_trial:
             return
         if not self._checkpointer.is_saved(run, self._directory):
@@ -143,7 +143,7 @@ class AutomaticCheckpoints:
             self._checkpointer.wait()
 
     def close(self, run: RunState) -> None:
-        """Save a checkpoint of the last step if none exists, and restore the signal handlers.
+        """Save the last step if it has not been saved, and restore the signal handlers.
 
         With several ranks, the checkpoint is saved only if every rank calls this method within 30
         seconds.

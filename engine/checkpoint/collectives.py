@@ -157,7 +157,7 @@ def call_on_rank_0(ranks: Ranks, function: Callable[[], T]) -> T:
 def raise_on_all_ranks(
     ranks: Ranks, consequence: str = "The checkpoint was not written"
 ) -> Iterator[None]:
-    """Raise an exception on all ranks if the ``with`` block raises one on any rank.
+    """Raise an exception on all ranks if the ``with`` block fails on any rank.
 
     Without this context manager, the ranks without an exception would wait indefinitely in the next
     collective operation. Every rank must enter the block.

@@ -47,7 +47,7 @@ class DataPosition:
         return state and {key: value for key, value in state.items() if key != "loader"}
 
     def save(self, directory: Path) -> None:
-        """Save the ``state_dict`` of this rank's loader, if the loader has one."""
+        """Save the state of this rank's loader, if the loader has a state dict."""
         state = {} if self._loader is None else self._loader.state_dict()
         if "loader" in state:
             write_values(self._get_path(directory), state["loader"])
@@ -98,7 +98,7 @@ class DataPosition:
         returns to its previous position.
 
         Args:
-            position: position in the data; None if the checkpoint contains none.
+            position: position in the data; None if the position was not saved.
             directory: directory of the checkpoint, for the error message.
 
         Raises:

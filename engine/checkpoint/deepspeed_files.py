@@ -103,7 +103,7 @@ class DeepSpeedFiles:
 
     @property
     def is_universal(self) -> bool:
-        """Whether this is a universal checkpoint, which any number of ranks can load."""
+        """Whether the checkpoint is universal, so that any number of ranks can load it."""
         return (self.directory / _UNIVERSAL).is_dir()
 
     @property
@@ -365,7 +365,7 @@ def _check_header(model: Any) -> None:
 
 
 def _match_names(directory: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], Path]]:
-    """Return the match and the path of each file whose name matches ``pattern``, sorted by rank."""
+    """Return the match and the path of each file that matches ``pattern``, sorted by rank."""
     matches = ((pattern.fullmatch(path.name), path) for path in directory.iterdir())
     found = [(match, path) for match, path in matches if match is not None]
     return sorted(found, key=lambda each: int(each[0]["rank"] or 0))

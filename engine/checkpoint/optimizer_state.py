@@ -88,7 +88,7 @@ def build_empty_state(
 
     Args:
         directory: directory of the checkpoint, for the error message.
-        model: model whose parameters are optimized.
+        model: model that contains the optimized parameters.
         optimizer: optimizer that will load the state.
         saved: values and tensor metadata in the checkpoint, by dotted name.
 

@@ -47,7 +47,7 @@ class Rollback:
         """Snapshot at the lowest loss so far; None before it is taken and after the warmup."""
 
     def update(self, scheduler: object) -> None:
-        """Take a snapshot at each new loss minimum, and restore the last one when the decay starts.
+        """Take a snapshot at each new loss minimum. Restore the last snapshot before the decay.
 
         Args:
             scheduler: AutoWU scheduler that has already received the loss of the last step.

@@ -25,7 +25,7 @@ class SavedBackend(Protocol):
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer whose param groups the schedule changes."""
+        """The optimizer that the schedule controls."""
         ...
 
     @property

@@ -87,7 +87,7 @@ class ShardWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Set ``storage_data`` of each plan to the plan's rank, which is part of the file name."""
+        """Set ``storage_data`` of each plan to the plan's rank, for the file name."""
         return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:

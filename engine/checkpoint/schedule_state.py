@@ -69,7 +69,7 @@ def prepare_schedule_state(
         state: saved state of the run.
         config: config of this run.
         steps: number of applied steps at which the run continues.
-        override: whether this run's schedule replaces the saved one.
+        override: whether this run's schedule replaces the saved schedule.
 
     Returns:
         The state, or None if a PyTorch scheduler replaces the saved schedule. If None, the caller
@@ -143,7 +143,7 @@ def _adapt_schedule_state(
     depends on past losses, so it restarts if its type or params differ from the saved schedule.
 
     Args:
-        saved: scheduler state in the checkpoint; empty if the checkpoint contains none.
+        saved: scheduler state in the checkpoint; can be empty.
         own: current state of this run's scheduler.
         applied_steps: step at which the schedule continues.
     """

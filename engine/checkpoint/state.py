@@ -155,7 +155,6 @@ def read(
 
     Raises:
         CheckpointError: if a parameter or buffer is missing, unexpected, or has a different shape.
-            The message names the first one.
     """
     source = source or _Shards(directory)
     weights = _find_saved_weights(directory, model, source, strict=strict, frozen=frozen)

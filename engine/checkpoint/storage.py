@@ -198,7 +198,7 @@ def has_any_checkpoint(directory: Path) -> bool:
 
 
 def find(directory: Path, tag: str | None = None) -> tuple[Path, Manifest]:
-    """Find the checkpoint with the given tag, or the newest complete one, and verify its hashes.
+    """Find the checkpoint with a tag or the newest complete checkpoint, and verify its hashes.
 
     Args:
         directory: directory that holds the run's checkpoints.
@@ -290,8 +290,8 @@ def prune(directory: Path, run: str, keep: int | None, keep_every: int | None) -
         directory: directory that holds the run's checkpoints.
         run: identifier of the run.
         keep: number of newest checkpoints to keep; None keeps all.
-        keep_every: interval in optimizer steps. Checkpoints whose step is a multiple of this
-            interval are never deleted. If None, only the newest ``keep`` checkpoints are kept.
+        keep_every: interval in optimizer steps. Checkpoints at multiples of this interval are never
+            deleted. If None, only the newest ``keep`` checkpoints are kept.
     """
     if keep is None:
         return []

@@ -39,8 +39,8 @@ class BatchSizes:
 
     ``train`` is the number of samples per optimizer step, summed over all ranks. ``micro`` is the
     number of samples per forward pass on one rank. ``accumulation`` is the number of micro-batches
-    per optimizer step. ``data_ranks`` is the number of ranks that load different samples, and
-    ``unit`` is the word for such a rank in messages: "rank" or "data-parallel rank".
+    per optimizer step. ``data_ranks`` is the number of ranks that load different samples. ``unit``
+    is their name in messages: "rank" or "data-parallel rank".
     """
 
     train: int
@@ -107,7 +107,7 @@ class BatchError(ValueError):
 
 
 class DataRanks(NamedTuple):
-    """The number of ranks that load different samples. Ranks that share a model count as one."""
+    """The number of ranks that load different samples. A group that shares a model counts once."""
 
     number: int
     tensor_parallel: int = 1
@@ -147,7 +147,7 @@ def count_data_ranks(config: Mapping[str, Any], world_size: int) -> DataRanks:
 
 
 def derive_batch_sizes(given: Mapping[str, int], ranks: DataRanks | int) -> BatchSizes:
-    """Return the batch sizes of a run, and derive those that the config does not set.
+    """Return the batch sizes of a run, including sizes that the config does not set.
 
     Any two of train batch size, micro-batch size and gradient accumulation steps determine the
     third. If only one of the two batch sizes is set, the number of gradient accumulation steps is

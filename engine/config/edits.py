@@ -31,7 +31,7 @@ def apply_fixes(document: Document, problems: Sequence[Problem]) -> tuple[str, l
 
     Args:
         document: config to fix.
-        problems: problems in the config; those without an automatic fix are skipped.
+        problems: problems in the config. Problems without an automatic fix are skipped.
 
     Returns:
         The fixed text, and the problems that were fixed.

@@ -62,7 +62,7 @@ class Document:
     """Maps a JSON pointer to the command-line argument that set its value."""
 
     def encode_text(self, text: str) -> bytes:
-        """Encode text as UTF-8, with a byte order mark if the original file has one."""
+        """Encode text as UTF-8. Keep the byte order mark of the original file."""
         return (_BYTE_ORDER_MARK + text if self.has_byte_order_mark else text).encode()
 
     @property
@@ -278,7 +278,7 @@ class _Parser:
 
         Args:
             bracket: closing bracket of the current object or array.
-            first: whether the next item is the first one, without a comma before it.
+            first: whether the next item is the first item, without a comma before it.
 
         Returns:
             Whether the closing bracket was found.

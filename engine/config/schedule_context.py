@@ -90,7 +90,7 @@ def find_horizon(
     """Return the length of the run, or None if it cannot be determined before launch.
 
     Durations in epochs depend on the data loader. Durations in samples and tokens depend on the
-    batch size, which depends on the number of ranks if ``train_batch_size`` is absent.
+    batch size. Without ``train_batch_size``, the batch size depends on the number of ranks.
     """
     horizons = list_possible_horizons(schedule, config, ranks)
     return horizons[0] if len(horizons) == 1 else None
@@ -105,7 +105,7 @@ def list_possible_horizons(
     invalid for any length.
 
     Args:
-        schedule: schedule whose durations are to be converted to steps.
+        schedule: schedule with durations to convert to steps.
         config: config without invalid values.
         ranks: number of ranks that load different samples; None if unknown.
 
@@ -160,7 +160,7 @@ def build_base_values(
         config: config without "auto" values.
         schedule: schedule of the config. If a param is a list, its length is the number of param
             groups.
-        group: hyperparameters of a param group that differ from those of the optimizer.
+        group: hyperparameters of a param group that override the optimizer's hyperparameters.
     """
     block = config.get("optimizer", {"type": "Adam"})
     name = optimizer_name(block["type"])

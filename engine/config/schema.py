@@ -177,7 +177,7 @@ def _get_member_schema(
     """Return the schema of a key, with references resolved.
 
     The schema of ``params`` depends on the value of ``type``. For ``optimizer.type``, return the
-    schema of the optimizer itself, which has annotations such as ``x-backend``.
+    schema of the optimizer itself, because it has annotations such as ``x-backend``.
 
     Args:
         schema: schema of the key, as given in the schema of the enclosing object.

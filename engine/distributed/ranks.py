@@ -116,7 +116,7 @@ def init_distributed(
 
     Args:
         always_create_group: whether to create a process group even for a single process. Some
-            libraries require one.
+            libraries require a process group.
         port: port of rank 0, used if `MASTER_PORT` is not set.
         device: "cuda", "cpu", or "auto" for a GPU if PyTorch finds one.
 
@@ -345,7 +345,7 @@ def _wait_for_exit_of_all_ranks() -> bool:
     """Wait until all ranks have announced their exit, and return whether all of them did.
 
     The wait ends after at most 5 seconds. If the rank that hosts the store has already exited,
-    return True at once.
+    return True immediately.
     """
     deadline = time.monotonic() + _EXIT_TIMEOUT
     with contextlib.suppress(RuntimeError):

@@ -77,7 +77,9 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         if name == "SIGINT":
-            log.warning("saving a checkpoint after this step; press Ctrl-C again to stop at once")
+            log.warning(
+                "saving a checkpoint after this step; press Ctrl-C again to stop immediately"
+            )
         if name != "SIGUSR1":
             self._received_at = min(self._received_at, now)
         self._received = max(self._received, 1 + _NAMES.index(name))

@@ -43,15 +43,15 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
 
     Args:
         environment: environment variables of this process.
-        port: value of ``MASTER_PORT`` if the environment does not set it; None to choose one.
+        port: value of ``MASTER_PORT`` if the environment does not set it; None to choose a port.
 
     Returns:
         Values of ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``. The
-        dict is empty if there is only one task, if ``RANK`` and ``WORLD_SIZE`` are already set, or
-        if ``WORLD_SIZE`` is set to a number other than the number of tasks.
+        dict is empty for a single task, if ``RANK`` and ``WORLD_SIZE`` are already set, or if
+        ``WORLD_SIZE`` differs from the number of tasks.
 
     Raises:
-        ValueError: if there are several tasks, but not all of these values are known.
+        ValueError: if srun or mpirun started several tasks, but a value is unknown.
 
     >>> names = ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
     >>> values = dict(zip((f"OMPI_COMM_WORLD_{name}" for name in names), "2112", strict=True))
@@ -94,7 +94,7 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
 
 
 def _find_address(starter: _Starter, environment: Mapping[str, str]) -> str | None:
-    """Return the loopback address if all tasks run on this host, and None otherwise."""
+    """Return the loopback address if all tasks run on this host, or None if not."""
     if starter.local_size:
         is_one_host = environment.get(starter.local_size) == environment[starter.size]
     else:

@@ -1,4 +1,4 @@
-"""Run a job on this host, and kill all of its processes when it ends.
+"""Run a job on this host, and kill all processes of the job at its end.
 
 The launcher starts this agent on each host. The agent reads the job as JSON from the first line of
 standard input. Each later line is ``ping``, ``term`` or ``kill``. On ``kill``, the agent kills the
@@ -69,7 +69,7 @@ class _Job:
             self.kill()
 
     def kill(self) -> None:
-        """Kill all descendants of this process, including those in other sessions."""
+        """Kill all descendants of this process, including processes in other sessions."""
         while left := find_descendants(os.getpid()):
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
@@ -111,7 +111,7 @@ def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
     Args:
         job: running job.
         words: bytes already read from standard input after the first line, such as ``kill``.
-        signals: signals received so far; the signal handlers append to this list.
+        signals: received signals. The signal handlers append to this list.
     """
     silence = 0.0
     inputs = [sys.stdin.fileno()]
@@ -143,8 +143,8 @@ def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
 
     Args:
         name: name of the lock; None if no lock is needed.
-        signals: signals received so far. Any signal ends the wait. If the launcher stops the job or
-            exits during the wait, SIGTERM is appended.
+        signals: received signals. Any signal ends the wait. If the launcher stops the job or exits
+            during the wait, SIGTERM is appended.
 
     Returns:
         The open lock file, or None if no lock is needed. If a signal ended the wait, the file might
@@ -224,7 +224,7 @@ def _prctl(option: int, value: int = 1) -> None:
 
 
 def find_descendants(root: int) -> list[int]:
-    """Return the process IDs of all descendants of a process, including those in other sessions.
+    """Return the IDs of all descendants of a process, including processes in other sessions.
 
     Without ``/proc``, the list is empty.
     """

@@ -77,8 +77,7 @@ def read_hostfile(path: Path, nproc: str = "auto") -> list[Host]:
             raise LaunchError(f"{path}:{number}: {error}") from None
         if host.name in hosts:
             raise LaunchError(
-                f"{path}:{number}: {host.name} is listed more than once. Combine its lines into "
-                "one."
+                f"{path}:{number}: {host.name} is listed more than once. Merge these lines."
             )
         hosts[host.name] = host
     if not hosts:

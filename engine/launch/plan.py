@@ -108,8 +108,7 @@ class LaunchPlan:
     def to_json(self) -> dict[str, Any]:
         """Return the plan as a JSON-compatible dict.
 
-        The values of environment variables whose names suggest a secret, such as ``HF_TOKEN``,
-        are masked.
+        Values of variables with a name that suggests a secret, such as ``HF_TOKEN``, are masked.
         """
         nodes = [
             node.to_dict()
@@ -163,8 +162,8 @@ def build_plan(
     Args:
         request: script, hosts and options of the launch.
         facts: network settings by host name. Without an entry, the address of a host is its name.
-        environment: environment variables of the launcher. The ranks receive those whose names
-            match a pattern such as ``NCCL_*``, or a pattern in ``request.pass_env``.
+        environment: environment variables of the launcher. The ranks receive variables that match a
+            built-in pattern, such as ``NCCL_*``, or a pattern in ``request.pass_env``.
 
     Raises:
         LaunchError: if options conflict, or the minimum number of hosts is invalid.

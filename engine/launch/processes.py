@@ -32,7 +32,7 @@ _EXIT_TICK = 0.01  # seconds between two checks of a child that has closed its o
 
 
 class Child:
-    """A child process whose pipes never block the launcher. `Children` starts it."""
+    """A child process with non-blocking pipes. `Children` starts the process."""
 
     def __init__(
         self, name: str, command: Sequence[str], selector: selectors.BaseSelector, *, is_agent: bool

@@ -1,4 +1,4 @@
-"""The launch request, and functions to build one from command-line options and files."""
+"""The launch request, and functions to read its fields from options and files."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class LRRangeReport:
     def max_lr(self) -> float | None:
         """The suggested maximum learning rate, or its refined value.
 
-        The value is None without a suggestion.
+        The value is None if the test has no suggestion.
         """
         return self.refinement.max_lr if self.refinement else self.suggestion.max_lr
 

@@ -116,8 +116,8 @@ def read_initial_lrs(groups: Sequence[Mapping[str, Any]]) -> list[float]:
     if lrs[0] == 0 and any(lrs):
         raise ValueError(
             "The learning rate of the first param group must be > 0, got 0. Put a group with a "
-            "learning rate > 0 first, because the LR range test scales the other groups in "
-            "proportion to the first one."
+            "learning rate > 0 first, because the LR range test scales all groups in proportion "
+            "to the first group."
         )
     return lrs
 

@@ -74,7 +74,7 @@ class Accumulation:
         """Set the position in the current batch, and forget earlier backward passes.
 
         Args:
-            micro_batches: number of micro-batches that the run has processed so far.
+            micro_batches: number of micro-batches that the run has processed.
         """
         self.micro_batches = micro_batches % self.steps if self.is_managed else 0
         self.scaled_losses = 0
@@ -101,8 +101,8 @@ class Accumulation:
         """
         if zero_stage >= 2:
             raise MisuseError(
-                "`no_sync()` must not be used with ZeRO stage 2 or 3, which shards gradients in "
-                "each backward pass. Use `gradient_accumulation_steps` instead."
+                "`no_sync()` must not be used with ZeRO stage 2 or 3, because each backward pass "
+                "shards the gradients. Use `gradient_accumulation_steps` instead."
             )
         if not self.averages_gradients or self.is_coalescing:
             raise MisuseError(

@@ -28,7 +28,7 @@ def checkpoint_activations(
     does not change the results of training.
 
     Args:
-        model: module whose blocks are checkpointed.
+        model: module with the blocks to checkpoint.
         wrap: class names of the blocks; see `find_blocks`.
         on_host: whether to move the saved inputs to CPU memory.
 

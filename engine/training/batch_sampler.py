@@ -121,11 +121,11 @@ class GlobalBatchSampler(Sampler[Any]):
     Args:
         order: order in which each epoch visits the data.
         config: config with the batch sizes and the seed.
-        rank: rank whose micro-batches are yielded.
+        rank: rank to yield the micro-batches of.
         seeds_workers: whether each micro-batch seeds the worker process that loads it.
 
     Raises:
-        ValueError: the data is empty, or its only batch is incomplete and would be dropped.
+        ValueError: the data is empty, or the only batch is incomplete and would be dropped.
     """
 
     def __init__(

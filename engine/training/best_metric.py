@@ -41,7 +41,8 @@ class BestMetric:
     def update(self, value: float, step: int) -> bool:
         """Record a value, and return whether the value is the best so far.
 
-        Several reports in one step, for example by `Engine.step` and `Engine.report`, count as one.
+        Several reports in one step, for example by `Engine.step` and `Engine.report`, count as one
+        report.
         """
         is_new_report = step != self.last_step
         self.last_step = step

@@ -143,8 +143,8 @@ def build_loader(
         return build_run_loader(training_data, settings, order, config, ranks)
     if config.raw.get("engine", {}).get("dataloader", {}).get("shuffle"):
         raise ValueError(
-            "`engine.dataloader.shuffle` has no effect on an iterable dataset, which has its own "
-            "order. Shuffle in the dataset, and remove the key."
+            "`engine.dataloader.shuffle` has no effect on an iterable dataset. Shuffle in the "
+            "dataset, and remove the key."
         )
     settings |= {"batch_size": config.batch.micro, "drop_last": data.drop_last}
     return build_run_loader(training_data, settings, None, config, ranks)

@@ -103,10 +103,10 @@ class DeferredStep:
 
         grad_scale = scale * max(1, (norm + 1e-6) / clipping)
 
-    ``norm`` is the norm of the unscaled gradients. If it is not finite, the kernel changes nothing.
-    After the step, the norm and the loss are copied to pinned memory. `read` waits for this copy.
-    Call `read` after the start of the next backward pass, so that the device stays busy and the
-    host rarely waits.
+    ``norm`` is the norm of the unscaled gradients. If the norm is not finite, the kernel skips the
+    step. After the step, the norm and the loss are copied to pinned memory. `read` waits for this
+    copy. Call `read` after the start of the next backward pass, so that the device stays busy and
+    the host rarely waits.
 
     A dynamic loss scale for the next backward pass depends on the outcome. The host computes both
     possible scales, and the device selects one.

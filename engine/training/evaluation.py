@@ -306,8 +306,8 @@ def _compute_means(rows: Sequence[_Row]) -> Any:
             named.setdefault(name, []).append((value * count, count))
     if not named:
         raise ValueError(
-            "`loader` must yield at least one sample, got none. Check its dataset and "
-            "`drop_last`. If `loader` is a generator, create a new generator for each evaluation."
+            "`loader` must yield at least one sample, got 0. Check the dataset and `drop_last`. "
+            "If `loader` is a generator, create a new generator for each evaluation."
         )
     means = {
         name: _sum([value for value, _ in pairs]) / _sum([count for _, count in pairs])

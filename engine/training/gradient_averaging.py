@@ -52,7 +52,7 @@ def _get_type(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
 
 @dataclasses.dataclass
 class _Bucket:
-    """Parameters whose gradients are averaged in one all-reduce."""
+    """Parameters with gradients that are averaged in one all-reduce."""
 
     parameters: list[nn.Parameter]
     buffer: Tensor
@@ -85,7 +85,7 @@ class GradientAverager:
 
     Args:
         model: replicated module; rank 0's parameters and buffers are copied to all ranks.
-        optimizer: optimizer that holds the trained parameters, including those added later.
+        optimizer: optimizer that holds the trained parameters. Parameters can be added later.
         ranks: rank and world size of this process, at least 2.
 
     Raises:
@@ -241,7 +241,7 @@ class GradientAverager:
 
     @torch.no_grad()
     def _copy(self, bucket: _Bucket, index: int) -> bool:
-        """Copy a gradient, divided by the world size, to the buffer of its bucket.
+        """Copy a gradient, divided by the world size, to the buffer of the bucket.
 
         For a parameter without a gradient, copy zeros. Return whether the parameter has a gradient.
         """
@@ -392,7 +392,7 @@ def _build_bucket(parameters: list[nn.Parameter]) -> _Bucket:
 
 
 def find_sparse_weights(model: nn.Module) -> set[int]:
-    """Return the ids of a model's weights whose gradients are sparse tensors."""
+    """Return the ids of a model's weights with sparse gradients."""
     return {
         id(module.weight)
         for module in model.modules()

@@ -127,7 +127,7 @@ def test_evaluate_of_a_nan_loss_returns_nan():
 @pytest.mark.parametrize(
     ("loader", "fn", "message"),
     [
-        ([], compute_mean, "`loader` must yield at least one sample, got none. Check its dataset"),
+        ([], compute_mean, "`loader` must yield at least one sample, got 0. Check the dataset"),
         ([torch.ones(3)], lambda x: x, "one number for the loss, got a tensor of shape (3,)"),
         ([torch.ones(3)], lambda x: {"loss": x}, "one number for `loss`, got a tensor of shape"),
         ([torch.ones(3)], lambda x: None, "one number for the loss, got None. Return the mean"),
