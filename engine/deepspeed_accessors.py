@@ -202,14 +202,14 @@ class DeepSpeedAccessors(nn.Module):
         return read_lr(self._run.settled_backend.optimizer)
 
     def get_mom(self) -> list[float | tuple[float, ...]] | None:
-        """Return the momentum of each param group (all betas for Adam).
+        """Return the momentum of each param group, or all betas for Adam.
 
         The result is None if the optimizer has no momentum. A group without momentum has 0.
         """
         return read_momenta(self._run.settled_backend.optimizer)
 
     def get_momentum(self) -> list[float] | None:
-        """Return the momentum of each param group (the first beta for Adam).
+        """Return the momentum of each param group, or the first beta for Adam.
 
         The result is None if the optimizer has no momentum. A group without momentum has 0.
         """

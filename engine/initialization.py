@@ -82,7 +82,7 @@ def initialize(
     config: Source | None = None,
     mesh_param: Any = None,
     config_params: Source | None = None,
-    # The return type uses `Any` for results that may be None, so that callers need no None check.
+    # The return type uses `Any` for results that may be None, so that callers can skip None checks.
 ) -> tuple[Engine, Optimizer, DataLoader[Any] | Any, LRScheduler | Any]:
     """Validate a config and build the engine that trains the model.
 
@@ -255,7 +255,8 @@ def _load(
         rank = get_rank()
         if rank == 0:
             raise
-        # Rank 0's error usually ends the job during this wait, so the problems are printed once.
+        # Rank 0's error usually ends the job during this wait, so the problems are printed only
+        # once.
         time.sleep(_RANK_0_GRACE_SECONDS)
         keys = ", ".join(f"`{problem.pointer}`" for problem in error.problems[:3])
         message = (

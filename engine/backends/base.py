@@ -38,7 +38,7 @@ def compute_norm(gradients: list[Tensor]) -> float:
     if not gradients:
         return 0.0
     # torch's clip_grad_norm_ also uses this private kernel, but takes twice as long.
-    norms = torch._foreach_norm(gradients)  # noqa: SLF001  # the function has no public name
+    norms = torch._foreach_norm(gradients)  # noqa: SLF001  # private in torch
     norm = float(torch.linalg.vector_norm(torch.stack(norms)))
     if math.isinf(norm):  # the squares of large gradients overflow in float32
         wide = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in gradients]
@@ -65,7 +65,7 @@ class Backend(ABC):
     model: nn.Module
     """The user's module, unwrapped, on this rank's device."""
     optimizer: Optimizer
-    """The optimizer whose param groups the schedule changes."""
+    """The optimizer that the schedule controls."""
     basic_optimizer: Optimizer
     """The underlying torch optimizer, unwrapped."""
     num_parameters: int

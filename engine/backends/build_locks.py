@@ -25,7 +25,7 @@ class BuildLock(NamedTuple):
 
     path: Path
     holder: int | None
-    """Process of this host that has the lock open; None if no visible process does."""
+    """ID of the process that holds the lock; None if no visible process of this host holds it."""
 
     def __str__(self) -> str:
         op = self.path.parent.name

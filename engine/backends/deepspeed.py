@@ -217,14 +217,14 @@ class DeepSpeedBackend(Backend):
 
     def _guard_pipeline(self) -> None:
         """Skip the optimizer step of a pipeline if its gradients are not finite."""
-        take_step = self.engine._take_model_step  # noqa: SLF001  # it has no public name
+        take_step = self.engine._take_model_step  # noqa: SLF001  # private in DeepSpeed
 
         def take_finite_step(*args: Any) -> None:
             if hasattr(self.engine.optimizer, "overflow") or self._are_gradients_finite():
                 take_step(*args)
             else:
                 self._skip_step()
-                self.engine._step_applied = False  # noqa: SLF001  # it has no public name
+                self.engine._step_applied = False  # noqa: SLF001  # private in DeepSpeed
 
         self.engine._take_model_step = take_finite_step  # noqa: SLF001
 
@@ -305,7 +305,8 @@ class DeepSpeedBackend(Backend):
     ) -> None:
         strict &= frozen
         optimizer &= self.engine.basic_optimizer is not None
-        # At stage 3, all ranks must read their weights together, so no check may fail before that.
+        # At stage 3, all ranks must read their weights together, so no check may fail before the
+        # read.
         checks_files = optimizer and self._layout is not None
         own = read_weights(self.engine) if checks_files else {}
         with report_damage_on_all_ranks(checkpoint_dir, self.ranks):
@@ -363,7 +364,8 @@ class DeepSpeedBackend(Backend):
         self.engine.load_module_state_dict(
             {"module": weights}, strict=strict, custom_load_fn=load_fn, fetch_z3_params=True
         )
-        # The next step would overwrite the weights with the optimizer's copies of the old ones.
+        # Without a refresh, the next step would overwrite the weights with the optimizer's old
+        # copies.
         if hasattr(self.optimizer, "refresh_fp32_params"):
             self.optimizer.refresh_fp32_params()
         elif self._config.zero_stage == 3 and self._trains:

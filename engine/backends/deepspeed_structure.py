@@ -46,7 +46,7 @@ def check_structure(
         CheckpointError: a file is damaged.
     """
     root, tag = str(directory.parent), directory.name
-    path = Path(engine._get_ckpt_name(root, tag))  # noqa: SLF001  # it has no public name
+    path = Path(engine._get_ckpt_name(root, tag))  # noqa: SLF001  # private in DeepSpeed
     if not path.is_file():
         return  # written by another number of ranks
     values = read_file(path, trusts=trusts)
@@ -55,7 +55,7 @@ def check_structure(
         if not engine.zero_optimization():
             _check_optimizer(values.get("optimizer"), engine)
     if engine.zero_optimization() and not engine.zero_nvme_offload_optimizer():
-        path = Path(engine._get_zero_ckpt_name(root, tag))  # noqa: SLF001  # it has no public name
+        path = Path(engine._get_zero_ckpt_name(root, tag))  # noqa: SLF001  # private in DeepSpeed
         values = read_file(path, trusts=trusts)
         with report_damage(path):
             check_same_structure(values, {_OPTIMIZER: {}}, "checkpoint")
@@ -89,7 +89,7 @@ def read_weights(engine: Any) -> dict[str, Any]:
     With ZeRO stage 3, the result is the ``state_dict`` of the sharded model. Every rank must then
     call this function, because DeepSpeed gathers small parameters with a collective operation.
     """
-    has_events = engine._optimizer_has_ckpt_event_prologue()  # noqa: SLF001  # it has no public name
+    has_events = engine._optimizer_has_ckpt_event_prologue()  # noqa: SLF001  # private in DeepSpeed
     if has_events:
         engine.optimizer.checkpoint_event_prologue()
     weights = {

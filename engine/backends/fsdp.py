@@ -46,7 +46,7 @@ from engine.training.precision import cast_layer_inputs, find_methods
 __all__ = ["FSDPBackend", "check_gradient_averaging", "shard"]
 
 _SHARDED: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
-"""The settings with which `shard` has sharded each model."""
+"""The settings that `shard` used for each model."""
 
 
 class FSDPBackend(PyTorchBackend):
@@ -100,8 +100,8 @@ class FSDPBackend(PyTorchBackend):
     def scale(self, loss: Tensor, accumulation: int, *, is_last: bool) -> Tensor:
         if self._config.model.master_weights:
             self._check_frozen()
-        # Stages 2 and 3 reduce gradients after every micro-batch, since they do not store
-        # unsharded ones.
+        # Stages 2 and 3 reduce gradients after every micro-batch, because they store only sharded
+        # gradients.
         if self._config.zero_stage == 1:
             assert isinstance(self.model, FSDPModule)
             self.model.set_requires_gradient_sync(is_last)
@@ -129,7 +129,8 @@ class FSDPBackend(PyTorchBackend):
                 "the gradients. Call `set_gradient_accumulation_boundary(True)` before "
                 "`trainer.backward(loss)`, and call `backward` outside of `no_sync()`."
             )
-        # An evaluation after the last backward pass has gathered weights that this step changes.
+        # An evaluation after the last backward pass gathers weights, but this step changes the
+        # weights.
         reshard(self.model)
         return super()._prepare_gradients()
 
@@ -167,8 +168,9 @@ class FSDPBackend(PyTorchBackend):
     def get_attribute(self, name: str) -> Any:
         if name not in find_methods(self.model) or hasattr(FSDPModule, name):
             return super().get_attribute(name)
-        # A method that is called through the engine gathers the parameters. One that is called on
-        # the model does not: scripts call many of them, such as `save_pretrained`, on rank 0 only.
+        # A method that is called through the engine gathers the parameters. A method that is called
+        # on the model does not, because scripts call methods such as `save_pretrained` on rank 0
+        # only.
         register_fsdp_forward_method(self.model, name)
         method = getattr(self.model, name)
         delattr(self.model, name)
@@ -310,8 +312,8 @@ def _shard(
         _copy_from_rank_0(block, device, copied)
         fully_shard(block, **settings)
     _copy_from_rank_0(model, device, copied)
-    # Keep the root's own parameters gathered after a forward pass: a method of the model may use
-    # them after it has called the model.
+    # Keep the root's own parameters gathered after a forward pass, because a method of the model
+    # may use the parameters after a call of the model.
     fully_shard(model, **{**settings, "reshard_after_forward": False})
     accept_whole_weights(model)
 

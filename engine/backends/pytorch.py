@@ -203,8 +203,8 @@ class PyTorchBackend(DeferringBackend):
         self.zero_grad()
         if self._keeps_gradients:
             # If the gradients were freed now, malloc would return their memory to the system, and
-            # page faults would slow the next backward pass. If they are freed right before that
-            # pass instead, the memory is reused.
+            # page faults would slow the next backward pass. Gradients that are freed just before
+            # the next backward pass leave memory that malloc reuses.
             self._old_gradients = gradients
         self.grad_norm = norm
         if scaler is not None:
@@ -227,7 +227,7 @@ class PyTorchBackend(DeferringBackend):
         scale = self.loss_scale * divide_by
         norm = self._compute_norm_on_device(gradients) / scale
         if loss is not None and self.ranks.world_size > 1:
-            # All-reduce now: ranks may read the loss at different times, so reading must not wait.
+            # All-reduce the loss now, because ranks may read it at different times without waiting.
             loss = loss.to(self.ranks.device, torch.float64) / self.ranks.world_size
             dist.all_reduce(loss)
         self.deferred.start(norm, scale, loss)
@@ -373,7 +373,7 @@ class PyTorchBackend(DeferringBackend):
         tensors_now = dict(_named_tensors(self.model))
         scaler = self._scaler.state_dict() if self._scaler else None
         state = tensors_now, self.optimizer.state_dict(), scaler, self.grad_norm
-        # The copies are in host memory, so that a snapshot needs no memory of the GPU.
+        # The copies are in host memory, so a snapshot does not use GPU memory.
         copies = copy_to_host(state, reuse)
         find_waiting(state)()
         return copies

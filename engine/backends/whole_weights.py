@@ -32,7 +32,7 @@ def _shard_tensors(
         if not isinstance(whole, Tensor) or isinstance(whole, DTensor):
             continue
         if isinstance(parameter, DTensor) and whole.shape == parameter.shape:
-            # Each rank takes its part of its local tensor, so no rank waits for the others.
+            # Each rank shards its local tensor, so no rank waits for another rank.
             state_dict[prefix + name] = distribute_tensor(
                 whole.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None
             )

@@ -36,7 +36,7 @@ class SteppedRun(RunState, Protocol):
     """Protocol for the training run that `AutomaticCheckpoints.save_if_due` receives."""
 
     latest: Counters
-    """The counters. Unlike with `RunState.counters`, the outcome of the last step may be open."""
+    """The counters. Unlike in `RunState.counters`, the outcome of the last step may be unknown."""
 
     @property
     def defers(self) -> bool:
@@ -110,7 +110,7 @@ class AutomaticCheckpoints:
         directory, every = self._directory, self._plan.every
         if directory is None or run.is_trial:
             return
-        # A script that only evaluates needs no lock, so lock after the first step.
+        # A script that only evaluates does not need a lock, so lock after the first step.
         self._checkpointer.lock(directory)
         self._checkpointer.data.check_is_used()
         self.save_best(run)

@@ -87,11 +87,11 @@ def find_missing_ranks(
     """
     if ranks.world_size == 1:
         return []
-    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  # it has no public name
+    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  # private in torch
     prefix = f"onecycle/save/{next(_calls)}"
     arrived, missing = [f"{prefix}/{rank}" for rank in range(ranks.world_size)], f"{prefix}/missing"
     store.set(arrived[ranks.rank], "")
-    # The first result counts: an empty list from the last rank to arrive, or that of a timeout.
+    # Only the first result is stored: an empty list from the last rank, or the result of a timeout.
     if store.add(f"{prefix}/count", 1) == ranks.world_size:
         store.compare_set(missing, "", json.dumps([]))
     start, pause = time.monotonic(), 0.001

@@ -31,7 +31,7 @@ _OWN_KEYS = frozenset(
     num_experts ds_autoep_layers autoep_layers universal_checkpoint_info folding
     """.split()  # noqa: SIM905  # readable at a glance, unlike a column of strings
 )
-"""Keys of DeepSpeed's model file; all others are from the script's ``client_state``."""
+"""Keys of DeepSpeed's model file. All other keys are from the script's ``client_state``."""
 _COUNTS = {"global_steps": Count, "skipped_steps": Count, "dp_world_size": Size}
 """Types of the numbers that a model file must contain."""
 
@@ -41,7 +41,7 @@ class SavedTensor(NamedTuple):
 
     shape: torch.Size
     parts: list[Tensor]
-    """Its elements, in order, as flat tensors. The last one may have padding at its end."""
+    """The elements in order, as flat tensors. The last tensor may have padding at the end."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,7 +60,7 @@ class _Piece(NamedTuple):
     states: Mapping[str, Any]
     """State of the optimizer for the flat tensor."""
     master: Tensor | None
-    """Flat tensor of float32 master weights; None if the checkpoint contains none."""
+    """Flat tensor of float32 master weights; None if the checkpoint does not contain them."""
     start: int
     size: int
 

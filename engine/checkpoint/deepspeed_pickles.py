@@ -20,7 +20,7 @@ _CLASSES = {
     "deepspeed.runtime.zero.config": ["ZeroStageEnum"],
     "deepspeed.utils.tensor_fragment": ["fragment_address"],
 }
-"""Classes whose instances DeepSpeed saves; unpickling them runs no code from the file."""
+"""Classes of objects that DeepSpeed saves. Unpickling them does not run code from the file."""
 
 
 class _Attributes:

@@ -19,13 +19,15 @@ __all__ = ["DeepSpeedSource", "has_states_for"]
 _ADAM = {"betas", "eps"}, {"exp_avg", "exp_avg_sq"}
 _KINDS: Mapping[type[Optimizer], tuple[set[str], set[str]]] = {
     Adam: _ADAM,
-    AdamW: _ADAM,  # in PyTorch 2.6, it is no subclass of Adam
+    AdamW: _ADAM,  # not a subclass of Adam in PyTorch 2.6
     SGD: ({"momentum"}, {"momentum_buffer"}),
     RMSprop: ({"alpha"}, {"square_avg"}),
     Adagrad: ({"lr_decay"}, {"sum"}),
 }
-"""Dict from each kind of optimizer to settings of its param groups and states of its parameters.
-They identify the kind of a saved optimizer, because DeepSpeed does not save its name."""
+"""Settings of the param groups and states of the parameters of each kind of optimizer.
+
+DeepSpeed does not save the name of an optimizer, so these names identify the kind.
+"""
 
 
 class DeepSpeedSource:
@@ -71,7 +73,7 @@ class DeepSpeedSource:
         for name, target in own.items():
             whole = self._tensors[name].read()
             if isinstance(target, DTensor):
-                # Each rank takes its part of its local tensor, so no rank waits for the others.
+                # Each rank shards its local tensor, so no rank waits for another rank.
                 whole = distribute_tensor(
                     whole.to(target.device),
                     target.device_mesh,

@@ -27,9 +27,9 @@ __all__ = [
 Identity = Mapping[str, Any]
 
 KERNEL_SETTINGS = frozenset({"fused", "foreach", "capturable"})
-"""Settings of a param group that choose a kernel for the run's devices, and change no result.
+"""Settings of a param group that select a kernel but do not change results.
 
-A run on the CPU cannot use ``capturable``, and a CUDA graph needs it.
+A run on the CPU cannot use ``capturable``, and a CUDA graph requires it.
 """
 
 _CONVERTED = "converted"
@@ -135,10 +135,10 @@ def _find_differences(
         unknown: keys that are ignored if the checkpoint does not contain them.
     """
     if isinstance(saved, Mapping) and isinstance(own, Mapping):
-        # Checkpoints of earlier versions do not contain the values that JSON cannot represent,
-        # such as a function or a tensor in the scheduler's attributes. Skip these values, so that
-        # such checkpoints can be resumed; all other values must match. The drawback is that the
-        # first resume does not notice a changed tensor.
+        # Checkpoints of earlier versions do not contain the values that JSON cannot represent, such
+        # as a function or a tensor in the scheduler's attributes. Skip these values when resuming
+        # from an old checkpoint. All other values must match. The drawback is that the first resume
+        # does not detect a changed tensor.
         if _CONVERTED in own and _CONVERTED not in saved:
             unknown = own[_CONVERTED]
         for key in dict.fromkeys([*saved, *own]):

@@ -17,7 +17,7 @@ from xxhash import xxh3_128
 __all__ = ["compute_hash", "describe_files", "find_hash", "matches_hash"]
 
 _ALGORITHMS: Mapping[str, Callable[[], Any]] = {"xxh3_128": xxh3_128, "sha256": hashlib.sha256}
-"""Hash functions by the key of a manifest; checkpoints are written with the first one."""
+"""Hash functions by their key in a manifest. The first function is used for new checkpoints."""
 _ALGORITHM = next(iter(_ALGORITHMS))
 _CHUNK = 1 << 20  # bytes; stays in the cache of the core that hashes it
 

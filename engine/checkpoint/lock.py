@@ -85,7 +85,7 @@ def _acquire(path: Path, own: Mapping[str, Any]) -> None:
                 "or stop that process."
             ) from None
         _write(path, own)
-        time.sleep(0.05)  # if two processes take over the lock at once, the last one owns it
+        time.sleep(0.05)  # if two processes acquire the lock together, the last one owns it
         if not _is_owner(path, own):
             _acquire(path, own)
 
@@ -159,7 +159,7 @@ def _find_start_time(pid: int) -> str | None:
     """Return the start time of a process in clock ticks since boot, or None if it is unknown."""
     stat = _read_text(f"/proc/{pid}/stat")
     fields = stat.rpartition(")")[2].split()  # the name in parentheses can contain spaces
-    # A zombie has ended, although its parent has not read its exit status yet.
+    # A zombie has ended, but its parent has not read the exit status yet.
     return fields[19] if len(fields) > 19 and fields[0] != "Z" else None
 
 

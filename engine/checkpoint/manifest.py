@@ -43,7 +43,7 @@ class Manifest:
     is_automatic: bool = False
     """Whether the checkpoint was saved automatically, so that `prune` may delete it."""
     sequence: int = 0
-    """Number of the checkpoint in its directory. Unlike the time, it cannot be set back."""
+    """Number of the checkpoint in its directory. Unlike a clock, the number never goes back."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     checksum: str = ""
     """SHA-256 hash of the other keys; empty in checkpoints of earlier versions."""

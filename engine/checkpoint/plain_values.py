@@ -66,7 +66,7 @@ _LOADABLE: list[Any] = [
     pathlib.PosixPath,
     pathlib.WindowsPath,
 ]
-"""Classes and functions outside of PyTorch that may be unpickled; none of them runs other code."""
+"""Classes and functions outside of PyTorch that may be unpickled. They do not run other code."""
 
 
 def write_values(path: Path, values: Any) -> None:
@@ -77,7 +77,7 @@ def write_values(path: Path, values: Any) -> None:
         ValueError: a value has a type that `read_values` does not load.
     """
     check_plain_values(values, path.stem)
-    # If torch.save wrote the file, its RuntimeError would not name the cause of a failure.
+    # torch.save would raise a RuntimeError that does not name the cause of a failure.
     buffer = io.BytesIO()
     torch.save(values, buffer)
     path.write_bytes(buffer.getbuffer())

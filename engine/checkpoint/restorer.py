@@ -91,7 +91,7 @@ class Restorer:
         """
         checkpoint_dir, manifest, state = selected.path, selected.manifest, selected.state
         self._check_match(run, selected, parts)
-        # Read and check the small files first, so that nothing has changed if one is damaged.
+        # Read and check the small files first, so that a damaged file leaves the run unchanged.
         with raise_on_all_ranks(self._ranks, _NOT_LOADED):
             small = self._read_small_files(run, selected, parts)
         own_groups = [_copy_settings(group) for group in self._backend.optimizer.param_groups]
@@ -144,7 +144,7 @@ class Restorer:
     def _expected_identity(self, manifest: Manifest) -> Identity:
         if not os.environ.get(ELASTIC):
             return self._identity
-        # The world size of an elastic run may change; its batch size and schedule must not.
+        # The world size of an elastic run may change, but not the batch size or the schedule.
         return {**self._identity, "world_size": manifest.identity.get("world_size")}
 
     def _read_small_files(self, run: RunState, selected: Selected, parts: Parts) -> _SmallFiles:

@@ -60,7 +60,7 @@ class RunState(Protocol):
 
     config: Config
     is_trial: bool
-    """Whether the run is part of an LR range test, which saves no checkpoints."""
+    """Whether the run is part of an LR range test. Such a run does not save checkpoints."""
     counters: Counters
     accumulation: Accumulation
     progress: ProgressReporter

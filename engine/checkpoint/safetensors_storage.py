@@ -45,7 +45,7 @@ __all__ = ["SHARDS", "ShardReader", "ShardWriter", "write_tensors"]
 
 
 SHARDS = "shard.*.safetensors"
-"""Pattern of the files' names; the ranks have one file each."""
+"""Pattern of the file names. Each rank has one file."""
 _ALIGNMENT = 8  # bytes
 _DTYPES = {
     torch.float64: "F64",

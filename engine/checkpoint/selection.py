@@ -97,7 +97,7 @@ class CheckpointSelector:
         universal = _follow(pointer) if self._loads_universal and tag is None else None
         if universal is not None:
             own = [manifest for _, manifest in storage.list_checkpoints(directory)]
-            # A run that has saved its own checkpoints since does not start from it again.
+            # If the run has since saved its own checkpoints, resume from these checkpoints instead.
             steps = DeepSpeedFiles(universal, trusts=self._config.checkpoint.trust_pickle).steps
             if all(manifest.step <= steps for manifest in own):
                 return universal

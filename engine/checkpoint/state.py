@@ -162,7 +162,7 @@ def read(
     state: dict[str, Any] = {"optimizer": {}, "outside": {}}
     if optimizer is not None:
         state = _read_optimizer(directory, model, optimizer, source)
-    # Nothing has changed so far. From here on, only code of the model or the optimizer can fail.
+    # The run is still unchanged. After this line, only code of the model or optimizer can fail.
     options = StateDictOptions(strict=strict and frozen)
     try:
         with report_damage(directory / VALUES):
@@ -314,8 +314,8 @@ def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | No
     else:
         with _raise_cause():
             save(tensors, storage_writer=writer, process_group=group)
-    # Write this file after the collective `save`. If rank 0 failed here before that call, the other
-    # ranks would wait in it indefinitely.
+    # Write this file after the collective `save`. If rank 0 failed before `save`, the remaining
+    # ranks would wait in `save` indefinitely.
     if is_single_process or dist.get_rank() == 0:
         values = {name: value for name, value in leaves.items() if not _is_sharded(name, value)}
         write_values(directory / VALUES, values)

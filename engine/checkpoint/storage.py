@@ -303,7 +303,8 @@ def prune(directory: Path, run: str, keep: int | None, keep_every: int | None) -
     removed = []
     for checkpoint_dir, manifest in own[:-keep]:
         if keep_every is None or manifest.step % keep_every:
-            # Remove the manifest first, so that an interrupted removal leaves no valid checkpoint.
+            # Remove the manifest first, so that an interrupted removal leaves an invalid
+            # checkpoint.
             (checkpoint_dir / MANIFEST).unlink()
             shutil.rmtree(checkpoint_dir)
             removed.append(checkpoint_dir.name)

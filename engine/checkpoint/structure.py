@@ -26,7 +26,7 @@ _IMPLEMENTATION = {"fused", "foreach"}
 _NOT_IN_TEMPLATES = {*_IMPLEMENTATION, "capturable", "params"}
 _MAX_INT = 2**63 - 1
 _MAX_FLOAT = torch.finfo(torch.float32).max
-"""Optimizers multiply float32 tensors by their settings, and PyTorch rejects a larger factor."""
+"""Maximum of a setting: optimizers multiply float32 tensors by it, and PyTorch rejects more."""
 HYPERPARAMETERS = ("lr", "momentum", "betas", "weight_decay")
 """Settings of a param group that every checkpoint has if the optimizer has them."""
 
@@ -247,7 +247,7 @@ class _Templates:
             copy = self._kind([small], **settings)
             copy.step()
         except (TypeError, ValueError, RuntimeError):
-            return {}  # such as LBFGS, which needs a closure
+            return {}  # such as LBFGS, because it needs a closure
         return dict(copy.state[small])
 
 

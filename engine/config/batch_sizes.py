@@ -111,7 +111,7 @@ class DataRanks(NamedTuple):
 
     number: int
     tensor_parallel: int = 1
-    """Number of tensor-parallel ranks per model; DeepSpeed's AutoTP counts each of them."""
+    """Number of tensor-parallel ranks per model. DeepSpeed's AutoTP counts each rank."""
     unit: str = "rank"
 
 

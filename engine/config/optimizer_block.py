@@ -21,7 +21,7 @@ class OptimizerBlock:
     params: Mapping[str, Any]
     param_groups: tuple[GroupSettings, ...] = ()
     no_decay: bool = False
-    """Whether biases and norms in no entry of ``param_groups`` have no weight decay."""
+    """Whether to exclude biases and norms outside of ``param_groups`` from weight decay."""
     layer_decay: float = 1.0
     group_schedules: Mapping[int, Schedule[Any]] = field(default_factory=dict)
     """The own schedules of param groups, by index in ``param_groups``."""

@@ -73,7 +73,7 @@ def _find_schedule_parameters() -> dict[str, type[Schedule[Any]]]:
 
 
 _VALUES = "onecycle_overrides"
-"""Attribute of a parsed namespace that holds a dict of our own arguments' values, by name."""
+"""Namespace attribute with a dict of the values of onecycle's arguments, by name."""
 
 
 class _StoreOverride(argparse.Action):

@@ -42,7 +42,7 @@ class GroupSettings:
         name: name of the group.
         patterns: regular expressions that select parameters by name, with `re.search`.
         hyperparameters: hyperparameters that differ from ``optimizer.params``.
-        no_decay: whether biases and norms have no weight decay.
+        no_decay: whether to exclude biases and norms from weight decay.
     """
 
     name: str

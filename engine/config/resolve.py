@@ -121,7 +121,7 @@ class ModelSettings:
     wrap_classes: tuple[str, ...]
     """Class names of the modules to shard and to recompute as a unit."""
     activation_checkpointing: Literal["device", "host"] | None
-    """Where activation checkpointing stores the inputs of each block; None if it is disabled."""
+    """Device for saved block inputs in activation checkpointing; None if disabled."""
     compile_backend: str | None
     """The backend of torch.compile; None if the model is not compiled."""
     master_weights: bool
@@ -170,7 +170,7 @@ class Config(Mapping[str, Any]):
     raw: Mapping[str, Any]
     """The user's config, including command-line overrides, without defaults."""
     zero_stage: int
-    """0: nothing is sharded; 1: optimizer states are; 2: also gradients; 3: also parameters."""
+    """ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters."""
     cpu_offload: bool
     """Whether parameters or optimizer states are offloaded to CPU memory."""
     model: ModelSettings

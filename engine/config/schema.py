@@ -39,9 +39,9 @@ IGNORED_PREFIXES = ("x-", "//", "_")
 OPTIMIZERS: Mapping[str, dict[str, Any]] = schemas.read("optimizers.json")["$defs"]
 
 ABSENT: Any = object()
-"""Marks an absent key that has no default."""
+"""Marks an absent key without a default."""
 SECTION: Mapping[str, Any] = {}
-"""Marks an absent section whose keys have defaults."""
+"""Marks an absent section with defaults for its keys."""
 
 
 def is_ignored(key: str) -> bool:

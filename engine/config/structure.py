@@ -46,7 +46,7 @@ class Structure:
     data_ranks: DataRanks | None
     """The number of ranks that load different samples; None if the world size is unknown."""
     group_schedules: Mapping[int, Schedule[Any]]
-    """The own schedules of param groups, by index in ``optimizer.param_groups``."""
+    """The schedules of individual param groups, by index in ``optimizer.param_groups``."""
 
 
 def check_structure(

@@ -43,7 +43,7 @@ _IMPLEMENTATIONS = (
     "32bit",
     "8bit",
 )
-"""Parts of the names of an optimizer's implementations in DeepSpeed, transformers and others."""
+"""Affixes of optimizer names in DeepSpeed, transformers and other libraries."""
 
 
 class Suggestion(NamedTuple):

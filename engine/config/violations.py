@@ -23,7 +23,7 @@ __all__ = ["MAX_SUGGESTIONS", "check_against_schema", "get_suggested_pointer"]
 
 _RANGE = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems"}
 MAX_SUGGESTIONS = 100
-"""Number of problems with a suggestion, because the search for suggestions takes time."""
+"""Maximum number of problems with a suggestion. The search for suggestions takes time."""
 _NO_SUGGESTION = Suggestion("")
 _REGISTRY: Registry[Any] = Registry(
     retrieve=lambda uri: Resource.from_contents(schemas.read(uri))  # type: ignore[call-arg]  # mypy does not know that attrs renames the field

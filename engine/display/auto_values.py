@@ -19,7 +19,7 @@ class AutoValues:
     """Values for "auto" in a preview. In a run, transformers provides these values."""
 
     learning_rate: float = 5e-5
-    """Learning rate of the optimizer; the default is that of transformers."""
+    """Learning rate of the optimizer. The default is the same as in transformers."""
     total_steps: int | None = None
     """Length of the run. Defaults to ``engine.max_duration`` or, if it is absent, 1,000 steps."""
     warmup_steps: int | None = None

@@ -39,7 +39,7 @@ class Preview:
     horizon: Horizon
     base: Base
     auto_values: Mapping[str, Any] = field(default_factory=dict)
-    """The values that replaced "auto", by the name of the param."""
+    """The values that replaced "auto", by param name."""
 
     @property
     def title(self) -> str:

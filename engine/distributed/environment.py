@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 PREFIX = "ONECYCLE_"
-"""Prefix of the variables below. `onecycle launch` passes all variables with it to the ranks."""
+"""Prefix of the variables below. `onecycle launch` passes all of these variables to the ranks."""
 
 ELASTIC = "ONECYCLE_ELASTIC"
 """Set if hosts may join or leave during the run. The batch size then stays the same."""
@@ -52,19 +52,19 @@ USAGE = 2
 """Exit status: wrong usage, or a file that cannot be read or written."""
 
 UNREACHABLE = 69
-"""Exit status: a host did not answer or does not match this one (EX_UNAVAILABLE)."""
+"""Exit status: a host did not respond or differs from this host (EX_UNAVAILABLE)."""
 
 SAVED_AND_ENDED = 75
 """Exit status: the run received a signal, saved a checkpoint and exited (EX_TEMPFAIL: retry)."""
 
 INTERRUPTED = 130
-"""Exit status: Ctrl-C ended the run, which saved a checkpoint if it saves any (128 + SIGINT)."""
+"""Exit status: Ctrl-C ended the run, possibly after a checkpoint (128 + SIGINT)."""
 
 NODE_LOST = 75
 """Exit status: the launch lost a host (EX_TEMPFAIL: retry)."""
 
 TIMED_OUT = 124
-"""Exit status: the hosts did not find each other in time (as for the `timeout` command)."""
+"""Exit status: the hosts did not connect in time (same status as the `timeout` command)."""
 
 SSH_FAILED = 255
 """Exit status of ssh if it could not connect or lost the connection."""

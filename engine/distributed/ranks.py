@@ -39,7 +39,7 @@ _EXIT_TIMEOUT = 5.0  # seconds
 _EXIT_POLL = 0.01
 _RELEASE_TIME = 0.05
 _REPORT_TIME = 1.0  # seconds; a launcher polls the processes ten times as often
-# Keys of the store. One request reads them, however many ranks there are.
+# Keys of the store. A single request reads the keys of all ranks.
 _EXIT_COUNT = "onecycle/exit_count"
 _EXITED_RANKS = "onecycle/exited_ranks"
 
@@ -58,7 +58,7 @@ class Ranks:
     If None, the default group is used.
     """
     shard: tuple[int, int] | None = None
-    """Index and number of the parts of the data; None if each rank loads a different part."""
+    """Index of this rank's data shard and number of shards; None for one shard per rank."""
 
     @property
     def data_rank(self) -> int:
@@ -125,8 +125,8 @@ def init_distributed(
 
     Raises:
         ValueError: if there are several ranks, but `WORLD_SIZE`, `RANK`, `MASTER_ADDR` or
-            `MASTER_PORT` is neither set nor known from srun or mpirun; if ``device`` is "cuda", but
-            there is no GPU; or if there is no GPU with the number ``LOCAL_RANK``.
+            `MASTER_PORT` is neither set nor known from srun or mpirun; or if the GPU that
+            ``device`` or ``LOCAL_RANK`` selects does not exist.
     """
     if not _has_process_group():
         os.environ.update(read_task_variables(os.environ, port))
@@ -173,7 +173,7 @@ def _find_gpu() -> int:
     count = torch.cuda.device_count()
     local_rank = os.environ.get("LOCAL_RANK")
     if local_rank is None and _has_process_group():
-        bound = dist.distributed_c10d._get_default_group().bound_device_id  # noqa: SLF001  # the function has no public name
+        bound = dist.distributed_c10d._get_default_group().bound_device_id  # noqa: SLF001  # private in torch
         if bound is not None:
             return int(bound.index)
         is_chosen = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # untyped in torch
@@ -304,7 +304,7 @@ def destroy_distributed() -> None:
         others_train = is_gloo and not _wait_for_exit_of_all_ranks()
     if not others_train:
         dist.destroy_process_group()
-    # A gloo thread may still own a tensor, and needs the interpreter to release it. If the
+    # A gloo thread that owns a tensor needs the interpreter to release the tensor. If the
     # interpreter has already exited, the process aborts ("terminate called without an active
     # exception").
     time.sleep(_RELEASE_TIME)
@@ -315,7 +315,7 @@ def destroy_distributed() -> None:
 
 
 def _get_store() -> Any:
-    return dist.distributed_c10d._get_default_store()  # noqa: SLF001  # the function has no public name
+    return dist.distributed_c10d._get_default_store()  # noqa: SLF001  # private in torch
 
 
 def _announce_exit() -> None:
@@ -337,7 +337,7 @@ def _log_ended_ranks() -> None:
             "steps. Check that each rank has the same number of batches.",
             ", ".join(map(str, ended)),
         )
-        # The launcher should first see the exit status of a rank that ended before.
+        # The launcher should receive the exit status of earlier failed ranks first.
         time.sleep(_REPORT_TIME)
 
 

@@ -20,13 +20,13 @@ __all__ = ["Signals"]
 log = logging.getLogger("onecycle")
 
 _NAMES = ("SIGUSR1", "SIGTERM", "SIGINT")
-"""If the ranks receive several signals, the last one of these counts."""
+"""If the ranks receive several signals, the last signal in this tuple counts."""
 _MAX_STEP_TIME = 60.0
-"""Seconds after the last check in which the script is assumed to train."""
+"""Time in seconds after the last check during which the script is assumed to train."""
 _MAX_DUPLICATE_TIME = 5.0
-"""Seconds after a signal in which another SIGTERM is assumed to be a copy of it.
+"""Time in seconds after a signal during which a SIGTERM is assumed to be a duplicate.
 
-Slurm, for example, signals all processes of a job, and torchrun passes its signal on to the ranks.
+For example, Slurm signals all processes of a job, and torchrun also signals the ranks.
 """
 
 
@@ -54,7 +54,7 @@ class Signals:
         self._previous_handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for name in _NAMES:
-                if hasattr(signal, name):  # Windows has no SIGUSR1
+                if hasattr(signal, name):  # SIGUSR1 does not exist on Windows
                     number = getattr(signal, name)
                     self._previous_handlers[number] = signal.signal(number, self._record)
 

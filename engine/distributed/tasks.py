@@ -23,8 +23,8 @@ class _Starter(NamedTuple):
     local_size: str = ""
 
 
-# Some implementations of mpirun use srun to start one process per host, which starts the tasks. The
-# variables of srun then describe these processes, not the tasks, so srun is last.
+# Some implementations of mpirun use srun to start one process per host. This process then starts
+# the tasks. The variables of srun do not describe these tasks, so srun is last.
 _STARTERS = (
     _Starter(
         "mpirun",
@@ -67,7 +67,7 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
     size = environment[starter.size] if starter else "1"
     if starter is None or size == "1" or environment.get("WORLD_SIZE", size) != size:
         return {}
-    # With `srun --pty bash`, only the first task has a terminal, so the others do not come here.
+    # With `srun --pty bash`, only the first task has a terminal and reaches this line.
     if starter not in known or "SLURM_PTY_PORT" in environment:
         raise ValueError(
             f"{starter.name} started {size} tasks, but RANK and WORLD_SIZE are not set, so each "
@@ -81,7 +81,7 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
             "Set MASTER_ADDR to the address of rank 0's host, for example with `export MASTER_ADDR="
             '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)`.'
         )
-    # If Slurm shows each task only its own GPU, this GPU has the number 0 in every task.
+    # If each Slurm task has access to only one GPU, the GPU has index 0 in every task.
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     has_own_gpu = visible and "," not in visible
     return {

@@ -33,7 +33,7 @@ from engine.launch.torchrun import remove_directory
 __all__ = ["STARTED", "find_descendants", "main", "map_slots_to_devices"]
 
 STARTED = "\x1eonecycle-started"
-"""Line that the agent prints just before it starts the job, when it has acquired its lock."""
+"""Line that the agent prints after acquiring the lock, before starting the job."""
 
 _MAX_SILENCE = 30.0
 _MASK = "CUDA_VISIBLE_DEVICES"

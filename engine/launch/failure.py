@@ -19,7 +19,7 @@ class Failure:
     rank: int | None
     """The rank that failed; None if torchrun itself failed."""
     status: int
-    """The exit status of the rank, which is 128 + n if signal n killed it."""
+    """The exit status of the rank; 128 + n if signal n killed the rank."""
     time: float = math.inf
     """The time of the failure in seconds since the Unix epoch."""
     reason: str = ""

@@ -21,7 +21,7 @@ __all__ = ["MAX_CONNECTING", "Child", "Children", "Finished", "run_commands"]
 MAX_CONNECTING = 512
 """Maximum number of ssh clients that connect at the same time.
 
-A connection costs the launcher 10 to 20 ms of CPU time for the key exchange. With this limit, two
+The key exchange of a connection takes 10 to 20 ms of the launcher's CPU time. With this limit, two
 cores finish within the 8 seconds of ssh's ``ConnectTimeout``.
 """
 

@@ -79,8 +79,8 @@ class _Output:
         """Store an output line, and print the line if its rank is selected.
 
         Args:
-            line: output line. A line of a rank starts with a prefix such as ``[node0:r1]``; a line
-                of the agent has no prefix.
+            line: output line. A line of a rank starts with a prefix such as ``[node0:r1]``. All
+                other lines are from the agent.
             host: host that the line comes from.
 
         Raises:

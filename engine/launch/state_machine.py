@@ -81,13 +81,13 @@ class Outcome:
     """The result of a launch."""
 
     status: int = OK
-    """0 if all ranks succeeded, else the exit status of the first failed rank.
+    """The exit status: 0 if all ranks succeeded, or the status of the first failed rank.
 
     If the launcher received signal n, the status is 128 + n.
     """
     reason: str = ""
     source: str = ""
-    """The host (`node0`) or the rank (`node0:r1`) whose output explains the failure."""
+    """The host (`node0`) or the rank (`node0:r1`) with the output that explains the failure."""
     last_lines: tuple[str, ...] = ()
     """The last lines of output of ``source``."""
 

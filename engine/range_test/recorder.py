@@ -14,7 +14,7 @@ from typing import Any
 __all__ = ["RECORD", "Recorder", "Run", "SweepOver"]
 
 RECORD = "record.jsonl"
-"""Name of the record file, which has a line of facts, a line per step, and a line for the end."""
+"""Name of the record file. It has a line of facts, a line per step, and a line for the end."""
 
 _PATIENCE = 3  # consecutive losses that are not finite
 _SKIPS = 50  # consecutive skipped steps: more than any loss scale needs to adapt
@@ -119,7 +119,7 @@ class Recorder:
 
         Args:
             lr: learning rate of the step.
-            momentum: momentum of the step; None if the optimizer has no momentum.
+            momentum: momentum of the step, or None.
             loss: mean loss over the batch and all ranks.
             applied: whether the step was applied; False if it was skipped.
         """

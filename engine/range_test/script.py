@@ -31,7 +31,7 @@ log = logging.getLogger("onecycle")
 _engines = itertools.count(1)
 """Numbers of the engines that this process creates during `onecycle lr-test`."""
 _reports: list[Path] = []
-"""Report directories of the engines of this process whose schedule is an LR range test."""
+"""Report directories of this process's engines with an LR range test as schedule."""
 
 
 def is_next_engine_swept(sweep: Sweep) -> bool:

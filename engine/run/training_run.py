@@ -59,7 +59,7 @@ class TrainingRun:
     best: BestMetric | None = None
     _recorder: StepRecorder | None = None
     is_trial: bool = False
-    """Whether this run is part of an LR range test, which saves no checkpoints.
+    """Whether this run is part of an LR range test. Such a run does not save checkpoints.
 
     The recorder decides when the test ends. With `onecycle lr-test`, only one engine of the script
     has a recorder.
@@ -104,7 +104,8 @@ class TrainingRun:
                 is_managed=config.raw.get("managed_gradient_accumulation", True),
             ),
             RunLength(config.run.get("steps_this_run")),
-            # A dynamic loss scale skips steps until it is low enough, and ends the run itself.
+            # With a dynamic loss scale, steps are skipped until the scale is low enough. The loss
+            # scaler ends a diverging run itself.
             DivergenceCheck(None if is_dynamic else config.max_skipped_steps),
             misuse or MisuseChecks(backend),
             None if best is None else BestMetric(best.metric, best.mode, best.patience),

@@ -69,8 +69,8 @@ class CheckpointedForward:
         if self.on_host:
             storage = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
         with storage:
-            # PyTorch restores the random state of the devices of positional tensors only, so pass
-            # the keyword arguments as a positional one.
+            # PyTorch restores the random state only for devices of positional arguments, so pass
+            # the keyword arguments as a positional argument.
             return checkpoint(self._call, args, kwargs, use_reentrant=False)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -31,15 +31,15 @@ class EpochOrder:
     name: str
     """Expression for ``length`` in error messages, such as ``len(training_data)``."""
     draw: Callable[[int], Sequence[Any]]
-    """Function that takes the number of an epoch and always returns the same items for it."""
+    """Function that takes the index of an epoch and returns its items; the same in each call."""
     length: int
     """Number of items per epoch."""
     drop_last: bool
     """Whether an incomplete last batch of an epoch is dropped."""
     is_batched: bool = False
-    """Whether each item is a micro-batch of one rank; if false, it is a sample."""
+    """Whether each item is a micro-batch of one rank. If false, each item is a sample."""
     is_sharded: bool = False
-    """Whether the items are those of this rank only; if false, they are the same on all ranks."""
+    """Whether the items are sharded across ranks. If false, all ranks have the same items."""
 
 
 def order_dataset(samples: int, config: Config) -> EpochOrder:

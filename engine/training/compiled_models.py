@@ -25,7 +25,7 @@ def unwrap_compiled(model: nn.Module) -> nn.Module:
     if dynamo is None or not isinstance(model, dynamo.OptimizedModule):
         return model
     wrapper: Any = model
-    inner: nn.Module = wrapper._orig_mod  # noqa: SLF001  # it has no public name
-    # As `nn.Module.compile` does, with the backend and the options of the wrapper.
+    inner: nn.Module = wrapper._orig_mod  # noqa: SLF001  # private in torch
+    # Compile like `nn.Module.compile`, with the backend and the options of the wrapper.
     inner._compiled_call_impl = wrapper.dynamo_ctx(inner._call_impl)  # noqa: SLF001
     return inner

@@ -137,9 +137,9 @@ class DeferredStep:
         device: torch.device,
     ) -> None:
         self.scale: Tensor | None = None
-        """Loss scale for the next backward pass, if it depends on an outcome that is not read."""
+        """Loss scale for the next backward pass, if it depends on an unknown outcome."""
         self.has_skipped = False
-        """Whether the last step that was read was skipped."""
+        """Whether the last step with a known outcome was skipped."""
         self._optimizer = optimizer
         self._clipping = clipping
         self._scaler = scaler

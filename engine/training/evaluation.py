@@ -69,7 +69,7 @@ class Evaluator:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        # Only the first of the ranks that share a model contributes its rows.
+        # Of the ranks that share a model, only the first rank contributes rows.
         self._is_first_of_shard = ranks.shard is None or self._find_first_of_shard() == ranks.rank
         self._is_repeating = False  # whether to drop the results of the current batch
 

@@ -72,7 +72,7 @@ class RepeatCheck:
         if self._ranks.world_size == 1:
             return
         together = hashlib.sha256(b"".join(self._digests)).hexdigest()
-        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  # it has no public name
+        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  # private in torch
         if store.add(f"onecycle/batches/{self._number}/{together}", 1) > 1:
             raise ValueError(
                 f"Rank {self._ranks.rank} and another rank load the same batches. Split the "

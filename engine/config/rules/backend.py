@@ -43,7 +43,7 @@ def _find_torch_only(context: RuleContext) -> Iterator[Problem]:
     """
     for member in context.members:
         torch_only = member.schema.get("x-backend") == "torch"
-        # The rollback of AutoWU copies the training state. This is not possible with DeepSpeed.
+        # The rollback of AutoWU copies the training state, but DeepSpeed does not support a copy.
         torch_only |= member.pointer == "/scheduler/params/rollback"
         torch_only &= find_reason_for_no_effect(member, "deepspeed") is None
         if torch_only and member.value not in (member.schema.get("default"), None):
