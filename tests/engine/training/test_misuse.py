@@ -285,7 +285,7 @@ def test_engine_on_a_dataset_smaller_than_a_batch_warns(caplog):
     assert not read_warnings(caplog)
     start(torch.nn.Linear(2, 1), training_data=dataset(1))
     (message,) = read_warnings(caplog)
-    assert "`len(training_data)` is 1, less than the `train_batch_size` of 2" in message
+    assert "`len(training_data)` (1) is smaller than `train_batch_size` (2)" in message
 
 
 @pytest.mark.parametrize("steps_before", [1, 50])
