@@ -333,7 +333,7 @@ def _log_ended_ranks() -> None:
             ended = sorted(map(int, store.get(_EXITED_RANKS).split()))
     if ended:
         log.error(
-            "Rank %s ended before this rank failed. All ranks must take the same number of "
+            "Rank %s had ended before this rank failed. All ranks must take the same number of "
             "steps. Check that each rank has the same number of batches.",
             ", ".join(map(str, ended)),
         )
