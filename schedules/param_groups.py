@@ -59,7 +59,7 @@ class Slot:
         if not isinstance(value, int | float | torch.Tensor):
             raise ValueError(  # noqa: TRY004  # it is a value of the optimizer
                 f"`{self.key}` of each param group must be a number, got {value}. Set it in the "
-                "optimizer, or attach no schedule if the optimizer itself chooses the value."
+                "optimizer. If the optimizer itself chooses the value, remove the schedule."
             )
         return float(value)
 
@@ -73,7 +73,7 @@ class Slot:
             self.put(group, value)
 
     def holds(self, group: Group, value: float) -> bool:
-        """Return whether a param group already has nearly the same value as `write` would write."""
+        """Return whether a param group already has the value to write, apart from rounding."""
         current = self.get(group)
         if isinstance(current, torch.Tensor):
             value = torch.tensor(value, dtype=current.dtype).item()

@@ -33,8 +33,8 @@ def plot(
 ) -> Figure:
     """Plot one schedule, or compare several, and return the matplotlib figure.
 
-    The figure has one panel per hyperparameter. A notebook displays it. In a script, save it with
-    ``figure.savefig("schedule.png")``.
+    The figure has one panel per hyperparameter. Notebooks display the figure. In a script, save it
+    with ``figure.savefig("schedule.png")``.
 
     Args:
         *schedules: schedules, or ``{"type": …, "params": {…}}`` blocks.
@@ -61,7 +61,10 @@ def plot(
     known = horizon.scaled_steps if horizon is not None else None
     count = steps or int(known or max(each.resolve(horizon).span for each in built))
     if not 1 <= count <= _MAX_EXACT:
-        raise ValueError(f"`steps` must be from 1 to {_MAX_EXACT:,}, got {count:,}. Set `steps`.")
+        raise ValueError(
+            f"`steps` must be from 1 to {_MAX_EXACT:,}, got {count:,}. Set `steps` to a value in "
+            "this range."
+        )
     initial = complete_base(base)
     curves: dict[str, Curve] = {}
     sources: dict[str, str] = {}
@@ -161,7 +164,7 @@ def keep_positive(values: Iterable[float]) -> list[float]:
 
 
 def is_log_panel(panel: str, columns: Iterable[Sequence[float]]) -> bool:
-    """Return whether a panel can have a logarithmic axis: it shows positive learning rates."""
+    """Return whether a panel shows positive learning rates, so that its axis can be logarithmic."""
     return panel in _LOG_PANELS and any(value > 0 for values in columns for value in values)
 
 

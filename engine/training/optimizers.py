@@ -103,20 +103,22 @@ def set_optimizer_mode(optimizer: Optimizer, *, training: bool) -> None:
 
 
 def check_modes(optimizer: Optimizer, wrapper: Optimizer) -> None:
-    """Check that an optimizer that switches the weights holds the weights of the model.
+    """Check that a schedule-free optimizer holds the weights of the model, not copies.
 
     Args:
         optimizer: torch optimizer, unwrapped.
-        wrapper: the backend's optimizer; it is ``optimizer`` itself if nothing wraps it.
+        wrapper: the backend's optimizer; ``optimizer`` itself if the backend does not wrap the
+            optimizer.
 
     Raises:
-        ValueError: DeepSpeed has wrapped the optimizer, so it holds copies of the weights.
+        ValueError: DeepSpeed has wrapped a schedule-free optimizer, so that the optimizer holds
+            copies of the weights.
     """
     if _has_modes(optimizer) and wrapper is not optimizer:
         raise ValueError(
-            f"{type(optimizer).__name__} switches the weights between training and evaluation, "
-            'which DeepSpeed does not support with ZeRO or in 16 bits. Set "engine": {"backend": '
-            '"torch"} in the config.'
+            f"{type(optimizer).__name__} replaces the weights for evaluation, so it does not work "
+            'on DeepSpeed with ZeRO or 16-bit training. Set "engine": {"backend": "torch"} in '
+            "the config."
         )
 
 
@@ -215,17 +217,17 @@ def check_shapes(
         )
         raise ValueError(
             f"PyTorch's Muon trains only parameters with two dimensions, but {len(invalid)} of "
-            f"{len(trained)} have another number, such as {shown}. To train them too, use "
-            'DeepSpeed\'s Muon, which trains them with Adam: set "engine": {"backend": '
-            '"deepspeed"}. Otherwise, pass only the matrices as `model_parameters`.'
+            f"{len(trained)} parameters are not matrices, such as {shown}. Pass only matrices as "
+            '`model_parameters`, or set "engine": {"backend": "deepspeed"} so that DeepSpeed '
+            "trains the other parameters with Adam."
         )
 
 
 def is_buildable(block: Mapping[str, Any]) -> bool:
     """Return whether `build_optimizer` can build a block's optimizer for DeepSpeed's engine.
 
-    This is the case if `torch.optim` or a custom module has the type with all params, and DeepSpeed
-    has no other optimizer of the same name.
+    The result is True if `torch.optim` or a custom module has the type with all params, and
+    DeepSpeed has no different optimizer of the same name.
 
     >>> is_buildable({"type": "AdamW"}), is_buildable({"type": "Lamb"})
     (True, False)

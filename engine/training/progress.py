@@ -128,7 +128,7 @@ class ProgressReporter:
             self._count += 1
 
     def add_mean(self, loss: float, count: int) -> None:
-        """Include the losses of several micro-batches, whose mean over the ranks is ``loss``."""
+        """Include the mean loss of ``count`` micro-batches in the next log line."""
         if self._is_logged:
             self._sum = self._sum + loss * count
             self._count += count
@@ -139,7 +139,7 @@ class ProgressReporter:
         self._sum, self._count, self._is_averaged = 0.0, 0, False
 
     def needs_record(self, counters: Counters) -> bool:
-        """Return whether the last step will be logged or monitored, so `report` must be called."""
+        """Return whether `report` must be called to log or monitor the last step."""
         return self.is_monitored or self._is_line_due(counters.global_steps, counters.applied)
 
     def report(self, record: StepRecord) -> None:

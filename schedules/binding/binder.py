@@ -172,7 +172,7 @@ class ScheduleBinder(TorchInterface):
             loss: loss of the step, a number or a scalar tensor. Only feedback schedules accept it.
                 Pass the mean over all ranks, so that all ranks make the same decision.
             metric: metric of the step, a number or a scalar tensor. Schedules that do not depend on
-                a metric ignore it.
+                a metric ignore the value.
 
         Raises:
             ValueError: the schedule requires the loss, but no loss is passed; the loss is not a
@@ -297,7 +297,7 @@ class ScheduleBinder(TorchInterface):
         self._attachment.record(self, groups, lambda: values)
 
     def _include_added_groups(self) -> Sequence[Group]:
-        """Bind the schedule to param groups that were added, and return all param groups."""
+        """Bind the schedule to newly added param groups, and return all param groups."""
         groups, known = self.optimizer.param_groups, len(self._base["lr"])
         if len(groups) < known:
             raise ValueError(

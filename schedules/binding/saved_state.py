@@ -153,9 +153,9 @@ def check_state(
     changed = [*_compare_schedules(state, identity), *_compare_bases(state["base"], base, compared)]
     if changed:
         raise ValueError(
-            f"The schedule does not match the saved state: {'; '.join(changed)}. Change these back "
-            "to the saved values, or call load_state_dict() with `override=True` to continue from "
-            "the saved step with the current values."
+            f"The schedule does not match the saved state: {'; '.join(changed)}. Restore the saved "
+            "values, or call load_state_dict() with `override=True` to continue from the saved "
+            "step with the current values."
         )
 
 

@@ -1,4 +1,4 @@
-"""The methods and attributes of PyTorch's and DeepSpeed's schedulers, for `ScheduleBinder`."""
+"""Provide the interface of PyTorch's and DeepSpeed's schedulers for `ScheduleBinder`."""
 
 from __future__ import annotations
 
@@ -132,11 +132,11 @@ class TorchInterface(LRScheduler):
         return draw_html(repr(self), self.controller.curves, max(steps, step + 1), step)
 
     def record_loss(self, loss: Tensor | float) -> None:
-        """Record a loss for the next step, which uses the mean of the losses since the last step.
+        """Record a loss. The next step uses the mean of the losses since the last step.
 
         Use this method in a trainer that calls `step` without a loss, such as Hugging Face's. In a
-        custom loop, call ``step(loss)`` instead. A schedule that does not depend on the loss
-        ignores it.
+        custom loop, call ``step(loss)`` instead. The call has no effect if the schedule does not
+        depend on the loss.
 
         Args:
             loss: loss of a micro-batch, a number or a scalar tensor.

@@ -1,4 +1,4 @@
-"""Controllers, which compute a schedule's hyperparameters for each param group at each step."""
+"""Compute a schedule's hyperparameters for each param group at each step."""
 
 from __future__ import annotations
 
@@ -75,10 +75,11 @@ class Evidence(NamedTuple):
 
 
 class Controller(Protocol[S]):
-    """Interface of controllers, which compute the values that a schedule sets at each step.
+    """Interface of the objects that compute a schedule's values at each step.
 
     A controller is built for the initial hyperparameters of one optimizer. The controller does not
-    store its state: the caller passes the state to each method, which never modifies it in place.
+    store its state. The caller passes the state to each method, and no method modifies the state in
+    place.
     """
 
     @abstractmethod

@@ -51,7 +51,7 @@ class DurationError(ValueError):
 
 
 class FractionalSteps(float):
-    """Fractional number of steps, such as 1.5 steps for 6 samples if a step uses 4 samples."""
+    """Fractional number of steps, such as 1.5 steps for 6 samples with 4 samples per step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +117,9 @@ def is_time_string(value: Any) -> bool:
 def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
     """Convert a duration to optimizer steps.
 
-    Epochs, batches and fractions of the run are truncated to whole steps, as in Composer. A
-    duration in samples or tokens can give a fractional number of steps. So can a fraction of the
-    run if ``horizon.counts_samples`` is true.
+    Epochs, batches and fractions of the run are truncated to whole steps, as in Composer. The
+    result can be fractional if the duration is in samples or tokens, or if it is a fraction of the
+    run and ``horizon.counts_samples`` is true.
 
     Args:
         duration: number of steps, or a time string.
@@ -219,7 +219,7 @@ def _parse(text: str) -> tuple[float, str]:
     value = _check_length(float(match[1]), repr(text))
     if unit != "dur" and value != int(value):
         raise DurationError(
-            f"The number in {text!r} must be whole. Only the unit dur accepts fractions."
+            f"The number in {text!r} must be a whole number. Only the unit dur accepts fractions."
         )
     return value, unit
 

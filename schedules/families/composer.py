@@ -71,13 +71,14 @@ class _WithWarmup(_Scheduler):
     """Mixin that adds a linear warmup before the curve of the other base class."""
 
     t_warmup: WarmupStepsOrZero
-    """Length of the linear warmup from 0. `engine.scale_schedule_ratio` scales it only if it is a
-    fraction of the run (such as "0.1dur") or if `scale_warmup` is true."""
+    """Length of the linear warmup from 0. `engine.scale_schedule_ratio` scales the warmup only if
+    its length is a fraction of the run (such as "0.1dur") or `scale_warmup` is true."""
     scale_warmup: bool = False
     """Whether `engine.scale_schedule_ratio` also scales the warmup."""
     one_based_warmup: bool = False
     """Whether the warmup counts its steps from 1, as (k + 1) / t_warmup. The learning rate of the
-    first step is then not 0, and the warmup ends one step earlier. Not in Composer."""
+    first step is then not 0, and the warmup ends one step earlier. Composer does not have this
+    parameter."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         yield from super().find_problems()

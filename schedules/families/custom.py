@@ -1,4 +1,4 @@
-"""Custom schedules, which a config specifies as ``module:attribute``.
+"""Custom schedules, specified in a config as ``module:attribute``.
 
 The attribute can be one of the following:
 
@@ -113,7 +113,7 @@ def adapt(found: Any, path: str) -> type[Schedule[Any]]:
         return FunctionSchedule.make_class(path, found)
     raise ValueError(
         "`scheduler.type` must be the import path of a scheduler class or of a function of the "
-        f"step, got {path!r}, which is {found!r}. Set it to the path of such a class or function."
+        f"step, got {path!r} ({found!r}). Set it to the path of such a class or function."
     )
 
 

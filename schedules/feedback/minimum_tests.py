@@ -67,7 +67,7 @@ class PublishedResult(NamedTuple):
     def is_positive(self) -> bool:
         """Whether most samples show that the loss has passed its minimum.
 
-        A sample shows this if its probability exceeds `CONFIDENCE`.
+        In these samples, the probability exceeds `CONFIDENCE`.
         """
         votes = sum(probability > CONFIDENCE for probability in self.probabilities)
         return votes > REDRAWS / 2
