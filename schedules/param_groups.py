@@ -207,7 +207,7 @@ class RangeWriter:
         self.start = step
         """First step of the range; an earlier one may be in another piece of a curve."""
         self.end = min(piece.end for piece in found.values())
-        """End of the range (exclusive), where the formula of a curve changes."""
+        """End of the range (exclusive). The formula of a curve changes at this step."""
         self.step = step
         """Step of the values that were written last."""
         self.num_groups = len(groups)

@@ -125,7 +125,7 @@ def group_by_panel(columns: Iterable[str]) -> dict[str, list[str]]:
 
 
 def find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) -> dict[int, str]:
-    """Return the phases of a panel's curve, as a dict from first step to phase name.
+    """Return a dict from the first step of each phase of a panel's curve to the phase's name.
 
     Return an empty dict if the panel shows several curves, or if ``curves`` does not contain the
     curve.
@@ -139,7 +139,7 @@ def find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) -
 def choose_styles(
     columns: Iterable[str], sources: Mapping[str, str] | None = None
 ) -> dict[str, tuple[int, int]]:
-    """Return the color and the line style of each column, as a pair of indices.
+    """Return the indices of each column's color and line style.
 
     The columns of a schedule have the same color in all panels, and its param groups have different
     line styles. Without ``sources``, each param group has a color.

@@ -52,7 +52,7 @@ def profile_modules(model: nn.Module, device: torch.device) -> Iterator[list[Mod
         the context exits.
     """
     with FlopCounterMode(display=False):
-        torch.ones(1, 1).mm(torch.ones(1, 1))  # imports what counting needs, before it is timed
+        torch.ones(1, 1).mm(torch.ones(1, 1))  # trigger lazy imports before the timing
     profiles = []
     handles = []
     with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):

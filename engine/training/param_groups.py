@@ -60,7 +60,7 @@ class ParamGroup:
         """
         shown = [key for key in ("lr", "weight_decay") if key in block.params]
         values = {key: block.params[key] for key in shown} | dict(self.hyperparameters)
-        values.pop("wd_mult", None)  # it repeats that the weight decay is 0
+        values.pop("wd_mult", None)  # redundant: the weight decay is already 0
         return GroupRow(
             name=self.name,
             entry=self.entry,

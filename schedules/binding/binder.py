@@ -118,7 +118,7 @@ class ScheduleBinder(TorchInterface):
         self.schedule = schedule
         self.optimizer = optimizer
         self._horizon = horizon
-        self._position = at  # number of steps; a script can set `last_epoch`, but not this
+        self._position = at  # number of steps; scripts can set only `last_epoch`
         self._prepare()
         self._bind(self._read_base(complete_base(base, len(optimizer.param_groups))))
         self._first_step = FirstStep(optimizer)

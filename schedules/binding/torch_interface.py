@@ -106,7 +106,7 @@ class TorchInterface(LRScheduler):
 
     @property
     def _step_count(self) -> int:
-        # As in PyTorch, whose constructor takes a step.
+        # PyTorch's constructors also take a step.
         return self.last_epoch + 1 + self._extra_count
 
     @_step_count.setter
@@ -187,8 +187,8 @@ class TorchInterface(LRScheduler):
         """Return the learning rate of each param group at step `last_epoch`."""
         self._prepare_use()
         self._check_position()
-        # Ignite sets `last_epoch` and then writes what this method returns. As in PyTorch's
-        # schedulers, the method then sets the other hyperparameters.
+        # Ignite sets `last_epoch` and then writes the values that this method returns. As in
+        # PyTorch's schedulers, the method then sets the other hyperparameters.
         if self._get_lr_called_within_step:
             self.write()
         values = self._read_values()

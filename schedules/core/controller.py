@@ -92,7 +92,7 @@ class Controller(Protocol[S]):
 
         Args:
             state: state before the step.
-            loss: loss (or metric) of the step; None if there is none.
+            loss: loss (or metric) of the step, or None.
         """
 
     @abstractmethod
@@ -101,7 +101,7 @@ class Controller(Protocol[S]):
 
     @abstractmethod
     def decision(self, state: S) -> Decision | None:
-        """Return the latest decision, or None if there is none yet."""
+        """Return the latest decision; None before the first decision."""
 
     @abstractmethod
     def evidence(self, before: S, loss: float, after: S) -> Evidence | None:

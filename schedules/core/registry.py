@@ -168,7 +168,7 @@ def find(name: str) -> type[Schedule[Any]]:
     'exp'
     """
     if ":" in name:
-        require_imports(name)  # also if it is imported already: it must not run
+        require_imports(name)  # even if imported already: it must not run
         return _load(name)
     if name not in SCHEDULES:
         from importlib.metadata import entry_points

@@ -113,7 +113,7 @@ class ConstantScheduler(_Scheduler, example={"alpha": 0.5, "t_max": "0.5dur"}):
     alpha: Factor = 1.0
     """Factor by which the learning rate is multiplied until `t_max`."""
     t_max: Steps = "1dur"
-    """Step from which the learning rate is no longer multiplied by `alpha`."""
+    """Step at which the multiplication by `alpha` ends."""
 
     def _body(self, lr: float, start: float) -> Curve:
         end = as_number(self.t_max) - start
@@ -128,7 +128,7 @@ class ConstantWithWarmupScheduler(_WithWarmup, example={"t_warmup": "0.2dur", "a
 
         lr(k) = lr * alpha * min(1, k / t_warmup)
 
-    Composer's parameter ``t_max`` is not available, because it has no effect in Composer.
+    Composer's parameter ``t_max`` is not available, because Composer does not use it.
 
     Source: ``ConstantWithWarmupScheduler`` in composer/optim/scheduler.py.
     """

@@ -106,8 +106,8 @@ class SquareRootScheduler(_WithWarmup, example={}):
 class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.02}):
     """Decay of the learning rate by a factor at regular intervals, down to a minimum.
 
-    The factor is applied every ``step`` steps, as in MXNet. If ``step`` is null, the factor is
-    applied before every step, including the first, as in the book::
+    As in MXNet, the factor is applied every ``step`` steps. If ``step`` is null, the factor is
+    applied before every step, including the first. This matches the book::
 
         lr(k) = max(stop_factor_lr, base_lr * factor ** floor(k / step))    step is set
         lr(k) = max(stop_factor_lr, base_lr * factor ** (k + 1))            step is null

@@ -402,11 +402,11 @@ class WarmupCosineLR(
     total_num_steps: Annotated[Steps, _AUTO]
     """Length of the run, including the warmup."""
     warmup_min_ratio: Ratio = 0.0
-    """Learning rate at the first step, as a fraction of the param group's initial learning rate."""
+    """Learning rate at the first step as a fraction of the param group's initial learning rate."""
     warmup_num_steps: Annotated[WarmupSteps, _AUTO] = 1000
     """Length of the warmup."""
     cos_min_ratio: Ratio = 0.0001
-    """Learning rate at and after the end of the run, as a fraction of the param group's initial
+    """Learning rate at and after the end of the run as a fraction of the param group's initial
     learning rate."""
     warmup_type: WarmupType = "log"
     """Shape of the warmup; with "log", the learning rate rises fastest in the first steps."""

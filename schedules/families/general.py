@@ -280,7 +280,7 @@ class WarmupStableDecay(
     decay_type: Literal["linear", "cosine", "1-sqrt", "half-life"] = "linear"
     """Shape of the decay at the end of the run."""
     min_lr_ratio: Ratio = 0.0
-    """Learning rate at the end of the decay, as a fraction of the initial learning rate."""
+    """Learning rate at the end of the decay as a fraction of the initial learning rate."""
     one_based_warmup: bool = False
     """Whether the warmup counts its steps from 1, as (k + 1) / warmup_steps. The learning rate of
     the first step is then not 0, and the warmup ends one step earlier."""

@@ -246,7 +246,7 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     """Number of steps per epoch. Required if `total_steps` is null. Must be null if `total_steps`
     is set."""
     pct_start: Annotated[float, Range(above=0, below=1)] = 0.3
-    """Length of the phase in which the learning rate rises, as a fraction of the cycle."""
+    """Fraction of the cycle in which the learning rate rises."""
     anneal_strategy: Literal["cos", "linear"] = "cos"
     """Shape of the curve in each phase: a cosine or a straight line."""
     cycle_momentum: bool = True

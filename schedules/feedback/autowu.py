@@ -77,7 +77,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     """Learning rate that the warmup reaches if it runs for its maximum length. A warmup that ends
     earlier reaches a lower learning rate."""
     max_warmup_fraction: Annotated[float, Range(at_least=0, at_most=1)] = 0.5
-    """Maximum length of the warmup, as a fraction of the run."""
+    """Maximum length of the warmup as a fraction of the run."""
     warmup_unit: Literal["step", "epoch"] = "step"
     """Whether the learning rate increases at every step or at the end of every epoch during
     warmup."""
@@ -95,7 +95,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     factor is applied once, when a test ends the warmup. If `decay_phase_stat` is "loss", the factor
     is applied at each plateau of the loss."""
     cooldown_fraction: Fraction = 0.2
-    """Length of the decay at the end of the run, as a fraction of the run. The decay starts even if
+    """Length of the decay at the end of the run as a fraction of the run. The decay starts even if
     the warmup has not ended."""
     cooldown_type: Literal["cosine", "half_cosine"] = "cosine"
     """Shape of the decay; "half_cosine" starts at half of the peak learning rate."""
