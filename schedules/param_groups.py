@@ -42,7 +42,7 @@ class Slot:
         self.key = key
 
     def get(self, group: Group) -> Any:
-        """Return the hyperparameter's value in a param group, which is a number or a tensor."""
+        """Return the hyperparameter's value in a param group, a number or a tensor."""
         return group[self.key]
 
     def put(self, group: Group, value: Any) -> None:
@@ -329,7 +329,7 @@ class RangeWriter:
         """Return the coefficients of all curves, if all curves are linear in the same range.
 
         An example is 1Cycle with Adam. In this case, `write` computes ``(step - origin) / steps``
-        once for all groups, which is faster than evaluating two formulas per group.
+        once for all groups. A single quotient is faster than two formulas per group.
 
         Returns:
             The origin, the number of steps, and one row per group. A row contains the initial

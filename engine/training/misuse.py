@@ -123,10 +123,10 @@ class MisuseChecks:
         if not self._backend.has_gradients():
             done, steps = accumulation.micro_batches, accumulation.steps
             raise MisuseError(
-                f"The gradients of {count_noun(done, 'micro-batch')} were cleared before the "
-                f"optimizer step, which accumulates {count_noun(steps, 'micro-batch')}. Remove the "
-                "call to `zero_grad()`, because `trainer.step()` clears the gradients after each "
-                "optimizer step."
+                f"The optimizer step accumulates {count_noun(steps, 'micro-batch')}, but the "
+                f"gradients of {count_noun(done, 'micro-batch')} were cleared before the step. "
+                "Remove the call to `zero_grad()`. `trainer.step()` clears the gradients after "
+                "each optimizer step."
             )
 
     def check_step(
@@ -222,8 +222,8 @@ class MisuseChecks:
         if stepped:
             calls = " and ".join(stepped)
             raise MisuseError(
-                f"The script calls {calls} in addition to `trainer.step()`, which already steps "
-                f"the optimizer and the scheduler. Remove {calls} from the script."
+                f"The script calls {calls}, but `trainer.step()` already steps the optimizer and "
+                f"the scheduler. Remove {calls} from the script."
             )
 
     def _check_rivals(self) -> None:

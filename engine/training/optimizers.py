@@ -57,7 +57,8 @@ def build_optimizer(
 
     Args:
         block: type and hyperparameters of the optimizer.
-        parameters: tensors or param groups. Hyperparameters in a group override those of the block.
+        parameters: tensors or param groups. Hyperparameters in a group override the block's
+            hyperparameters.
         may_fuse: whether to use a fused kernel if there is one. Fused kernels do not support sparse
             gradients.
 
@@ -94,7 +95,7 @@ def build_optimizer(
 
 
 def set_optimizer_mode(optimizer: Optimizer, *, training: bool) -> None:
-    """Call ``train`` or ``eval`` of an optimizer that has both, such as a schedule-free one.
+    """Call ``train`` or ``eval`` of an optimizer with these methods, such as a schedule-free one.
 
     In eval mode, such an optimizer replaces the weights by their average.
     """
@@ -165,9 +166,9 @@ def _construct(
 ) -> Optimizer:
     """Construct an optimizer in time that is linear in the number of param groups.
 
-    `Optimizer.add_param_group` compares each new group with all earlier groups, which takes half a
-    minute for 10,000 groups. While this function runs the constructor, each new group is compared
-    with a set of all earlier parameters instead.
+    `Optimizer.add_param_group` compares each new group with all earlier groups. For 10,000 groups,
+    these comparisons take half a minute. This function compares each new group with a set of all
+    earlier parameters instead.
     """
     optimizer = optimizer_class.__new__(optimizer_class)
     known: set[torch.Tensor] = set()
@@ -200,10 +201,11 @@ def check_shapes(
     Args:
         model: module to train.
         block: the config's optimizer; None if the script passes its own.
-        parameters: parameters or param groups to train; if None, all that require gradients.
+        parameters: parameters or param groups to train. Defaults to all parameters that require
+            gradients.
 
     Raises:
-        ValueError: the optimizer cannot train a parameter; the message names it.
+        ValueError: the optimizer cannot train a parameter. The message names the parameter.
     """
     if block is None or block.type != "Muon":
         return

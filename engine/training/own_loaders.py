@@ -119,8 +119,9 @@ def _use_loader(loader: Any, config: Config, ranks: Ranks) -> RunLoader:
         )
     if not has_state(loader) and ranks.rank == 0:
         log.warning(
-            "%s overrides how batches are yielded, so a resumed run loads and discards the batches "
-            "before the saved position; make sure that the order of each epoch is reproducible",
+            "%s overrides how batches are yielded, so a resumed run loads and discards the "
+            "batches before the saved position. Make sure that the order of each epoch is "
+            "reproducible",
             type(loader).__name__,
         )
     repeats = None if is_sharded or is_map_style else _build_repeat_check(config, ranks, loader)
@@ -145,7 +146,7 @@ def _check_shard(source: Any, ranks: Ranks) -> bool:
         if shard != (ranks.data_rank, ranks.data_ranks):
             raise ValueError(
                 f"The sampler must yield the samples of rank {ranks.data_rank} of "
-                f"{ranks.data_ranks}, got those of rank {shard[0]} of {shard[1]}. Create the "
+                f"{ranks.data_ranks}, got the samples of rank {shard[0]} of {shard[1]}. Create the "
                 f"{type(sampler).__name__} after `engine.initialize`, or use a sampler that does "
                 "not split the samples."
             )

@@ -79,8 +79,8 @@ def divide_parameters(
     Args:
         model: module to train.
         config: a validated config.
-        parameters: parameters, pairs of names and parameters, or param groups to train; if None,
-            all that require gradients.
+        parameters: parameters, pairs of names and parameters, or param groups to train. Defaults to
+            all parameters that require gradients.
 
     Returns:
         The parameters or param groups for the optimizer, and a description of each group. If the
@@ -104,7 +104,7 @@ def divide_parameters(
 def _list_members(each: Any) -> Any:
     """Copy a param group with its parameters in a list, or return a parameter without its name.
 
-    The list replaces a generator, which could be iterated only once.
+    The list replaces a generator, because a generator can be iterated only once.
     """
     if isinstance(each, dict):
         members = each["params"]
@@ -129,7 +129,7 @@ def build_param_groups(
     Args:
         model: module whose parameters are trained.
         block: optimizer of the config.
-        parameters: parameters to train; if None, all that require gradients.
+        parameters: parameters to train. Defaults to all parameters that require gradients.
         wrap: class names of the blocks for ``layer_decay``; see `find_blocks`.
 
     Raises:
@@ -230,7 +230,7 @@ def _assign_entries(
     """Return the index of the first entry that selects each trained parameter.
 
     Raises:
-        ValueError: an entry selects no trained parameter, apart from those of earlier entries.
+        ValueError: an entry selects no trained parameters, or only parameters of earlier entries.
     """
     found: dict[nn.Parameter, int] = {}
     for index, entry in enumerate(entries):

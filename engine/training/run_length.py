@@ -112,7 +112,7 @@ class RunLength:
         """
         if not (self.is_position_known or self.is_known):
             raise MisuseError(
-                "The run resumed after its first epoch, but its length is unknown, so a loop such "
-                "as `for epoch in range(n)` would train too many epochs. Loop over "
+                "The run resumed after its first epoch, and its length is unknown. A loop such as "
+                "`for epoch in range(n)` would train too many epochs. Loop over "
                 "`range(trainer.epoch, n)`, or set `engine.max_duration`."
             )

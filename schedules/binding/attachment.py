@@ -1,4 +1,4 @@
-"""Record the values that schedules write, to distinguish them from those that the script sets."""
+"""Record the values that schedules write, to distinguish them from values that the script sets."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def check_not_chained() -> None:
     """Check that PyTorch's ``ChainedScheduler`` does not call a schedule together with others.
 
     PyTorch's schedulers multiply the current learning rate by a factor, so several of them can be
-    applied one after another. Schedules of this package set the learning rate itself, which would
-    discard the factors of the other schedulers. ``ChainedScheduler`` calls only ``step``, so this
+    applied one after another. Schedules of this package set the learning rate itself, so the
+    factors of the other schedulers would be lost. ``ChainedScheduler`` calls only ``step``, so this
     function searches the call stack.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`MetricBinder`, which runs a schedule that depends on a metric."""
+"""Run a schedule that depends on a metric."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
         return self.controller.values(before) == self.controller.values(self._state)
 
     def _read_base(self, given: Base) -> Base:
-        """Return the current learning rates, which the schedule multiplies by its factor.
+        """Return the current learning rates. The schedule multiplies them by its factor.
 
         With a warmup, return the initial learning rates. The warmup ends at these values.
         """

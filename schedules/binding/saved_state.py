@@ -115,8 +115,8 @@ def check_origin(state: Mapping[str, Any], type_name: str | None = None) -> None
         )
     if type_name not in (None, state["type"]):
         raise ValueError(
-            f"{type_name} depends on past losses or metrics, which the state of {state['type']} "
-            "does not contain. Attach the schedule without loading this state."
+            f"The saved state of {state['type']} does not contain the past losses or metrics that "
+            f"{type_name} requires. Attach the schedule without loading this state."
         )
     fields = ("type", "params", "step", "base", "state", "is_written")
     restore(_SavedState, {name: state[name] for name in fields if name in state}, "lr_scheduler")

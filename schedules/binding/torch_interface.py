@@ -20,7 +20,7 @@ __all__ = ["BaseLRs", "TorchInterface"]
 
 
 class BaseLRs(list[float | Tensor]):
-    """List of the initial learning rates; assigning to one of its items raises an error."""
+    """List of the initial learning rates. Assigning to one of its items raises an error."""
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise TypeError(
@@ -119,7 +119,7 @@ class TorchInterface(LRScheduler):
         return f"{type(self).__name__}({self.schedule!r}, step={self.last_epoch}, lr=[{lrs}])"
 
     def _repr_html_(self) -> str:
-        """Return the repr and small plots of the curves, which notebooks display.
+        """Return the repr and small plots of the curves, for display in notebooks.
 
         A vertical line marks the current step. There is no plot if the schedule depends on the
         loss.
@@ -172,7 +172,7 @@ class TorchInterface(LRScheduler):
         """Check that no other code has set the step of a feedback schedule."""
         if self.schedule.feedback is not None and self.last_epoch != self._position:
             raise ValueError(
-                f"`last_epoch` must not be set with {self.schedule.type_name}, which depends on "
+                f"`last_epoch` must not be changed, because {self.schedule.type_name} depends on "
                 f"past values of the {self.schedule.feedback}, got {self.last_epoch} after "
                 f"{self._position} steps. Call step() for each step. To change the step, call "
                 "load_state_dict() with a saved state."

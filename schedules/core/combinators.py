@@ -137,7 +137,7 @@ def linear_warmup(peak: float, steps: float, *, one_based: bool = False) -> Curv
 
 
 def multiply_at(start_value: float, factor: float, boundaries: Iterable[float]) -> Curve:
-    """Return a constant curve whose value is multiplied by a factor at each boundary.
+    """Return a piecewise constant curve that is multiplied by a factor at each boundary.
 
     The boundaries are steps in ascending order.
 

@@ -2,8 +2,8 @@
 
 Time strings have Composer's format, a number followed by a unit. ``"10ep"`` is 10 epochs,
 ``"500ba"`` is 500 batches (optimizer steps), ``"4096sp"`` is 4096 samples, ``"1e9tok"`` is a
-billion tokens, and ``"0.1dur"`` is a tenth of the run. Epochs, samples, tokens and fractions of the
-run are converted with a `Horizon`, which holds the length of the run.
+billion tokens, and ``"0.1dur"`` is a tenth of the run. A `Horizon` holds the length of the run, to
+convert epochs, samples, tokens and fractions of the run.
 """
 
 from __future__ import annotations
@@ -169,8 +169,8 @@ def _count_per_step(unit: str, horizon: Horizon, text: str) -> float:
     """Return the number of samples or tokens in an optimizer step."""
     if unit == "tok" and horizon.tokens_per_sample is None:
         raise DurationError(
-            f"{text} requires the number of tokens per sample, which must be the same for all "
-            'samples. Set "engine": {"tokens_per_sample": 2048} in the config, pass '
+            f"{text} requires the number of tokens per sample. All samples must have the same "
+            'number. Set "engine": {"tokens_per_sample": 2048} in the config, pass '
             "horizon=Horizon(samples_per_step=…, tokens_per_sample=…) in a custom loop, or specify "
             'a number of steps ("500ba").'
         )

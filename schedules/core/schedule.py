@@ -1,6 +1,6 @@
 """Define `Schedule`, the base class of all schedules. It validates their parameters.
 
-`Schedule.bind` returns a `schedules.core.controller.Controller`, which computes the scheduled
+`Schedule.bind` returns a `schedules.core.controller.Controller` that computes the scheduled
 hyperparameters for an optimizer.
 """
 
@@ -171,7 +171,7 @@ class Schedule(ABC, Generic[S]):
         return f"{self.type_name}({format_arguments(self.params())})"
 
     def _repr_html_(self) -> str:
-        """Return the repr and small plots of the curves, which notebooks display.
+        """Return the repr and small plots of the curves, for display in notebooks.
 
         Fractions of the run are shown for a run of 1,000 steps. There is no plot if the schedule
         depends on the loss, or on the length of an epoch.

@@ -366,7 +366,7 @@ class PolynomialScheduler(_Scheduler, example={"power": 2.0}):
 class PolynomialWithWarmupScheduler(
     _WithWarmup, PolynomialScheduler, example={"t_warmup": "0.2dur"}
 ):
-    """Linear warmup followed by the decay of `PolynomialScheduler`, which is quadratic by default.
+    """Linear warmup followed by the decay of `PolynomialScheduler`, by default quadratic.
 
     ::
 

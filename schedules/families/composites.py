@@ -171,9 +171,9 @@ class SequentialLR(
     """Run several schedules one after another. At each milestone, the next schedule starts.
 
     Each schedule counts its steps from its own start. If the active schedule does not set a
-    hyperparameter that another schedule sets, the hyperparameter has its initial value. The initial
-    values are those of the param group or, with ``from_previous``, the last values of the previous
-    schedule.
+    hyperparameter that another schedule sets, the hyperparameter has its initial value. With
+    ``from_previous``, the initial values are the last values of the previous schedule. By default,
+    they are the initial values of the param group.
 
     >>> blocks = [
     ...     {"type": "PolynomialLR", "params": {"total_iters": 4}},
@@ -297,7 +297,7 @@ def _to_block(schedule: Any) -> Any:
 
 
 def _count_blocks(blocks: Any) -> int:
-    """Return the number of schedules in a list of blocks, including those nested in their params.
+    """Return the number of schedules in a list of blocks, including nested schedules.
 
     Return 0 for a value that is not a list, because another check reports it.
     """
@@ -309,7 +309,7 @@ def _count_blocks(blocks: Any) -> int:
 
 
 def _evaluate(curve: Curve, step: float) -> float:
-    """Return the value of a curve at a step, which can be fractional."""
+    """Return the value of a curve at a step that can be fractional."""
     value: float = curve.piece(step).formula(step)
     return value
 

@@ -349,7 +349,7 @@ class WarmupDecayLR(
         lr(k) = warmup_max_lr + (warmup_min_lr - warmup_max_lr) * (k - N) / (T - N),   N <= k <= T
 
     After step T, the learning rate stays at the minimum. If ``warmup_max_lr`` is null, the maximum
-    is the param group's initial learning rate; in DeepSpeed, it is 0.001.
+    is the param group's initial learning rate. In DeepSpeed, the maximum is then 0.001.
 
     >>> decay = WarmupDecayLR(total_num_steps=6, warmup_num_steps=2, warmup_type="linear")
     >>> list(decay.curves({"lr": (1.0,)})["lr"][0].values(8))

@@ -139,8 +139,8 @@ class StepSchedule(
 
         lr(k) = lr * gamma ** floor(k / decay_steps)
 
-    Source: the example of a custom schedule in SambaFlow's documentation, which halves the learning
-    rate every 100 steps.
+    Source: SambaFlow's documentation, example of a custom schedule that halves the learning rate
+    every 100 steps.
     """
 
     decay_steps: Steps = 100

@@ -38,7 +38,8 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
 
     T is ``steps_per_epoch * total_epochs``. Without enough confident estimates, the warmup ends
     after W steps. After T steps, the learning rate stays constant. The formulas give the learning
-    rate of the first param group; the other groups keep their initial ratios to it.
+    rate of the first param group. The learning rates of the other groups keep their initial ratios
+    to the first group.
 
     The parameter ``test`` selects the test that makes these estimates and ends the warmup. The test
     "reference" is the test of the published code. It runs once per epoch, needs about thirty
@@ -48,8 +49,8 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
 
     If ``rollback`` is true, the weights and the optimizer state are restored when the warmup ends.
     The restored values are those at the end of the test interval with the lowest mean loss. A test
-    interval consists of the steps from one test to the next. A rollback helps models without
-    normalization layers, which can diverge at high learning rates.
+    interval consists of the steps from one test to the next. A rollback helps models that diverge
+    at high learning rates, for example without normalization layers.
 
     The engine passes the loss of ``trainer.backward(loss)`` to the schedule. In a custom loop, call
     ``step(loss=loss)``. Previews show a run on a synthetic loss.
@@ -170,7 +171,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
         return dataclasses.replace(self, steps_per_epoch=steps, total_epochs=epochs)
 
     def bind(self, base: Base, horizon: Horizon | None = None) -> AutoWUController:
-        """Return the controller for an optimizer whose initial hyperparameters are ``base``.
+        """Return the controller for an optimizer with the initial hyperparameters ``base``.
 
         Raises:
             ScheduleError: neither the parameters nor ``horizon`` specify the length of the run.

@@ -93,8 +93,8 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     """Reduce the learning rate when a metric has stopped improving.
 
     A value of the metric is an improvement if it is better than the best value so far by more than
-    ``threshold``, which by default is a fraction of the best value. After more than ``patience``
-    consecutive values without an improvement::
+    ``threshold``. By default, ``threshold`` is a fraction of the best value. After more than
+    ``patience`` consecutive values without an improvement::
 
         lr = max(lr * factor, min_lr)
 

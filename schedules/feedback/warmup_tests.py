@@ -77,7 +77,7 @@ class WarmupTest(ABC):
 
     @abstractmethod
     def warning(self) -> str | None:
-        """Return a warning if the warmup is too short for the test, and None otherwise."""
+        """Return a warning if the warmup is too short for the test; None if it is long enough."""
 
 
 class PublishedTest(WarmupTest):

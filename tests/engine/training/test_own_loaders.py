@@ -308,7 +308,7 @@ def _prepare(trainer, loader):
     ("kind", "message"),
     [
         ("order", "in the same order on all ranks"),
-        ("shard", "must yield the samples of rank 1 of 2, got those of rank 0 of 3"),
+        ("shard", "must yield the samples of rank 1 of 2, got the samples of rank 0 of 3"),
         ("stateful", "Create it with `sampler=DistributedSampler(dataset)`"),
         ("stream", "and another rank load the same batches"),
     ],
