@@ -2,8 +2,8 @@
 
 ``python -m`` puts the working directory first on ``sys.path``. If a project has its own
 ``engine.py``, ``python -m engine.launch.agent`` would import that file. Python 3.11 has the option
-``-P`` to prevent this; Python 3.10 does not. ``python -m onecycle.isolated engine.launch.agent``
-works with both versions.
+``-P`` to prevent such imports; Python 3.10 does not. ``python -m onecycle.isolated
+engine.launch.agent`` works with both versions.
 """
 
 from __future__ import annotations

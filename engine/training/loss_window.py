@@ -78,7 +78,7 @@ class LossWindow:
         return torch.stack(self._losses).float().mean() if self._losses else None
 
     def set_mean(self, mean: float) -> None:
-        """Set the result of `mean`, if it was computed elsewhere."""
+        """Store a mean loss that was computed elsewhere, as the result of `mean`."""
         self._mean = mean
 
     def renew(self) -> LossWindow:

@@ -30,7 +30,7 @@ class RepeatCheck:
 
     Args:
         ranks: rank and world size of this process.
-        num_workers: number of worker processes, which yield the loader's batches in turn.
+        num_workers: number of worker processes. They yield the loader's batches in turn.
     """
 
     def __init__(self, ranks: Ranks, num_workers: int) -> None:

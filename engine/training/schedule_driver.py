@@ -1,4 +1,4 @@
-"""Step the scheduler of a run, which can be built in, from PyTorch, or custom."""
+"""Step a run's built-in, PyTorch or custom scheduler."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ _OTHER_NAMES = {
 
 
 class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
-    """Mapping from names to schedule classes, which imports a schedule's module on first use.
+    """Mapping from names to schedule classes. A schedule's module is imported on first use.
 
     A config usually needs only one of these modules, and importing all of them would take longer
     than validating the config.
@@ -168,7 +168,7 @@ def find(name: str) -> type[Schedule[Any]]:
     'exp'
     """
     if ":" in name:
-        require_imports(name)  # also if it is imported already: it must not run
+        require_imports(name)  # even if imported already: it must not run
         return _load(name)
     if name not in SCHEDULES:
         from importlib.metadata import entry_points
@@ -285,7 +285,7 @@ def to_class(path: str, found: Any) -> type[Schedule[Any]]:
             function that maps the step to a learning rate factor.
 
     Raises:
-        ValueError: ``found`` is none of these.
+        ValueError: ``found`` has a different type.
     """
     if isinstance(found, type) and issubclass(found, Schedule):
         _check_class(found)

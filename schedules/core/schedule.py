@@ -1,6 +1,6 @@
-"""`Schedule`, the base class of all schedules, which validates their parameters.
+"""Define `Schedule`, the base class of all schedules. It validates their parameters.
 
-`Schedule.bind` returns a `schedules.core.controller.Controller`, which computes the scheduled
+`Schedule.bind` returns a `schedules.core.controller.Controller` that computes the scheduled
 hyperparameters for an optimizer.
 """
 
@@ -171,7 +171,7 @@ class Schedule(ABC, Generic[S]):
         return f"{self.type_name}({format_arguments(self.params())})"
 
     def _repr_html_(self) -> str:
-        """Return the repr and small plots of the curves, which notebooks display.
+        """Return the repr and small plots of the curves, for display in notebooks.
 
         Fractions of the run are shown for a run of 1,000 steps. There is no plot if the schedule
         depends on the loss, or on the length of an epoch.
@@ -281,7 +281,7 @@ class Schedule(ABC, Generic[S]):
         yield from ()
 
     def joints(self) -> Iterator[Joint]:
-        """Yield the steps at which a parameter allows a hyperparameter to jump to another value.
+        """Yield the steps at which parameters can make a hyperparameter jump.
 
         Call `resolve` first if a duration is a time string.
         """
@@ -303,7 +303,7 @@ class Schedule(ABC, Generic[S]):
 
     @property
     def span(self) -> int:
-        """Number of steps that a plot should show. Call `resolve` first, as for `length`."""
+        """Number of steps to plot. Call `resolve` first if a duration is a time string."""
         steps = [
             each
             for name, field in read_fields(type(self)).items()
@@ -408,7 +408,7 @@ class Schedule(ABC, Generic[S]):
 
     @property
     def num_groups(self) -> int | None:
-        """Number of param groups that the lists are for; None if there are no lists."""
+        """Length of the lists with one number per param group; None if there are no lists."""
         return next(map(len, self.lists_per_group.values()), None)
 
     @property

@@ -130,7 +130,10 @@ def test_step_without_a_backward_pass_raises_and_changes_nothing():
 
 @pytest.mark.parametrize(
     ("accumulation", "message"),
-    [(1, "found no gradients"), (2, "were cleared before the optimizer step, which accumulates 2")],
+    [
+        (1, "found no gradients"),
+        (2, "accumulates 2 micro-batches, but the gradients of 1 micro-batch were cleared"),
+    ],
 )
 def test_step_after_zero_grad_raises(accumulation, message):
     trainer = build_engine(gradient_accumulation_steps=accumulation)
