@@ -47,10 +47,14 @@ def escape(text: str) -> str:
 
 @dataclass(frozen=True)
 class Fix:
-    """A fix that can be applied to the config automatically: a new name or value for a key."""
+    """A fix that can be applied to the config automatically: a new name or value for a key.
+
+    If it is not certain, such as the suggested spelling of an unknown key, the user must accept it.
+    """
 
     key: str | None = None
     value: Any = None
+    is_certain: bool = True
 
 
 @dataclass(frozen=True)

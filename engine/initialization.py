@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from engine.config import Config, ConfigError, Source, load_config
 from engine.config.batch_sizes import DataRanks, count_data_ranks
 from engine.config.resolve import drop_group_schedules
 from engine.display.param_groups import GroupRow
+from engine.distributed.environment import SET
 from engine.distributed.ranks import (
     check_configs_match,
     get_rank,
@@ -88,7 +90,8 @@ def initialize(
 
     The arguments and results are the same as those of ``deepspeed.initialize``, in the same order.
     If the config is invalid, the model and the optimizer are not changed. If the config names your
-    own schedule, such as ``"my_module:MySchedule"``, its import is logged.
+    own schedule, such as ``"my_module:MySchedule"``, its import is logged. The option ``--set`` of
+    `onecycle launch` and `onecycle lr-test` overrides values of the config; they are logged, too.
 
     Args:
         args: parsed command line; ``args.deepspeed_config`` is used if ``config`` is not passed.
@@ -248,6 +251,7 @@ def _load(
             source,
             world_size=get_world_size(),
             args=args,
+            assignments=json.loads(os.environ.get(SET, "[]")),
             needs_deepspeed=needs_deepspeed,
             count_ranks=count_ranks,
         )
