@@ -35,6 +35,7 @@ __all__ = [
     "add_schedule_arguments",
     "apply_assignments",
     "apply_overrides",
+    "parse_assignments",
 ]
 
 
@@ -260,15 +261,9 @@ def apply_assignments(
         return document, []
     value = json.loads(json.dumps(document.value))
     changes = []
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not name or not equals:
-            raise ValueError(
-                f"`--set` must have the form KEY=VALUE, got {assignment!r}. For example, write "
-                "`--set optimizer.params.lr=0.01`."
-            )
-        pointer = name if name.startswith("/") else _to_pointer(name)
-        new = _parse_json(text)
+    for assignment, (name, pointer, new) in zip(
+        assignments, parse_assignments(assignments), strict=True
+    ):
         replaced_value = _describe_value(document, pointer, new)
         if not _set_value(value, pointer, new):
             raise ValueError(
@@ -282,8 +277,27 @@ def apply_assignments(
     return _replace_values(document, value, changes), changes
 
 
-def _to_pointer(name: str) -> str:
-    return functools.reduce(join_pointer, name.split("."), "")
+def parse_assignments(assignments: Sequence[str]) -> list[tuple[str, str, Any]]:
+    """Return the key, the JSON pointer and the new value of each ``KEY=VALUE`` string.
+
+    Raises:
+        ValueError: a string does not have this form.
+
+    >>> parse_assignments(["fp16.enabled=true", "/engine/report=plots"])
+    [('fp16.enabled', '/fp16/enabled', True), ('/engine/report', '/engine/report', 'plots')]
+    """
+    parsed = []
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not name or not equals:
+            raise ValueError(
+                f"`--set` must have the form KEY=VALUE, got {assignment!r}. For example, write "
+                "`--set optimizer.params.lr=0.01`."
+            )
+        is_pointer = name.startswith("/")
+        pointer = name if is_pointer else functools.reduce(join_pointer, name.split("."), "")
+        parsed.append((name, pointer, _parse_json(text)))
+    return parsed
 
 
 def _set_value(config: dict[str, Any], pointer: str, new: Any) -> bool:

@@ -151,7 +151,7 @@ def _resolve_in_any_run(schedule: Schedule[Any], horizons: Sequence[Horizon]) ->
     for horizon in horizons:
         try:
             schedule.resolve(horizon)
-        except ScheduleError as error:  # noqa: PERF203  # one error per length
+        except ScheduleError as error:  # one error per length
             found.append({problem.field: problem for problem in error.problems})
             if len(horizons) == 1:
                 raise

@@ -141,7 +141,7 @@ def format_page(cls: type[Schedule[Any]], width: int | None = None) -> Iterator[
 
 
 def _fit_paragraph(paragraph: str, width: int | None) -> Iterator[str]:
-    """Yield the lines of a docstring's paragraph; formulas, which are indented, stay as they are."""
+    """Yield the lines of a docstring's paragraph. Formulas, which are indented, are not wrapped."""
     lines = paragraph.splitlines()
     is_formula = any(line.startswith(" ") for line in lines)
     if width is None or is_formula or all(len(line) <= width for line in lines):

@@ -197,6 +197,9 @@ def _build_request(args: argparse.Namespace, script: tuple[str, ...]) -> LaunchR
 
 def _build_set_variable(assignments: Sequence[str]) -> dict[str, str]:
     """Return the environment variable that passes `--set` to `engine.initialize`."""
+    from engine.config.overrides import parse_assignments
+
+    parse_assignments(assignments)  # raises an error here instead of on each rank
     return {SET: json.dumps(assignments)} if assignments else {}
 
 

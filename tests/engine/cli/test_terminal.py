@@ -20,7 +20,7 @@ from tests.testing.schedule_instances import TUTORIAL
 
 ROOT = Path(__file__).parents[3]
 MISTAKES = """{
-  "train_batch_size": 7, "train_micro_batch_size_per_gpu": 2, "gradient_cliping": 1.0, "steps_per_print": "auto",
+  "train_batch_size": 7, "train_micro_batch_size_per_gpu": 2, "gradient_cliping": 1.0, "s": "auto",
   "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_steps": 100, "total_num_steps": 10}}
 }
 """
