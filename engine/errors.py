@@ -47,10 +47,15 @@ def escape(text: str) -> str:
 
 @dataclass(frozen=True)
 class Fix:
-    """An automatic fix of a config: a new name or value for a key."""
+    """An automatic fix of a config: a new name or value for a key.
+
+    The user must accept a fix that is not certain, such as the suggested spelling of an unknown
+    key.
+    """
 
     key: str | None = None
     value: Any = None
+    is_certain: bool = True
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from engine.config import Config, ConfigError, Source, load_config
 from engine.config.batch_sizes import DataRanks, count_data_ranks
 from engine.config.resolve import drop_group_schedules
 from engine.display.param_groups import GroupRow
+from engine.distributed.environment import SET
 from engine.distributed.ranks import (
     check_configs_match,
     get_rank,
@@ -88,7 +90,8 @@ def initialize(
 
     The function has the same arguments and results as ``deepspeed.initialize``, in the same order.
     An invalid config leaves the model and the optimizer unchanged. If the config names a custom
-    schedule, such as ``"my_module:MySchedule"``, its import is logged.
+    schedule, such as ``"my_module:MySchedule"``, its import is logged. Config values that the
+    option ``--set`` of `onecycle launch` and `onecycle lr-test` overrides are also logged.
 
     Args:
         args: parsed command line; ``args.deepspeed_config`` is used if ``config`` is not passed.
@@ -248,6 +251,7 @@ def _load(
             source,
             world_size=get_world_size(),
             args=args,
+            assignments=json.loads(os.environ.get(SET, "[]")),
             needs_deepspeed=needs_deepspeed,
             count_ranks=count_ranks,
         )

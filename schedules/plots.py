@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from schedules.core.curves import Curve
 from schedules.core.durations import Horizon
+from schedules.core.extras import require_package
 from schedules.core.registry import from_config
 from schedules.core.schedule import Schedule
 from schedules.core.trace import complete_base
@@ -193,6 +194,7 @@ def build_figure(
     Returns:
         The figure and its panels, from top to bottom.
     """
+    require_package("matplotlib", "A plot")
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

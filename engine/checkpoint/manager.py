@@ -100,7 +100,7 @@ class Checkpointer:
             frozen=frozen,
             run=self._run_id,
             is_automatic=is_automatic,
-            created=dt.datetime.now(tz=dt.timezone.utc).isoformat(),
+            created=dt.datetime.now(tz=dt.UTC).isoformat(),
         )
         try:
             self._write(run, directory / f".{tag}.partial", manifest, client_state or {})

@@ -11,7 +11,7 @@ from engine.config.parser import Document
 from engine.config.schema import OPTIMIZERS, is_import_path, optimizer_name, optimizer_schema
 from engine.config.suggestions import suggest_optimizer
 from engine.config.wording import quote_value
-from engine.errors import Problem
+from engine.errors import Fix, Problem
 from schedules.core.imports import are_imports_allowed, import_attribute
 
 __all__ = ["CLOSURE_FIX", "find_optimizer_schema", "needs_closure"]
@@ -63,7 +63,9 @@ def _build_unknown_problem(document: Document, name: str) -> Problem:
     )
     if name.lower() == _WITH_CLOSURE:
         message, hint = "`optimizer.type` must not be LBFGS, which needs a closure.", CLOSURE_FIX
-    return document.build_problem("unknown-optimizer", _POINTER, message, hint)
+        near = None
+    fix = Fix(value=near, is_certain=False) if near else None
+    return document.build_problem("unknown-optimizer", _POINTER, message, hint, fix=fix)
 
 
 def _import_schema(document: Document, path: str) -> Mapping[str, Any] | Problem:

@@ -58,6 +58,8 @@ class Document:
     text: str = ""
     has_byte_order_mark: bool = False
     """Whether the file starts with a byte order mark."""
+    trailing_commas: tuple[int, ...] = ()
+    """Offsets in ``text`` of the commas after the last item of an object or array."""
     arguments: Mapping[str, str] = field(default_factory=dict)
     """Maps a JSON pointer to the command-line argument that set its value."""
 
@@ -157,16 +159,21 @@ def parse(text: str, name: str) -> Document:
     has_byte_order_mark = text.startswith(_BYTE_ORDER_MARK)
     text = text.removeprefix(_BYTE_ORDER_MARK)
     parser = _Parser(text)
+    value = None
     try:
         value = parser.document()
     except _BrokenSyntaxError as error:
         line, column = parser.find_location(error.at)
-        broken = Problem("syntax", "error", "", line, column, error.message, error.hint)
-        return Document(
-            name, None, parser.locations, (*parser.problems, broken), text, has_byte_order_mark
-        )
+        problem = Problem("syntax", "error", "", line, column, error.message, error.hint)
+        parser.problems.append(problem)
     return Document(
-        name, value, parser.locations, tuple(parser.problems), text, has_byte_order_mark
+        name,
+        value,
+        parser.locations,
+        tuple(parser.problems),
+        text,
+        has_byte_order_mark,
+        tuple(parser.trailing_commas),
     )
 
 
@@ -198,6 +205,7 @@ class _Parser:
         self.at = 0
         self.locations: dict[str, Location] = {}
         self.problems: list[Problem] = []
+        self.trailing_commas: list[int] = []
         self._line_starts = [0, *(match.end() for match in re.finditer(r"\n", text))]
         self._lenient = False
 
@@ -293,6 +301,7 @@ class _Parser:
             self._take(",", f'"," or "{bracket}"')
             self._space()
             if self.text.startswith(bracket, self.at):
+                self.trailing_commas.append(comma)
                 self._report_not_strict(comma, "Trailing commas", "Remove them.")
         if not self.text.startswith(bracket, self.at):
             return False

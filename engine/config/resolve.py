@@ -261,6 +261,7 @@ def load_config(
     *,
     world_size: int = 1,
     args: argparse.Namespace | None = None,
+    assignments: Sequence[str] = (),
     needs_deepspeed: str | None = None,
     count_ranks: RankCounter = count_data_ranks,
 ) -> Config:
@@ -274,6 +275,8 @@ def load_config(
         world_size: number of ranks of the run.
         args: parsed command-line arguments. Arguments from `add_schedule_arguments` override config
             values.
+        assignments: ``KEY=VALUE`` strings that override config values, such as
+            "optimizer.params.lr=0.01". They take precedence over ``args``.
         needs_deepspeed: part of the model that only DeepSpeed supports, or None. If set, the
             default backend is DeepSpeed.
         count_ranks: function that takes the config and the world size, and returns the number of
@@ -295,6 +298,11 @@ def load_config(
         unserializable = list(find_unserializable(document.value, ""))
         if unserializable:
             raise ConfigError(document.name, unserializable)
+    if assignments:
+        from engine.config.overrides import apply_assignments
+
+        document, changes = apply_assignments(document, assignments)
+        overrides = (*overrides, *changes)
     problems, context = examine(
         document,
         world_size,

@@ -14,12 +14,12 @@ from engine.config.pointers import get_last_key, is_within, join_pointer, split_
 from engine.config.schedule_context import list_possible_horizons
 from engine.config.schema import schedule_schema
 from engine.config.violations import MAX_SUGGESTIONS, check_against_schema
-from engine.errors import Problem
+from engine.errors import Fix, Problem
 from schedules import SCHEDULES, Horizon, Schedule, ScheduleError, from_config
 from schedules.core.durations import DurationError
 from schedules.core.fields import read_fields
 from schedules.core.imports import ImportForbiddenError, are_imports_allowed
-from schedules.core.registry import find, read_torch_parameters
+from schedules.core.registry import find, read_torch_parameters, suggest
 from schedules.core.schedule import ParameterProblem
 
 __all__ = ["check_scheduler", "construct_schedule"]
@@ -42,7 +42,9 @@ def check_scheduler(
     except ImportForbiddenError:
         schema = _read_torch_schema(block["type"])
     except ValueError as error:
-        yield document.build_problem("unknown-scheduler", f"{pointer}/type", str(error))
+        near = suggest(block["type"])
+        fix = Fix(value=near, is_certain=False) if near and ":" not in block["type"] else None
+        yield document.build_problem("unknown-scheduler", f"{pointer}/type", str(error), fix=fix)
         return
     params = block.get("params", {})
     problems = check_against_schema(document, params, schema, f"{pointer}/params")
@@ -148,7 +150,7 @@ def _resolve_in_any_run(schedule: Schedule[Any], horizons: Sequence[Horizon]) ->
     for horizon in horizons:
         try:
             schedule.resolve(horizon)
-        except ScheduleError as error:  # noqa: PERF203  # one error per length
+        except ScheduleError as error:  # one error per length
             found.append({problem.field: problem for problem in error.problems})
             if len(horizons) == 1:
                 raise

@@ -129,7 +129,7 @@ def list_possible_horizons(
                     run, samples_per_step=samples_per_step, steps_per_epoch=steps_per_epoch
                 )
             )
-        except DurationError as error:  # noqa: PERF203  # one error per length
+        except DurationError as error:  # one error per length
             errors.append(error)
     if not horizons:
         raise errors[0]

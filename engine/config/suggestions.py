@@ -50,8 +50,8 @@ class Suggestion(NamedTuple):
     """A suggestion for an unknown key.
 
     ``hint`` is the sentence to show to the user, or an empty string. ``meant`` is the key that the
-    user probably meant, if it belongs to the same object. ``fix`` renames the key automatically and
-    is set only for known aliases.
+    user probably meant, if it belongs to the same object. ``fix`` renames the key. The fix is
+    certain only if the unknown key is a known alias.
     """
 
     hint: str
@@ -93,7 +93,7 @@ def suggest_key(
         find_nearest(key, fitting) or find_nearest(key, absent) or _find_unique_match(key, fitting)
     )
     if near:
-        return Suggestion(f"Did you mean `{near}`?", near)
+        return Suggestion(f"Did you mean `{near}`?", near, Fix(key=near, is_certain=False))
     sections = [each for each in _map_keys_to_sections().get(key, ()) if each != pointer]
     if 0 < len(sections) <= 3:
         where = " or ".join(f"`{each}`" if each else "the top level" for each in sections)

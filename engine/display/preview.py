@@ -115,6 +115,7 @@ class Preview:
 def preview(
     config: Source,
     *,
+    assignments: Sequence[str] = (),
     steps_per_epoch: int | None = None,
     allow_imports: bool = False,
     auto: AutoValues | None = None,
@@ -125,6 +126,7 @@ def preview(
 
     Args:
         config: path of the config, or the config as a dict. Only ``scheduler`` is required.
+        assignments: ``KEY=VALUE`` strings that override config values.
         steps_per_epoch: number of optimizer steps per epoch; required if the config has durations
             in epochs.
         allow_imports: whether to import the code that the config names, such as
@@ -142,6 +144,10 @@ def preview(
     [(0, 0.0), (1, 0.0005), (2, 0.001)]
     """
     document = load_document(config)
+    if assignments:
+        from engine.config.overrides import apply_assignments
+
+        document, _ = apply_assignments(document, assignments)
     replaced: Mapping[str, Any] = {}
     if auto is not None:
         document, replaced = replace_auto_values(document, auto)

@@ -16,6 +16,7 @@ __all__ = [
     "OK",
     "PREFIX",
     "SAVED_AND_ENDED",
+    "SET",
     "SSH_FAILED",
     "TIMED_OUT",
     "TIMEOUT",
@@ -38,6 +39,9 @@ JOB_ID = "ONECYCLE_JOB_ID"
 
 LR_TEST = "ONECYCLE_LR_TEST"
 """The sweep that `initialize` must run, as JSON. Set by `onecycle lr-test`."""
+
+SET = "ONECYCLE_SET"
+"""``KEY=VALUE`` strings that override config values, as JSON. Set by the option ``--set``."""
 
 TIMEOUT = "ONECYCLE_TIMEOUT"
 """Timeout of collectives, in seconds."""

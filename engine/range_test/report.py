@@ -13,16 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.display.terminal_plots import choose_ticks
 from engine.range_test.recorder import Run
 from engine.range_test.refinement import Refinement, build_short_cycle, refine
 from engine.range_test.suggestion import EDGE, Suggestion, suggest
 from engine.range_test.sweep import spread_over_groups
+from schedules.core.extras import require_package
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
 
 __all__ = ["LRRangeReport"]
+
+_COLUMNS_PER_TICK = 12  # of the axis of a plot in the terminal
+_LOSS_TICKS = 5
 
 
 @dataclass(frozen=True)
@@ -211,6 +216,7 @@ class LRRangeReport:
 
     def draw(self, path: Path) -> None:
         """Save a PNG plot of the loss against the learning rate, with the suggested range."""
+        require_package("matplotlib", "A plot")
         from matplotlib.figure import Figure
 
         panels = 2 if self.refinement else 1
@@ -258,12 +264,13 @@ class LRRangeReport:
         _add_grid_and_legend(axis)
 
     def draw_in_terminal(self, width: int, *, color: bool = False) -> str:
-        """Return a text plot of the smoothed loss against log10(lr).
+        """Return a text plot of the smoothed loss against the learning rate.
 
         Args:
             width: width of the plot in characters.
             color: whether to use terminal colors.
         """
+        require_package("plotext", "A plot in the terminal")
         import plotext
 
         smoothed = self.suggestion.smoothed
@@ -275,7 +282,11 @@ class LRRangeReport:
         plotext.plot(smoothed.x.tolist(), smoothed.loss.tolist(), marker="braille")
         if self.max_lr is not None:
             plotext.vline(math.log10(self.max_lr))
-        plotext.title("loss over log10(lr)")
+        lrs = choose_ticks((10**smoothed.x).tolist(), width // _COLUMNS_PER_TICK, is_log=True)
+        plotext.xticks([math.log10(lr) for lr in lrs], list(lrs.values()))
+        losses = choose_ticks(smoothed.loss.tolist(), _LOSS_TICKS)
+        plotext.yticks(list(losses), list(losses.values()))
+        plotext.title("loss at each learning rate")
         drawn = plotext.build()
         return str(drawn if color else plotext.uncolorize(drawn))
 

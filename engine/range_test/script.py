@@ -23,6 +23,7 @@ from engine.range_test.recorder import RECORD, Recorder
 from engine.range_test.suggestion import MIN_POINTS
 from engine.range_test.sweep import Sweep, read_initial_lrs, spread_over_groups
 from schedules import LRRangeTest, from_config
+from schedules.core.extras import MissingExtraError
 
 __all__ = ["apply_sweep", "attach_recorder", "is_next_engine_swept", "spread_sweep"]
 
@@ -126,11 +127,15 @@ def _write_report(recorder: Recorder, directory: Path) -> None:
         )
         return
     report = LRRangeReport((recorder.run,))
-    picture, _ = report.write(directory)
+    try:
+        picture, _ = report.write(directory)
+        where = f"See the plot in {picture}."
+    except MissingExtraError as error:
+        where = f"There is no plot: {error}"
     found = report.suggestion
     verdict = (
         f"suggested cycle_max_lr: {found.max_lr:.2g}"
         if found.max_lr
         else f"no suggestion: {found.reason}"
     )
-    log.info("LR range test: %s. See the plot in %s.", verdict, picture)
+    log.info("LR range test: %s. %s", verdict, where)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from engine.distributed.ranks import Ranks
+from schedules.core.extras import require_package
 
 __all__ = [
     "CSVMonitor",
@@ -120,6 +121,7 @@ class TensorBoardMonitor:
     """
 
     def __init__(self, directory: str, directories: RunDirectories) -> None:
+        require_package("tensorboard", "`tensorboard.enabled`")
         self._directory = directory
         self._directories = directories
         self._writer: Any = None

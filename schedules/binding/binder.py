@@ -37,7 +37,7 @@ from schedules.param_groups import (
 )
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 __all__ = ["ScheduleBinder"]
 

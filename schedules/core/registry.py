@@ -15,7 +15,7 @@ from schedules.core.imports import import_attribute, require_imports
 from schedules.core.schedule import ParameterProblem, Schedule, ScheduleError
 from schedules.core.spelling import find_nearest, suggest_fraction
 
-__all__ = ["SCHEDULES", "build", "find", "from_config", "register", "to_class"]
+__all__ = ["SCHEDULES", "build", "find", "from_config", "register", "suggest", "to_class"]
 
 FAMILIES = (
     "families.deepspeed",
@@ -180,10 +180,19 @@ def find(name: str) -> type[Schedule[Any]]:
             require_imports(name)
             custom = importlib.import_module(_CUSTOM)
             return _load(f"{custom.TORCH_MODULE}:{name}")
-        near = _OTHER_NAMES.get(name.lower()) or find_nearest(name, SCHEDULES)
+        near = suggest(name)
         fix = f"Did you mean `{near}`?" if near else "Run `onecycle schedules` for a list."
         raise ValueError(f"`scheduler.type` must be the name of a schedule, got {name!r}. {fix}")
     return SCHEDULES[name]
+
+
+def suggest(name: str) -> str | None:
+    """Return the schedule that an unknown name most likely means, or None if there is none.
+
+    >>> suggest("OneCicle"), suggest("cosine"), suggest("nonsense")
+    ('OneCycle', 'cosine_schedule_with_warmup', None)
+    """
+    return _OTHER_NAMES.get(name.lower()) or find_nearest(name, SCHEDULES)
 
 
 def read_torch_parameters(name: str) -> dict[str, bool] | None:

@@ -33,8 +33,10 @@ from schedules.core.html import draw_html
 from schedules.core.per_group import broadcast, build_curve_per_group
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from numpy.typing import ArrayLike, NDArray
-    from typing_extensions import Self, dataclass_transform
+    from typing_extensions import dataclass_transform
 
 __all__ = [
     "Joint",
@@ -191,7 +193,7 @@ class Schedule(ABC, Generic[S]):
         for name, field in read_fields(type(self)).items():
             try:
                 object.__setattr__(self, name, field.convert(getattr(self, name)))
-            except ValueError as error:  # noqa: PERF203  # one error per field
+            except ValueError as error:  # one error per field
                 yield ParameterProblem(name, str(error))
         lists = self.lists_per_group
         if len(set(map(len, lists.values()))) > 1:
@@ -237,7 +239,7 @@ class Schedule(ABC, Generic[S]):
             try:
                 changes[name] = in_steps()
                 self._check_minimum(name, changes[name])
-            except ValueError as error:  # noqa: PERF203  # one error per duration
+            except ValueError as error:  # one error per duration
                 problems.append(ParameterProblem(name, f"`{name}`: {error}"))
         if problems:
             raise ScheduleError(self.type_name, problems)

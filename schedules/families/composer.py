@@ -247,8 +247,8 @@ class LinearWithWarmupScheduler(_WithWarmup, LinearScheduler, example={"t_warmup
 
     ::
 
-        lr(k) = lr * alpha_i * k / t_warmup                               k < t_warmup
-                lr * (alpha_i + (alpha_f - alpha_i) * min(1, x))          k >= t_warmup,
+        lr(k) = lr * alpha_i * k / t_warmup                        k < t_warmup
+                lr * (alpha_i + (alpha_f - alpha_i) * min(1, x))   k >= t_warmup,
                 x = (k - t_warmup) / (t_max - t_warmup)
 
     Source: ``LinearWithWarmupScheduler`` in composer/optim/scheduler.py.
@@ -280,9 +280,9 @@ class ExponentialScheduler(_Scheduler, example={"gamma": 0.8}):
 class CosineAnnealingScheduler(_Scheduler, example={"alpha_f": 0.1}):
     """Cosine decay to ``alpha_f`` times the initial learning rate in ``t_max`` steps.
 
-    ::
+    With x = min(1, k / t_max)::
 
-        lr(k) = lr * (alpha_f + (1 - alpha_f) * (1 + cos(pi * min(1, k / t_max))) / 2)
+        lr(k) = lr * (alpha_f + (1 - alpha_f) * (1 + cos(pi * x)) / 2)
 
     Source: ``CosineAnnealingScheduler`` in composer/optim/scheduler.py.
     """
@@ -303,11 +303,10 @@ class CosineAnnealingWithWarmupScheduler(
 ):
     """Linear warmup followed by `CosineAnnealingScheduler`.
 
-    ::
+    With x = min(1, (k - t_warmup) / (t_max - t_warmup)) and c = (1 + cos(pi * x)) / 2::
 
-        lr(k) = lr * k / t_warmup                                             k < t_warmup
-                lr * (alpha_f + (1 - alpha_f) * (1 + cos(pi * min(1, x))) / 2)        k >= t_warmup,
-                x = (k - t_warmup) / (t_max - t_warmup)
+        lr(k) = lr * k / t_warmup                    k < t_warmup
+                lr * (alpha_f + (1 - alpha_f) * c)   k >= t_warmup
 
     Source: ``CosineAnnealingWithWarmupScheduler`` in composer/optim/scheduler.py.
     """
@@ -368,11 +367,10 @@ class PolynomialWithWarmupScheduler(
 ):
     """Linear warmup followed by the decay of `PolynomialScheduler`, by default quadratic.
 
-    ::
+    With x = min(1, (k - t_warmup) / (t_max - t_warmup))::
 
-        lr(k) = lr * k / t_warmup                                             k < t_warmup
-                lr * (alpha_f + (1 - alpha_f) * (1 - min(1, x)) ** power)     k >= t_warmup,
-                x = (k - t_warmup) / (t_max - t_warmup)
+        lr(k) = lr * k / t_warmup                                   k < t_warmup
+                lr * (alpha_f + (1 - alpha_f) * (1 - x) ** power)   k >= t_warmup
 
     Source: ``PolynomialWithWarmupScheduler`` in composer/optim/scheduler.py.
     """

@@ -340,7 +340,9 @@ class Combined(
 
         {"type": "Combined", "params": {"schedulers": [
             {"type": "OneCycle", "params": {…}},
-            {"type": "Phases", "params": {"weight_decay": [{"to": 0.1, "duration": "1dur"}]}}
+            {"type": "Phases", "params": {
+                "weight_decay": [{"to": 0.1, "duration": "1dur"}]
+            }}
         ]}}
     """
 

@@ -109,8 +109,8 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
     As in MXNet, the factor is applied every ``step`` steps. If ``step`` is null, the factor is
     applied before every step, including the first. This matches the book::
 
-        lr(k) = max(stop_factor_lr, base_lr * factor ** floor(k / step))    step is set
-        lr(k) = max(stop_factor_lr, base_lr * factor ** (k + 1))            step is null
+        lr(k) = max(stop_factor_lr, base_lr * factor ** floor(k / step))  if step
+        lr(k) = max(stop_factor_lr, base_lr * factor ** (k + 1))          otherwise
 
     Source: ``FactorScheduler`` in "Dive into Deep Learning" and in python/mxnet/lr_scheduler.py.
     """
@@ -175,9 +175,9 @@ class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5
 class PolyScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10}):
     """Polynomial decay to ``final_lr`` at step ``max_update``.
 
-    After the warmup, with W = ``warmup_steps``::
+    After the warmup, with x = min(1, (k - warmup_steps) / (max_update - warmup_steps))::
 
-        lr(k) = final_lr + (base_lr - final_lr) * (1 - min(1, (k - W) / (max_update - W))) ** pwr
+        lr(k) = final_lr + (base_lr - final_lr) * (1 - x) ** pwr
 
     Source: ``PolyScheduler`` in python/mxnet/lr_scheduler.py.
     """

@@ -73,12 +73,12 @@ class OneCycle(
 
     A factor s rises from 0 to 1 in ``first = cycle_first_step_size`` steps and falls back to 0 in
     ``second = cycle_second_step_size`` steps, continuously or in equal stairs. With
-    ``T = first + second``::
+    ``T = first + second`` and ``n = (k - T) / decay_step_size``::
 
-        lr(k)       = cycle_min_lr + (cycle_max_lr - cycle_min_lr) * s(k)                 k <= T
-                      cycle_min_lr / (1 + decay_lr_rate * (k - T) / decay_step_size)      k > T
-        momentum(k) = cycle_max_mom - (cycle_max_mom - cycle_min_mom) * s(k)              k <= T
-                      cycle_max_mom / (1 + decay_mom_rate * (k - T) / decay_step_size)    k > T
+        lr(k)       = cycle_min_lr + (cycle_max_lr - cycle_min_lr) * s(k)     k <= T
+                      cycle_min_lr / (1 + decay_lr_rate * n)                  k > T
+        momentum(k) = cycle_max_mom - (cycle_max_mom - cycle_min_mom) * s(k)  k <= T
+                      cycle_max_mom / (1 + decay_mom_rate * n)                k > T
 
     The peak is exactly ``cycle_max_lr``, at k = first. Momentum starts at ``cycle_max_mom`` and
     decreases after the cycle. In DeepSpeed, momentum is ``cycle_min_mom`` at the first step and
@@ -344,9 +344,9 @@ class WarmupDecayLR(
     """Warmup, then linear decay to the minimum at step ``total_num_steps``.
 
     The warmup is the same as in `WarmupLR`. With N = ``warmup_num_steps`` and
-    T = ``total_num_steps``, the decay is::
+    T = ``total_num_steps``, the decay at step N <= k <= T is::
 
-        lr(k) = warmup_max_lr + (warmup_min_lr - warmup_max_lr) * (k - N) / (T - N),   N <= k <= T
+        lr(k) = warmup_max_lr + (warmup_min_lr - warmup_max_lr) * (k - N) / (T - N)
 
     After step T, the learning rate stays at the minimum. If ``warmup_max_lr`` is null, the maximum
     is the param group's initial learning rate. In DeepSpeed, the maximum is then 0.001.
@@ -386,8 +386,8 @@ class WarmupCosineLR(
     With N = ``warmup_num_steps``, T = ``total_num_steps``, c = ``cos_min_ratio`` and the function
     g(k) of `WarmupLR`, each param group's initial learning rate is multiplied by::
 
-        ratio(k) = warmup_min_ratio + (1 - warmup_min_ratio) * g(k)              k <= N
-                   c + (1 - c) * (1 + cos(pi * (k - N) / (T - N))) / 2           N <= k <= T
+        ratio(k) = warmup_min_ratio + (1 - warmup_min_ratio) * g(k)      k <= N
+                   c + (1 - c) * (1 + cos(pi * (k - N) / (T - N))) / 2   N <= k <= T
 
     The peak (ratio 1) is reached at k = N. DeepSpeed never reaches the peak with a linear warmup,
     and uses ratio 0 instead of ``warmup_min_ratio`` at the first step.

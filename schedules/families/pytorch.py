@@ -115,9 +115,9 @@ class ConstantLR(LearningRateSchedule, example={"factor": 0.5, "total_iters": 40
 class LinearLR(LearningRateSchedule, example={"total_iters": 60}):
     """Multiply the learning rate by a factor that changes linearly in ``total_iters`` steps.
 
-    ::
+    With x = min(1, k / total_iters)::
 
-        lr(k) = lr * (start_factor + (end_factor - start_factor) * min(1, k / total_iters))
+        lr(k) = lr * (start_factor + (end_factor - start_factor) * x)
 
     Source: ``LinearLR`` in torch/optim/lr_scheduler.py.
     """

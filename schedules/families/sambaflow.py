@@ -81,10 +81,10 @@ class CosineScheduleWithWarmup(
 ):
     """Linear warmup, then cosine decay to ``end_lr_ratio`` times the peak learning rate.
 
-    With x = (k - warmup_steps) / (max_steps - warmup_steps) and r = end_lr_ratio::
+    With x = min(1, (k - warmup_steps) / (max_steps - warmup_steps)) and r = end_lr_ratio::
 
-        lr(k) = lr * k / warmup_steps                                       k < warmup_steps
-                lr * (r + (1 - r) * (1 + cos(pi * min(1, x))) / 2)          k >= warmup_steps
+        lr(k) = lr * k / warmup_steps                        k < warmup_steps
+                lr * (r + (1 - r) * (1 + cos(pi * x)) / 2)   k >= warmup_steps
 
     Source: SambaFlow's documentation, "Learning rate schedules".
     """

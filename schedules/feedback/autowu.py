@@ -33,13 +33,14 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     constant unless ``immediate_cooldown`` is true, and decays in the cooldown at the end of the
     run::
 
-        warmup    lr(k) = min_lr * (max_lr / min_lr) ** (k / W),   W = int(max_warmup_fraction * T)
-        cooldown  lr(k) = peak * (1 + cos(pi * n / D)) / 2         after n of D cooldown steps
+        warmup    lr(k) = min_lr * (max_lr / min_lr) ** (k / W)
+        cooldown  lr(k) = peak * (1 + cos(pi * n / D)) / 2   after n of D steps
 
-    T is ``steps_per_epoch * total_epochs``. Without enough confident estimates, the warmup ends
-    after W steps. After T steps, the learning rate stays constant. The formulas give the learning
-    rate of the first param group. The learning rates of the other groups keep their initial ratios
-    to the first group.
+    W is ``int(max_warmup_fraction * T)``, T is ``steps_per_epoch * total_epochs``, and D is the
+    length of the cooldown. Without enough confident estimates, the warmup ends after W steps. After
+    T steps, the learning rate stays constant. The formulas give the learning rate of the first
+    param group. The learning rates of the other groups keep their initial ratios to the first
+    group.
 
     The parameter ``test`` selects the test that makes these estimates and ends the warmup. The test
     "reference" is the test of the published code. It runs once per epoch, needs about thirty

@@ -117,7 +117,7 @@ class RuleContext:
         for horizon in list_possible_horizons(schedule, self.config, self.data_ranks):
             try:
                 schedule.build_curves(base, horizon)
-            except ScheduleError:  # noqa: PERF203  # reported with the schedule's parameters
+            except ScheduleError:  # reported with the schedule's parameters
                 return None
             except ValueError as incompatible:
                 error = str(incompatible)

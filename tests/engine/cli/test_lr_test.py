@@ -354,6 +354,15 @@ def test_lr_test_suggestion_is_the_same_on_backends_and_ranks(directory, monkeyp
 
 
 @pytest.mark.slow
+def test_lr_test_set_overrides_the_config_of_the_script(directory):
+    script = write_script(directory)
+    arguments = ("--set", "train_batch_size=4", "--set", "bf16.enabled=true", "--steps", 60)
+    lr_test(*arguments, "--", script, 1000)
+    facts = read_report()["runs"][0]["facts"]
+    assert (facts["train_batch_size"], facts["precision"]) == (4, "bf16")
+
+
+@pytest.mark.slow
 def test_lr_test_example_gets_a_suggestion(directory):
     status, out, _ = lr_test("--", EXAMPLE / "train.py")
     assert status == 0, out
