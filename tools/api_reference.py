@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+from docstrings import to_markdown
+
 import engine
 import schedules
-from docstrings import to_markdown
 
 __all__ = ["build_api_pages"]
 

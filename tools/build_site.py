@@ -2,9 +2,10 @@
 
     python tools/build_site.py [--output DIRECTORY]
 
-The pages are the Markdown files and notebooks in ``docs``, README.md as the home page, and the other
-Markdown files at the top of the repository. Links between files of the repository become links
-between pages. A link to a file that is not part of the site, such as a source file, becomes text.
+The pages are the Markdown files and notebooks in ``docs``, README.md as the home page, and the
+other Markdown files at the top of the repository. Links between files of the repository become
+links between pages. A link to a file that is not part of the site, such as a source file, becomes
+text.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ TOP_PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
 }
-PICTURES = {".png", ".svg"}
-_CODE = re.compile(r"^( *)(```+|~~~+).*?^\1\2\s*?$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+NOT_SEARCHED = ("changelog.md", "contributing.md", "decisions/")
+ASSETS = {".css", ".png", ".svg"}
+_FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2\s*?$", re.MULTILINE | re.DOTALL)
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _LINK = re.compile(r"(!?)\[((?:[^][]|\[[^][]*\])*)\]\(([^)\s]+)\)")
 
@@ -45,36 +47,43 @@ class SiteError(Exception):
 def find_pages() -> dict[str, str]:
     """Return a dict that maps each file of the site to its place in the site.
 
-    A page with the name of a directory, such as ``config.md``, is the index of the directory.
+    The index of a directory is its README.md, or the page beside it that has its name:
+    ``config.md`` is the index of ``config``.
     """
     pages = dict(TOP_PAGES)
     for path in sorted((ROOT / "docs").rglob("*")):
         place = path.relative_to(ROOT / "docs")
-        if path.suffix in PICTURES:
-            pages[f"docs/{place.as_posix()}"] = place.as_posix()
+        if path.suffix in ASSETS:
+            pages[path.relative_to(ROOT).as_posix()] = place.as_posix()
         elif path.suffix in {".md", ".ipynb"}:
-            name = place.with_suffix("") / "index.md" if path.with_suffix("").is_dir() else place
-            pages[f"docs/{place.as_posix()}"] = name.with_suffix(".md").as_posix()
+            if path.with_suffix("").is_dir():
+                place = place.with_suffix("") / "index.md"
+            elif path.name == "README.md":
+                place = place.with_name("index.md")
+            pages[path.relative_to(ROOT).as_posix()] = place.with_suffix(".md").as_posix()
     return pages
 
 
 def collect_pages(target: Path) -> list[str]:
-    """Write the pages and pictures to a directory. Return the places of the pages."""
+    """Write the pages and assets to a directory. Return the places of the pages."""
     files = find_pages()
     texts = build_api_pages()
     for name, place in files.items():
         path = target / place
         path.parent.mkdir(parents=True, exist_ok=True)
-        if Path(name).suffix in PICTURES:
+        if Path(name).suffix in ASSETS:
             shutil.copyfile(ROOT / name, path)
         else:
             texts[place] = rewrite_links(read_page(ROOT / name, path), name, files)
     for directory in ("results", "decisions"):
-        texts[f"{directory}/index.md"] = "\n".join(_list_pages(directory, texts)) + "\n"
+        texts.setdefault(f"{directory}/index.md", "\n".join(_list_pages(directory, texts)) + "\n")
     for place, text in texts.items():
+        settings: dict[str, Any] = {"search": {"exclude": place.startswith(NOT_SEARCHED)}}
+        if place == "index.md":
+            settings["hide"] = ["navigation"]
         path = target / place
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(f"---\n{yaml.safe_dump(settings)}---\n\n{text}", encoding="utf-8")
     return list(texts)
 
 
@@ -98,12 +107,12 @@ def rewrite_links(text: str, name: str, pages: dict[str, str]) -> str:
     Args:
         text: Markdown of a page.
         name: path of the page in the repository.
-        pages: place of each page and picture in the site, by its path in the repository.
+        pages: place of each page and asset in the site, by its path in the repository.
     """
     parts, end = [], 0
-    for code in _CODE.finditer(text):
-        parts += [_rewrite(text[end : code.start()], name, pages), code.group()]
-        end = code.end()
+    for fence in _FENCE.finditer(text):
+        parts += [_rewrite(text[end : fence.start()], name, pages), fence.group()]
+        end = fence.end()
     return "".join([*parts, _rewrite(text[end:], name, pages)])
 
 
@@ -115,7 +124,7 @@ def _rewrite(text: str, name: str, pages: dict[str, str]) -> str:
             return link.group()
         found = posixpath.normpath(posixpath.join(posixpath.dirname(name), path))
         place = pages.get(found)
-        if place is None and (ROOT / found).is_dir() and found.startswith("docs/"):
+        if place is None and found.startswith("docs/") and (ROOT / found).is_dir():
             place = f"{found.removeprefix('docs/')}/index.md"
         if place is None:
             # Zensical reports a link to a file that does not exist.

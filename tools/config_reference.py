@@ -62,9 +62,9 @@ def _build_overview(members: Sequence[Member], sections: Sequence[Member]) -> It
         name, schema = dotted_name(section.pointer), section.schema
         yield f"| [{name}](config/{name}.md) | {schema['description']}{_format_marks(schema)} |"
         if name == "optimizer":
-            yield "| [optimizer.params](config/optimizer_params.md) | Arguments of each optimizer. |"
+            yield "| [optimizer.params](config/optimizer_params.md) | Arguments of optimizers. |"
         elif name == "scheduler":
-            yield "| [scheduler.params](schedules.md) | Parameters of each schedule. |"
+            yield "| [scheduler.params](schedules.md) | Parameters of schedules. |"
     yield "\n## Top level\n\nThese keys are in no section."
     yield from (line.replace("\n## ", "\n### ") for line in _format_keys("", members))
 
