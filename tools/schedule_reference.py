@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 from docstrings import to_markdown
 
-from engine.display.catalog import EXAMPLE_STEPS, example_curves, get_summary
+from engine.display.catalog import EXAMPLE_RUN, EXAMPLE_STEPS, example_curves, get_summary
 from schedules import SCHEDULES, Schedule
 from schedules.core.descriptions import read_descriptions
 from schedules.core.fields import Field, describe_schema, read_fields
@@ -134,14 +134,21 @@ def _build_page(page: Page) -> Iterator[str]:
     for name, cls in page.list_classes().items():
         yield f"\n## {name}\n\n![Plot of {name}](../pictures/{name}.svg)\n"
         yield to_markdown(inspect.getdoc(cls) or "")
-        block = {"scheduler": {"type": name, "params": dict(cls.example)}}
-        yield f"\nExample:\n\n```json\n{json.dumps(block, indent=2)}\n```"
+        yield f"\nExample:\n\n```json\n{json.dumps(_build_example(cls), indent=2)}\n```"
         fields = read_fields(cls)
         if fields:
             yield "\n| parameter | accepts | default | meaning |\n|---|---|---|---|"
         descriptions = read_descriptions(cls)
         for key, field in fields.items():
             yield _format_row(field, field.complete(descriptions[key], explain_time=False))
+
+
+def _build_example(cls: type[Schedule[Any]]) -> dict[str, Any]:
+    """Return the example as a part of a config, with the length of the run if it is needed."""
+    config: dict[str, Any] = {"scheduler": {"type": cls.type_name, "params": dict(cls.example)}}
+    if cls(**cls.example).unresolved_fields:
+        config["engine"] = {"max_duration": f"{EXAMPLE_RUN.total_steps:.0f}ba"}
+    return config
 
 
 def _format_row(field: Field, meaning: str) -> str:
