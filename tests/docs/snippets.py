@@ -1,6 +1,7 @@
 """Read the code blocks of a documentation page, and run them in the order of the page.
 
-All untitled blocks of a page share a directory and a namespace:
+All untitled blocks of a page share a namespace, and a directory that contains a config and the script
+``train.py`` of the guide to several nodes:
 
 - `python` runs. The names of `PRELUDE` exist; a block that calls `initialize` gets a new model.
 - `json` is a part of a config. It becomes ``ds_config.json`` for the blocks that follow, and a
@@ -58,6 +59,7 @@ NEW_MODEL = """
 model = Model()
 optimizer = torch.optim.AdamW(model.parameters())
 """
+LAUNCH_GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "multi_node.md"
 BASE_CONFIG = {"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 0.001}}}
 STEPS = 2  # of the run that tests a config
 
@@ -99,6 +101,12 @@ def read_blocks(page: Path) -> list[Block]:
     ]
 
 
+def find_file(title: str, page: Path) -> Block:
+    """Return the block of a page that has this title."""
+    (found,) = (block for block in read_blocks(page) if block.title == title)
+    return found
+
+
 def complete_config(text: str) -> dict:
     """Return the config of a block, which may be a part such as ``"engine": {…}``."""
     part = json.loads(text if text.lstrip().startswith("{") else f"{{{text}}}")
@@ -125,11 +133,12 @@ class Page:
         """Run all blocks, and return their number."""
         blocks = read_blocks(self.path)
         self._write_config(json.dumps(BASE_CONFIG))
+        self._write_file(find_file("train.py", LAUNCH_GUIDE))
         for block in blocks:
             runner = getattr(self, f"_run_{block.language}", None)
             try:
                 if block.title:
-                    (self.directory / block.title).write_text(block.text)
+                    self._write_file(block)
                 elif runner is not None:
                     runner(block)
             except BaseException as error:
@@ -151,7 +160,9 @@ class Page:
             shutil.rmtree(self.directory / directory, ignore_errors=True)
         config = complete_config(block.text)
         self._write_config(json.dumps(config))
-        if engine.load_config(config).backend.name == "torch":
+        resolved = engine.load_config(config)
+        # DeepSpeed and compiled models take seconds to start. Their own tests train them.
+        if resolved.backend.name == "torch" and resolved.model.compile_backend is None:
             self._train(config)
 
     def _train(self, config: dict) -> None:
@@ -179,6 +190,9 @@ class Page:
         subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
 
     _run_sh = _run_bash
+
+    def _write_file(self, block: Block) -> None:
+        (self.directory / block.title).write_text(block.text)
 
     def _write_config(self, text: str) -> None:
         (self.directory / "ds_config.json").write_text(text)
