@@ -59,7 +59,8 @@ NEW_MODEL = """
 model = Model()
 optimizer = torch.optim.AdamW(model.parameters())
 """
-LAUNCH_GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "multi_node.md"
+ROOT = Path(__file__).parents[2]
+LAUNCH_GUIDE = ROOT / "docs" / "guides" / "multi_node.md"
 BASE_CONFIG = {"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 0.001}}}
 STEPS = 2  # of the run that tests a config
 

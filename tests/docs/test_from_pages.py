@@ -9,6 +9,7 @@ import ast
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import runpy
 import sys
@@ -19,11 +20,11 @@ import tqdm
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from engine.backends.deepspeed_import import import_deepspeed
-from tests.docs.snippets import find_file, read_blocks
+from tests.docs.snippets import ROOT, find_file, read_blocks
 from tests.testing import golden
 from tests.testing.distributed import run_distributed_test
 
-PAGES = Path(__file__).parents[2] / "docs" / "from"
+PAGES = ROOT / "docs" / "from"
 INSTALLED = ["pytorch", "transformers", "accelerate", "lightning"]
 NOT_INSTALLED = ["fastai", "composer", "timm"]
 
@@ -85,6 +86,7 @@ def test_scripts_after_have_the_learning_rates_of_the_script_before(page, tmp_pa
 
 def run_deepspeed_scripts(directory):
     import_deepspeed()
+    multiprocessing.set_start_method("fork", force=True)  # for the workers of DeepSpeed's loader
     return run_scripts("deepspeed", find_scripts("deepspeed"), directory)
 
 

@@ -1,14 +1,12 @@
 """The snippets of the guides run, in the order of each page."""
 
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
 
-from tests.docs.snippets import Page
+from tests.docs.snippets import ROOT, Page
 
-ROOT = Path(__file__).parents[2]
 GUIDES = [
     path for path in sorted((ROOT / "docs" / "guides").glob("*.md")) if path.name != "README.md"
 ]
