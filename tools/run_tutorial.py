@@ -10,11 +10,10 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIAL = ROOT / "docs" / "tutorial.ipynb"
-TIMEOUT = 300  # seconds per cell
+TIMEOUT = 300  # seconds for the start of the kernel, and for each cell
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
@@ -36,7 +35,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
             timeout=TIMEOUT,
             record_timing=False,
             coalesce_streams=True,
-            config=Config({"KernelManager": {"transport": "ipc"}}),
+            startup_timeout=TIMEOUT,
             resources={"metadata": {"path": directory}},
         )
         client.execute()
