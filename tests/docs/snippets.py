@@ -1,7 +1,7 @@
 """Read the code blocks of a documentation page, and run them in the order of the page.
 
-All untitled blocks of a page share a namespace, and a directory that contains a config and the script
-``train.py`` of the guide to several nodes:
+All untitled blocks of a page share a namespace, and a directory that contains a config and the
+script ``train.py`` of the guide to several nodes:
 
 - `python` runs. The names of `PRELUDE` exist; a block that calls `initialize` gets a new model.
 - `json` is a part of a config. It becomes ``ds_config.json`` for the blocks that follow, and a
@@ -111,8 +111,6 @@ def find_file(title: str, page: Path) -> Block:
 def complete_config(text: str) -> dict:
     """Return the config of a block, which may be a part such as ``"engine": {…}``."""
     part = json.loads(text if text.lstrip().startswith("{") else f"{{{text}}}")
-    if "optimizer" in part and "type" not in part["optimizer"]:
-        part["optimizer"] = BASE_CONFIG["optimizer"] | part["optimizer"]
     sizes = {key for key in part if key.startswith("train_") or "accumulation" in key}
     base = {key: value for key, value in BASE_CONFIG.items() if key == "optimizer" or not sizes}
     return base | part
@@ -160,6 +158,8 @@ class Page:
         for directory in ("checkpoints", "deepspeed_checkpoints"):
             shutil.rmtree(self.directory / directory, ignore_errors=True)
         config = complete_config(block.text)
+        problems = engine.validate(config)
+        assert [problem for problem in problems if problem.severity != "note"] == []
         self._write_config(json.dumps(config))
         resolved = engine.load_config(config)
         # DeepSpeed and compiled models take seconds to start. Their own tests train them.
