@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 GPU_VENV := .venv-gpu
 GPU_READY := $(GPU_VENV)/ready
 
-.PHONY: demo test test-all test-long test-gpu benchmark-gpu check docs format generate pictures clean help
+.PHONY: demo test test-all test-long test-gpu benchmark-gpu check docs format generate pictures tutorial clean help
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 12
@@ -57,6 +57,9 @@ generate: $(READY)  ## write the files that are generated from the code
 
 pictures: $(READY)  ## draw the pictures of the schedule reference
 	$(BIN)/python tools/generate.py --pictures
+
+tutorial: $(READY)  ## execute docs/tutorial.ipynb and store its outputs
+	$(BIN)/python tools/run_tutorial.py
 
 clean:  ## remove the virtual environment and the output of runs
 	rm -rf $(VENV) $(GPU_VENV) build run *.egg-info
