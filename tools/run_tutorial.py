@@ -29,6 +29,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
             PATH=f"{scripts}{os.pathsep}{os.environ['PATH']}",
             IPYTHONDIR=f"{directory}/.ipython",
             JUPYTER_RUNTIME_DIR=f"{directory}/.jupyter",
+            NO_COLOR="1",
         )
         client = NotebookClient(
             notebook,

@@ -84,13 +84,20 @@ class Block(NamedTuple):
     line: int
 
 
+FENCE = re.compile(
+    r'^(?P<indent> *)```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^ *```$',
+    re.DOTALL | re.MULTILINE,
+)
+
+
+def read_text_outside_blocks(page: Path) -> str:
+    """Return the text of a Markdown page without its fenced code blocks."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
 def read_blocks(page: Path) -> list[Block]:
     """Return the fenced code blocks of a Markdown page, also those inside lists."""
     text = page.read_text(encoding="utf-8")
-    fence = re.compile(
-        r'^(?P<indent> *)```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^ *```$',
-        re.DOTALL | re.MULTILINE,
-    )
     return [
         Block(
             found["language"],
@@ -98,7 +105,7 @@ def read_blocks(page: Path) -> list[Block]:
             re.sub(rf"^{found['indent']}", "", found["text"], flags=re.MULTILINE),
             text.count("\n", 0, found.start()) + 1,
         )
-        for found in fence.finditer(text)
+        for found in FENCE.finditer(text)
     ]
 
 

@@ -1,12 +1,15 @@
 """The snippets of the guides run, in the order of each page, and every question has a page."""
 
+import json
 import re
 import sys
 from unittest import mock
 
 import pytest
 
-from tests.docs.snippets import ROOT, Page
+import engine
+import schemas
+from tests.docs.snippets import BASE_CONFIG, ROOT, Page, read_text_outside_blocks
 
 QUESTIONS = {
     "own DataLoader": "guides/data.md",
@@ -57,3 +60,27 @@ def test_index_lists_every_page(directory):
     pages = {path.name for path in (ROOT / "docs" / directory).glob("*.md")} - {"README.md"}
     index = (ROOT / "docs" / directory / "README.md").read_text()
     assert pages <= set(re.findall(r"\]\(([^)#]+)\)", index))
+
+
+def find_config_fragments():
+    """Yield each config in running text, such as ``"bf16": {"enabled": true}``.
+
+    Fragments that start with a key of a section, such as ``"enabled": true``, are left out.
+    """
+    keys = schemas.read("ds_config.schema.json")["properties"]
+    for directory in ("guides", "from"):
+        for page in sorted((ROOT / "docs" / directory).glob("*.md")):
+            text = read_text_outside_blocks(page)
+            for code in re.findall(r'`("(?:\w+)": [^`]+)`', text):
+                if code.split('"')[1] in keys and "…" not in code:
+                    yield pytest.param(" ".join(code.split()), id=f"{page.stem}: {code[:40]}")
+
+
+@pytest.mark.parametrize("code", list(find_config_fragments()))
+def test_config_in_running_text_is_valid(code):
+    part = json.loads(f"{{{code}}}")
+    base = BASE_CONFIG | {"train_batch_size": 64}
+    base["engine"] = {"max_duration": "10ep"}
+    for key, value in part.items():
+        base[key] = base.get(key, {}) | value if isinstance(value, dict) else value
+    assert [problem for problem in engine.validate(base) if problem.severity != "note"] == []
