@@ -22,6 +22,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import yaml
 from api_reference import build_api_pages
 from nbconvert import MarkdownExporter
@@ -79,7 +80,7 @@ def collect_pages(target: Path) -> list[str]:
         texts.setdefault(f"{directory}/index.md", "\n".join(_list_pages(directory, texts)) + "\n")
     for location, text in texts.items():
         settings: dict[str, Any] = {"search": {"exclude": location.startswith(NOT_SEARCHED)}}
-        if location == "index.md":
+        if location in {"index.md", "tutorial.md"}:  # the only page of its section
             settings["hide"] = ["navigation"]
         path = target / location
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,9 +92,14 @@ def read_page(path: Path, target: Path) -> str:
     """Return the Markdown of a page. Write the pictures of a notebook beside its page."""
     if path.suffix == ".md":
         return path.read_text(encoding="utf-8")
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if html := output.get("data", {}).get("text/html"):
+                output["data"]["text/html"] = f"<div>{html}</div>"  # Markdown keeps a div as it is
     exporter = MarkdownExporter()
     resources = {"unique_key": f"{path.stem}_files", "output_files_dir": f"{path.stem}_files"}
-    text, made = exporter.from_filename(str(path), resources)
+    text, made = exporter.from_notebook_node(notebook, resources)
     for name, data in made["outputs"].items():
         picture = target.parent / name
         picture.parent.mkdir(parents=True, exist_ok=True)
