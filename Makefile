@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 DEMO_READY := $(VENV)/demo-ready
 READY := $(VENV)/ready
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+DOCS_READY := $(VENV)/docs_ready
 # Threads that wait by spinning slow small models down on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -11,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 GPU_VENV := .venv-gpu
 GPU_READY := $(GPU_VENV)/ready
 
-.PHONY: demo test test-all test-long test-gpu benchmark-gpu check format generate pictures clean help
+.PHONY: demo test test-all test-long test-gpu benchmark-gpu check docs format generate pictures tutorial clean help
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 12
@@ -48,6 +49,9 @@ check: $(READY)  ## check lint, types, import layers, wording, generated files a
 	$(BIN)/python tools/generate.py --check
 	$(BIN)/python -m pytest --doctest-modules onecycle engine schedules schemas --durations=0
 
+docs: $(READY) $(DOCS_READY)  ## build the documentation site in build/docs/html
+	$(BIN)/python tools/build_site.py
+
 format: $(READY)  ## format the code and apply the linter's fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -58,8 +62,11 @@ generate: $(READY)  ## write the files that are generated from the code
 pictures: $(READY)  ## draw the pictures of the schedule reference
 	$(BIN)/python tools/generate.py --pictures
 
+tutorial: $(READY)  ## execute docs/tutorial.ipynb and store its outputs
+	$(BIN)/python tools/run_tutorial.py
+
 clean:  ## remove the virtual environment and the output of runs
-	rm -rf $(VENV) $(GPU_VENV) run *.egg-info
+	rm -rf $(VENV) $(GPU_VENV) build run *.egg-info
 
 # The demo needs less than the tests. Its output shows the progress of the installation.
 $(DEMO_READY): pyproject.toml constraints.txt setup.py
@@ -74,6 +81,10 @@ $(READY): $(DEMO_READY)
 	@echo "Installing the packages of the tests ..."
 	$(INSTALL) --quiet -e '.[dev,examples,plot,tensorboard]'
 	touch $(READY)
+
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $(DOCS_READY)
 
 $(GPU_READY): pyproject.toml
 	$(PYTHON) -c 'import torch; print("PyTorch", torch.__version__, "CUDA:", torch.cuda.is_available())'

@@ -24,7 +24,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,6 @@ import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from rich.table import Table
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from typing_extensions import Self
 
 import engine
 

@@ -20,7 +20,10 @@ PAGES = [
 
 
 def configs():
+    """Yield the configs of all pages except the guides, whose configs `tests.docs` trains."""
     for page in PAGES:
+        if page.parent == ROOT / "docs" / "guides":
+            continue
         for number, block in enumerate(
             re.findall(r"```json\n(.*?)```", page.read_text(), re.DOTALL)
         ):
@@ -54,6 +57,24 @@ def test_first_example_of_the_readme_trains_to_the_end_of_its_schedule(tmp_path)
     command = [sys.executable, "train.py"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
     assert (tmp_path / "checkpoints" / "global_step40").is_dir()
+
+
+def read_anchors(page):
+    """Return the anchors that code hosts give to the headings of a page."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*?)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_anchor_in_documentation_points_to_a_heading(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", page.read_text())
+    dead = []
+    for target, anchor in links:
+        path = page.parent / target if target else page
+        if path.suffix == ".md" and anchor not in read_anchors(path):
+            dead.append(f"{target}#{anchor}")
+    assert dead == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

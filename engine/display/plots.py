@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 
 from schedules.core.controller import Evidence
 from schedules.core.curves import Curve
-from schedules.plots import build_figure
+from schedules.plots import (
+    STYLE,
+    build_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +32,7 @@ def draw(
     steps: Sequence[int] | None = None,
     curves: Mapping[str, Curve] | None = None,
     sources: Mapping[str, str] | None = None,
-    log: bool = False,
+    log: bool | None = None,
     evidence: Evidence | None = None,
     dpi: int = 150,
 ) -> Figure:
@@ -42,13 +45,16 @@ def draw(
         steps: step of each value, in ascending order (default: 0, 1, 2, …).
         curves: curve of each column. The plot labels its phases, such as the warmup.
         sources: schedule that each column belongs to, if several schedules are compared.
-        log: whether the axis of the learning rate is logarithmic.
+        log: whether the axis of the learning rate is logarithmic (default: only for an exponential
+            sweep).
         evidence: losses that determined the end of a loss-driven warmup, and the Gaussian process
             fitted to these losses. An additional panel shows the losses and the Gaussian process.
             If ``columns`` contains ``loss``, the panel shows that column instead of the given
             losses.
         dpi: resolution of the image in dots per inch.
     """
+    import matplotlib as mpl
+
     shown = {name: columns[name] for name in columns if evidence is None or name != _LOSS}
     figure, axes = build_figure(
         shown,
@@ -59,10 +65,11 @@ def draw(
         log=log,
         extra_panels=0 if evidence is None else 1,
     )
-    if evidence is not None:
-        _draw_loss(axes[-1], columns.get(_LOSS, evidence.losses), evidence)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi)
+    with mpl.rc_context(STYLE):
+        if evidence is not None:
+            _draw_loss(axes[-1], columns.get(_LOSS, evidence.losses), evidence)
+        figure.savefig(path, dpi=dpi)
     return figure
 
 
@@ -70,7 +77,6 @@ def _draw_loss(axis: Axes, losses: Sequence[float], evidence: Evidence) -> None:
     """Plot the losses of a run and the Gaussian process fitted to the warmup losses."""
     axis.plot(range(len(losses)), losses, ".", markersize=2, color="tab:blue", alpha=0.4)
     axis.set_ylabel(_LOSS)
-    axis.grid(alpha=0.3)
     if evidence.band is None:
         return
     band, count = evidence.band, len(evidence.losses)
@@ -78,13 +84,13 @@ def _draw_loss(axis: Axes, losses: Sequence[float], evidence: Evidence) -> None:
     axis.plot(steps, band.mean, color="black", linewidth=1.2, label="Gaussian process")
     axis.fill_between(steps, band.low, band.high, color="black", alpha=0.15, linewidth=0)
     lowest = min(range(len(steps)), key=lambda index: band.mean[index])
-    axis.axvline(steps[lowest], color="tab:green", linewidth=1, label="its minimum")
-    axis.axvline(evidence.decision.step, color="tab:red", linewidth=1, label="switch")
+    axis.axvline(steps[lowest], color="tab:green", linewidth=1, label="minimum of the process")
+    axis.axvline(evidence.decision.step, color="tab:red", linewidth=1, label="end of the warmup")
     finite = [loss for loss in losses if math.isfinite(loss)]
     start, below = statistics.median(finite[: len(finite) // 20 + 1]), min(finite)
     if start > below:  # limit the axis, so that a diverging loss does not flatten the rest
         axis.set_ylim(below - 0.1 * (start - below), start + 0.5 * (start - below))
-    axis.legend(fontsize="small")
+    axis.legend()
 
 
 def draw_decision(evidence: Evidence, path: Path, title: str) -> None:

@@ -19,6 +19,7 @@ from engine.range_test.refinement import Refinement, build_short_cycle, refine
 from engine.range_test.suggestion import EDGE, Suggestion, suggest
 from engine.range_test.sweep import spread_over_groups
 from schedules.core.extras import require_package
+from schedules.plots import STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -217,26 +218,28 @@ class LRRangeReport:
     def draw(self, path: Path) -> None:
         """Save a PNG plot of the loss against the learning rate, with the suggested range."""
         require_package("matplotlib", "A plot")
+        import matplotlib as mpl
         from matplotlib.figure import Figure
 
         panels = 2 if self.refinement else 1
-        figure = Figure(figsize=(8 * panels, 4.5), layout="constrained")
-        axes = figure.subplots(1, panels, squeeze=False)[0]
-        self._draw_sweep(axes[0])
-        if self.refinement:
-            self._draw_cycles(axes[1], self.refinement)
-        figure.savefig(path, dpi=150)
+        with mpl.rc_context(STYLE):
+            figure = Figure(figsize=(7.2, 3.8 * panels), layout="constrained")
+            axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
+            self._draw_sweep(axes[0])
+            if self.refinement:
+                self._draw_cycles(axes[1], self.refinement)
+            figure.savefig(path, dpi=150)
 
     def _draw_sweep(self, axis: Axes) -> None:
         for run in self.runs:
-            axis.plot(*run.curve, ".", markersize=3, color="tab:blue", alpha=0.35)
+            axis.plot(*run.curve, ".", markersize=4, color="tab:blue", alpha=0.35, label="loss")
             diverged_at = _find_divergence(run)
             if diverged_at is not None:
-                axis.axvline(diverged_at, color="tab:red", linewidth=0.8, label="divergence")
+                axis.axvline(diverged_at, color="tab:red", linewidth=1, label="divergence")
         suggestion = self.suggestion
         if suggestion.smoothed is not None:
             smoothed = suggestion.smoothed
-            axis.plot(10**smoothed.x, smoothed.loss, color="black", linewidth=1.4, label="smoothed")
+            axis.plot(10**smoothed.x, smoothed.loss, color="black", label="smoothed")
             below, above = float(smoothed.loss.min()), float(smoothed.loss.max())
             margin = 0.15 * (above - below) or 1.0
             losses = [value for run in self.runs for value in run.losses if math.isfinite(value)]
@@ -245,23 +248,24 @@ class LRRangeReport:
         title = f"no suggestion: {suggestion.reason}"
         if self.max_lr is not None and self.min_lr is not None:
             axis.axvspan(self.min_lr, self.max_lr, color="tab:green", alpha=0.15)
-            for number, (rule, value) in enumerate(suggestion.rules.items()):
-                axis.axvline(value, linestyle=":", linewidth=1, color=f"C{number + 3}", label=rule)
-            title = f"cycle from {self.min_lr:.2g} to {self.max_lr:.2g}"
+            # The table names the learning rate of each rule.
+            for value in suggestion.rules.values():
+                axis.axvline(value, color="gray", linestyle=":", linewidth=1, label="rules")
+            title = f"suggested cycle: from {self.min_lr:.2g} to {self.max_lr:.2g}"
         axis.set(xscale="log", xlabel="learning rate", ylabel="loss", title=title)
-        _add_grid_and_legend(axis)
+        _add_legend(axis)
 
     def _draw_cycles(self, axis: Axes, refinement: Refinement) -> None:
         maxima = list(refinement.losses)
         for losses in np.array(list(refinement.losses.values())).T:
-            axis.plot(maxima, losses, "o-", markersize=4, color="tab:blue", alpha=0.5)
+            axis.plot(maxima, losses, "o-", markersize=5, color="tab:blue", alpha=0.5)
         axis.axvline(refinement.lowest, color="black", linestyle=":", label="lowest")
         if refinement.shrinkage < 1:
             label = f"for {refinement.training_steps} steps"
             axis.axvline(refinement.max_lr, color="tab:green", label=label)
         title = f"cycles of {refinement.steps} steps"
         axis.set(xscale="log", xlabel="cycle_max_lr", ylabel="loss at the end", title=title)
-        _add_grid_and_legend(axis)
+        _add_legend(axis)
 
     def draw_in_terminal(self, width: int, *, color: bool = False) -> str:
         """Return a text plot of the smoothed loss against the learning rate.
@@ -308,9 +312,8 @@ def _find_divergence(run: Run) -> float | None:
     return lrs[-1] if run.end == "divergence" and lrs else None
 
 
-def _add_grid_and_legend(axis: Axes) -> None:
-    axis.grid(alpha=0.3)
+def _add_legend(axis: Axes) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    first = dict(reversed(list(zip(labels, handles, strict=True))))  # one entry per label
-    if first:
-        axis.legend(first.values(), first.keys(), fontsize="small")
+    entries = dict(zip(labels, handles, strict=True))  # one per label
+    if entries:
+        axis.legend(entries.values(), entries.keys())

@@ -257,10 +257,15 @@ class Field:
         """Whether the field accepts a number or a list with one number per param group."""
         return {"number", "array"} <= set(self.schema.get("type", ()))
 
-    def complete(self, description: str) -> str:
-        """Append sentences about the accepted values and the unit to a description."""
+    def complete(self, description: str, *, explain_time: bool = True) -> str:
+        """Append sentences about the accepted values and the unit to a description.
+
+        Args:
+            description: sentences about the meaning of the field.
+            explain_time: whether to explain time strings, if the field accepts them.
+        """
         sentences = [description]
-        if self.duration is not None:
+        if self.duration is not None and explain_time:
             subject = "Each entry" if self._item_schema is not self.schema else "The value"
             sentences.append(f"{subject} is {_DURATION}.")
         if self.per_group:

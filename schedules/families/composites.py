@@ -162,10 +162,10 @@ class SequentialLR(
     example={
         "schedulers": [
             {"type": "LinearLR", "params": {"start_factor": 0.1, "total_iters": 20}},
-            {"type": "CosineAnnealingLR", "params": {"T_max": 60}},
-            {"type": "ConstantLR", "params": {"factor": 0.2, "total_iters": "1dur"}},
+            {"type": "ConstantLR", "params": {"factor": 1.0, "total_iters": 50}},
+            {"type": "PolynomialLR", "params": {"total_iters": "0.3dur"}},
         ],
-        "milestones": [20, 80],
+        "milestones": [20, 70],
     },
 ):
     """Run several schedules one after another. At each milestone, the next schedule starts.

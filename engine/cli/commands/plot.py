@@ -201,7 +201,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             steps=steps,
             curves=data.curves,
             sources=data.sources,
-            log=args.log,
+            log=args.log or None,
             evidence=data.evidence,
         )
         if args.csv != "-":
