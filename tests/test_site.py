@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
 IS_REQUIRED = os.environ.get("REQUIRE_LAB") == "1"  # as in tests/engine/launch
+WIDTH = 800  # of the window, in pixels
 PATIENCE = 30.0  # seconds for the search to start and answer
 
 pytestmark = [
@@ -32,6 +33,7 @@ READ_PAGE = """
 return [
   [...document.images].filter(image => !image.naturalWidth).map(image => image.src),
   performance.getEntriesByType("resource").map(entry => entry.name),
+  document.documentElement.scrollWidth - document.documentElement.clientWidth,
 ];
 """
 READ_RESULTS = """
@@ -110,16 +112,19 @@ def test_links_lead_to_existing_pages_and_anchors(site):
     assert dead == []
 
 
-def test_pages_have_no_console_message_broken_image_or_external_request(site, address, browser):
+def test_pages_load_without_messages_and_fit_the_window(site, address, browser):
+    browser.set_window_size(WIDTH, 900)
     found = []
     for path in sorted(site.rglob("*.html")):
         name = path.relative_to(site).as_posix()
         browser.get(address + name)
-        images, requests = browser.execute_script(READ_PAGE)
+        images, requests, overflow = browser.execute_script(READ_PAGE)
         found += [f"{name}: {entry['message']}" for entry in browser.get_log("browser")]
         found += [f"{name}: broken image {image}" for image in images]
         external = (url for url in requests if not url.startswith((address, "data:", "blob:")))
         found += [f"{name}: request to {url}" for url in external]
+        if overflow > 0:
+            found.append(f"{name}: {overflow} pixels wider than the window")
     assert found == []
 
 

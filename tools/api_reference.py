@@ -63,7 +63,7 @@ The public names of the packages `engine` and `schedules`. `onecycle` has the na
 
 
 def build_api_pages() -> dict[str, str]:
-    """Return the text of each page, by its place in the site.
+    """Return the text of each page, by its location in the site.
 
     Raises:
         ValueError: a public name is on no page.

@@ -22,6 +22,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import yaml
 from api_reference import build_api_pages
 from nbconvert import MarkdownExporter
@@ -45,43 +46,43 @@ class SiteError(Exception):
 
 
 def find_pages() -> dict[str, str]:
-    """Return a dict that maps each file of the site to its place in the site.
+    """Return a dict that maps each file of the site to its location in the site.
 
     The index of a directory is its README.md, or the page beside it that has its name:
     ``config.md`` is the index of ``config``.
     """
     pages = dict(TOP_PAGES)
     for path in sorted((ROOT / "docs").rglob("*")):
-        place = path.relative_to(ROOT / "docs")
+        location = path.relative_to(ROOT / "docs")
         if path.suffix in ASSETS:
-            pages[path.relative_to(ROOT).as_posix()] = place.as_posix()
+            pages[path.relative_to(ROOT).as_posix()] = location.as_posix()
         elif path.suffix in {".md", ".ipynb"}:
             if path.with_suffix("").is_dir():
-                place = place.with_suffix("") / "index.md"
+                location = location.with_suffix("") / "index.md"
             elif path.name == "README.md":
-                place = place.with_name("index.md")
-            pages[path.relative_to(ROOT).as_posix()] = place.with_suffix(".md").as_posix()
+                location = location.with_name("index.md")
+            pages[path.relative_to(ROOT).as_posix()] = location.with_suffix(".md").as_posix()
     return pages
 
 
 def collect_pages(target: Path) -> list[str]:
-    """Write the pages and assets to a directory. Return the places of the pages."""
+    """Write the pages and assets to a directory. Return the locations of the pages."""
     files = find_pages()
     texts = build_api_pages()
-    for name, place in files.items():
-        path = target / place
+    for name, location in files.items():
+        path = target / location
         path.parent.mkdir(parents=True, exist_ok=True)
         if Path(name).suffix in ASSETS:
             shutil.copyfile(ROOT / name, path)
         else:
-            texts[place] = rewrite_links(read_page(ROOT / name, path), name, files)
+            texts[location] = rewrite_links(read_page(ROOT / name, path), name, files)
     for directory in ("results", "decisions"):
         texts.setdefault(f"{directory}/index.md", "\n".join(_list_pages(directory, texts)) + "\n")
-    for place, text in texts.items():
-        settings: dict[str, Any] = {"search": {"exclude": place.startswith(NOT_SEARCHED)}}
-        if place == "index.md":
+    for location, text in texts.items():
+        settings: dict[str, Any] = {"search": {"exclude": location.startswith(NOT_SEARCHED)}}
+        if location in {"index.md", "tutorial.md"}:  # the only page of its section
             settings["hide"] = ["navigation"]
-        path = target / place
+        path = target / location
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"---\n{yaml.safe_dump(settings)}---\n\n{text}", encoding="utf-8")
     return list(texts)
@@ -91,9 +92,14 @@ def read_page(path: Path, target: Path) -> str:
     """Return the Markdown of a page. Write the pictures of a notebook beside its page."""
     if path.suffix == ".md":
         return path.read_text(encoding="utf-8")
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if html := output.get("data", {}).get("text/html"):
+                output["data"]["text/html"] = f"<div>{html}</div>"  # Markdown keeps a div as it is
     exporter = MarkdownExporter()
     resources = {"unique_key": f"{path.stem}_files", "output_files_dir": f"{path.stem}_files"}
-    text, made = exporter.from_filename(str(path), resources)
+    text, made = exporter.from_notebook_node(notebook, resources)
     for name, data in made["outputs"].items():
         picture = target.parent / name
         picture.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +113,7 @@ def rewrite_links(text: str, name: str, pages: dict[str, str]) -> str:
     Args:
         text: Markdown of a page.
         name: path of the page in the repository.
-        pages: place of each page and asset in the site, by its path in the repository.
+        pages: location of each page and asset in the site, by its path in the repository.
     """
     parts, end = [], 0
     for fence in _FENCE.finditer(text):
@@ -123,13 +129,13 @@ def _rewrite(text: str, name: str, pages: dict[str, str]) -> str:
         if not path or ":" in path:
             return link.group()
         found = posixpath.normpath(posixpath.join(posixpath.dirname(name), path))
-        place = pages.get(found)
-        if place is None and found.startswith("docs/") and (ROOT / found).is_dir():
-            place = f"{found.removeprefix('docs/')}/index.md"
-        if place is None:
+        location = pages.get(found)
+        if location is None and found.startswith("docs/") and (ROOT / found).is_dir():
+            location = f"{found.removeprefix('docs/')}/index.md"
+        if location is None:
             # Zensical reports a link to a file that does not exist.
             return label if (ROOT / found).exists() else link.group()
-        relative = posixpath.relpath(place, posixpath.dirname(pages[name]))
+        relative = posixpath.relpath(location, posixpath.dirname(pages[name]))
         return f"{mark}[{label}]({relative}{'#' if anchor else ''}{anchor})"
 
     return _LINK.sub(replace, text)
@@ -137,10 +143,10 @@ def _rewrite(text: str, name: str, pages: dict[str, str]) -> str:
 
 def _list_pages(directory: str, texts: dict[str, str]) -> Iterator[str]:
     yield f"# {directory.capitalize()}\n"
-    for place in sorted(texts):
-        if place.startswith(f"{directory}/"):
-            title = texts[place].partition("\n")[0].removeprefix("# ")
-            yield f"- [{title}]({posixpath.basename(place)})"
+    for location in sorted(texts):
+        if location.startswith(f"{directory}/"):
+            title = texts[location].partition("\n")[0].removeprefix("# ")
+            yield f"- [{title}]({posixpath.basename(location)})"
 
 
 def expand_nav(nav: list[Any], pages: list[str]) -> list[Any]:

@@ -122,11 +122,11 @@ def draw_schedules(directory: Path) -> None:
 
 def _build_overview() -> Iterator[str]:
     yield _INTRODUCTION.format(count=len(SCHEDULES))
-    for place, page in _PAGES.items():
+    for location, page in _PAGES.items():
         yield f"\n## {page.title}\n\n{page.sentence}\n\n| type | summary |\n|---|---|"
         for name, cls in page.list_classes().items():
             summary = to_markdown(get_summary(cls))
-            yield f"| [{name}](schedules/{place}.md#{name.lower()}) | {summary} |"
+            yield f"| [{name}](schedules/{location}.md#{name.lower()}) | {summary} |"
 
 
 def _build_page(page: Page) -> Iterator[str]:
