@@ -1,7 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO_READY := $(VENV)/demo-ready
 READY := $(VENV)/ready
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 DOCS_READY := $(VENV)/docs_ready
 # Threads that wait by spinning slow small models down on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -15,8 +17,10 @@ GPU_READY := $(GPU_VENV)/ready
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 12
 
-demo: $(READY)  ## train LeNet on real images from a JSON config and plot the run
+demo: $(DEMO_READY)  ## train LeNet on real images from a JSON config and plot the run
 	$(BIN)/onecycle validate examples/fashion_mnist/ds_config.json
+	$(BIN)/onecycle plot -t examples/fashion_mnist/ds_config.json
+	@echo "Importing PyTorch ..."
 	$(BIN)/python examples/fashion_mnist/train.py
 
 test: $(READY)  ## run the fast tests (under 5 minutes)
@@ -64,10 +68,18 @@ tutorial: $(READY)  ## execute docs/tutorial.ipynb and store its outputs
 clean:  ## remove the virtual environment and the output of runs
 	rm -rf $(VENV) $(GPU_VENV) build run *.egg-info
 
-$(READY): pyproject.toml constraints.txt setup.py
+# The demo needs less than the tests. Its output shows the progress of the installation.
+$(DEMO_READY): pyproject.toml constraints.txt setup.py
+	@$(PYTHON) tools/check_python.py "$(PYTHON)"
+	@echo "Installing onecycle and PyTorch in $(VENV), which takes a few minutes ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,examples]'
+	$(INSTALL) -e '.[examples,plot]'
 	$(BIN)/python -m compileall -q onecycle engine schedules schemas
+	touch $(DEMO_READY)
+
+$(READY): $(DEMO_READY)
+	@echo "Installing the packages of the tests ..."
+	$(INSTALL) --quiet -e '.[dev,examples,plot,tensorboard]'
 	touch $(READY)
 
 $(DOCS_READY): $(READY)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from schedules.core.curves import Curve
 from schedules.core.durations import Horizon
+from schedules.core.extras import require_package
 from schedules.core.registry import from_config
 from schedules.core.schedule import Schedule
 from schedules.core.trace import complete_base
@@ -58,8 +59,8 @@ def plot(
 ) -> Figure:
     """Plot one schedule, or compare several, and return the matplotlib figure.
 
-    The figure has one panel per hyperparameter. A notebook displays it. In a script, save it with
-    ``figure.savefig("schedule.png")``.
+    The figure has one panel per hyperparameter. Notebooks display the figure. In a script, save it
+    with ``figure.savefig("schedule.png")``.
 
     Args:
         *schedules: schedules, or ``{"type": …, "params": {…}}`` blocks.
@@ -87,7 +88,10 @@ def plot(
     known = horizon.scaled_steps if horizon is not None else None
     count = steps or int(known or max(each.resolve(horizon).span for each in built))
     if not 1 <= count <= _MAX_EXACT:
-        raise ValueError(f"`steps` must be from 1 to {_MAX_EXACT:,}, got {count:,}. Set `steps`.")
+        raise ValueError(
+            f"`steps` must be from 1 to {_MAX_EXACT:,}, got {count:,}. Set `steps` to a value in "
+            "this range."
+        )
     initial = complete_base(base)
     curves: dict[str, Curve] = {}
     sources: dict[str, str] = {}
@@ -148,7 +152,7 @@ def group_by_panel(columns: Iterable[str]) -> dict[str, list[str]]:
 
 
 def find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) -> dict[int, str]:
-    """Return the phases of a panel's curve, as a dict from first step to phase name.
+    """Return a dict from the first step of each phase of a panel's curve to the phase's name.
 
     Return an empty dict if the panel shows several curves, or if ``curves`` does not contain the
     curve.
@@ -162,7 +166,7 @@ def find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) -
 def choose_styles(
     columns: Iterable[str], sources: Mapping[str, str] | None = None
 ) -> dict[str, tuple[int, int]]:
-    """Return the color and the line style of each column, as a pair of indices.
+    """Return the indices of each column's color and line style.
 
     The columns of a schedule have the same color in all panels, and its param groups have different
     line styles. Without ``sources``, each param group has a color.
@@ -187,7 +191,7 @@ def keep_positive(values: Iterable[float]) -> list[float]:
 
 
 def is_log_panel(panel: str, columns: Iterable[Sequence[float]]) -> bool:
-    """Return whether a panel can have a logarithmic axis: it shows positive learning rates."""
+    """Return whether a panel shows positive learning rates, so that its axis can be logarithmic."""
     return panel in _LR_PANELS and any(value > 0 for values in columns for value in values)
 
 
@@ -253,6 +257,7 @@ def build_figure(
     Returns:
         The figure and its panels, from top to bottom.
     """
+    require_package("matplotlib", "A plot")
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -1,4 +1,4 @@
-"""Edit the text of a config: apply automatic fixes, and add or replace the scheduler block.
+"""Edit the text of a config: apply automatic fixes, or set the scheduler block.
 
 All other text is preserved, including comments, whitespace and the order of keys.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from json import JSONDecoder
 from pathlib import Path
 from typing import Any
@@ -24,41 +24,43 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n]*|#[^\n]*|/\*.*?\*/|[{}\[\],]', r
 _INDENT = 2
 
 
-def apply_fixes(document: Document, problems: Sequence[Problem]) -> tuple[str, list[Problem]]:
-    """Apply the automatic fixes of problems to the text of a config.
+def apply_fixes(
+    document: Document, problems: Sequence[Problem], accept: Callable[[Problem], bool]
+) -> str:
+    """Apply the automatic fixes of problems to the text of a config, and remove trailing commas.
 
     A key is not renamed if the config already contains a key with the new name.
 
     Args:
         document: config to fix.
-        problems: problems in the config; those without an automatic fix are skipped.
+        problems: problems in the config. Problems without an automatic fix are skipped.
+        accept: function that returns whether to apply the fix of a problem if it is not certain.
 
     Returns:
         The fixed text, and the problems that were fixed.
     """
     text = document.text
-    edits: list[tuple[int, int, str]] = []
-    fixed = []
+    edits = [(comma, comma + 1, "") for comma in document.trailing_commas]
     taken = set(document.locations)
     for problem in problems:
         location = document.locations.get(problem.pointer)
         if problem.fix is None or location is None:
             continue
-        start = document.get_offset(location.key if problem.fix.key else location.value)
-        if problem.fix.key:
-            new = join_pointer(get_parent(problem.pointer), problem.fix.key)
-            if new in taken:
-                continue
-            taken.add(new)
+        key = problem.fix.key
+        renamed = join_pointer(get_parent(problem.pointer), key) if key else None
+        if renamed in taken:
+            continue
+        start = document.get_offset(location.key if key else location.value)
         try:
             _, end = JSONDecoder().raw_decode(text, start)
         except ValueError:  # unquoted text
             continue
-        edits.append((start, end, json.dumps(problem.fix.key or problem.fix.value)))
-        fixed.append(problem)
-    for start, end, new in sorted(edits, reverse=True):
-        text = text[:start] + new + text[end:]
-    return text, fixed
+        if problem.fix.is_certain or accept(problem):
+            taken |= {renamed} if renamed else set()
+            edits.append((start, end, json.dumps(key or problem.fix.value)))
+    for start, end, replacement in sorted(edits, reverse=True):
+        text = text[:start] + replacement + text[end:]
+    return text
 
 
 def write_scheduler(path: Path, block: Mapping[str, Any]) -> Path:
@@ -82,8 +84,8 @@ def write_scheduler(path: Path, block: Mapping[str, Any]) -> Path:
 def replace_scheduler(document: Document, block: Mapping[str, Any]) -> str:
     """Return the text of a config with the scheduler block added or replaced.
 
-    If the existing block has the same type and the same parameter names, only the values that
-    differ are replaced, so that comments inside the block are preserved.
+    If the existing block has the same type and parameter names, only changed values are replaced,
+    and comments inside the block are preserved.
 
     >>> from engine.config.parser import parse
     >>> text = '{"scheduler": {"type": "A", "params": {"x": 1}} // mine\\n}'

@@ -1,4 +1,4 @@
-"""Preview a config's schedule: compute the learning rate at each step before launch."""
+"""Preview a config's schedule before launch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Preview:
     horizon: Horizon
     base: Base
     auto_values: Mapping[str, Any] = field(default_factory=dict)
-    """The values that replaced "auto", by the name of the param."""
+    """The values that replaced "auto", by param name."""
 
     @property
     def title(self) -> str:
@@ -56,8 +56,8 @@ class Preview:
             losses: recorded loss at each step.
 
         Returns:
-            The values of each hyperparameter at each step, and the losses from which the schedule
-            determined the end of its warmup (None if the warmup did not end).
+            The values of each hyperparameter at each step, and the losses that determined the end
+            of the warmup. The losses are None if the warmup did not end.
 
         Raises:
             ValueError: the schedule is not loss-driven.
@@ -75,27 +75,26 @@ class Preview:
         return columns, done.evidence
 
     def check_length(self, steps: int) -> None:
-        """Check that the values of the first ``steps`` steps can be computed in a short time.
+        """Check that the values of the first ``steps`` steps can be computed quickly.
 
         Raises:
-            ValueError: there are too many steps for a PyTorch scheduler, which has to be run step
-                by step.
+            ValueError: the schedule is a PyTorch scheduler, and the number of steps is too large.
         """
         from schedules.families.custom import WrappedScheduler
 
         if isinstance(self.schedule, WrappedScheduler) and steps > _MAX_RUN_STEPS:
             raise ValueError(
                 f"A plot of {self.schedule.type_name} can have at most {_MAX_RUN_STEPS:,} steps, "
-                f"got {steps:,}, because PyTorch computes the steps one by one. Set `--steps` to "
-                "plot only the first steps."
+                f"got {steps:,}, because PyTorch must compute each step. Set `--steps` to plot "
+                "only the first steps."
             )
 
     @property
     def span(self) -> int:
         """Default number of steps to plot.
 
-        This is the length of the run, or of the schedule if the length of the run is
-        unknown.
+        The default is the length of the run. If the run length is unknown, the default is the
+        length of the schedule.
         """
         return int(self.horizon.scaled_steps or 0) or max(1, self.schedule.span)
 
@@ -105,9 +104,9 @@ class Preview:
         return name_columns(self.curves)
 
     def rows(self, steps: int) -> Iterator[tuple[float, ...]]:
-        """Return an iterator over the first ``steps`` steps.
+        """Return an iterator over the rows of the first ``steps`` steps.
 
-        Each item contains the step and the value of each column at that step.
+        A row contains the step and the value of each column.
         """
         values = [curve.values(steps) for curve in self.columns.values()]
         return zip(range(steps), *values, strict=True)
@@ -116,6 +115,7 @@ class Preview:
 def preview(
     config: Source,
     *,
+    assignments: Sequence[str] = (),
     steps_per_epoch: int | None = None,
     allow_imports: bool = False,
     auto: AutoValues | None = None,
@@ -126,11 +126,12 @@ def preview(
 
     Args:
         config: path of the config, or the config as a dict. Only ``scheduler`` is required.
+        assignments: ``KEY=VALUE`` strings that override config values.
         steps_per_epoch: number of optimizer steps per epoch; required if the config has durations
             in epochs.
         allow_imports: whether to import the code that the config names, such as
             ``"my_module:MySchedule"``.
-        auto: values that replace "auto" in the learning rate and in the schedule. If None, "auto"
+        auto: values to use instead of "auto" in the learning rate and the schedule. If None, "auto"
             in the schedule is an error.
 
     Raises:
@@ -143,6 +144,10 @@ def preview(
     [(0, 0.0), (1, 0.0005), (2, 0.001)]
     """
     document = load_document(config)
+    if assignments:
+        from engine.config.overrides import apply_assignments
+
+        document, _ = apply_assignments(document, assignments)
     replaced: Mapping[str, Any] = {}
     if auto is not None:
         document, replaced = replace_auto_values(document, auto)
@@ -188,7 +193,7 @@ def _build_preview(
 
 
 def _prevents_curve(problem: Problem) -> bool:
-    """Return whether a problem makes it impossible to compute the curves of the schedule."""
+    """Return whether a problem prevents the computation of the schedule's curves."""
     if problem.severity != "error" or problem.rule == "batch-sizes":
         return False
     section, *_ = [*split_pointer(problem.pointer), ""]

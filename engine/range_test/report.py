@@ -1,4 +1,4 @@
-"""The report of an LR range test: suggestion, plot, table and scheduler block."""
+"""The report of an LR range test."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.display.terminal_plots import choose_ticks
 from engine.range_test.recorder import Run
 from engine.range_test.refinement import Refinement, build_short_cycle, refine
 from engine.range_test.suggestion import EDGE, Suggestion, suggest
 from engine.range_test.sweep import spread_over_groups
+from schedules.core.extras import require_package
 from schedules.plots import STYLE
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["LRRangeReport"]
+
+_COLUMNS_PER_TICK = 12  # of the axis of a plot in the terminal
+_LOSS_TICKS = 5
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,9 @@ class LRRangeReport:
 
     @property
     def max_lr(self) -> float | None:
-        """The suggested maximum learning rate, refined if short cycles were trained.
+        """The suggested maximum learning rate, or its refined value.
 
-        The value is None if the range test has no suggestion.
+        The value is None if the test has no suggestion.
         """
         return self.refinement.max_lr if self.refinement else self.suggestion.max_lr
 
@@ -61,17 +66,17 @@ class LRRangeReport:
         training_steps: int | None = None,
         known: Mapping[str, Any] | None = None,
     ) -> LRRangeReport:
-        """Return a copy of this report, with a suggestion that is refined by training short cycles.
+        """Return a copy of this report with a suggestion refined by short cycles.
 
-        If there is no suggestion, return this report without training.
+        Without a suggestion, return this report without training.
 
         Args:
             train: function that takes a scheduler block and the index of the repeat, trains with
                 this schedule and returns the recorded run.
             steps: number of steps per cycle.
             training_steps: number of steps of the planned training; None if it equals `steps`.
-            known: OneCycle block that provides the momentum settings and the ratio of the two
-                phases' lengths.
+            known: OneCycle block with the momentum settings and the ratio of the phase lengths to
+                use.
         """
         if self.suggestion.max_lr is None:
             return self
@@ -89,10 +94,9 @@ class LRRangeReport:
     def suggestion(self) -> Suggestion:
         """The suggestion from all runs. If ``max_lr`` is None, ``reason`` explains why.
 
-        The smoothed curve and the rules of `suggest` use the points of all runs together. If there
-        are several runs, and more than half of them yield a suggestion on their own, ``max_lr`` is
-        the median of these suggestions. A single run that diverged early therefore has little
-        effect.
+        The smoothed curve and the rules of `suggest` use the points of all runs. If more than half
+        of several runs have their own suggestion, ``max_lr`` is the median of these suggestions. A
+        single run that diverged early therefore has little effect.
         """
         lrs, losses = (
             np.concatenate([np.asarray(part, float) for part in parts])
@@ -108,10 +112,10 @@ class LRRangeReport:
         return Suggestion(rounded, reason, found.rules, found.smoothed)
 
     def _find_early_end(self, reason: str) -> str:
-        """Return a message if a script ended before its sweep did, or an empty string.
+        """Return a message if the script ended before the sweep, or an empty string.
 
         Args:
-            reason: why the recorded losses allow no suggestion.
+            reason: reason why the recorded losses do not allow a suggestion.
         """
         for run in self.runs:
             steps = run.facts.get("steps", 0)
@@ -129,9 +133,9 @@ class LRRangeReport:
 
     @property
     def max_lrs(self) -> list[float]:
-        """The maximum learning rates that the runs suggest individually.
+        """The suggested maximum learning rate of each run.
 
-        Runs without a suggestion are omitted. If there is only one run, the list is empty.
+        Runs without a suggestion are omitted. For a single run, the list is empty.
         """
         if len(self.runs) == 1:
             return []
@@ -142,10 +146,10 @@ class LRRangeReport:
         """Return a OneCycle scheduler block with the suggested range.
 
         Args:
-            known: OneCycle scheduler block that provides all other params, or None.
+            known: OneCycle scheduler block with the remaining params, or None.
 
         Raises:
-            ValueError: if there is no suggestion.
+            ValueError: if the range test has no suggestion.
         """
         if self.max_lr is None:
             raise ValueError(
@@ -186,7 +190,7 @@ class LRRangeReport:
         }
 
     def table(self) -> Table:
-        """Return a table for the terminal: the learning rate of each rule, and the suggestion."""
+        """Return a table of the learning rate of each rule and the suggestion."""
         from rich.table import Table
 
         suggestion = self.suggestion
@@ -213,6 +217,7 @@ class LRRangeReport:
 
     def draw(self, path: Path) -> None:
         """Save a PNG plot of the loss against the learning rate, with the suggested range."""
+        require_package("matplotlib", "A plot")
         import matplotlib as mpl
         from matplotlib.figure import Figure
 
@@ -263,12 +268,13 @@ class LRRangeReport:
         _add_legend(axis)
 
     def draw_in_terminal(self, width: int, *, color: bool = False) -> str:
-        """Return a text plot of the smoothed loss against log10(lr).
+        """Return a text plot of the smoothed loss against the learning rate.
 
         Args:
             width: width of the plot in characters.
             color: whether to use terminal colors.
         """
+        require_package("plotext", "A plot in the terminal")
         import plotext
 
         smoothed = self.suggestion.smoothed
@@ -280,7 +286,11 @@ class LRRangeReport:
         plotext.plot(smoothed.x.tolist(), smoothed.loss.tolist(), marker="braille")
         if self.max_lr is not None:
             plotext.vline(math.log10(self.max_lr))
-        plotext.title("loss over log10(lr)")
+        lrs = choose_ticks((10**smoothed.x).tolist(), width // _COLUMNS_PER_TICK, is_log=True)
+        plotext.xticks([math.log10(lr) for lr in lrs], list(lrs.values()))
+        losses = choose_ticks(smoothed.loss.tolist(), _LOSS_TICKS)
+        plotext.yticks(list(losses), list(losses.values()))
+        plotext.title("loss at each learning rate")
         drawn = plotext.build()
         return str(drawn if color else plotext.uncolorize(drawn))
 

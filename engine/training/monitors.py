@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from engine.distributed.ranks import Ranks
+from schedules.core.extras import require_package
 
 __all__ = [
     "CSVMonitor",
@@ -28,7 +29,7 @@ log = logging.getLogger("onecycle")
 
 
 class Event(NamedTuple):
-    """The name of a metric in DeepSpeed, its value, and the number of training samples so far."""
+    """A metric's name in DeepSpeed, its value, and the number of training samples so far."""
 
     name: str
     value: float
@@ -36,7 +37,7 @@ class Event(NamedTuple):
 
 
 class Monitor(Protocol):
-    """Interface of a monitor, which writes the metrics of each step."""
+    """Interface of the objects that write the metrics of each step."""
 
     def write_events(self, events: Iterable[Event]) -> None:
         """Write the events of a step immediately, so that a crash does not lose them."""
@@ -55,7 +56,7 @@ class Monitor(Protocol):
 
 
 class RunDirectories:
-    """Directories for the metric files of a run. Two runs never share a directory.
+    """The directories for a run's metric files. Two runs never share a directory.
 
     The first run writes to ``DIR``, and later runs write to ``DIR-2``, ``DIR-3`` and so on.
     """
@@ -120,6 +121,7 @@ class TensorBoardMonitor:
     """
 
     def __init__(self, directory: str, directories: RunDirectories) -> None:
+        require_package("tensorboard", "`tensorboard.enabled`")
         self._directory = directory
         self._directories = directories
         self._writer: Any = None
@@ -194,15 +196,15 @@ class CSVMonitor:
 
 
 class WandbMonitor:
-    """Monitor for Weights & Biases, which runs in offline mode unless ``WANDB_MODE`` is set."""
+    """Monitor for Weights & Biases. Offline mode is used unless ``WANDB_MODE`` is set."""
 
     def __init__(self, section: Mapping[str, Any]) -> None:
         try:
             import wandb
         except ImportError as error:
             raise ValueError(
-                "`wandb.enabled` is true, but wandb is not installed. Run "
-                "`pip install wandb`, or use `tensorboard` or `csv_monitor`."
+                "`wandb.enabled` is true, but wandb is not installed. Run `pip install wandb`, or "
+                "enable `tensorboard` or `csv_monitor` instead."
             ) from error
         self._run = wandb.init(
             project=section["project"],

@@ -1,4 +1,4 @@
-"""Step the scheduler of a run, which can be built in, from PyTorch, or custom."""
+"""Step a run's built-in, PyTorch or custom scheduler."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from engine.training.loss_window import LossWindow
 from schedules import ScheduleBinder
+from schedules.core.extras import require_package
 
 __all__ = ["ScheduleDriver"]
 
@@ -25,6 +26,9 @@ class ScheduleDriver:
         scheduler: any object with a ``step`` method, such as a PyTorch scheduler, or None.
         report: directory for plots of a feedback schedule's decisions, such as the decision to end
             the warmup. If None, no plots are saved.
+
+    Raises:
+        MissingExtraError: ``report`` is set, but matplotlib is not installed.
     """
 
     def __init__(
@@ -36,6 +40,8 @@ class ScheduleDriver:
         self.metric: float | None = None
         """Last metric, averaged over the ranks, kept until the scheduler receives it."""
         self._report = report
+        if report is not None:
+            require_package("matplotlib", "`engine.report`")
 
     @property
     def feedback(self) -> Literal["loss", "metric"] | None:

@@ -46,7 +46,7 @@ def log_setup(
         num_parameters: number of elements of all trained parameters.
         scheduler: scheduler of the run; None if it has none.
         replacements: messages about config sections that arguments of `initialize` replace.
-        param_groups: param groups that the config describes, which are logged below the table.
+        param_groups: param groups that the config describes. They are logged below the table.
     """
     _enable_logging()
     codes = [*find_optimizer_code(config.raw.get("optimizer"))]

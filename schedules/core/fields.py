@@ -75,7 +75,7 @@ class Range(NamedTuple):
 
 
 class Duration(NamedTuple):
-    """Marks a field as a duration, which can be a time string.
+    """Marks a field as a duration: a number of steps or a time string.
 
     Durations are multiplied by `Horizon.scale_ratio`. The duration of a warmup is multiplied only
     if it is a fraction of the run or if ``scale_warmup`` is true.
@@ -92,7 +92,7 @@ class Items:
 
 
 class AutoValue(NamedTuple):
-    """Marks a field that accepts "auto", which an integration replaces with a value."""
+    """Marks a field that accepts "auto". An integration replaces "auto" with a value."""
 
     integrations: str
     """Names of the integrations, such as "transformers"."""
@@ -366,7 +366,7 @@ def read_fields(schedule: type) -> Mapping[str, Field]:
 
 @dataclasses.dataclass
 class _Annotation:
-    """The types, limits and unit in a field's annotation, from which its schema is built."""
+    """The types, limits and unit that a field's annotation specifies."""
 
     name: str
     types: list[str] = dataclasses.field(default_factory=list)
@@ -397,8 +397,8 @@ class _Annotation:
             self.types.append(_JSON_TYPES[plain])
         else:
             raise TypeError(
-                f"`{self.name}` has the annotation {hint}, which JSON Schema cannot express. Use a "
-                "type from `schedules.core.fields`."
+                f"The annotation of `{self.name}` must be a type that JSON Schema can express, got "
+                f"{hint}. Use a type from `schedules.core.fields`."
             )
         return self
 

@@ -10,7 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from engine.cli.commands.arguments import add_allow_imports, parse_positive_int
+from engine.cli.commands.arguments import (
+    add_allow_imports,
+    add_examples,
+    add_set,
+    parse_positive_int,
+)
+from engine.display.terminal import format_rows, get_width, wrap
 from engine.distributed.environment import OK
 from engine.errors import escape
 
@@ -21,6 +27,9 @@ if TYPE_CHECKING:
     from engine.config.rules import RuleContext
 
 __all__ = ["add_arguments", "run"]
+
+_WIDEST_CELL = 45
+"""Width to which names and values are padded, so that a long list does not push all rows right."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,14 +63,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models. The module is imported, from the current directory if it is there. The model is "
         "built on the meta device, without memory for its weights, if it supports that",
     )
+    add_set(parser)
     add_allow_imports(parser)
+    add_examples(
+        parser,
+        "onecycle config ds_config.json --world-size 8",
+        "onecycle config ds_config.json --set fp16.enabled=true --diff ds_config.json",
+        "onecycle config ds_config.json --json > complete.json",
+        "onecycle config ds_config.json --model train:build_model",
+    )
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """Print the resolved config, or its differences from another config (``--diff``)."""
     from engine.config.provenance import as_config
 
-    entries, context = _resolve(args.file, args)
+    entries, context = _resolve(args.file, args, args.set)
     groups = () if args.model is None else ("", *_list_param_groups(context, args.model))
     if args.diff is not None:
         _print_differences(entries, _resolve(args.diff, args)[0], out)
@@ -70,18 +87,22 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     else:
         rows = [(entry.name, json.dumps(entry.value), entry.origin) for entry in entries]
         _print_table(rows, out)
-    for line in groups:
-        print(escape(line), file=out)
+    for group in groups:
+        for line in wrap(escape(group), get_width(out)):
+            print(line, file=out)
     return OK
 
 
-def _resolve(name: str, args: argparse.Namespace) -> tuple[list[Entry], RuleContext]:
+def _resolve(
+    name: str, args: argparse.Namespace, assignments: Sequence[str] = ()
+) -> tuple[list[Entry], RuleContext]:
     from engine.config import ConfigError, load_document
+    from engine.config.overrides import apply_assignments
     from engine.config.provenance import trace_origins
     from engine.config.validate import examine
     from schedules.core.imports import imports_allowed
 
-    document = load_document(name)
+    document, _ = apply_assignments(load_document(name), assignments)
     problems, context = examine(document, args.world_size, allow_imports=args.allow_imports)
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors or context is None:
@@ -171,7 +192,6 @@ def _print_differences(first: Sequence[Entry], second: Sequence[Entry], out: Tex
 
 
 def _print_table(rows: Sequence[tuple[str, str, str]], out: TextIO) -> None:
-    first = max((len(row[0]) for row in rows), default=0)
-    second = min(40, max((len(row[1]) for row in rows), default=0))
-    for name, value, last in rows:
-        print(escape(f"{name:{first}}  {value:{second}}  {last}"), file=out)
+    escaped = [tuple(map(escape, row)) for row in rows]
+    for line in format_rows(escaped, get_width(out), widest=_WIDEST_CELL):
+        print(line, file=out)
