@@ -37,7 +37,7 @@ from engine.range_test.report import LRRangeReport
 
 CONFIGS = Path(__file__).parent / "configs"
 PLOTTED_VALUES = 240
-SMOKE_SAMPLES, SMOKE_BATCH = 64, 32
+SMOKE_SAMPLES, SMOKE_STEPS = 64, 150
 
 Config = dict[str, Any]
 Row = dict[str, Any]
@@ -111,7 +111,7 @@ class Experiment:
         path = CONFIGS / self.name / f"{name}.json"
         config: Config = json.loads(path.read_text(encoding="utf-8"))
         if self.is_smoke:
-            config["train_batch_size"] = SMOKE_BATCH
+            config["train_batch_size"] = SMOKE_SAMPLES
         return config
 
     def load_images(self, build_model: Callable[[], nn.Module], *, pooling: int = 1) -> Task:
@@ -130,6 +130,46 @@ class Experiment:
         source = re.split(r" from| \(", found.source)[0]
         train = TensorDataset(inputs, targets)
         return Task(build_model, train, (test_inputs, test_targets), source)
+
+    def suggest_bounds(
+        self, config: Config, task: Task, *, steps: int = 250, refine_for: int | None = None
+    ) -> Row:
+        """Run the LR range test, as ``onecycle lr-test --repeat 3`` does.
+
+        Args:
+            config: config with a OneCycle schedule, whose bounds are ignored.
+            task: model and data.
+            steps: number of steps of each of the three runs.
+            refine_for: number of steps of the planned training, if short cycles should refine the
+                suggestion.
+
+        Returns:
+            A row with the config's scheduler block, with the suggested bounds.
+
+        Raises:
+            RuntimeError: the range test has no suggestion.
+        """
+        reports = []
+        for seed in range(1000, 1003):
+            torch.manual_seed(seed)
+            trainer, _, loader, _ = engine.initialize(
+                config=config, model=task.build_model(), training_data=task.train
+            )
+            reports.append(
+                engine.lr_range_test(
+                    trainer,
+                    loader,
+                    loss_fn=lambda trainer, batch: cross_entropy(trainer(batch[0]), batch[1]),
+                    steps=min(steps, SMOKE_STEPS) if self.is_smoke else steps,
+                    refine=refine_for is not None,
+                    training_steps=refine_for,
+                )
+            )
+        report = LRRangeReport(tuple(run for each in reports for run in each.runs))
+        if report.max_lr is None:
+            raise RuntimeError(f"The LR range test has no suggestion: {report.suggestion.reason}.")
+        return {"scheduler": report.block(config["scheduler"]), "of_each_run": report.max_lrs}
+
 
 
 class Results:
@@ -252,47 +292,6 @@ def measure_accuracy(trainer: engine.Engine, test: tuple[Tensor, Tensor]) -> flo
     return trainer.evaluate(
         list(batches), lambda batch: (trainer(batch[0]).argmax(1) == batch[1]).float().mean()
     )
-
-
-def suggest_bounds(
-    config: Config, task: Task, *, repeats: int = 3, steps: int = 250, refine_for: int | None = None
-) -> Row:
-    """Run the LR range test, as ``onecycle lr-test --repeat 3`` does.
-
-    Args:
-        config: config with a OneCycle schedule, whose bounds are ignored.
-        task: model and data.
-        repeats: number of runs, with the seeds 1000, 1001, ….
-        steps: number of steps of each run.
-        refine_for: number of steps of the planned training, if short cycles should refine the
-            suggestion.
-
-    Returns:
-        A row with the config's scheduler block, with the suggested bounds.
-
-    Raises:
-        RuntimeError: the range test has no suggestion.
-    """
-    reports = []
-    for repeat in range(repeats):
-        torch.manual_seed(1000 + repeat)
-        trainer, _, loader, _ = engine.initialize(
-            config=config, model=task.build_model(), training_data=task.train
-        )
-        reports.append(
-            engine.lr_range_test(
-                trainer,
-                loader,
-                loss_fn=lambda trainer, batch: cross_entropy(trainer(batch[0]), batch[1]),
-                steps=steps,
-                refine=refine_for is not None,
-                training_steps=refine_for,
-            )
-        )
-    report = LRRangeReport(tuple(run for each in reports for run in each.runs))
-    if report.max_lr is None:
-        raise RuntimeError(f"The LR range test has no suggestion: {report.suggestion.reason}.")
-    return {"scheduler": report.block(config["scheduler"]), "of_each_run": report.max_lrs}
 
 
 def describe_machine() -> str:

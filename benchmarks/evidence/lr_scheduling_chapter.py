@@ -9,7 +9,7 @@ bounds that the LR range test suggests.
 
 from __future__ import annotations
 
-from experiment import Experiment, Row, suggest_bounds, train
+from experiment import Experiment, Row, train
 from pages import (
     build_figure,
     format_mean,
@@ -37,10 +37,7 @@ def run_all(experiment: Experiment) -> None:
     results = experiment.results
     task = experiment.load_images(lenet)
     configs = {name: experiment.read_config(name) for name in (*CHAPTER, *SHORT)}
-    steps = 150 if experiment.is_smoke else 250
-    bounds = results.get(
-        "bounds", lambda: suggest_bounds(configs["one_cycle"], task, steps=steps)
-    )
+    bounds = results.get("bounds", lambda: experiment.suggest_bounds(configs["one_cycle"], task))
     configs["one_cycle"]["scheduler"] = bounds["scheduler"]
     for seed in experiment.seeds:
         for name, config in configs.items():

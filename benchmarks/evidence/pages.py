@@ -65,7 +65,7 @@ def build_figure(panels: int) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def plot_lr(axis: Axes, row: Row, *, scale: float = 1, **style: str) -> None:
+def plot_lr(axis: Axes, row: Row, *, scale: float = 1, **style: str | None) -> None:
     """Plot the learning rate of a run. ``scale`` is the factor by which the step is multiplied."""
     stride = row["lr_stride"] * scale
     axis.plot([stride * index for index in range(len(row["lr"]))], row["lr"], **style)
