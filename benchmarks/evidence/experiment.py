@@ -1,13 +1,14 @@
-"""Train models from configs, and store the results. The scripts in this directory share this module.
+"""Train models from configs, and store the results.
 
-Each script stores the result of a run in ``docs/results/NAME.json`` as soon as the run ends, and
-reuses stored results. A second call of a script therefore only redraws its plot and its table.
+The scripts in this directory share this module. Each script stores the result of a run in
+``docs/results/NAME.json`` as soon as the run ends, and reuses stored results. A second call of a
+script therefore only redraws its plot and its table.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import datetime as dt
 import json
 import logging
 import os
@@ -171,7 +172,6 @@ class Experiment:
         return {"scheduler": report.block(config["scheduler"]), "of_each_run": report.max_lrs}
 
 
-
 class Results:
     """Rows that are saved as JSON after each run, so that an interrupted script can continue.
 
@@ -300,5 +300,5 @@ def describe_machine() -> str:
     device = torch.cuda.get_device_name() if gpu else f"one of {os.cpu_count()} CPU cores"
     return (
         f"{device} ({platform.machine()}), Python {platform.python_version()}, "
-        f"torch {torch.__version__}, {datetime.datetime.now(tz=datetime.timezone.utc):%Y-%m-%d}"
+        f"torch {torch.__version__}, {dt.datetime.now(tz=dt.timezone.utc):%Y-%m-%d}"
     )
