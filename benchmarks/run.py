@@ -3,7 +3,7 @@
     python benchmarks/run.py speed       # as `make bench`
     python benchmarks/run.py evidence    # as `make evidence`
 
-The group "evidence" trains models, and writes the results to the directory ``run/evidence``, so that
+The group "evidence" trains models, and writes the results to the directory ``run/evidence``, where
 you can compare them with docs/results. If the group is interrupted, a second call continues with
 the first run that is missing.
 """

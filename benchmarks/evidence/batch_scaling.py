@@ -15,7 +15,6 @@ trains with a batch size of 512:
 from __future__ import annotations
 
 import copy
-import math
 
 from experiment import Config, Experiment, Row, Task, train
 from pages import (
@@ -74,8 +73,10 @@ def run_all(experiment: Experiment) -> None:
     def tune() -> Row:
         configs = [set_batch(fixed, small, lr) for lr in CANDIDATES]
         samples = [train_to_target(config, task, TUNING_SEED)["samples"] for config in configs]
-        best = samples.index(min(samples, key=lambda count: count or math.inf))
-        return {"lr": CANDIDATES[best], "candidates": CANDIDATES, "samples": samples}
+        fewest = min((count for count in samples if count), default=None)
+        best = [lr for lr, count in zip(CANDIDATES, samples, strict=True) if count == fewest]
+        # Several candidates can be equally good. The middle one is the safest choice.
+        return {"lr": best[len(best) // 2], "candidates": CANDIDATES, "samples": samples}
 
     tuned = results.get("tuned", tune)["lr"]
     bounds = results.get("bounds", lambda: experiment.suggest_bounds(one_cycle, task))
