@@ -10,11 +10,13 @@ with batch sizes of 256, 2,048 and 8,192. The methods are
 - scaled: the fixed learning rate times batch size / 256;
 - cosine: warmup to the scaled learning rate in a tenth of the run, then cosine decay to 0;
 - 1Cycle: OneCycle between the bounds that an LR range test suggests for the batch size;
-- refined: the same 1Cycle, with a maximum that short cycles refined (``lr-test --refine``), except
-  at batch size 256, where 1Cycle needs no improvement;
+- refined: the same 1Cycle, with a maximum that short cycles refined, as ``lr-test --refine`` does;
 - AutoWU: AutoWU with its robust test for a minimum of the loss, and with rollback to the weights at
   that minimum; no hyperparameter is tuned;
 - AutoWU 1/4: the same, with a warmup of at most a quarter of the run instead of half.
+
+"refined" and "AutoWU 1/4" are meant to improve on 1Cycle and AutoWU for large batches, and are not
+trained with batch size 256.
 
 The results are saved in a JSON file next to the plot. Results that already exist are reused.
 """
@@ -50,6 +52,7 @@ from engine.range_test.refinement import build_short_cycle, refine
 
 BATCHES = (256, 2048, 8192)
 METHODS = ("fixed", "scaled", "cosine", "1Cycle", "refined", "AutoWU", "AutoWU 1/4")
+ONLY_LARGE = ("refined", "AutoWU 1/4")
 CYCLE_STEPS = 32
 """Number of steps of each short cycle that refines a maximum: a third of the shortest run."""
 CANDIDATES = (1e-3, 2e-3, 4e-3)
@@ -287,7 +290,7 @@ def main() -> None:
             for size in BATCHES:
                 for method in METHODS:
                     key = f"{net} {size} {method} {seed}"
-                    if key in rows or (method == "refined" and size == BATCHES[0]):
+                    if key in rows or (method in ONLY_LARGE and size == BATCHES[0]):
                         continue
                     start = time.monotonic()
                     lr = choose_learning_rate(found, rows, net, method, size)
