@@ -16,6 +16,7 @@ COMMANDS = {
     "explain": "print what a validation rule checks, why, and how to fix it",
     "config": "print every config value that a run would use, and its origin",
     "plot": "plot the learning rate and momentum at every step",
+    "memory": "estimate the memory of the model states on each rank, for each ZeRO stage",
     "schedules": "list every schedule, or print the documentation of one",
     "lr-test": "run an LR range test on a script and suggest learning-rate bounds",
     "launch": "start a script on one host or several, and stop all ranks if one fails",
@@ -38,6 +39,7 @@ examples:
   onecycle config ds_config.json
   onecycle plot ds_config.json -o curves.png
   onecycle plot ds_config.json --csv - | head
+  onecycle memory ds_config.json --params 7e9 --world-size 8
   onecycle schedules
   onecycle schedules OneCycle
   onecycle schema OneCycle
