@@ -2,8 +2,8 @@
 
     python benchmarks/memory_estimate.py > docs/results/memory_estimate.md
 
-A small model trains two steps with every backend, ZeRO stage, precision and offloading, on one rank
-and on two. The sizes of all tensors that exist at the end of a forward pass, at the end of a
+A small model trains four steps with every backend, ZeRO stage, precision and offloading, on one
+rank and on two. The sizes of all tensors that exist at the end of a forward pass, at the end of a
 backward pass and in the optimizer step are added. The second table compares the estimate for a
 large model with DeepSpeed's own estimators.
 """
@@ -37,12 +37,13 @@ PEERS = """
 ## DeepSpeed's estimators
 
 `estimate_zero2_model_states_mem_needs` and `estimate_zero3_model_states_mem_needs` of DeepSpeed
-{version}, for 7 billion parameters in bf16 and Adam: GB on the GPU of each rank. DeepSpeed's
-numbers include neither the parameters that stage 3 keeps gathered after a forward pass nor, here,
-the largest layer; they count the 16-bit gradients and their float32 copies of stage 2 as if both
-existed at the same time, which the table above does not show.
+{version}, for 7 billion parameters in bf16 with Adam: GB on the GPU of each rank.
+The estimators differ from ours in two ways. They leave out the parameters that stage 3 keeps
+gathered after a forward pass (here, their argument for the largest layer is 0); the column "without
+gathered" leaves them out, too. In stage 2, they add the 16-bit gradients to their float32 copies,
+although DeepSpeed frees the former first. In stage 3, where both exist, they leave one of them out.
 
-| ranks | stage | offloaded | onecycle | without gathered parameters | DeepSpeed |
+| ranks | stage | offloaded | onecycle | without gathered | DeepSpeed |
 |---|---|---|---|---|---|"""
 
 

@@ -75,9 +75,10 @@ def _describe_run(model: Sequence[ParameterSize], settings: MemorySettings) -> s
 
 
 def _build_parts_table(estimate: MemoryEstimate) -> Table:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="Model states per rank", title_justify="left")
+    table = Table(title="Model states per rank", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("part")
     table.add_column("on")
     for moment in MOMENTS:
@@ -93,12 +94,14 @@ def _build_parts_table(estimate: MemoryEstimate) -> Table:
 
 
 def _build_stages_table(alternatives: Sequence[Alternative]) -> Table:
+    from rich import box
     from rich.table import Table
 
     devices = list(dict.fromkeys(d for each in alternatives for d in each.estimate.devices))
     table = Table(
         title=f"ZeRO stages on {_BACKENDS[alternatives[0].settings.backend]}: most memory per rank",
         title_justify="left",
+        box=box.SIMPLE_HEAD,
     )
     table.add_column("stage")
     table.add_column("offloaded to the CPU")

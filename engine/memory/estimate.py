@@ -156,6 +156,7 @@ def _list_stage_2_parts(model: Sequence[ParameterSize], settings: MemorySettings
         early = shard * accumulated if settings.accumulates else 0
         return [
             *parts,
+            _constant("staged parameters (sharded)", "CPU", shard * itemsize),
             _constant("accumulated gradients (sharded)", "CPU", early),
             _constant("gradients of the master weights (sharded)", "CPU", shard * masters),
         ]

@@ -1,7 +1,5 @@
 """Training runs that measure the memory of the model states on each rank."""
 
-import collections
-
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,6 +9,7 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 import engine
 from engine.config import load_document
 from engine.config.validate import examine
+from engine.config.wording import count_noun
 from engine.memory import ParameterSize, estimate_memory, read_settings
 
 WIDTH = 192
@@ -38,8 +37,8 @@ class Allocations(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self._storages = WeakIdKeyDictionary(ref_type=WeakIdRef)
-        self.most = collections.defaultdict(int)
-        """The largest number of allocated bytes at the moments of each name."""
+        self.steps = []
+        """The largest number of allocated bytes at the marked moments of each step."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(each, DTensor) for each in types):
@@ -50,29 +49,39 @@ class Allocations(TorchDispatchMode):
                 self._storages[each.untyped_storage()] = True
         return out
 
-    def mark(self, name):
+    def start_step(self):
+        """Start the measurement of a step."""
+        self.steps.append(0)
+
+    def mark(self):
         """Measure the memory at this moment."""
         total = sum(storage.nbytes() for storage in list(self._storages))
-        self.most[name] = max(self.most[name], total)
+        self.steps[-1] = max(self.steps[-1], total)
 
 
-def measure(config, *, steps=2):
-    """Train a few steps, and return the allocated bytes at the end of each part of a step."""
+def measure(config, *, steps=4):
+    """Train a few steps, and return the largest number of allocated bytes in a step.
+
+    The moments are the end of each forward and backward pass and the start of the optimizer step.
+    The first step is left out, and the result is that of the step that needs the least: Python has
+    not always freed the tensors of an earlier step that are part of a reference cycle.
+    """
     torch.manual_seed(0)
     with Allocations() as allocations:
         trainer, *_ = engine.initialize(config=config, model=Stack())
         chosen = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        chosen.register_step_pre_hook(lambda *_: allocations.mark("step"))
+        chosen.register_step_pre_hook(lambda *_: allocations.mark())
         for _ in range(steps):
+            allocations.start_step()
             for _ in range(trainer.gradient_accumulation_steps()):
                 loss = trainer(torch.ones(1, WIDTH)).float().pow(2).mean()
-                allocations.mark("forward")
+                allocations.mark()
                 trainer.backward(loss)
-                allocations.mark("backward")
+                allocations.mark()
                 trainer.step()
                 del loss
         trainer.destroy()
-    return dict(allocations.most)
+    return min(allocations.steps[1:])
 
 
 def list_runs():
@@ -82,13 +91,14 @@ def list_runs():
         for stage in range(4):
             for precision, section in (("fp32", {}), ("bf16", {"bf16": {"enabled": True}})):
                 for accumulation in (1, 2):
-                    name = f"{backend}, stage {stage}, {precision}, {accumulation} micro-batches"
+                    batches = count_noun(accumulation, "micro-batch")
+                    name = f"{backend}, stage {stage}, {precision}, {batches}"
                     runs[name] = build_config(backend, stage, accumulation, **section)
     bf16 = {"bf16": {"enabled": True}}
     optimizer = {"offload_optimizer": {"device": "cpu"}}
     both = {**optimizer, "offload_param": {"device": "cpu"}}
-    for stage, offload, shown in ((1, optimizer, "optimizer"), (2, optimizer, "optimizer"),
-                                  (3, optimizer, "optimizer"), (3, both, "everything")):  # fmt: skip
+    offloads = [(stage, optimizer, "optimizer") for stage in (1, 2, 3)]
+    for stage, offload, shown in [*offloads, (3, both, "everything")]:
         name = f"deepspeed, stage {stage}, bf16, offloads {shown}"
         runs[name] = build_config("deepspeed", stage, offload=offload, **bf16)
     accumulates = {"data_types": {"grad_accum_dtype": "fp32"}}
@@ -130,12 +140,5 @@ def estimate(config, world_size):
 
 
 def measure_all(runs):
-    """Return the largest memory of each run at a moment of a step, by name.
-
-    The runs train in this process, one after another.
-    """
-    found = {}
-    for name, config in runs.items():
-        moments = measure(config)
-        found[name] = max(moments[each] for each in ("forward", "backward", "step"))
-    return found
+    """Measure all runs in this process, one after another, and return their results by name."""
+    return {name: measure(config) for name, config in runs.items()}
