@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 GPU_VENV := .venv-gpu
 GPU_READY := $(GPU_VENV)/ready
 
-.PHONY: demo test test-all test-long test-gpu benchmark-gpu check format generate pictures clean help
+.PHONY: demo test test-all test-long test-gpu benchmark-gpu check format generate pictures ui-bundle clean help
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 12
@@ -53,6 +53,9 @@ generate: $(READY)  ## write the files that are generated from the code
 
 pictures: $(READY)  ## draw the pictures of the schedule reference
 	$(BIN)/python tools/generate.py --pictures
+
+ui-bundle:  ## bundle the JavaScript libraries of `onecycle ui` and of HTML reports (needs Node.js)
+	cd engine/ui/source && npm ci --no-audit --no-fund && npm run build
 
 clean:  ## remove the virtual environment and the output of runs
 	rm -rf $(VENV) $(GPU_VENV) run *.egg-info

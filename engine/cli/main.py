@@ -20,6 +20,7 @@ COMMANDS = {
     "schedules": "list every schedule, or print the documentation of one",
     "lr-test": "run an LR range test on a script and suggest learning-rate bounds",
     "launch": "start a script on one host or several, and stop all ranks if one fails",
+    "ui": "open a page in the browser that edits a config or shows a run",
     "doctor": "report which features work on this machine, and why the others do not",
     "checkpoint": "list, verify, show or export the checkpoints of a run",
     "schema": "print the JSON Schema of configs, or of one schedule's params",

@@ -1,0 +1,168 @@
+"""The form of the scheduler block: its fields with the ranges of their sliders, and its edits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from engine.config.parser import Document, parse
+from engine.config.pointers import join_pointer
+from engine.config.schema import schedule_schema
+from engine.config.text_edits import remove_key, set_value
+from engine.display.catalog import EXAMPLE_STEPS, example_curves, get_summary
+from schedules import SCHEDULES
+from schedules.core.fields import describe_schema
+
+__all__ = ["build_form", "change_type", "list_gallery", "remove_param", "set_param"]
+
+_PARAMS = "/scheduler/params"
+_POINTS = 60
+
+
+def build_form(document: Document) -> dict[str, Any] | None:
+    """Return the fields for the scheduler block, or None if the block is not readable.
+
+    Args:
+        document: parsed config.
+    """
+    if not isinstance(document.value, Mapping):
+        return None
+    block = document.value.get("scheduler", {})
+    if not isinstance(block, Mapping):
+        return None
+    name = block.get("type")
+    params = block.get("params", {})
+    cls = SCHEDULES.get(name) if isinstance(name, str) else None
+    if cls is None or not isinstance(params, Mapping):
+        return {"type": name if isinstance(name, str) else None, "summary": "", "fields": []}
+    return {
+        "type": name,
+        "summary": get_summary(cls),
+        "fields": list(_list_fields(schedule_schema(cls), params)),
+    }
+
+
+def _list_fields(schema: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    required = schema.get("required", ())
+    for name, each in schema["properties"].items():
+        is_set = name in params
+        value = params.get(name, each.get("default"))
+        yield {
+            "name": name,
+            "value": value,
+            "isSet": is_set,
+            "isRequired": name in required,
+            "default": each.get("default"),
+            "description": each.get("description", ""),
+            "valid": describe_schema(each),
+            "choices": each.get("enum"),
+            "isBoolean": each.get("type") == "boolean",
+            "slider": _choose_range(each, value),
+        }
+
+
+def _choose_range(schema: Mapping[str, Any], value: Any) -> dict[str, Any] | None:
+    """Return the range of a field's slider, or None if the field is no single number.
+
+    Numbers without an upper limit get a logarithmic slider around the current value.
+    """
+    types = schema.get("type", [])
+    types = {types} if isinstance(types, str) else set(types)
+    if not types & {"number", "integer"} or not isinstance(value, int | float | None):
+        return None
+    if isinstance(value, bool) or "enum" in schema:
+        return None
+    is_integer = "number" not in types
+    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    high = schema.get("maximum", schema.get("exclusiveMaximum"))
+    size = abs(value or 0)
+    if low is not None and high is not None:
+        # The limit itself can be excluded.
+        margin = 0 if is_integer else (high - low) / 1000
+        first = low + margin * ("exclusiveMinimum" in schema)
+        last = high - margin * ("exclusiveMaximum" in schema)
+        return {"scale": "linear", "min": first, "max": last, "isInteger": is_integer}
+    if low is None or low < 0:
+        reach = max(10 * size, 10)
+        first = -reach if low is None else low
+        return {"scale": "linear", "min": first, "max": reach, "isInteger": is_integer}
+    first = 1 if is_integer else (size or 0.01) / 1000
+    last = max(100 * size, 1000) if is_integer else (size or 0.01) * 100
+    has_zero = low == 0 and "exclusiveMinimum" not in schema
+    return {"scale": "log", "min": first, "max": last, "hasZero": has_zero, "isInteger": is_integer}
+
+
+def set_param(text: str, name: str, value: Any) -> str:
+    """Return the text with a parameter of the schedule set.
+
+    Raises:
+        ValueError: the text is not valid JSON.
+    """
+    return set_value(_parse(text), join_pointer(_PARAMS, name), value)
+
+
+def remove_param(text: str, name: str) -> str:
+    """Return the text without a parameter of the schedule, so that its default applies.
+
+    Raises:
+        ValueError: the text is not valid JSON.
+    """
+    document, pointer = _parse(text), join_pointer(_PARAMS, name)
+    return remove_key(document, pointer) if pointer in document.locations else text
+
+
+def change_type(text: str, name: str) -> str:
+    """Return the text with another type of schedule.
+
+    Parameters that both types have keep their values and comments. Other parameters are removed,
+    and those of the new type's example are added.
+
+    Raises:
+        ValueError: the text is not valid JSON, or the type is unknown.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"Unknown schedule type {name!r}.")
+    cls = SCHEDULES[name]
+    document = _parse(text)
+    block = document.value.get("scheduler")
+    example = json.loads(json.dumps(dict(cls.example), default=list))
+    if not isinstance(block, Mapping) or not isinstance(block.get("params", {}), Mapping):
+        return set_value(document, "/scheduler", {"type": name, "params": example})
+    text = set_value(document, "/scheduler/type", name)
+    valid = schedule_schema(cls)["properties"]
+    old = block.get("params", {})
+    for key in old:
+        if key not in valid and not key.startswith(("x-", "//", "_")):
+            text = remove_param(text, key)
+    for key, value in example.items():
+        if key not in old:
+            text = set_param(text, key, value)
+    return text
+
+
+def _parse(text: str) -> Document:
+    document = parse(text, "config")
+    if not isinstance(document.value, Mapping):
+        raise ValueError("The form needs a valid JSON object. Correct the text.")
+    return document
+
+
+@cache
+def list_gallery() -> list[dict[str, Any]]:
+    """Return each type of schedule with its summary and points of the curve of its example."""
+    steps = [index * EXAMPLE_STEPS // _POINTS for index in range(_POINTS + 1)]
+    gallery = []
+    for name, cls in SCHEDULES.items():
+        curve = example_curves(cls)["lr"]
+        values = list(curve.values(EXAMPLE_STEPS + 1))
+        gallery.append(
+            {
+                "name": name,
+                "summary": get_summary(cls),
+                "feedback": cls.feedback,
+                "points": [values[step] for step in steps],
+            }
+        )
+    return gallery
