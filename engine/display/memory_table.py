@@ -56,10 +56,11 @@ def print_estimate(
     chosen = next(each for each in alternatives if each.is_chosen)
     console = Console(file=out, highlight=False, width=None if out.isatty() else 100)
     print(escape(f"{name}: {_describe_run(model, chosen.settings)}"), file=out)
+    print(file=out)
     console.print(_build_parts_table(chosen.estimate))
     console.print(_build_stages_table(alternatives))
     for line in _list_notes(chosen.settings):
-        print(line, file=out)
+        console.print(line, markup=False)
 
 
 def _describe_run(model: Sequence[ParameterSize], settings: MemorySettings) -> str:

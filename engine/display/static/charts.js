@@ -1,5 +1,5 @@
 // Charts of several panels below each other, which share the horizontal axis and the cursor.
-import { element } from "./api.js";
+import { element } from "./element.js";
 
 const COLORS = ["--series-1", "--series-2", "--series-3", "--series-4", "--series-5", "--series-6"];
 const DASHES = [[], [6, 4], [2, 3], [8, 3, 2, 3]];
