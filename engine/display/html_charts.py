@@ -12,7 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Decision", "Line", "Mark", "Page", "Panel", "Table", "build_html", "read_extra", "write_html"]
+__all__ = [
+    "Decision",
+    "Line",
+    "Mark",
+    "Page",
+    "Panel",
+    "Table",
+    "build_html",
+    "read_extra",
+    "write_html",
+]
 
 _STATIC = Path(__file__).parent / "static"
 _PLACEHOLDER = re.compile(r"\{\{ ([\w.]+) \}\}")
