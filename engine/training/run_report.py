@@ -45,6 +45,8 @@ _LABELS = {
     "loss_scale": "loss scale",
 }
 """The panels in the order of the page; those of the script's own metrics follow."""
+_MAY_BE_UNUSED = {"momentum", "weight_decay"}
+"""Panels that are left out if all values are 0."""
 _LOG_PANELS = {"train_loss", "lr", "grad_norm", "loss_scale"}
 _MAX_POINTS = 2000
 _MAX_CHECKPOINTS = 200
@@ -236,8 +238,12 @@ class RunReport:
             if series.points:
                 members.setdefault(panel, {})[label.replace("_", " ")] = series
         for name, lines in members.items():
-            if lines:
+            if lines and (name not in _MAY_BE_UNUSED or _has_values(lines)):
                 yield _build_panel(name, lines)
+
+
+def _has_values(lines: Mapping[str, _Series]) -> bool:
+    return any(point.value for series in lines.values() for point in series.points)
 
 
 def _build_panel(name: str, lines: Mapping[str, _Series]) -> Panel:

@@ -94,8 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="IMAGE",
         help="image file to write; the suffix selects the format. The suffix .html selects a page "
-        "with interactive charts. Without --csv and -t, the default is FILE with the suffix .png, in the current "
-        "directory",
+        "with interactive charts. Without --csv and -t, the default is FILE with the suffix .png, "
+        "in the current directory",
     )
     parser.add_argument(
         "-t",

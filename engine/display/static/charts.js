@@ -133,7 +133,7 @@ class Panel {
       width: this.plot.clientWidth || 600,
       height: panel.height,
       legend: { show: false },
-      padding: [8, 12, 4, 0],
+      padding: [8, 22, 4, 0],
       cursor: {
         sync: { key: this.stack.key, scales: ["x", null] },
         points: { size: 7 },
