@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from engine.display.preview import Preview
 
 __all__ = [
+    "EXAMPLE_RUN",
     "EXAMPLE_STEPS",
     "example_curves",
     "fit_example",

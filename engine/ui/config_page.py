@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.ui.analysis import analyze, compute_for_text
 from engine.ui.assistance import complete, describe
-from engine.ui.config_file import ConfigFile
+from engine.ui.config_file import ConfigFile, FileChangedError
 from engine.ui.export import export
 from engine.ui.form import change_type, list_gallery, remove_param, set_param
 from engine.ui.replies import Download, Numbers
@@ -70,7 +70,11 @@ class ConfigPage:
         return {**snapshot._asdict(), "name": path.name, "path": str(path.absolute())}
 
     def _save(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        return {"version": self._file.save(_read_text(body), str(body.get("version", "")))}
+        try:
+            version = self._file.save(_read_text(body), str(body.get("version", "")))
+        except FileChangedError:
+            return {"version": None, "found": self._file.find_version()}
+        return {"version": version}
 
     def _analyze(self, body: Mapping[str, Any]) -> Numbers:
         settings = RunSettings.from_json(body.get("settings"))
@@ -102,7 +106,8 @@ def _edit(body: Mapping[str, Any]) -> dict[str, Any]:
     """Change the scheduler block in a text, and return the new text."""
     text = _read_text(body)
     if isinstance(body.get("type"), str):
-        return {"text": change_type(text, body["type"])}
+        steps = RunSettings.from_json({"steps": body.get("steps")}).steps
+        return {"text": change_type(text, body["type"], *([steps] if steps else []))}
     name = body.get("param")
     if not isinstance(name, str):
         raise ValueError("`param` must be the name of a parameter.")

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
 from engine.config.parser import Document, parse
 from engine.config.pointers import join_pointer
-from engine.config.schema import schedule_schema
+from engine.config.schema import is_ignored, schedule_schema
 from engine.config.text_edits import remove_key, set_value
-from engine.display.catalog import EXAMPLE_STEPS, example_curves, get_summary
+from engine.display.catalog import EXAMPLE_RUN, EXAMPLE_STEPS, example_curves, get_summary
 from schedules import SCHEDULES
+from schedules.core.durations import convert_to_steps
 from schedules.core.fields import describe_schema
 
 __all__ = ["build_form", "change_type", "list_gallery", "remove_param", "set_param"]
 
 _PARAMS = "/scheduler/params"
 _POINTS = 60
+_STEPS = 1000
+"""Length of the run for which the durations of an example are chosen if it is unknown."""
+_DURATION = re.compile(r"\s*[\d.eE+]+\s*(ep|ba|sp|dur)\s*")
 
 
 def build_form(document: Document) -> dict[str, Any] | None:
@@ -113,11 +118,16 @@ def remove_param(text: str, name: str) -> str:
     return remove_key(document, pointer) if pointer in document.locations else text
 
 
-def change_type(text: str, name: str) -> str:
+def change_type(text: str, name: str, steps: int = _STEPS) -> str:
     """Return the text with another type of schedule.
 
     Parameters that both types have keep their values and comments. Other parameters are removed,
     and those of the new type's example are added.
+
+    Args:
+        text: text of the config.
+        name: type of the schedule.
+        steps: length of the run, to which the durations of the example are scaled.
 
     Raises:
         ValueError: the text is not valid JSON, or the type is unknown.
@@ -126,20 +136,49 @@ def change_type(text: str, name: str) -> str:
         raise ValueError(f"Unknown schedule type {name!r}.")
     cls = SCHEDULES[name]
     document = _parse(text)
-    block = document.value.get("scheduler")
-    example = json.loads(json.dumps(dict(cls.example), default=list))
+    block, run = document.value.get("scheduler"), document.value.get("engine")
+    has_length = isinstance(run, Mapping) and "max_duration" in run
+    schema = schedule_schema(cls)["properties"]
+    # A duration such as "1dur" can also be a default.
+    defaults = {key: each.get("default") for key, each in schema.items()}
+    durations = {
+        key: value
+        for key, value in defaults.items()
+        if isinstance(value, str) and _DURATION.fullmatch(value)
+    }
+    example = {
+        key: _scale(value, schema[key], steps, has_length)
+        for key, value in {**durations, **json.loads(json.dumps(dict(cls.example)))}.items()
+    }
+    example = {key: value for key, value in example.items() if value != defaults.get(key)}
     if not isinstance(block, Mapping) or not isinstance(block.get("params", {}), Mapping):
         return set_value(document, "/scheduler", {"type": name, "params": example})
     text = set_value(document, "/scheduler/type", name)
-    valid = schedule_schema(cls)["properties"]
     old = block.get("params", {})
-    for key in old:
-        if key not in valid and not key.startswith(("x-", "//", "_")):
-            text = remove_param(text, key)
     for key, value in example.items():
         if key not in old:
             text = set_param(text, key, value)
+    for key in old:
+        if key not in schema and not is_ignored(key):
+            text = remove_param(text, key)
     return text
+
+
+def _scale(value: Any, schema: Mapping[str, Any], steps: int, has_length: bool) -> Any:
+    """Scale the durations in a value of an example to the length of a run.
+
+    Fractions of the run, such as "0.5dur", stay if the config has the length of the run.
+    """
+    if isinstance(value, list):
+        return [_scale(each, schema.get("items", {}), steps, has_length) for each in value]
+    if isinstance(value, Mapping):
+        return {key: _scale(each, {}, steps, has_length) for key, each in value.items()}
+    is_text = isinstance(value, str) and _DURATION.fullmatch(value) is not None
+    is_count = type(value) is int and "pattern" in schema and value > 1
+    if not (is_text or is_count) or (has_length and str(value).endswith("dur")):
+        return value
+    length = convert_to_steps(value, EXAMPLE_RUN, scaled=False)
+    return max(1, round(length * steps / int(EXAMPLE_RUN.total_steps or 1)))
 
 
 def _parse(text: str) -> Document:

@@ -17,7 +17,7 @@ const state = {
   isByEpoch: false,
   compared: [],
   window: null,
-  isConflict: false,
+  conflict: null,
   reply: null,
   changedAt: null,
 };
@@ -44,7 +44,7 @@ const charts = new ChartStack(find("charts"), {
   },
 });
 const form = new SchedulerForm(find("form"), edit);
-const gallery = new Gallery(find("gallery"), (type) => edit({ type }));
+const gallery = new Gallery(find("gallery"), changeType);
 
 function onChange() {
   state.changedAt ??= performance.now();
@@ -128,6 +128,7 @@ function showProblems(problems) {
       "button",
       { type: "button", className: "problem-text" },
       element("span", { className: "place", textContent: place }),
+      " ",
       element("span", {}, ...formatText(problem.message)),
       problem.hint ? element("span", { className: "muted" }, " ", ...formatText(problem.hint)) : "",
     );
@@ -199,6 +200,12 @@ function edit(change) {
   edits.set(change.param ?? "type", change);
   sendEdits();
 }
+
+// The durations of the new schedule fit the length of the current one.
+function changeType(type) {
+  edit({ type, steps: state.reply?.header.curves?.steps ?? null });
+}
+
 const sendEdits = coalesce(async () => {
   while (edits.size) {
     const [[key, change]] = edits;
@@ -231,7 +238,11 @@ async function openFile() {
 async function save() {
   const text = editor.getText();
   try {
-    const { version } = await request("save", { text, version: state.version });
+    const { version, found } = await request("save", { text, version: state.version });
+    if (version === null) {
+      showConflict(found);
+      return;
+    }
     state.version = version;
     state.savedText = text;
     hideNotice();
@@ -239,13 +250,12 @@ async function save() {
     if (state.compared.some((each) => each.saved)) analyze();
   } catch (error) {
     showNotice(error.message);
-    checkFile();
   }
 }
 
 // Notice changes of the file by another program.
 async function checkFile() {
-  if (document.hidden || state.isConflict) return;
+  if (document.hidden || state.conflict !== null) return;
   let version;
   try {
     ({ version } = await request("version"));
@@ -258,7 +268,12 @@ async function checkFile() {
     await openFile();
     return;
   }
-  state.isConflict = true;
+  showConflict(version);
+}
+
+function showConflict(version) {
+  if (state.conflict === version) return;
+  state.conflict = version;
   const reload = element("button", { type: "button", textContent: "Reload the file" });
   const keep = element("button", { type: "button", textContent: "Keep this text" });
   reload.addEventListener("click", () => openFile());
@@ -279,7 +294,7 @@ function showNotice(message, ...buttons) {
 }
 
 function hideNotice() {
-  state.isConflict = false;
+  state.conflict = null;
   find("notice").hidden = true;
 }
 
@@ -372,7 +387,7 @@ function connectToolbar() {
   find("theme").addEventListener("click", (event) => {
     event.target.textContent = `Theme: ${switchTheme()}`;
   });
-  find("type").addEventListener("change", (event) => edit({ type: event.target.value }));
+  find("type").addEventListener("change", (event) => changeType(event.target.value));
   find("open-gallery").addEventListener("click", () => gallery.open());
 }
 
