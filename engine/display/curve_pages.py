@@ -58,9 +58,9 @@ def build_decision(evidence: Evidence) -> Decision:
     step, lr, reason, probability = evidence.decision
     sure = "" if probability is None else f" (probability {probability:.3f})"
     text = f"The warmup ended after step {step}, at a learning rate of {lr:.4g}: {reason}{sure}."
-    lines = [Line("loss", evidence.losses, color=0, is_faint=evidence.band is not None)]
+    lines = [Line("loss", list(evidence.losses), color=0, is_faint=evidence.band is not None)]
     count = len(evidence.losses)
-    panels = [Panel("losses", "loss in the warmup", range(count), lines)]
+    panels = [Panel("losses", "loss in the warmup", list(range(count)), lines)]
     if evidence.band is not None:
         band = evidence.band
         steps = [float(position) * count for position in band.positions]
