@@ -12,6 +12,8 @@ from schedules.plots import LABELS, choose_styles, find_phases, group_by_panel, 
 __all__ = ["build_curve_page", "build_decision"]
 
 _LOSS = "loss"
+_MAX_LOSSES = 5000
+"""Number of losses to draw of a warmup, which are evenly spaced if there are more."""
 
 
 def build_curve_page(
@@ -58,9 +60,11 @@ def build_decision(evidence: Evidence) -> Decision:
     step, lr, reason, probability = evidence.decision
     sure = "" if probability is None else f" (probability {probability:.3f})"
     text = f"The warmup ended after step {step}, at a learning rate of {lr:.4g}: {reason}{sure}."
-    lines = [Line("loss", list(evidence.losses), color=0, is_faint=evidence.band is not None)]
     count = len(evidence.losses)
-    panels = [Panel("losses", "loss in the warmup", list(range(count)), lines)]
+    shown = list(range(0, count, -(-count // _MAX_LOSSES) or 1))
+    losses = [evidence.losses[index] for index in shown]
+    lines = [Line("loss", losses, color=0, is_faint=evidence.band is not None)]
+    panels = [Panel("losses", "loss in the warmup", shown, lines)]
     if evidence.band is not None:
         band = evidence.band
         steps = [float(position) * count for position in band.positions]

@@ -1,7 +1,9 @@
 """``onecycle memory`` prints the estimate as tables or as JSON."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +95,14 @@ def test_memory_of_an_invalid_config_prints_its_problems(config):
     status, out, _ = run("memory", config, "--params", "1e6")
     assert status == INVALID
     assert "`train_batch_size`" in out
+
+
+def test_documentation_shows_the_output_of_the_command(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[3] / "docs/memory.md").read_text()
+    config = re.search(r"```json\n(.*?)```", page, re.DOTALL)[1]
+    command, shown = re.search(r"```console\n\$ onecycle (.*?)\n(.*?)```", page, re.DOTALL).groups()
+    (tmp_path / "ds_config.json").write_text(config)
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run(*command.split())
+    assert status == OK
+    assert [line.rstrip() for line in out.splitlines()] == shown.splitlines()
