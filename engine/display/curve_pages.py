@@ -60,22 +60,26 @@ def build_decision(evidence: Evidence) -> Decision:
     step, lr, reason, probability = evidence.decision
     sure = "" if probability is None else f" (probability {probability:.3f})"
     text = f"The warmup ended after step {step}, at a learning rate of {lr:.4g}: {reason}{sure}."
-    count = len(evidence.losses)
-    shown = list(range(0, count, -(-count // _MAX_LOSSES) or 1))
-    losses = [evidence.losses[index] for index in shown]
-    lines = [Line("loss", losses, color=0, is_faint=evidence.band is not None)]
-    panels = [Panel("losses", "loss in the warmup", shown, lines)]
-    if evidence.band is not None:
-        band = evidence.band
+    count, band = len(evidence.losses), evidence.band
+    every = -(-count // _MAX_LOSSES) or 1
+    columns = {"loss": {float(k): evidence.losses[k] for k in range(0, count, every)}}
+    if band is not None:
         steps = [float(position) * count for position in band.positions]
-        bounds = (("low", band.low), ("high", band.high))
-        fitted = [Line("mean", [float(each) for each in band.mean], color=1)]
-        fitted += [
-            Line(name, [float(each) for each in values], color=1, is_compared=True)
-            for name, values in bounds
-        ]
-        panels.append(Panel("fit", "Gaussian process", steps, fitted))
-    return Decision(text, panels, [Mark(step, "decision")])
+        for name, values in (("mean", band.mean), ("low", band.low), ("high", band.high)):
+            columns[name] = dict(zip(steps, map(float, values), strict=True))
+    positions = sorted(set().union(*columns.values()))
+    lines = [
+        Line(
+            name,
+            [values.get(position) for position in positions],
+            color=0 if name == "loss" else 1,
+            is_compared=name in {"low", "high"},
+            has_gaps=True,
+        )
+        for name, values in columns.items()
+    ]
+    panel = Panel("losses", "loss in the warmup", positions, lines)
+    return Decision(text, [panel], [Mark(step, "decision")])
 
 
 def _fill_up(values: Sequence[float], count: int) -> list[float | None]:

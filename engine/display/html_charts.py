@@ -35,13 +35,13 @@ class Line:
 
     label: str
     values: Sequence[float | None]
-    """Value at each step of the panel; None or NaN leaves a gap."""
+    """Value at each step of the panel; None or NaN if there is none."""
     color: int | None = None
     """Index of the color; None for the position of the line in the panel."""
     is_compared: bool = False
     """Whether the line is dashed."""
-    is_faint: bool = False
-    """Whether the line is thin and has no value in the legend."""
+    has_gaps: bool = False
+    """Whether the line connects the points on both sides of a missing value."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ _LABELS = {
     "skipped_steps": "skipped steps",
     "loss_scale": "loss scale",
 }
-"""The panels in the order of the page; those of the script's own metrics follow."""
+"""The panels in the order of the page; those of metrics passed to `Engine.report` follow."""
 _MAY_BE_UNUSED = {"momentum", "weight_decay"}
 """Panels that are left out if all values are 0."""
 _LOG_PANELS = {"train_loss", "lr", "grad_norm", "loss_scale"}

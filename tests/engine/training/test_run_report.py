@@ -201,7 +201,8 @@ def test_decision_of_autowu_is_in_the_report_and_survives_a_resume(tmp_path):
         decision = read_page(path)["decision"]
         step = decision["marks"][0]["position"]
         assert decision["text"].startswith(f"The warmup ended after step {step}, at a learning")
-        assert len(decision["panels"][0]["steps"]) == step
+        losses = decision["panels"][0]["lines"][0]
+        assert sum(value is not None for value in losses["values"]) == step
         assert len(read_panels(path)["lr"]) == steps
     assert (tmp_path / "autowu.png").is_file()
 
