@@ -79,7 +79,7 @@ def build_decision(evidence: Evidence) -> Decision:
         for name, values in columns.items()
     ]
     panel = Panel("losses", "loss in the warmup", positions, lines)
-    return Decision(text, [panel], [Mark(step, "decision")])
+    return Decision(text, [panel], [Mark(step, "")])
 
 
 def _fill_up(values: Sequence[float], count: int) -> list[float | None]:

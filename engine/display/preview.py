@@ -164,6 +164,7 @@ def preview_document(
     steps_per_epoch: int | None = None,
     allow_imports: bool = False,
     auto: AutoValues | None = None,
+    examined: tuple[Sequence[Problem], RuleContext | None] | None = None,
 ) -> Preview:
     """Validate the schedule of a parsed config, and return a preview of it.
 
@@ -174,6 +175,8 @@ def preview_document(
         steps_per_epoch: see `preview`.
         allow_imports: see `preview`.
         auto: see `preview`.
+        examined: what `examine` returned for the document, if the caller has called it for a
+            config without "auto"; saves a second validation.
 
     Raises:
         ConfigError: see `preview`.
@@ -181,8 +184,10 @@ def preview_document(
     replaced: Mapping[str, Any] = {}
     if auto is not None:
         document, replaced = replace_auto_values(document, auto)
-    problems, context = examine(document, world_size, reject_auto=True, allow_imports=allow_imports)
-    problems = [problem for problem in problems if _prevents_curve(problem)]
+    found, context = examined or examine(
+        document, world_size, reject_auto=True, allow_imports=allow_imports
+    )
+    problems = [problem for problem in found if _prevents_curve(problem)]
     if problems or context is None:
         raise ConfigError(document.name, problems)
     if context.schedule is None:

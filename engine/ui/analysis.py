@@ -47,12 +47,9 @@ def analyze(
         window: first and last step to draw; None for all steps.
     """
     document = parse(text, name)
-    problems, context = examine(document, settings.world_size)
-    steps_per_epoch, facts = None, []
-    if context is not None:
-        batch = find_batch_sizes(context.config, context.data_ranks)
-        steps_per_epoch = settings.count_steps_per_epoch(context.config, batch)
-        facts = _list_facts(context)
+    problems, context = examined = examine(document, settings.world_size)
+    steps_per_epoch = _count_steps_per_epoch(context, settings)
+    facts = [] if context is None else _list_facts(context)
     header: dict[str, Any] = {
         "problems": _describe_problems(document, problems),
         "summary": _summarize(problems, settings.world_size),
@@ -64,7 +61,11 @@ def analyze(
     }
     try:
         curves = compute_curves(
-            text, name, settings, steps_per_epoch=steps_per_epoch, compared=compared
+            document,
+            settings,
+            examined=examined,
+            steps_per_epoch=steps_per_epoch,
+            compared=compared,
         )
     except ConfigError as error:
         messages = [str(problem) for problem in error.problems]
@@ -87,12 +88,22 @@ def compute_for_text(
     Raises:
         ConfigError: the schedule is invalid.
     """
-    _, context = examine(parse(text, name), settings.world_size)
-    steps_per_epoch = None
-    if context is not None:
-        batch = find_batch_sizes(context.config, context.data_ranks)
-        steps_per_epoch = settings.count_steps_per_epoch(context.config, batch)
-    return compute_curves(text, name, settings, steps_per_epoch=steps_per_epoch, compared=compared)
+    document = parse(text, name)
+    examined = examine(document, settings.world_size)
+    return compute_curves(
+        document,
+        settings,
+        examined=examined,
+        steps_per_epoch=_count_steps_per_epoch(examined[1], settings),
+        compared=compared,
+    )
+
+
+def _count_steps_per_epoch(context: RuleContext | None, settings: RunSettings) -> int | None:
+    if context is None:
+        return settings.steps_per_epoch
+    batch = find_batch_sizes(context.config, context.data_ranks)
+    return settings.count_steps_per_epoch(context.config, batch)
 
 
 def _describe_problems(document: Document, problems: Sequence[Problem]) -> list[dict[str, Any]]:

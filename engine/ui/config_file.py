@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,16 +129,32 @@ def _restore_line_ends(text: str, old: str) -> str:
     if set(ends) <= {"\n"}:
         return mark + text
     usual = Counter(ends).most_common(1)[0][0]
-    before = _LINE_END.split(old.removeprefix(mark))
-    lines = text.split("\n")
-    new_ends = [usual] * len(lines)
-    for block in difflib.SequenceMatcher(None, before, lines, autojunk=False).get_matching_blocks():
-        for offset in range(block.size):
-            if block.a + offset < len(ends):
-                new_ends[block.b + offset] = ends[block.a + offset]
-    return mark + "".join(
-        f"{line}{end}" for line, end in zip(lines, [*new_ends[:-1], ""], strict=True)
-    )
+    before, after = _LINE_END.split(old.removeprefix(mark)), text.split("\n")
+    new_ends = [usual] * len(after)
+    for old_line, new_line in _match_lines(before, after):
+        if old_line < len(ends):
+            new_ends[new_line] = ends[old_line]
+    pairs = zip(after, [*new_ends[:-1], ""], strict=True)
+    return mark + "".join(f"{line}{end}" for line, end in pairs)
+
+
+def _match_lines(before: Sequence[str], after: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Yield the index of each old line and of the new line that is equal or replaces it."""
+    most = min(len(before), len(after))
+    start = 0
+    while start < most and before[start] == after[start]:
+        start += 1
+    end = 0
+    while end < most - start and before[-1 - end] == after[-1 - end]:
+        end += 1
+    yield from ((index, index) for index in range(start))
+    yield from ((len(before) - 1 - back, len(after) - 1 - back) for back in range(end))
+    old, new = before[start : len(before) - end], after[start : len(after) - end]
+    for tag, i1, i2, j1, j2 in difflib.SequenceMatcher(
+        None, old, new, autojunk=False
+    ).get_opcodes():
+        if tag == "equal" or i2 - i1 == j2 - j1:
+            yield from ((start + i1 + index, start + j1 + index) for index in range(i2 - i1))
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

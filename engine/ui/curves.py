@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from engine.config.parser import parse
+from engine.config.parser import Document, parse
+from engine.config.rules import RuleContext
 from engine.display.auto_values import AutoValues
 from engine.display.catalog import fit_example
 from engine.display.preview import Preview, preview_document
+from engine.errors import Problem
 from engine.ui.settings import RunSettings
 from schedules import SCHEDULES
 from schedules.core.controller import Curves
@@ -130,20 +132,24 @@ def _is_contiguous(steps: NDArray[np.float64]) -> bool:
     return bool(len(steps) == steps[-1] - steps[0] + 1)
 
 
+Examined = tuple[Sequence[Problem], RuleContext | None]
+"""What `examine` returns."""
+
+
 def compute_curves(
-    text: str,
-    name: str,
+    document: Document,
     settings: RunSettings,
     *,
+    examined: Examined,
     steps_per_epoch: int | None,
     compared: Sequence[Mapping[str, Any]] = (),
 ) -> CurveSet:
     """Compute the curves of a config and of the configs and schedules to compare it with.
 
     Args:
-        text: text of the config.
-        name: name of the config, for messages.
+        document: parsed config.
         settings: facts that the user entered.
+        examined: problems and context of the config.
         steps_per_epoch: number of optimizer steps per epoch; None if unknown.
         compared: what to compare with: each has a ``label`` and either the ``text`` of a config or
             the ``type`` of a schedule.
@@ -153,22 +159,24 @@ def compute_curves(
         ValueError: there are too many steps or curves.
     """
 
-    def build(text: str, name: str) -> Preview:
+    def build(document: Document, examined: Examined | None = None) -> Preview:
         return preview_document(
-            parse(text, name),
+            document,
             world_size=settings.world_size,
             steps_per_epoch=steps_per_epoch,
             auto=AutoValues(total_steps=settings.steps),
+            examined=examined,
         )
 
-    own = build(text, name)
+    # "auto" is replaced for the curves, so the config must be validated again.
+    own = build(document, None if '"auto"' in document.text else examined)
     others: list[tuple[str, Preview | str]] = []
     for each in compared[:_MAX_COMPARED]:
         label = str(each.get("label", ""))
         if each.get("type") in SCHEDULES:
             others.append((label, str(each["type"])))
         elif isinstance(each.get("text"), str):
-            others.append((label, build(each["text"], label)))
+            others.append((label, build(parse(each["text"], label))))
     previews = [own, *(other for _, other in others if isinstance(other, Preview))]
     steps = settings.steps or max(each.span for each in previews)
     if steps > _MAX_STEPS:

@@ -93,8 +93,9 @@ def _choose_range(schema: Mapping[str, Any], value: Any) -> dict[str, Any] | Non
         reach = max(10 * size, 10)
         first = -reach if low is None else low
         return {"scale": "linear", "min": first, "max": reach, "isInteger": is_integer}
-    first = 1 if is_integer else (size or 0.01) / 1000
+    first = max(1, low) if is_integer else max((size or 0.01) / 1000, low)
     last = max(100 * size, 1000) if is_integer else (size or 0.01) * 100
+    last = min(last, high) if high is not None else last
     has_zero = low == 0 and "exclusiveMinimum" not in schema
     return {"scale": "log", "min": first, "max": last, "hasZero": has_zero, "isInteger": is_integer}
 

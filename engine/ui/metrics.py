@@ -23,6 +23,8 @@ __all__ = [
 _CHUNK = 8_000_000
 _MAX_PER_UPDATE = 48_000_000
 """Bytes to read in one update. A larger file is shown step by step while it is read."""
+_MAX_ROW = 1000
+"""Bytes of a row, of the header as well."""
 _PREFIX = "Train_Samples_"
 _HEADER = re.compile(rb"step,[^\n,]+\r?\n")
 
@@ -53,7 +55,7 @@ def is_metric_file(path: Path) -> bool:
     """Return whether a file is a CSV file of ``csv_monitor``."""
     try:
         with path.open("rb") as file:
-            return _HEADER.fullmatch(file.readline(1000)) is not None
+            return _HEADER.fullmatch(file.readline(_MAX_ROW)) is not None
     except OSError:
         return False
 
@@ -97,7 +99,7 @@ class _CSVFile:
                 if status.st_ino != self.inode or status.st_size < self.offset:
                     self._forget()
                     self.inode = status.st_ino
-                    header = file.readline(1000)
+                    header = file.readline(_MAX_ROW)
                     if not _HEADER.fullmatch(header):
                         self.inode = 0
                         return 0, 0
@@ -165,12 +167,14 @@ class CSVMetrics(MetricSource):
         """Read new rows of all files."""
         for path in sorted(self._directory.glob("*.csv")):
             name = find_metric_name(path.stem)
-            if name not in self._files and is_metric_file(path):
+            if name not in self._files and not path.is_symlink() and is_metric_file(path):
                 self._files[name] = _CSVFile(path)
         each = _MAX_PER_UPDATE // max(len(self._files), 1)
         rests = [file.update(max(each, _CHUNK))[1] for file in self._files.values()]
         done = sum(file.offset for file in self._files.values())
-        return done / max(done + sum(rests), 1) if any(rest > _CHUNK for rest in rests) else 1.0
+        # The last row can be incomplete.
+        is_done = all(rest <= _MAX_ROW for rest in rests)
+        return 1.0 if is_done else done / (done + sum(rests))
 
     @property
     def series(self) -> Mapping[str, Series]:

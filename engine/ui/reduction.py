@@ -16,16 +16,16 @@ def choose_points(
     """Return the indices of the points to draw.
 
     If there are too many points, the smallest and the largest value of each group of neighbors are
-    chosen, so that no spike disappears.
+    chosen, so that no spike disappears. The first and the last point are always chosen.
 
     Args:
         x: positions in ascending order.
         y: values; may contain NaN.
         window: first and last position to draw; None for all.
-        most: maximum number of points.
+        most: maximum number of points, at least 4.
 
     >>> choose_points(np.arange(6.0), np.array([0, 9, 0, 0, -9, 0.0]), None, 4).tolist()
-    [0, 1, 3, 4]
+    [0, 1, 4, 5]
     """
     first, last = 0, len(x)
     if window is not None:
@@ -35,14 +35,16 @@ def choose_points(
     count = last - first
     if count <= most:
         return np.arange(first, last)
-    size = -(-count // (most // 2))
-    groups = count // size
-    part = y[first : first + groups * size].reshape(groups, size)
+    size = -(-count // (most // 2 - 1))
+    groups = -(-count // size)
+    padded = np.full(groups * size, np.nan)
+    padded[:count] = y[first:last]
+    part = padded.reshape(groups, size)
+    is_known = np.isfinite(part)
     starts = first + size * np.arange(groups)
-    lowest = np.where(np.isfinite(part), part, np.inf).argmin(axis=1)
-    highest = np.where(np.isfinite(part), part, -np.inf).argmax(axis=1)
-    rest = np.arange(first + groups * size, last)
-    return np.unique(np.concatenate([starts + lowest, starts + highest, rest]))
+    lowest = starts + np.where(is_known, part, np.inf).argmin(axis=1)
+    highest = starts + np.where(is_known, part, -np.inf).argmax(axis=1)
+    return np.unique(np.concatenate([[first, last - 1], lowest, highest]))
 
 
 def smooth(y: Numbers, width: int) -> Numbers:

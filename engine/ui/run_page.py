@@ -15,7 +15,7 @@ from engine.ui.decision import recompute_decision
 from engine.ui.metrics import Series
 from engine.ui.reduction import choose_points, smooth
 from engine.ui.replies import Download, Numbers
-from engine.ui.runs import Run, compare_settings, find_runs
+from engine.ui.runs import Run, compare_settings, find_runs, read_saved_settings
 from engine.ui.server import Action
 
 __all__ = ["RunPage"]
@@ -169,7 +169,10 @@ class RunPage:
         """Return AutoWU's decision in a run."""
         for run in self._runs:
             if run.name == body.get("run"):
-                settings = run.read_settings(run.list_checkpoints())
+                checkpoints = run.list_checkpoints()
+                # A checkpoint has the length of the run, which the config may leave open.
+                saved = read_saved_settings(checkpoints)
+                settings = saved or run.read_settings(checkpoints)
                 return {"decision": recompute_decision(settings, run.series)}
         raise ValueError("There is no such run.")
 

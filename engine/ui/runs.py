@@ -14,7 +14,7 @@ from engine.config.parser import parse
 from engine.errors import CheckpointError
 from engine.ui.metrics import CSVMetrics, EventMetrics, MetricSource, Series, is_metric_file
 
-__all__ = ["Run", "compare_settings", "find_runs"]
+__all__ = ["Run", "compare_settings", "find_runs", "read_saved_settings"]
 
 _MAX_DEPTH = 4
 _MAX_DIRECTORIES = 2000
@@ -67,7 +67,7 @@ class Run:
         """Return the complete checkpoints, sorted by step."""
         manifests = []
         for directory in _walk(self.root):
-            if (directory / MANIFEST).is_file():
+            if _is_own_file(directory / MANIFEST):
                 try:
                     manifests.append(read_manifest(directory))
                 except CheckpointError:  # the run is replacing it, or it is damaged
@@ -75,15 +75,12 @@ class Run:
         return sorted(manifests, key=lambda manifest: (manifest.step, manifest.sequence))
 
     def read_settings(self, checkpoints: Sequence[Manifest]) -> Mapping[str, Any]:
-        """Return the config of the run, or the settings in its newest checkpoint."""
+        """Return the config of the run, or else the settings in its newest checkpoint."""
         for path in sorted(self.root.glob("*.json")):
             config = _read_config(path)
             if _CONFIG_KEYS & config.keys():
                 return config
-        if not checkpoints:
-            return {}
-        newest = checkpoints[-1]
-        return {**newest.identity, "backend": newest.backend}
+        return read_saved_settings(checkpoints)
 
     def find_range_test(self) -> Mapping[str, Any] | None:
         """Return the report of an LR range test, if there is one."""
@@ -99,8 +96,15 @@ class Run:
             directory / name
             for directory in _walk(self.root)
             for name in _PLOTS
-            if (directory / name).is_file()
+            if _is_own_file(directory / name)
         ]
+
+
+def read_saved_settings(checkpoints: Sequence[Manifest]) -> Mapping[str, Any]:
+    """Return the settings in the newest checkpoint, with all durations in steps."""
+    if not checkpoints:
+        return {}
+    return {**checkpoints[-1].identity, "backend": checkpoints[-1].backend}
 
 
 def find_runs(roots: Sequence[Path], known: Sequence[Run] = ()) -> list[Run]:
@@ -223,9 +227,14 @@ def _read_json(path: Path) -> Any:
         return None
 
 
+def _is_own_file(path: Path) -> bool:
+    """Return whether a path is a file, not a link that could lead out of the directory."""
+    return path.is_file() and not path.is_symlink()
+
+
 def _read_text(path: Path, most: int) -> str | None:
     try:
-        is_small = path.is_file() and path.stat().st_size <= most
+        is_small = _is_own_file(path) and path.stat().st_size <= most
         return path.read_text(encoding="utf-8") if is_small else None
     except (OSError, ValueError):
         return None

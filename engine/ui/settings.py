@@ -55,12 +55,9 @@ class RunSettings:
         """
         if self.steps_per_epoch is not None or self.dataset_size is None or batch is None:
             return self.steps_per_epoch
-        at_once = batch.micro * batch.data_ranks
-        drops_last = config.get("dataloader_drop_last") is True
-        micro_batches = (
-            self.dataset_size // at_once if drops_last else -(-self.dataset_size // at_once)
-        )
-        return micro_batches // batch.accumulation or None
+        if config.get("dataloader_drop_last") is True:
+            return self.dataset_size // batch.train or None
+        return -(-self.dataset_size // batch.train)
 
 
 def find_batch_sizes(config: Mapping[str, Any], ranks: DataRanks | None) -> BatchSizes | None:

@@ -243,9 +243,14 @@ class Panel {
     ctx.textBaseline = "alphabetic";
     ctx.globalAlpha = 0.8;
     let free = -Infinity;
-    for (const { position, name } of marks) {
+    for (const { position, name, isTick } of marks) {
       const left = chart.valToPos(position, "x", true);
       if (left < bbox.left || left > bbox.left + bbox.width) continue;
+      if (isTick) {
+        const [bottom, half] = [bbox.top + bbox.height, 4 * ratio];
+        ctx.fill(new Path2D(`M${left - half},${bottom} h${2 * half} l${-half},${-2 * half} z`));
+        continue;
+      }
       if (left > bbox.left) {
         ctx.beginPath();
         ctx.moveTo(left, bbox.top);

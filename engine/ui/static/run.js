@@ -106,7 +106,7 @@ function drawMetrics() {
     xLabel: state.isBySample || !header.hasSteps ? "sample" : "step",
     hasAllAxes: true,
     bounds: header.bounds,
-    marks: state.isBySample ? [] : listMarks(),
+    marks: state.isBySample || !header.hasSteps ? [] : listMarks(),
   });
 }
 
@@ -120,8 +120,7 @@ function chooseColor(column, columns) {
 function listMarks() {
   const marks = (state.summary?.checkpoints ?? [])
     .filter(({ run }) => !state.hidden.has(run))
-    .map(({ step }) => ({ position: step, name: "" }));
-  if (marks.length) marks[0].name = "checkpoint";
+    .map(({ step }) => ({ position: step, isTick: true }));
   for (const [run, decision] of state.decisions) {
     if (decision && !state.hidden.has(run)) marks.push({ position: decision.step, name: "end of warmup" });
   }
