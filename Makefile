@@ -1,7 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO_READY := $(VENV)/demo-ready
 READY := $(VENV)/ready
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+DOCS_READY := $(VENV)/docs_ready
 # Threads that wait by spinning slow small models down on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -9,13 +12,15 @@ export OMP_WAIT_POLICY ?= PASSIVE
 GPU_VENV := .venv-gpu
 GPU_READY := $(GPU_VENV)/ready
 
-.PHONY: demo test test-all test-long test-gpu benchmark-gpu check format generate pictures ui-bundle clean help
+.PHONY: demo test test-all test-long test-gpu bench evidence benchmark-gpu check docs format generate pictures tutorial ui-bundle clean help
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 12
 
-demo: $(READY)  ## train LeNet on real images from a JSON config and plot the run
+demo: $(DEMO_READY)  ## train LeNet on real images from a JSON config and plot the run
 	$(BIN)/onecycle validate examples/fashion_mnist/ds_config.json
+	$(BIN)/onecycle plot -t examples/fashion_mnist/ds_config.json
+	@echo "Importing PyTorch ..."
 	$(BIN)/python examples/fashion_mnist/train.py
 
 test: $(READY)  ## run the fast tests (under 5 minutes)
@@ -31,6 +36,12 @@ test-long: $(READY)  ## run the tests that take hours: 200 kills, fuzzing with 2
 test-gpu: $(GPU_READY)  ## run the tests that need a GPU, with this machine's PyTorch (CPU: make test-gpu DRY_RUN=1)
 	$(GPU_VENV)/bin/python -m pytest tests/gpu $(if $(DRY_RUN),--dry-run)
 
+bench: $(READY)  ## rerun the speed benchmarks and print how long each takes (at most 30 minutes)
+	$(BIN)/python benchmarks/run.py speed
+
+evidence: $(READY)  ## rerun the trainings of docs/results and print how long each takes (hours on a CPU)
+	$(BIN)/python benchmarks/run.py evidence
+
 benchmark-gpu: $(GPU_READY)  ## measure speed and memory on a GPU (8 minutes; CPU: make benchmark-gpu DRY_RUN=1)
 	$(GPU_VENV)/bin/python benchmarks/gpu.py $(if $(DRY_RUN),--dry-run)
 
@@ -44,6 +55,9 @@ check: $(READY)  ## check lint, types, import layers, wording, generated files a
 	$(BIN)/python tools/generate.py --check
 	$(BIN)/python -m pytest --doctest-modules onecycle engine schedules schemas --durations=0
 
+docs: $(READY) $(DOCS_READY)  ## build the documentation site in build/docs/html
+	$(BIN)/python tools/build_site.py
+
 format: $(READY)  ## format the code and apply the linter's fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -54,17 +68,32 @@ generate: $(READY)  ## write the files that are generated from the code
 pictures: $(READY)  ## draw the pictures of the schedule reference
 	$(BIN)/python tools/generate.py --pictures
 
+tutorial: $(READY)  ## execute docs/tutorial.ipynb and store its outputs
+	$(BIN)/python tools/run_tutorial.py
+
 ui-bundle:  ## bundle the JavaScript libraries of `onecycle ui` and of HTML reports (needs Node.js)
 	cd engine/ui/source && npm ci --no-audit --no-fund && npm run build
 
 clean:  ## remove the virtual environment and the output of runs
-	rm -rf $(VENV) $(GPU_VENV) run *.egg-info
+	rm -rf $(VENV) $(GPU_VENV) build run *.egg-info
 
-$(READY): pyproject.toml constraints.txt setup.py
+# The demo needs less than the tests. Its output shows the progress of the installation.
+$(DEMO_READY): pyproject.toml constraints.txt setup.py
+	@$(PYTHON) tools/check_python.py "$(PYTHON)"
+	@echo "Installing onecycle and PyTorch in $(VENV), which takes a few minutes ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,examples]'
+	$(INSTALL) -e '.[examples,plot]'
 	$(BIN)/python -m compileall -q onecycle engine schedules schemas
+	touch $(DEMO_READY)
+
+$(READY): $(DEMO_READY)
+	@echo "Installing the packages of the tests ..."
+	$(INSTALL) --quiet -e '.[dev,examples,plot,tensorboard,ui]'
 	touch $(READY)
+
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $(DOCS_READY)
 
 $(GPU_READY): pyproject.toml
 	$(PYTHON) -c 'import torch; print("PyTorch", torch.__version__, "CUDA:", torch.cuda.is_available())'

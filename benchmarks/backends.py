@@ -10,7 +10,7 @@ difference from the losses of a single PyTorch process in float32.
 from __future__ import annotations
 
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -36,7 +36,7 @@ largest relative difference.
 def main() -> None:
     progress = Console(stderr=True)
     expected = trace(SCHEDULER, STEPS)
-    print(HEAD.format(date=datetime.now(tz=timezone.utc).date()))
+    print(HEAD.format(date=datetime.now(tz=UTC).date()))
     reference: dict[str, list[float]] = {}
     with progress.status("one rank") as status:
         for world_size in (1, 2):

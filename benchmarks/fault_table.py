@@ -2,8 +2,8 @@
 
     python benchmarks/fault_table.py [--only TEXT]
 
-The faults are real: the full file system is a mounted tmpfs (a row says so if it cannot be
-mounted), and the killed rank receives SIGKILL. Only the system clock that jumps back is simulated.
+The faults are real. The full file system is a mounted tmpfs, and the killed rank receives SIGKILL.
+A row reports a failed mount. Only the system clock that jumps back is simulated.
 The first table lists faults in checkpoints; its last column shows the step from which a new run
 resumes. Before each fault, three checkpoints exist, the last one at step 6. Before faults that need
 several ranks, only one checkpoint exists, at step 2. The second table lists faults in whole

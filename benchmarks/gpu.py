@@ -334,7 +334,7 @@ def count_syncs(task: Task, step: Step, steps: int = 4) -> float:
 
 
 def serve(connection: Connection, make: Callable[[Task], Step]) -> None:
-    """Build and run tasks in this process, as the messages ask."""
+    """Build and run the tasks that the messages request, in this process."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     os.dup2(2, 1)  # libraries print, but only the report belongs on the standard output

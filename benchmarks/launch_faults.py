@@ -5,7 +5,7 @@
 Faults of hosts: the two hosts are network namespaces of this machine, each with its own sshd
 (tests/testing/lab.sh; requires root). Each rank waits indefinitely, unless it causes the fault.
 
-Faults of ranks: two ranks train on this machine, and one of them fails while the other one waits
+Faults of ranks: two ranks train on this machine, and one of them fails while the other rank waits
 for it in a collective (tests/testing/failing_rank.py).
 
 The tables show the launcher's message, the time in seconds from the fault to the exit of the

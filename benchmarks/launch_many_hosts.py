@@ -2,9 +2,9 @@
 
     python benchmarks/launch_many_hosts.py [--hosts 8 64 512 2048] [--delay 1.0]
 
-A shell script takes the place of ssh. It waits for the delay of a connection, and then answers as a
-host does: to the probe, to the connection check, and as an agent whose rank prints one line and
-waits. No rank trains. One host fails on request, and all others exit when the launcher stops them.
+A shell script replaces ssh. It waits for the delay of a connection, and then answers as a host
+does: to the probe, to the connection check, and as an agent whose rank prints one line and waits.
+No rank trains. One host fails on request, and all others exit when the launcher stops them.
 
 The first table shows CPU seconds, which do not depend on other programs of this machine:
 

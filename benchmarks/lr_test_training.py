@@ -38,6 +38,7 @@ from train import lenet
 import engine
 from engine.range_test.recorder import Run
 from engine.range_test.report import LRRangeReport
+from schedules.plots import STYLE
 
 STEPS, REPEATS = 250, 3
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, 1))
@@ -88,7 +89,7 @@ def make_batches(train: Batch, size: int) -> Callable[[], Iterator[Batch]]:
 
 
 def build_text_task() -> Task:
-    paths = sorted((*ROOT.glob("schedules/*.py"), *ROOT.glob("docs/*.md")))
+    paths = sorted((*ROOT.glob("schedules/*.py"), *ROOT.glob("docs/**/*.md")))
     text = "".join(path.read_text(encoding="utf-8") for path in paths)
     alphabet = {character: index for index, character in enumerate(sorted(set(text)))}
     data = torch.tensor([alphabet[character] for character in text])
@@ -221,23 +222,26 @@ def compare_with_grid(mine: list[float], top: list[float], lr: float, threshold:
 
 
 def draw(found: dict[str, Cells], best: dict[str, dict[str, float]], path: Path) -> None:
+    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    axes = figure.subplots(1, len(found), squeeze=False)[0]
-    for axis, (name, cells) in zip(axes, found.items(), strict=True):
-        grid = {lr: accuracies for lr, accuracies in cells.items() if lr in GRID}
-        means = [statistics.mean(accuracies) for accuracies in grid.values()]
-        spread = [statistics.stdev(accuracies) for accuracies in grid.values()]
-        axis.errorbar(list(grid), means, spread, marker="o", label="grid")
-        for number, (way, lr) in enumerate(best[name].items()):
-            mine, error = statistics.mean(cells[lr]), statistics.stdev(cells[lr])
-            axis.errorbar(lr, mine, error, marker="s", color=f"C{number + 1}", label=way)
-        axis.set(xscale="log", xlabel="cycle_max_lr", ylabel="accuracy %", title=name)
-        axis.legend()
-        axis.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 3.6), layout="constrained")
+        axes = figure.subplots(1, len(found), squeeze=False)[0]
+        for axis, (name, cells) in zip(axes, found.items(), strict=True):
+            grid = {lr: accuracies for lr, accuracies in cells.items() if lr in GRID}
+            means = [statistics.mean(accuracies) for accuracies in grid.values()]
+            spread = [statistics.stdev(accuracies) for accuracies in grid.values()]
+            axis.errorbar(list(grid), means, spread, marker="o", label="grid")
+            for number, (way, lr) in enumerate(best[name].items()):
+                mine, error = statistics.mean(cells[lr]), statistics.stdev(cells[lr])
+                axis.errorbar(lr, mine, error, marker="s", color=f"C{number + 1}", label=way)
+            axis.set(xscale="log", title=name)
+        axes[0].legend()
+        figure.supxlabel("cycle_max_lr", fontsize="medium")
+        figure.supylabel("accuracy in percent", fontsize="medium")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
 
 
 def main() -> None:

@@ -115,7 +115,7 @@ def time_steps(console: Console, rounds: int) -> None:
 
 
 def compute_with_numpy(steps: int) -> list[np.ndarray]:
-    """Compute a whole curve of learning rate and momentum with numpy, as a reference."""
+    """Compute a reference curve of learning rate and momentum with numpy."""
     first, end = steps // 4, steps // 2
     progress = np.zeros(steps)
     progress[: first + 1] = np.floor(np.arange(first + 1) * (500 / first)) / 500

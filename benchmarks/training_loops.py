@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 import textwrap
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def find_difference(results: list[dict[str, Any]], expected: list[dict[str, Any]
 
 def main() -> None:
     logging.disable(logging.WARNING)
-    print(HEAD.format(date=datetime.now(tz=timezone.utc).date(), fp32=1e-6, bf16=2e-2))
+    print(HEAD.format(date=datetime.now(tz=UTC).date(), fp32=1e-6, bf16=2e-2))
     columns = [("torch", stage) for stage in range(4)] + [
         ("deepspeed", stage) for stage in range(4)
     ]

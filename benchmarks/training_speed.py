@@ -81,7 +81,7 @@ def loss_fn(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def bound(task: Callable[[], tuple]) -> Step:
-    """Build a loop without gradient clipping or an optimizer step, as a lower bound."""
+    """Build a loop without gradient clipping or an optimizer step. Its time is a lower bound."""
     model, x, y = task()
 
     def step() -> None:

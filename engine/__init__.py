@@ -1,6 +1,6 @@
 """Train a PyTorch model from one JSON config in the format of DeepSpeed's ``ds_config.json``.
 
-`initialize` validates the config and returns a training engine, which is called like the model.
+`initialize` validates the config and returns a training engine. Call the engine like the model.
 Public names are imported lazily, so that loading and validating a config does not import torch.
 ``make generate`` writes ``__init__.pyi``, which declares the types of these names.
 """
@@ -62,8 +62,8 @@ def _check_packages() -> None:
         found = spec and [*(spec.submodule_search_locations or ()), spec.origin][0]
         if found != __path__[0].removesuffix("engine") + name:
             raise ImportError(
-                f"`{name}` is the name of a package of onecycle, but Python imports {found} "
-                f"instead. Rename that file or directory, for example to `my_{name}`."
+                f"`{name}` must be a package of onecycle, but Python imports {found}. Rename this "
+                f"file or directory, for example to `my_{name}`."
             )
 
 
@@ -87,8 +87,8 @@ def _import_from_deepspeed(name: str) -> Any:
         return getattr(import_deepspeed(), name)
     except ImportError as error:
         raise ImportError(
-            f"`{name}` is part of DeepSpeed, which cannot be imported: {error}. Run `pip install "
-            "deepspeed`."
+            f"`{name}` requires DeepSpeed, but importing DeepSpeed failed: {error}. Run `pip "
+            "install deepspeed`."
         ) from error
 
 

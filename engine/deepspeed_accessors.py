@@ -1,11 +1,11 @@
-"""Methods and properties of the training engine that have the same names as in DeepSpeed."""
+"""Methods and properties of the training engine with DeepSpeed's names."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
-from typing_extensions import Self
 
 from engine.backends.base import Backend
 from engine.backends.deepspeed_names import find_attribute
@@ -44,7 +43,7 @@ class DeepSpeedAccessors(nn.Module):
 
     @property
     def lr_scheduler(self) -> LRScheduler | None:
-        """The learning-rate scheduler, stepped after each applied optimizer step, or None."""
+        """The learning-rate scheduler, or None. It advances after each applied optimizer step."""
         return self._run.scheduler
 
     @lr_scheduler.setter
@@ -78,14 +77,14 @@ class DeepSpeedAccessors(nn.Module):
 
     @property
     def data_parallel_group(self) -> Any:
-        """The process group that averages gradients, or None if there is only one process."""
+        """The process group that averages gradients, or None with a single process."""
         if self.config.backend.name == "deepspeed":
             return self._backend.get_attribute("data_parallel_group")
         return dist.group.WORLD if dist.is_initialized() else None
 
     @property
     def cur_scale(self) -> float:
-        """The factor by which the next backward pass multiplies the loss; 1 without fp16."""
+        """The loss scale of the next backward pass; 1 without fp16."""
         return self._run.settled_backend.loss_scale
 
     @property
@@ -93,19 +92,19 @@ class DeepSpeedAccessors(nn.Module):
         """The monitors of the run, such as TensorBoard.
 
         To write your own metrics, call ``monitor.write_events([(name, value, samples)])`` on every
-        rank, where ``samples`` is the number of samples trained on so far.
+        rank. ``samples`` is the number of processed samples.
         """
         return self._run.progress.monitors
 
     @property
     def basic_optimizer(self) -> Optimizer:
-        """The torch optimizer, without any wrapper of the backend."""
+        """The torch optimizer, unwrapped."""
         return self._backend.basic_optimizer
 
     def train(self, mode: bool = True) -> Self:
-        """Set the model's mode: training, or evaluation if ``mode`` is false, as `eval` does.
+        """Put the model into training mode, or into eval mode if ``mode`` is false.
 
-        An optimizer that has both ``train`` and ``eval`` has the same mode.
+        An optimizer with the methods ``train`` and ``eval`` is put into the same mode.
         """
         super().train(mode)
         set_optimizer_mode(self.basic_optimizer, training=mode)
@@ -159,9 +158,9 @@ class DeepSpeedAccessors(nn.Module):
         return bool(self.config.raw.get("wall_clock_breakdown", False))
 
     def optimizer_name(self) -> str | None:
-        """Return the config's optimizer type in lower case, or your own optimizer's class name.
+        """Return the config's optimizer type in lowercase, or the class name of your optimizer.
 
-        The result is None if there is no optimizer, for example during inference.
+        The result is None without an optimizer, for example during inference.
         """
         if self.config.optimizer is not None:
             return self.config.optimizer.type.lower()
@@ -169,7 +168,7 @@ class DeepSpeedAccessors(nn.Module):
         return type(self.basic_optimizer).__name__ if has_optimizer else None
 
     def scheduler_name(self) -> str | None:
-        """Return the type of the config's schedule, or None if the config has none."""
+        """Return the schedule type of the config, or None without a schedule."""
         return self.config.schedule.type_name if self.config.schedule else None
 
     def fp16_enabled(self) -> bool:
@@ -194,7 +193,7 @@ class DeepSpeedAccessors(nn.Module):
         return batch.train, batch.micro, batch.accumulation
 
     def get_type(self) -> list[Any]:
-        """Return the value of ``type`` in each param group, or 0.0 for a group without this key."""
+        """Return the value of the key ``type`` in each param group; 0.0 if the key is missing."""
         return [group.get("type", 0.0) for group in self._backend.optimizer.param_groups]
 
     def get_lr(self) -> list[float]:
@@ -202,14 +201,14 @@ class DeepSpeedAccessors(nn.Module):
         return read_lr(self._run.settled_backend.optimizer)
 
     def get_mom(self) -> list[float | tuple[float, ...]] | None:
-        """Return the momentum of each param group (all betas for Adam).
+        """Return the momentum of each param group, or all betas for Adam.
 
         The result is None if the optimizer has no momentum. A group without momentum has 0.
         """
         return read_momenta(self._run.settled_backend.optimizer)
 
     def get_momentum(self) -> list[float] | None:
-        """Return the momentum of each param group (the first beta for Adam).
+        """Return the momentum of each param group, or the first beta for Adam.
 
         The result is None if the optimizer has no momentum. A group without momentum has 0.
         """
@@ -218,8 +217,8 @@ class DeepSpeedAccessors(nn.Module):
     def get_global_grad_norm(self) -> float | None:
         """Return the 2-norm of the last step's gradients over all parameters, before clipping.
 
-        The result is None before the first step. On the DeepSpeed backend, it is also None for bf16
-        without ZeRO and for mixture-of-experts models.
+        The result is None before the first step. On the DeepSpeed backend, the result is also None
+        for bf16 without ZeRO and for mixture-of-experts models.
         """
         return self._run.settled_backend.grad_norm
 
@@ -229,7 +228,7 @@ class DeepSpeedAccessors(nn.Module):
 
     @property
     def global_steps(self) -> int:
-        """The number of completed batches, including those of skipped steps."""
+        """The number of completed batches, including skipped steps."""
         self._run.length.is_position_known = True
         return self._run.latest.global_steps
 
@@ -291,10 +290,10 @@ class DeepSpeedAccessors(nn.Module):
         )
 
     def allreduce_gradients(self, bucket_size: int | None = None) -> None:
-        """Average the gradients across ranks now, if the next call of `step` runs the optimizer.
+        """Average the gradients across ranks, if the next call of `step` runs the optimizer.
 
-        `step` averages the gradients itself. Call this method only if you want to read or change
-        the averaged gradients before `step`.
+        `step` averages the gradients automatically. Call this method only to read or change the
+        averaged gradients before `step`.
         """
         del bucket_size
         if self._run.accumulation.is_boundary():
@@ -351,9 +350,9 @@ class DeepSpeedAccessors(nn.Module):
 
         Args:
             checkpoint: weights by name, or a mapping that contains them under the key "module".
-            strict: whether the names must match those of the model exactly.
-            custom_load_fn: function that is called to load the weights. It receives the weights as
-                ``src`` and the model as ``dst``.
+            strict: whether the names must match the names in the model exactly.
+            custom_load_fn: function that loads the weights, called with the weights as ``src`` and
+                the model as ``dst``.
             fetch_z3_params: ignored; accepted for compatibility with DeepSpeed. Sharded weights are
                 always loaded.
         """
@@ -378,7 +377,7 @@ class DeepSpeedAccessors(nn.Module):
         Every rank must call this method. Load the file with `torch.load`.
 
         Returns:
-            Whether the file was saved. At ZeRO stage 3, DeepSpeed saves it only if
+            Whether the file was saved. At ZeRO stage 3, DeepSpeed saves the file only if
             ``stage3_gather_16bit_weights_on_model_save`` is true.
 
         Raises:
@@ -402,9 +401,9 @@ class DeepSpeedAccessors(nn.Module):
     def _zero3_consolidated_16bit_state_dict(
         self, exclude_frozen_parameters: bool = False
     ) -> dict[str, Any] | None:
-        """Return the weights that ZeRO stage 3 shards, gathered on rank 0.
+        """Gather the weights that ZeRO stage 3 shards, and return them on rank 0.
 
-        On the other ranks, the result is None.
+        On all other ranks, the result is None.
         """
         if self._is_deepspeed():
             name = "_zero3_consolidated_16bit_state_dict"

@@ -41,9 +41,9 @@ LoaderT = TypeVar("LoaderT", bound=Iterable[Any])
 class Engine(DeepSpeedAccessors):
     """A training engine that wraps the model and is called like the model.
 
-    For each micro-batch ``x``, compute the loss from ``trainer(x)``, where ``trainer`` is the
-    engine. Then call ``trainer.backward(loss)`` and ``trainer.step()``. `step` applies an optimizer
-    step once every ``gradient_accumulation_steps()`` calls.
+    For each micro-batch ``x``, compute the loss from ``trainer(x)`` with the engine ``trainer``.
+    Then call ``trainer.backward(loss)`` and ``trainer.step()``. `step` applies an optimizer step
+    once every ``gradient_accumulation_steps()`` calls.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Engine(DeepSpeedAccessors):
         self._checkpointer.data.set_loader(loader)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward pass in the configured precision, on inputs on any device."""
+        """Run the model's forward pass. Inputs are moved to this rank's device."""
         self._backend.prepare_backward(is_last=self._start_pass())
         return self._backend.forward(*args, **kwargs)
 
@@ -166,7 +166,7 @@ class Engine(DeepSpeedAccessors):
         return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)
 
     def _start_pass(self) -> bool:
-        """Check that the batch's gradients still exist, and return whether to average gradients."""
+        """Check that earlier gradients still exist. Return whether this is the last pass."""
         accumulation = self._run.accumulation
         if accumulation.has_gradients:
             self._run.misuse.check_accumulated(accumulation)
@@ -188,15 +188,16 @@ class Engine(DeepSpeedAccessors):
 
         Returns:
             Whether an optimizer step was applied. A step with non-finite gradients is skipped, and
-            the schedule does not advance. On a GPU, the result is usually a `StepResult`, whose
-            ``bool()`` waits for the device; see ``engine.deferred_step``.
+            the schedule does not advance. On a GPU, the result is usually a `StepResult`:
+            ``bool(result)`` waits for the device; see ``engine.deferred_step``.
 
         Raises:
             RuntimeError: ``engine.steps_this_run`` steps have been applied, `no_sync` is active, no
                 gradients were computed, or the script itself has called ``optimizer.step()`` or
                 ``scheduler.step()``.
-            FloatingPointError: ``engine.max_skipped_steps`` steps in a row were skipped. A deferred
-                step raises it in the next call, or where the script asks for the outcome.
+            FloatingPointError: ``engine.max_skipped_steps`` steps in a row were skipped. For a
+                deferred step, the next call of `step` raises the error, or the first use of the
+                result.
         """
         del lr_kwargs
         is_applied = self._run.step(metric)
@@ -207,9 +208,9 @@ class Engine(DeepSpeedAccessors):
     def report(self, **metrics: Tensor | float) -> None:
         """Report metrics, such as a validation loss, to the log and the monitors.
 
-        Metrics are averaged over the ranks. Every rank must call this method. The metric that
-        ``engine.checkpoint.best`` names also decides which checkpoint is saved as the best one and
-        whether the run ends early. A schedule that uses a metric also receives this metric.
+        Metrics are averaged over the ranks. Every rank must call this method. The metric named in
+        ``engine.checkpoint.best`` also selects the best checkpoint, controls early stopping, and is
+        passed to a schedule that uses a metric.
 
         Args:
             metrics: numbers or scalar tensors by name, such as ``val_loss=0.25``.
@@ -219,14 +220,14 @@ class Engine(DeepSpeedAccessors):
             self._automatic.save_best(self._run)
 
     def batches(self) -> Iterator[Any]:
-        """Yield the batches of the training data, epoch after epoch, until the run is over.
+        """Yield the batches of the training data in all epochs of the run.
 
-        The run ends at ``engine.max_duration`` or, if it is not set, at the end of the schedule.
-        After a resume, the first batch is the one at the saved position.
+        The run ends at ``engine.max_duration``. Without ``engine.max_duration``, the run ends at
+        the end of the schedule. A resumed run starts at the saved position in the data.
 
         Raises:
-            RuntimeError: there is no training data; the length of the run is unknown; or `step` was
-                not called during an epoch.
+            RuntimeError: the run does not have training data, the length of the run is unknown, or
+                `step` was not called during an epoch.
         """
         return iterate_batches(self.training_dataloader, self._run)
 
@@ -235,7 +236,7 @@ class Engine(DeepSpeedAccessors):
         return self._run.accumulation.is_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Set whether each following `step` runs the optimizer. Call this before `backward`."""
+        """Set whether the next calls of `step` run the optimizer. Call before `backward`."""
         self._run.accumulation.set_boundary(is_boundary)
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -254,8 +255,8 @@ class Engine(DeepSpeedAccessors):
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """Train on the micro-batches of one step, and return their mean loss.
 
-        The model is called with each micro-batch, unpacked if it is a tuple, list or mapping, and
-        must return the loss. By default, ``data_iter`` cycles through the training data.
+        The model must return the loss of a micro-batch. A tuple, list or mapping is unpacked into
+        the model's arguments. By default, ``data_iter`` cycles through the training data.
         """
         if (whole := train_pipeline(data_iter, self.training_dataloader, self._run)) is not None:
             self._automatic.save_if_due(self._run)
@@ -268,7 +269,7 @@ class Engine(DeepSpeedAccessors):
         return torch.stack(losses).sum()
 
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
-        """Evaluate the model on as many micro-batches as a step uses, and return the mean loss."""
+        """Return the mean loss of one batch, without training."""
         with evaluation_mode(self):
             return evaluate_batch(self, data_iter, self._run)
 
@@ -285,27 +286,25 @@ class Engine(DeepSpeedAccessors):
     def evaluate(self, loader: Iterable[Any], fn: Callable[[Any], Any]) -> Any:
         """Evaluate the model and return the mean of each metric over all samples.
 
-        The model is in eval mode and computes no gradients. Afterwards, the mode of each submodule
-        and the random state are restored. The training state does not change. Every rank must call
-        this method.
+        The model runs in eval mode without gradients. Afterwards, the mode of each submodule and
+        the random state are restored. Every rank must call this method.
 
-        If ``loader`` is a `DataLoader` of the whole dataset, with or without shuffling or a
-        ``DistributedSampler``, its samples are split across ranks. In all other cases, such as an
-        iterable dataset, a custom sampler or a different dataset on each rank, each rank evaluates
-        all batches of its own ``loader``.
+        The samples are split across ranks if ``loader`` is a `DataLoader` of the whole dataset. In
+        all other cases, such as an iterable dataset or a custom sampler, each rank evaluates all
+        batches of its ``loader``. Shuffling and a ``DistributedSampler`` make no difference.
 
         Args:
             loader: `DataLoader`, list or other iterable that ends. Its batches are moved to
                 `device`.
-            fn: function of a batch that returns the loss or a dict of metrics, each a number or a
-                scalar tensor, averaged over the batch. Each batch is weighted by its number of
-                samples, which is the first dimension of its first tensor. To set another weight,
-                such as the number of tokens, return ``(metrics, number)``. Every rank calls ``fn``
-                equally often: a rank without further batches repeats one, whose result is dropped.
-                To collect other results, use `gather`, which drops repeated batches as well.
+            fn: function that takes a batch and returns the loss or a dict of metrics. A metric is a
+                number or a scalar tensor, averaged over the batch. The weight of a batch is its
+                number of samples: the first dimension of its first tensor. To set a different
+                weight, such as the number of tokens, return ``(metrics, number)``. All ranks call
+                ``fn`` the same number of times. A rank without further batches repeats a batch and
+                drops the result. To collect other results, use `gather`.
 
         Returns:
-            The mean loss, or a dict of mean metrics, equal on all ranks.
+            The mean loss or a dict of mean metrics, equal on all ranks.
 
         Raises:
             ValueError: ``loader`` is empty or the training loader, or ``fn`` returns no metric.
@@ -316,8 +315,8 @@ class Engine(DeepSpeedAccessors):
     def gather(self, value: Any) -> Any:
         """Concatenate the tensors of all ranks along the first dimension, in rank order.
 
-        Every rank must call this method. The first dimension may differ between ranks, and a tensor
-        without dimensions counts as one row. Inside `evaluate`, each sample is gathered once.
+        Every rank must call this method. The first dimension may differ between ranks. A scalar
+        tensor counts as one row. Inside `evaluate`, each sample is gathered once.
 
         Args:
             value: tensor, or nested tuples, lists, dicts or dataclasses of tensors.
@@ -326,7 +325,7 @@ class Engine(DeepSpeedAccessors):
             The same structure with detached tensors, equal on all ranks.
 
         Raises:
-            ValueError: ``value`` contains anything other than tensors, or the dtypes or other
+            ValueError: ``value`` contains an object other than a tensor, or the dtypes or remaining
                 dimensions differ between ranks.
         """
         return self._evaluator.gather(value)
@@ -344,11 +343,12 @@ class Engine(DeepSpeedAccessors):
         Args:
             save_dir: directory that holds the run's checkpoints; created if missing.
             tag: name or number of this checkpoint; default: ``global_stepN`` after N batches.
-            client_state: your own numbers, strings and tensors; `load_checkpoint` returns them.
+            client_state: your own numbers, strings and tensors. `load_checkpoint` returns this
+                dict.
             save_latest: whether `load_checkpoint` may load this checkpoint if no tag is passed.
-            exclude_frozen_parameters: whether to leave out the parameters that do not require
-                gradients, such as those of the base model in LoRA. Loading keeps their current
-                values.
+            exclude_frozen_parameters: whether to leave out parameters that do not require
+                gradients, such as the base model in LoRA. When the checkpoint is loaded, these
+                parameters keep their values.
 
         Raises:
             OSError: the disk is full or the directory is not writable. Older checkpoints are kept.
@@ -376,14 +376,15 @@ class Engine(DeepSpeedAccessors):
     ) -> tuple[str, dict[str, Any]]:
         """Restore the state of a run from a checkpoint. Every rank must call this method.
 
-        The state consists of the model, optimizer, loss scale, schedule and counters.
+        The state consists of the model, optimizer, loss scale, schedule, counters and data
+        position.
 
         Args:
-            load_dir: directory that was passed to `save_checkpoint` of this engine or DeepSpeed's.
-            tag: name or number of the checkpoint; default: the newest complete one.
+            load_dir: directory that was passed to `save_checkpoint` of this engine or of DeepSpeed.
+            tag: name or number of the checkpoint; default: the newest complete checkpoint.
             load_module_strict: whether the model must have exactly the saved parameters. If false,
-                parameters without a saved value keep their values, and saved ones that the model
-                does not have are ignored. DeepSpeed also requires ``load_optimizer_states=False``.
+                parameters without a saved value keep their values, and additional saved parameters
+                are ignored. DeepSpeed also requires ``load_optimizer_states=False``.
             load_optimizer_states: whether to restore the optimizer and the loss scale.
             load_lr_scheduler_states: whether to restore the schedule.
             load_module_only: whether to restore only the model.
@@ -411,15 +412,15 @@ class Engine(DeepSpeedAccessors):
         return str(path), client_state
 
     def wait_for_checkpoint(self) -> None:
-        """Wait until every rank has written its checkpoint, and raise an error if a save failed."""
+        """Wait until every rank has written its checkpoint. If a save failed, raise an error."""
         self._checkpointer.wait()
 
     def destroy(self) -> None:
-        """End the run: save a last checkpoint if needed, and release the monitors and the backend.
+        """End the run: save a last checkpoint if needed, and release all resources.
 
-        With ``engine.checkpoint.every``, a checkpoint is saved if steps were taken since the last
-        one, unless an exception is being handled. With several ranks, the checkpoint is saved only
-        if all of them call this method. The model stays usable.
+        With ``engine.checkpoint.every``, a checkpoint is saved if the run has taken steps since the
+        last save. No checkpoint is saved while an exception is being handled, or if some ranks do
+        not call this method. The model stays usable.
         """
         try:
             self._run.settle()
@@ -436,13 +437,14 @@ class Engine(DeepSpeedAccessors):
     def run_is_over(self) -> bool:
         """Whether the run has reached its end.
 
-        The run ends after ``engine.max_duration``, after ``engine.steps_this_run`` or, with
-        `batches`, at the end of the schedule. ``engine.checkpoint.best`` can end the run earlier.
+        The run ends after ``engine.max_duration`` or ``engine.steps_this_run``. With `batches`, the
+        run also ends at the end of the schedule. ``engine.checkpoint.best`` can end the run
+        earlier.
         """
         return self._run.is_over
 
     @property
     def epoch(self) -> int:
-        """The index of the current epoch, from 0. It increases after the last batch of an epoch."""
+        """The index of the current epoch, starting at 0. It increases after the last batch."""
         self._run.length.is_position_known = True
         return read_epoch(self.training_dataloader)

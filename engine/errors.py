@@ -1,4 +1,4 @@
-"""The exceptions of this library, and `Problem`, which describes a problem in a config.
+"""The exceptions of this library, and the class `Problem` for problems in a config.
 
 ::
 
@@ -47,10 +47,15 @@ def escape(text: str) -> str:
 
 @dataclass(frozen=True)
 class Fix:
-    """A fix that can be applied to the config automatically: a new name or value for a key."""
+    """An automatic fix of a config: a new name or value for a key.
+
+    The user must accept a fix that is not certain, such as the suggested spelling of an unknown
+    key.
+    """
 
     key: str | None = None
     value: Any = None
+    is_certain: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,8 @@ class Problem:
 
     ``rule`` is the ID of the rule that found the problem; `onecycle explain` describes each rule.
     ``severity`` is "error", "warning" or "note". ``pointer`` is the JSON pointer (RFC 6901) to the
-    key, or "" for the whole config. ``line`` and ``column`` are 1-based. Both are 0 if the position
-    is unknown, for example because the config is a dict.
+    key, or "" for the whole config. ``line`` and ``column`` are 1-based. ``line`` and ``column``
+    are 0 if the position is unknown, for example if the config is a dict.
     """
 
     rule: str
@@ -86,7 +91,7 @@ class ConfigError(ValueError):
     The class derives from `ValueError`.
 
     Args:
-        name: name of the config, which the message contains.
+        name: name of the config in the message.
         problems: all problems of the config.
         message: message of the exception; by default, the list of problems.
     """
@@ -127,5 +132,5 @@ class MisuseError(RuntimeError, AssertionError):
     """Raised when a method is called at the wrong time.
 
     The class derives from `RuntimeError`. It also derives from `AssertionError`, because DeepSpeed
-    detects such calls with ``assert``, so scripts written for DeepSpeed may catch `AssertionError`.
+    raises `AssertionError` in these cases.
     """

@@ -1,10 +1,11 @@
-"""Validate a config and build the training engine, in the function `initialize`."""
+"""The function `initialize`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from engine.config import Config, ConfigError, Source, load_config
 from engine.config.batch_sizes import DataRanks, count_data_ranks
 from engine.config.resolve import drop_group_schedules
 from engine.display.param_groups import GroupRow
+from engine.distributed.environment import SET
 from engine.distributed.ranks import (
     check_configs_match,
     get_rank,
@@ -82,47 +84,48 @@ def initialize(
     config: Source | None = None,
     mesh_param: Any = None,
     config_params: Source | None = None,
-    # The return type uses `Any` for results that may be None, so that callers need no None check.
+    # The return type uses `Any` for results that may be None, so that callers can skip None checks.
 ) -> tuple[Engine, Optimizer, DataLoader[Any] | Any, LRScheduler | Any]:
     """Validate a config and build the engine that trains the model.
 
-    The arguments and results are the same as those of ``deepspeed.initialize``, in the same order.
-    If the config is invalid, the model and the optimizer are not changed. If the config names your
-    own schedule, such as ``"my_module:MySchedule"``, its import is logged.
+    The function has the same arguments and results as ``deepspeed.initialize``, in the same order.
+    An invalid config leaves the model and the optimizer unchanged. If the config names a custom
+    schedule, such as ``"my_module:MySchedule"``, its import is logged. Config values that the
+    option ``--set`` of `onecycle launch` and `onecycle lr-test` overrides are also logged.
 
     Args:
         args: parsed command line; ``args.deepspeed_config`` is used if ``config`` is not passed.
             Options added by `add_schedule_arguments` override the config; each override is logged.
         model: module to train; it is moved to this rank's device.
-        optimizer: your own optimizer, or a function that takes the parameters and returns one; by
-            default, the optimizer in the config is used. Without either, the engine can run the
-            model, but not train it.
+        optimizer: your own optimizer, or a function that takes the parameters and returns an
+            optimizer; default: the optimizer in the config. Without an optimizer, the engine can
+            run the model, but not train it.
         model_parameters: parameters or param groups to train; by default, all parameters that
             require gradients.
-        training_data: dataset for the returned data loader, or your own data loader, which is
-            prepared as in `Engine.prepare`.
-        lr_scheduler: your own scheduler, or a function that takes the optimizer and returns one; by
-            default, the scheduler in the config is used. The engine steps the scheduler after each
-            applied optimizer step.
+        training_data: dataset for the returned data loader. Your own data loader is prepared like
+            in `Engine.prepare`.
+        lr_scheduler: your own scheduler, or a function that takes the optimizer and returns a
+            scheduler; default: the scheduler in the config. The engine steps the scheduler after
+            each applied optimizer step.
         distributed_port: port of rank 0, used if the environment does not set ``MASTER_PORT``.
         mpu: model-parallel unit; DeepSpeed backend only.
         dist_init_required: ignored; accepted for compatibility with DeepSpeed. A process group is
-            created only if it is needed and not initialized yet.
+            created only if needed.
         collate_fn: function that turns a list of samples into a batch, for the returned loader.
         config: path of a ds_config.json, or the config as a dict.
         mesh_param: shape of the device mesh; DeepSpeed backend only.
         config_params: alias of ``config``, for compatibility with DeepSpeed.
 
     Returns:
-        The engine, the optimizer, the data loader (None without ``training_data``) and the
-        scheduler (None if neither the config nor the arguments specify one).
+        A tuple of the engine, optimizer, data loader and scheduler. The data loader is None without
+        ``training_data``. The scheduler is None if it is not specified.
 
     Raises:
         ConfigError: the config is invalid; ``problems`` lists every problem.
         ValueError: an argument has the wrong type, there is a schedule but no optimizer, the
             optimizer does not match the schedule, no parameter of the model requires gradients, or
             the ranks have different configs.
-        ImportError: the config needs DeepSpeed, which is not installed.
+        ImportError: the config requires DeepSpeed, but DeepSpeed is not installed.
 
     >>> import torch, engine
     >>> config = {
@@ -186,23 +189,25 @@ def initialize(
     schedule = _choose_schedule(resolved, param_groups, backend)
     scheduler = _bind_schedule(resolved, schedule, lr_scheduler, backend, loader)
     identity = build_identity(resolved, scheduler, settings)
-    monitors = build_monitors(resolved.monitors, ranks)
+    monitors = build_monitors(resolved, ranks)
     engine = Engine(resolved, backend, scheduler, loader, identity, monitors)
     engine._run.is_trial = lr_test is not None  # noqa: SLF001  # private to the package
     if sweep is not None or lr_test is None:
         attach_recorder(engine, sweep)
     if ranks.rank == 0:
         how, precision = backend.describe()
-        log_setup(
-            resolved,
-            backend=how,
-            device=str(ranks.device),
-            precision=precision,
-            optimizer=_get_name(backend.basic_optimizer),
-            num_parameters=backend.num_parameters,
-            scheduler=scheduler,
-            replacements=replacements,
-            param_groups=param_groups,
+        monitors.note_setup(
+            log_setup(
+                resolved,
+                backend=how,
+                device=str(ranks.device),
+                precision=precision,
+                optimizer=_get_name(backend.basic_optimizer),
+                num_parameters=backend.num_parameters,
+                scheduler=scheduler,
+                replacements=replacements,
+                param_groups=param_groups,
+            )
         )
         _warn_of_repeated_samples(training_data, resolved)
     run = engine._run  # noqa: SLF001  # private to the package
@@ -236,7 +241,7 @@ def _load(
     needs_deepspeed: str | None,
     shard: tuple[int, int] | None,
 ) -> Config:
-    """Load and validate a config; report its problems on rank 0 only."""
+    """Load and validate a config. Report problems on rank 0 only."""
 
     def count_ranks(config: Mapping[str, Any], world_size: int) -> DataRanks:
         if shard is not None:
@@ -248,6 +253,7 @@ def _load(
             source,
             world_size=get_world_size(),
             args=args,
+            assignments=json.loads(os.environ.get(SET, "[]")),
             needs_deepspeed=needs_deepspeed,
             count_ranks=count_ranks,
         )
@@ -255,7 +261,8 @@ def _load(
         rank = get_rank()
         if rank == 0:
             raise
-        # Rank 0's error usually ends the job during this wait, so the problems are printed once.
+        # Rank 0's error usually ends the job during this wait, so the problems are printed only
+        # once.
         time.sleep(_RANK_0_GRACE_SECONDS)
         keys = ", ".join(f"`{problem.pointer}`" for problem in error.problems[:3])
         message = (
@@ -268,13 +275,13 @@ def _load(
 def _prefer_arguments(
     config: Config, optimizer: object, lr_scheduler: object
 ) -> tuple[Config, list[str]]:
-    """Remove the optimizer or the schedule from the config if an argument replaces it.
+    """Remove the optimizer or schedule from the config if an argument replaces it.
 
     Returns:
         The config, and a log message about each replacement.
 
     Raises:
-        ValueError: the config or an argument requires an optimizer, but there is none.
+        ValueError: the config or an argument requires an optimizer, but no optimizer is specified.
     """
     if optimizer is None and config.optimizer is None:
         _check_inference(config, lr_scheduler)
@@ -300,7 +307,7 @@ def _prefer_arguments(
 
 
 def _check_inference(config: Config, lr_scheduler: object) -> None:
-    """Check that a run without an optimizer has no schedule or ZeRO stage that requires one."""
+    """Check that a run without an optimizer does not use a schedule or a ZeRO stage."""
     need = None
     if config.schedule is not None or lr_scheduler is not None:
         need = f"{config.name} has a schedule" if config.schedule else "`lr_scheduler` is passed"
@@ -336,14 +343,14 @@ def _bind_schedule(
 def _choose_schedule(
     config: Config, groups: Sequence[GroupRow], backend: Backend
 ) -> Schedule[Any] | None:
-    """Return the config's schedule; if param groups have their own, one for each group."""
+    """Return the config's schedule, or one schedule per param group if groups have their own."""
     if config.optimizer is None or not config.optimizer.group_schedules:
         return config.schedule
     entries = [group.entry for group in groups]
     if len(entries) != len(backend.optimizer.param_groups):
         raise ValueError(
             "`optimizer.param_groups` must not contain `scheduler` for a model with DeepSpeed's "
-            "MoE layers, because DeepSpeed divides the groups further. Remove it."
+            "MoE layers, because DeepSpeed splits the groups. Remove `scheduler` from the groups."
         )
     own = config.optimizer.group_schedules
     return PerGroup(
@@ -355,13 +362,13 @@ def _choose_schedule(
 
 
 def _warn_of_repeated_samples(training_data: object, config: Config) -> None:
-    """Warn if the dataset is smaller than a batch, so that each batch repeats samples."""
+    """Warn if each batch repeats samples, because the dataset is smaller than a batch."""
     if not isinstance(training_data, Dataset) or isinstance(training_data, IterableDataset):
         return
     samples = len(training_data)  # type: ignore[arg-type]  # Dataset does not declare __len__
     if samples < config.batch.train:
         log.warning(
-            "`len(training_data)` is %d, less than the `train_batch_size` of %d, so each batch "
+            "`len(training_data)` (%d) is smaller than `train_batch_size` (%d), so each batch "
             "repeats samples; reduce `train_batch_size`",
             samples,
             config.batch.train,

@@ -1,9 +1,9 @@
 """Run a module of onecycle without importing anything from the working directory.
 
 ``python -m`` puts the working directory first on ``sys.path``. If a project has its own
-``engine.py``, ``python -m engine.launch.agent`` would import that file. Python 3.11 has the option
-``-P`` to prevent this; Python 3.10 does not. ``python -m onecycle.isolated engine.launch.agent``
-works with both versions.
+``engine.py``, ``python -m engine.launch.agent`` would import that file. Python's option ``-P``
+prevents this, but it also hides a checkout of onecycle that is not installed.
+``python -m onecycle.isolated engine.launch.agent`` finds the checkout.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ def run_isolated(module: str) -> None:
     Args:
         module: full name of the module. Its arguments are ``sys.argv[1:]``.
     """
-    is_removed_by_python = getattr(sys.flags, "safe_path", False)  # new in Python 3.11
     # Keep the working directory if it is a checkout of onecycle, which may not be installed.
-    if not is_removed_by_python and sys.path[0] != ROOT:
+    if not sys.flags.safe_path and sys.path[0] != ROOT:
         del sys.path[0]
     import_engine()  # raises an error if, for example, PYTHONPATH leads to an `engine.py`
     runpy.run_module(module, run_name="__main__", alter_sys=True)

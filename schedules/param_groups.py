@@ -42,7 +42,7 @@ class Slot:
         self.key = key
 
     def get(self, group: Group) -> Any:
-        """Return the hyperparameter's value in a param group, which is a number or a tensor."""
+        """Return the hyperparameter's value in a param group, a number or a tensor."""
         return group[self.key]
 
     def put(self, group: Group, value: Any) -> None:
@@ -59,7 +59,7 @@ class Slot:
         if not isinstance(value, int | float | torch.Tensor):
             raise ValueError(  # noqa: TRY004  # it is a value of the optimizer
                 f"`{self.key}` of each param group must be a number, got {value}. Set it in the "
-                "optimizer, or attach no schedule if the optimizer itself chooses the value."
+                "optimizer. If the optimizer itself chooses the value, remove the schedule."
             )
         return float(value)
 
@@ -73,7 +73,7 @@ class Slot:
             self.put(group, value)
 
     def holds(self, group: Group, value: float) -> bool:
-        """Return whether a param group already has nearly the same value as `write` would write."""
+        """Return whether a param group already has the value to write, apart from rounding."""
         current = self.get(group)
         if isinstance(current, torch.Tensor):
             value = torch.tensor(value, dtype=current.dtype).item()
@@ -207,7 +207,7 @@ class RangeWriter:
         self.start = step
         """First step of the range; an earlier one may be in another piece of a curve."""
         self.end = min(piece.end for piece in found.values())
-        """End of the range (exclusive), where the formula of a curve changes."""
+        """End of the range (exclusive). The formula of a curve changes at this step."""
         self.step = step
         """Step of the values that were written last."""
         self.num_groups = len(groups)
@@ -329,7 +329,7 @@ class RangeWriter:
         """Return the coefficients of all curves, if all curves are linear in the same range.
 
         An example is 1Cycle with Adam. In this case, `write` computes ``(step - origin) / steps``
-        once for all groups, which is faster than evaluating two formulas per group.
+        once for all groups. A single quotient is faster than two formulas per group.
 
         Returns:
             The origin, the number of steps, and one row per group. A row contains the initial

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from schedules.core.curves import Curve
 from schedules.core.durations import Horizon
+from schedules.core.extras import require_package
 from schedules.core.registry import from_config
 from schedules.core.schedule import Schedule
 from schedules.core.trace import complete_base
@@ -16,11 +17,36 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["LABELS", "build_figure", "find_phases", "group_by_panel", "name_columns", "plot"]
+__all__ = [
+    "LABELS",
+    "STYLE",
+    "build_figure",
+    "find_phases",
+    "group_by_panel",
+    "name_columns",
+    "plot",
+]
 
 LABELS = {"lr": "learning rate", "momentum": "momentum", "weight_decay": "weight decay"}
 LINE_STYLES = ("-", "--", "-.", ":")
-_LOG_PANELS = ("lr",)
+STYLE: dict[Any, Any] = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "axes.xmargin": 0.01,
+    "figure.titlesize": 12,
+    "font.size": 10,
+    "grid.alpha": 0.3,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.6,
+}
+"""Settings of matplotlib for all figures. The colors are those of the user."""
+
+_WIDTH = 7.2  # inches: a figure is readable at its natural size in a column of text
+_LR_PANELS = ("lr",)
+_SWEEP = 100.0  # ratio of the learning rates at the ends of a sweep, from which its axis is log
+_CHARACTER = 0.013  # width of a character of a phase label, as a fraction of the panel's width
 _MAX_EXACT = 100_000
 
 
@@ -29,12 +55,12 @@ def plot(
     steps: int | None = None,
     base: Mapping[str, float | Iterable[float]] | None = None,
     horizon: Horizon | None = None,
-    log: bool = False,
+    log: bool | None = None,
 ) -> Figure:
     """Plot one schedule, or compare several, and return the matplotlib figure.
 
-    The figure has one panel per hyperparameter. A notebook displays it. In a script, save it with
-    ``figure.savefig("schedule.png")``.
+    The figure has one panel per hyperparameter. Notebooks display the figure. In a script, save it
+    with ``figure.savefig("schedule.png")``.
 
     Args:
         *schedules: schedules, or ``{"type": …, "params": {…}}`` blocks.
@@ -44,7 +70,8 @@ def plot(
             param group. Defaults to a single group with learning rate 0.1, momentum 0.9 and weight
             decay 0.
         horizon: length of the run, used to convert time strings to steps and to scale durations.
-        log: whether the axis of the learning rate is logarithmic. Zeros are then not drawn.
+        log: whether the axis of the learning rate is logarithmic. Zeros are then not drawn. By
+            default, the axis is logarithmic only for an exponential sweep.
 
     Raises:
         ValueError: no schedule is passed, a schedule is invalid or requires the length of the run,
@@ -61,7 +88,10 @@ def plot(
     known = horizon.scaled_steps if horizon is not None else None
     count = steps or int(known or max(each.resolve(horizon).span for each in built))
     if not 1 <= count <= _MAX_EXACT:
-        raise ValueError(f"`steps` must be from 1 to {_MAX_EXACT:,}, got {count:,}. Set `steps`.")
+        raise ValueError(
+            f"`steps` must be from 1 to {_MAX_EXACT:,}, got {count:,}. Set `steps` to a value in "
+            "this range."
+        )
     initial = complete_base(base)
     curves: dict[str, Curve] = {}
     sources: dict[str, str] = {}
@@ -122,7 +152,7 @@ def group_by_panel(columns: Iterable[str]) -> dict[str, list[str]]:
 
 
 def find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) -> dict[int, str]:
-    """Return the phases of a panel's curve, as a dict from first step to phase name.
+    """Return a dict from the first step of each phase of a panel's curve to the phase's name.
 
     Return an empty dict if the panel shows several curves, or if ``curves`` does not contain the
     curve.
@@ -136,7 +166,7 @@ def find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) -
 def choose_styles(
     columns: Iterable[str], sources: Mapping[str, str] | None = None
 ) -> dict[str, tuple[int, int]]:
-    """Return the color and the line style of each column, as a pair of indices.
+    """Return the indices of each column's color and line style.
 
     The columns of a schedule have the same color in all panels, and its param groups have different
     line styles. Without ``sources``, each param group has a color.
@@ -161,8 +191,44 @@ def keep_positive(values: Iterable[float]) -> list[float]:
 
 
 def is_log_panel(panel: str, columns: Iterable[Sequence[float]]) -> bool:
-    """Return whether a panel can have a logarithmic axis: it shows positive learning rates."""
-    return panel in _LOG_PANELS and any(value > 0 for values in columns for value in values)
+    """Return whether a panel shows positive learning rates, so that its axis can be logarithmic."""
+    return panel in _LR_PANELS and any(value > 0 for values in columns for value in values)
+
+
+def is_sweep(values: Sequence[float]) -> bool:
+    """Return whether values increase exponentially, by a factor of at least 100.
+
+    >>> is_sweep([1e-5, 1e-4, 1e-3, 1e-2]), is_sweep([1e-4, 4e-3, 7e-3, 1e-2])
+    (True, False)
+    """
+    first, middle, last = values[0], values[(len(values) - 1) // 2], values[-1]
+    if not 0 < _SWEEP * first <= last < math.inf or list(values) != sorted(values):
+        return False
+    position = (len(values) - 1) // 2 / (len(values) - 1)
+    return abs(math.log(middle / first) / math.log(last / first) - position) < 0.05
+
+
+def trace_line(
+    steps: Sequence[int], values: Sequence[float]
+) -> tuple[Sequence[int], Sequence[float]]:
+    """Return the points of the line through values, with vertical edges between stairs.
+
+    A stair is a value that is held for several steps. Ramps are straight lines.
+
+    >>> trace_line([0, 1, 2, 3], [0.1, 0.1, 0.2, 0.2])
+    ([0, 1, 2, 2, 3], [0.1, 0.1, 0.1, 0.2, 0.2])
+    >>> trace_line([0, 1, 2], [0.1, 0.2, 0.3])
+    ([0, 1, 2], [0.1, 0.2, 0.3])
+    """
+    xs, ys = [], []
+    for index, (step, value) in enumerate(zip(steps, values, strict=True)):
+        is_edge = index > 1 and values[index - 2] == values[index - 1] != value
+        if is_edge and values[min(index + 1, len(values) - 1)] == value:
+            xs.append(step)
+            ys.append(values[index - 1])
+        xs.append(step)
+        ys.append(value)
+    return xs, ys
 
 
 def build_figure(
@@ -172,7 +238,7 @@ def build_figure(
     steps: Sequence[int] | None = None,
     curves: Mapping[str, Curve] | None = None,
     sources: Mapping[str, str] | None = None,
-    log: bool = False,
+    log: bool | None = None,
     extra_panels: int = 0,
 ) -> tuple[Figure, list[Axes]]:
     """Plot columns against the step, with one panel per hyperparameter.
@@ -184,32 +250,34 @@ def build_figure(
         curves: curve of each column; its phases, such as the warmup, are labeled in the plot.
         sources: schedule that each column belongs to, if several schedules are compared. All
             columns of a schedule have the same color.
-        log: whether the axis of the learning rate is logarithmic.
+        log: whether the axis of the learning rate is logarithmic (default: only for an exponential
+            sweep).
         extra_panels: number of empty panels to add below.
 
     Returns:
         The figure and its panels, from top to bottom.
     """
+    require_package("matplotlib", "A plot")
+    import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     panels = group_by_panel(columns)
     count = len(panels) + extra_panels
-    figure = Figure(figsize=(8, 1.2 + 2.0 * count), layout="constrained")
-    axes = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
-    styles = choose_styles(columns, sources)
-    for axis, (name, panel) in zip(axes, panels.items(), strict=False):
-        _draw_panel(axis, name, {each: columns[each] for each in panel}, styles, steps, log=log)
-        end = len(columns[panel[0]]) if steps is None else steps[-1] + 1
-        for start, phase in find_phases(curves or {}, panel, end).items():
-            axis.axvline(start, color="gray", linestyle=":", linewidth=0.8)
-            position = ((start, 1.0), axis.get_xaxis_transform())
-            axis.annotate(
-                phase, position[0], (3, 2), position[1], "offset points", fontsize=7, color="gray"
-            )
-    axes[-1].set_xlabel("step (k)")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle(title, parse_math=False)  # file names can contain $
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(_WIDTH, 1.0 + 1.9 * count), layout="constrained")
+        axes = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
+        styles = choose_styles(columns, sources)
+        labeled: dict[int, str] = {}
+        for axis, (name, panel) in zip(axes, panels.items(), strict=False):
+            _draw_panel(axis, name, {each: columns[each] for each in panel}, styles, steps, log=log)
+            last = len(columns[panel[0]]) - 1 if steps is None else steps[-1]
+            phases = find_phases(curves or {}, panel, last + 1)
+            _mark_phases(axis, phases, last, is_labeled=phases != labeled)
+            labeled = phases
+        axes[-1].set_xlabel("step")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.suptitle(title, parse_math=False)  # file names can contain $
     return figure, axes
 
 
@@ -220,24 +288,44 @@ def _draw_panel(
     styles: Mapping[str, tuple[int, int]],
     steps: Sequence[int] | None,
     *,
-    log: bool,
+    log: bool | None,
 ) -> None:
+    if log is None:
+        log = all(map(is_sweep, columns.values()))
     is_log = log and is_log_panel(name, columns.values())
     for column, values in columns.items():
         color, style = styles[column]
-        # Values are constant during a step, so the plot is a staircase.
+        drawn = keep_positive(values) if is_log else values
         axis.plot(
-            range(len(values)) if steps is None else steps[: len(values)],
-            keep_positive(values) if is_log else values,
-            drawstyle="steps-post",
-            linewidth=1.2,
+            *trace_line(range(len(values)) if steps is None else steps[: len(values)], drawn),
             color=f"C{color % 10}",
             linestyle=LINE_STYLES[style % len(LINE_STYLES)],
             label=column.partition(".")[2],
         )
     if is_log:
         axis.set_yscale("log")
+    elif name in _LR_PANELS and (top := axis.get_ylim()[1]) > 0:
+        axis.set_ylim(bottom=min(axis.get_ylim()[0], -0.03 * top))  # show the distance from 0
     axis.set_ylabel(LABELS.get(name, name))
-    axis.grid(alpha=0.3)
     if len(columns) > 1:
-        axis.legend(fontsize="small")
+        axis.legend()
+
+
+def _mark_phases(axis: Axes, phases: Mapping[int, str], last: int, *, is_labeled: bool) -> None:
+    """Mark the first step of each phase, and write its name above the panel.
+
+    Names that would overlap are in separate rows.
+    """
+    ends: list[float] = []  # where the last name of each row ends
+    for start, name in phases.items():
+        axis.axvline(start, color="gray", linestyle=":", linewidth=0.9)
+        if not is_labeled:
+            continue
+        left = start / max(1, last)
+        row = next((row for row, end in enumerate(ends) if end < left), len(ends))
+        ends[row : row + 1] = [left + _CHARACTER * (len(name) + 2)]
+        position = ((start, 1.0), axis.get_xaxis_transform())
+        offset = (2, 3 + 12 * row)
+        axis.annotate(
+            name, position[0], offset, position[1], "offset points", fontsize=9, color="dimgray"
+        )

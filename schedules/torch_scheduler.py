@@ -1,4 +1,4 @@
-"""`attach`, which attaches a schedule to an optimizer, and `ScheduleBinder`, which it returns."""
+"""Attach a schedule to an optimizer with `attach`, which returns a `ScheduleBinder`."""
 
 from __future__ import annotations
 
@@ -98,12 +98,15 @@ def _build_per_group(schedules: Mapping[Any, Any], optimizer: Optimizer) -> PerG
         twice = [index for index in indices if index in found]
         if twice:
             raise ValueError(
-                f"`schedule` must have one schedule per param group, but {key!r} is param group "
-                f"{twice[0]}, which has one already. Remove one of the two keys."
+                "`schedule` must have at most one schedule per param group, got two for param "
+                f"group {twice[0]}, the second under the key {key!r}. Remove one of the two keys."
             )
         found |= dict.fromkeys(indices, _build(schedule, {}))
     if not found:
-        raise ValueError("`schedule` must not be empty. Pass a schedule for a param group.")
+        raise ValueError(
+            "`schedule` must map at least one param group to a schedule, got an empty dict. Add a "
+            "schedule."
+        )
     return PerGroup(schedulers=tuple(found.get(index) for index in range(len(groups))))
 
 

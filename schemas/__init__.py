@@ -1,4 +1,4 @@
-"""JSON schemas of the config, of its sections, and of the schedules.
+"""Provide the JSON schemas of the config, its sections and the schedules.
 
 ``schedulers/`` is generated from the dataclasses of the package `schedules`, and ``editor/`` from
 all other schemas. The other files are written by hand. In addition to the keywords of JSON Schema,

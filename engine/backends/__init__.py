@@ -22,10 +22,11 @@ __all__ = ["build", "find_data_shard", "find_deepspeed_need"]
 
 
 def find_deepspeed_need(model: nn.Module, **arguments: Any) -> str | None:
-    """Return a noun phrase for a feature that needs DeepSpeed; None if the run has no such feature.
+    """Return a description of a feature that requires DeepSpeed, or None.
 
-    Only DeepSpeed supports ``arguments``, so the feature is the first argument that is not None. If
-    all of them are None, the feature is a part of the model that only DeepSpeed supports.
+    The feature is the first argument in ``arguments`` that is not None. If all arguments are None,
+    the feature is a part of the model that only DeepSpeed supports. If the model does not contain
+    such a part, return None.
     """
     given = [f"the argument `{name}`" for name, value in arguments.items() if value is not None]
     return given[0] if given else find_model_parallelism(model)
@@ -46,8 +47,8 @@ def build(
     Args:
         model: module to train. It is moved to the rank's device. If the config requires it, the
             module is compiled, sharded or set up for activation checkpointing.
-        optimizer: the user's optimizer, or a function that takes the parameters and returns one;
-            if None, the config's optimizer is used.
+        optimizer: the user's optimizer, or a function that takes the parameters and returns an
+            optimizer; if None, the config's optimizer is used.
         config: a validated config.
         ranks: rank, world size and device of this process.
         parameters: parameters or param groups to train, as `divide_parameters` returns them; if
@@ -56,9 +57,9 @@ def build(
         mesh_param: shape of the device mesh; DeepSpeed only.
 
     Raises:
-        ValueError: the model, parameters, optimizer and config are incompatible, or the model or
-            an argument needs the DeepSpeed backend.
-        ImportError: the config needs DeepSpeed, which is not installed.
+        ValueError: the model, parameters, optimizer and config are incompatible, or the model or an
+            argument requires the DeepSpeed backend.
+        ImportError: the config requires DeepSpeed, but DeepSpeed is not installed.
     """
     check_stages(model, config)
     groups = None if parameters is None else list(parameters)

@@ -1,4 +1,4 @@
-"""The base class of the backends, which run the model and the optimizer for the engine."""
+"""Base class of the backends. A backend runs the model and the optimizer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def compute_norm(gradients: list[Tensor]) -> float:
     if not gradients:
         return 0.0
     # torch's clip_grad_norm_ also uses this private kernel, but takes twice as long.
-    norms = torch._foreach_norm(gradients)  # noqa: SLF001  # the function has no public name
+    norms = torch._foreach_norm(gradients)  # noqa: SLF001  # private in torch
     norm = float(torch.linalg.vector_norm(torch.stack(norms)))
     if math.isinf(norm):  # the squares of large gradients overflow in float32
         wide = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in gradients]
@@ -59,13 +59,13 @@ def get_gradient(parameter: Tensor) -> Tensor:
 
 
 class Backend(ABC):
-    """Base class for backends, which run the model and the optimizer on this rank."""
+    """Base class for backends. A backend runs the model and the optimizer on this rank."""
 
     ranks: Ranks
     model: nn.Module
     """The user's module, unwrapped, on this rank's device."""
     optimizer: Optimizer
-    """The optimizer whose param groups the schedule changes."""
+    """The optimizer that the schedule controls."""
     basic_optimizer: Optimizer
     """The underlying torch optimizer, unwrapped."""
     num_parameters: int
@@ -101,13 +101,13 @@ class Backend(ABC):
         """
 
     def _move_inputs(self, *inputs: Any) -> Any:
-        """Return a model's inputs, moved to this rank's device, as DDP and FSDP do."""
+        """Move a model's inputs to this rank's device, like DDP and FSDP."""
         if self.ranks.device.type == "cpu":
             return inputs
         return move_to_device(inputs, self.ranks.device)
 
     def prepare_backward(self, *, is_last: bool) -> None:  # noqa: B027  # most backends do not need it
-        """Prepare for a ``loss.backward()`` call that the script may make after a forward pass.
+        """Prepare for a ``loss.backward()`` call in the script.
 
         Args:
             is_last: whether gradients should be averaged across ranks during the backward pass.
@@ -121,9 +121,9 @@ class Backend(ABC):
 
         Args:
             loss: scalar tensor that requires grad.
-            accumulation: number of micro-batches per step, by which the loss is divided.
-            is_last: whether the engine's next `step` runs the optimizer. If it does, gradients
-                should be averaged across ranks during this backward pass.
+            accumulation: number of micro-batches per step. The loss is divided by this number.
+            is_last: whether this pass is the last backward pass before the optimizer step. If true,
+                gradients should be averaged across ranks during this pass.
             retain_graph: whether to keep the graph for another backward pass.
         """
 
@@ -165,7 +165,7 @@ class Backend(ABC):
     def has_gradients(self) -> bool:
         """Return whether any trained parameter has a gradient.
 
-        Return True if the backend cannot determine this.
+        A backend that cannot determine the answer returns True.
         """
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
@@ -187,7 +187,7 @@ class Backend(ABC):
     @property
     @abstractmethod
     def loss_scale(self) -> float:
-        """The factor by which the next backward pass multiplies the loss."""
+        """The loss scale of the next backward pass."""
 
     def mean(self, value: float) -> float:
         """Return the mean of a number over all ranks. Every rank must call this method."""
@@ -240,7 +240,7 @@ class Backend(ABC):
             optimizer: whether to restore the optimizer and the loss scale.
             strict: whether the model must have all saved parameters.
             frozen: whether the checkpoint includes the parameters that do not require gradients. If
-                it does not, these parameters keep their values.
+                false, these parameters keep their values.
 
         Raises:
             CheckpointError: the checkpoint does not match the model.
@@ -271,12 +271,12 @@ class Backend(ABC):
 
     @abstractmethod
     def describe(self) -> tuple[str, str]:
-        """Return two phrases for the log: how the backend uses the ranks, and its precision."""
+        """Return a description of the parallelism and one of the precision, for the log."""
 
     def get_attribute(self, name: str) -> Any:
         """Return an attribute that the training engine does not define itself.
 
-        By default, this is the model's attribute of that name.
+        The default implementation returns the model's attribute of the same name.
 
         Raises:
             AttributeError: the attribute does not exist.
@@ -296,7 +296,9 @@ class DeferringBackend(Backend):
 
     @abstractmethod
     def start_step(self, loss: Tensor | None, *, divide_by: int = 1) -> None:
-        """Start a step whose outcome `finish_step` reads. Requires `deferred`.
+        """Start a step without waiting for its result. `deferred` must not be None.
+
+        Call `finish_step` to get the result.
 
         Args:
             loss: mean loss of the step on this rank, or None.

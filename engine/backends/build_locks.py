@@ -1,9 +1,9 @@
 """Find the lock files of C++ extension builds, including stale locks of killed processes.
 
-DeepSpeed compiles its ops with `torch.utils.cpp_extension`, which creates the file ``lock`` in the
-build directory of the op and removes it afterwards. While that file exists, every run that needs
-the op waits, without logging a message. The locks of `torch.compile` need no check, because the
-operating system releases them when the process that holds them ends.
+DeepSpeed compiles its ops with `torch.utils.cpp_extension`. During a build, the build directory of
+the op contains the file ``lock``. While the file exists, every run that needs the op waits
+silently. The locks of `torch.compile` need no check, because the operating system releases them
+when the process that holds them ends.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ log = logging.getLogger("onecycle")
 
 
 class BuildLock(NamedTuple):
-    """A lock file in a build directory, and the process that has the file open."""
+    """A lock file in a build directory, and the process that holds it open."""
 
     path: Path
     holder: int | None
-    """Process of this host that has the lock open; None if no visible process does."""
+    """ID of the process that holds the lock; None if no visible process of this host holds it."""
 
     def __str__(self) -> str:
         op = self.path.parent.name
@@ -57,13 +57,13 @@ def find_build_locks() -> list[BuildLock]:
 
 
 def log_build_locks() -> None:
-    """Log each lock file, as an error if no process has it open, otherwise as a warning."""
+    """Log an error for each stale lock file and a warning for each other lock file."""
     for lock in find_build_locks():
         log.log(logging.ERROR if lock.holder is None else logging.WARNING, "%s", lock)
 
 
 def _find_holder(path: Path) -> int | None:
-    """Return the ID of a process that has a file open; None if no process of this user does."""
+    """Return the ID of a process of this user that holds a file open, or None."""
     wanted = path.resolve()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):  # the file was closed, or its process ended

@@ -1,4 +1,4 @@
-"""The DeepSpeed backend, which trains with DeepSpeed's engine."""
+"""The DeepSpeed backend. It trains with DeepSpeed's engine."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class DeepSpeedBackend(Backend):
 
     Args:
         model: the user's module.
-        optimizer: the user's optimizer, or a function that takes the parameters and returns one;
-            if None, the config's optimizer is used.
+        optimizer: the user's optimizer, or a function that takes the parameters and returns an
+            optimizer; if None, the config's optimizer is used.
         config: a validated config.
         ranks: rank, world size and device of this process. Even a single process needs an
             initialized process group.
@@ -132,10 +132,10 @@ class DeepSpeedBackend(Backend):
             self.engine.set_gradient_accumulation_boundary(is_last)
 
     def _start_backward(self, *, is_last: bool) -> None:
-        """Check the order of the passes, and set whether this backward pass ends a step.
+        """Check the order of the passes, and mark the last backward pass of a step.
 
-        DeepSpeed needs this information only if it manages gradient accumulation. Otherwise, it
-        reduces all gradients in its optimizer step.
+        The mark has an effect only if DeepSpeed manages gradient accumulation. If not, DeepSpeed
+        reduces all gradients in the optimizer step.
         """
         self._order.check(is_last=is_last and self._is_managed)
         if self._is_managed:
@@ -205,8 +205,8 @@ class DeepSpeedBackend(Backend):
     def _are_gradients_finite(self) -> bool:
         """Return whether the gradients of all ranks are finite.
 
-        Without ZeRO, DeepSpeed does not check this. If every rank has the same weights, the norm
-        of the gradients is also stored in ``grad_norm``.
+        Without ZeRO, DeepSpeed does not check the gradients. If every rank has the same weights,
+        this method also stores the gradient norm in ``grad_norm``.
         """
         parameters = (p for g in self.optimizer.param_groups for p in g["params"])
         norm = compute_norm([get_gradient(p) for p in parameters if p.grad is not None])
@@ -217,14 +217,14 @@ class DeepSpeedBackend(Backend):
 
     def _guard_pipeline(self) -> None:
         """Skip the optimizer step of a pipeline if its gradients are not finite."""
-        take_step = self.engine._take_model_step  # noqa: SLF001  # it has no public name
+        take_step = self.engine._take_model_step  # noqa: SLF001  # private in DeepSpeed
 
         def take_finite_step(*args: Any) -> None:
             if hasattr(self.engine.optimizer, "overflow") or self._are_gradients_finite():
                 take_step(*args)
             else:
                 self._skip_step()
-                self.engine._step_applied = False  # noqa: SLF001  # it has no public name
+                self.engine._step_applied = False  # noqa: SLF001  # private in DeepSpeed
 
         self.engine._take_model_step = take_finite_step  # noqa: SLF001
 
@@ -305,7 +305,8 @@ class DeepSpeedBackend(Backend):
     ) -> None:
         strict &= frozen
         optimizer &= self.engine.basic_optimizer is not None
-        # At stage 3, all ranks must read their weights together, so no check may fail before that.
+        # At stage 3, all ranks must read their weights together, so no check may fail before the
+        # read.
         checks_files = optimizer and self._layout is not None
         own = read_weights(self.engine) if checks_files else {}
         with report_damage_on_all_ranks(checkpoint_dir, self.ranks):
@@ -344,8 +345,8 @@ class DeepSpeedBackend(Backend):
     def _load_only_weights(self, files: DeepSpeedFiles, *, strict: bool) -> None:
         """Load the weights and the step counters of a checkpoint, but not the optimizer's state.
 
-        DeepSpeed's own method is not used here, because it would load the weights of the newest tag
-        instead of those of this checkpoint.
+        DeepSpeed's own method is not suitable, because it loads the weights of the newest tag
+        instead of the weights of this checkpoint.
         """
         with report_damage_on_all_ranks(files.directory, self.ranks):
             found = files.find_weights()
@@ -363,7 +364,8 @@ class DeepSpeedBackend(Backend):
         self.engine.load_module_state_dict(
             {"module": weights}, strict=strict, custom_load_fn=load_fn, fetch_z3_params=True
         )
-        # The next step would overwrite the weights with the optimizer's copies of the old ones.
+        # Without a refresh, the next step would overwrite the weights with the optimizer's old
+        # copies.
         if hasattr(self.optimizer, "refresh_fp32_params"):
             self.optimizer.refresh_fp32_params()
         elif self._config.zero_stage == 3 and self._trains:

@@ -32,7 +32,7 @@ __all__ = [
 
 @contextlib.contextmanager
 def report_damage_on_all_ranks(checkpoint_dir: Path, ranks: Ranks) -> Iterator[None]:
-    """Raise an exception on all ranks if the ``with`` block raises one on any rank.
+    """Raise an exception on all ranks if the ``with`` block fails on any rank.
 
     Args:
         checkpoint_dir: directory of the checkpoint, for the error message.
@@ -54,10 +54,10 @@ def read_scaler(path: Path, scaler: Any) -> Any:
 
     Args:
         path: file with the state.
-        scaler: ``GradScaler`` of this run; None if it has none.
+        scaler: ``GradScaler`` of this run, or None.
 
     Returns:
-        The state; None if there is no file or no scaler.
+        The state; None if the file does not exist or ``scaler`` is None.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -75,8 +75,8 @@ def refuse_pickled_code() -> Iterator[None]:
     """Inside this context, reject checkpoint files that could run code when DeepSpeed loads them.
 
     Only tensors, plain Python values and instances of DeepSpeed's own classes are unpickled.
-    Without this context, DeepSpeed calls ``torch.load`` with ``weights_only=False``, and none of
-    its settings changes this.
+    Without this context, DeepSpeed calls ``torch.load`` with ``weights_only=False``. DeepSpeed has
+    no setting to change this argument.
 
     Raises:
         CheckpointError: a file contains an object of another class.
@@ -92,13 +92,12 @@ def refuse_pickled_code() -> Iterator[None]:
 
 @contextlib.contextmanager
 def set_format(engine: Any, files: DeepSpeedFiles) -> Iterator[None]:
-    """Inside this context, set DeepSpeed's engine to the format of the checkpoint.
+    """Inside this context, set the checkpoint format that DeepSpeed's engine loads.
 
     A checkpoint is either in the sharded format that DeepSpeed saves, or in its universal format.
 
     Raises:
-        CheckpointError: the checkpoint is universal, but the key ``checkpoint.load_universal`` is
-            not true.
+        CheckpointError: the checkpoint is universal, but ``checkpoint.load_universal`` is not true.
     """
     if files.is_universal and not engine.load_universal_checkpoint():
         raise CheckpointError(
@@ -154,7 +153,7 @@ def check_sharding(files: DeepSpeedFiles, zero_stage: int, world_size: int) -> N
 
 @contextlib.contextmanager
 def keep_implementation(optimizer: Optimizer) -> Iterator[None]:
-    """Inside this context, keep settings such as ``fused`` when a PyTorch optimizer loads a state.
+    """Keep settings such as ``fused`` when a PyTorch optimizer loads a state in this context.
 
     The state may come from another implementation of the optimizer. In the state of DeepSpeed's
     FusedAdam, the param groups lack these settings, and step counts are integers instead of

@@ -1,8 +1,8 @@
 """Build the config that is passed to DeepSpeed.
 
-This config is the user's config without onecycle's own keys. In each of its sections, missing keys
-are set to their defaults. DeepSpeed's defaults change between versions, so only explicit values
-ensure that DeepSpeed runs exactly the config that was validated.
+The result is the user's config without onecycle's own keys. Missing keys in each section are set to
+their defaults. DeepSpeed's defaults change between versions, so only explicit values ensure that
+DeepSpeed runs exactly the config that was validated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine.config.schema import (
 
 __all__ = ["build_deepspeed_config"]
 
-# Keys that DeepSpeed does not know, or that this library handles instead of DeepSpeed.
+# Keys that DeepSpeed does not support, or that onecycle handles instead of DeepSpeed.
 _ENGINE_KEYS = (
     "$schema",
     "csv_monitor",
@@ -61,7 +61,7 @@ def build_deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[st
         own["zero_optimization"] = {"stage": config.zero_stage}
     elif zero is not None:
         own["zero_optimization"] = {key: each for key, each in zero.items() if each != "auto"}
-    # Do not add missing sections: some take effect just by being present.
+    # Do not add missing sections, because the presence of some sections has an effect.
     settings = to_nested_dict(
         member
         for member in walk(own, schemas.read(SCHEMA), fill=_fill)

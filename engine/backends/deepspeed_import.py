@@ -1,4 +1,4 @@
-"""Import DeepSpeed, and disable an op that would take minutes to compile in the first CPU run."""
+"""Import DeepSpeed without compiling an op that takes minutes in the first CPU run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def import_for_config() -> Any:
         return import_deepspeed()
     except ImportError as error:
         raise ImportError(
-            f"This config needs DeepSpeed, which cannot be imported: {error}. Run `pip install "
-            'deepspeed`, or set "engine": {"backend": "torch"} and remove the keys that only '
-            "DeepSpeed supports."
+            f"This config needs DeepSpeed, but importing DeepSpeed failed: {error}. Run `pip "
+            'install deepspeed`, or set "engine": {"backend": "torch"} and remove the keys that '
+            "only DeepSpeed supports."
         ) from error

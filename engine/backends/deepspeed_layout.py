@@ -1,4 +1,4 @@
-"""Check that a checkpoint fits the model and the optimizer, before DeepSpeed loads any of it.
+"""Check that a checkpoint fits the model and the optimizer before DeepSpeed loads it.
 
 DeepSpeed loads the weights first. If the rest of the checkpoint does not fit, loading fails only
 after the model has changed. With ZeRO stage 3, DeepSpeed copies saved weights into parameters even
@@ -90,27 +90,35 @@ class Layout:
         check_weights(files.directory, own, saved, strict=strict)
         if optimizer and groups is not None and groups != self._groups:
             counts, own_counts = ([len(g) for g in each] for each in (groups, self._groups))
+            problem = (
+                "the shapes of the parameters differ"
+                if counts == own_counts
+                else f"the numbers of parameters in the param groups are {counts} in the "
+                f"checkpoint and {own_counts} in this run"
+            )
             raise CheckpointError(
-                f"{files.directory} does not match the optimizer: the numbers of parameters in the "
-                f"param groups are {counts} in the checkpoint and {own_counts} in this run. If "
-                f"these numbers are equal, the shapes of the parameters differ. {_FIX}"
+                f"{files.directory} does not match the optimizer: {problem}. {_FIX}"
             )
         if optimizer and groups is None and not files.is_universal:
             self._check_groups(files)
 
     def _check_groups(self, files: DeepSpeedFiles) -> None:
-        """Check the param groups of a checkpoint for which `write` was not called."""
+        """Check the param groups of a checkpoint that does not contain ``layout.json``."""
         groups, shapes = files.find_param_groups(), files.get_trained_shapes()
         own_shapes = sorted(shape for group in self._groups for shape in group)
-        if len(groups) != len(self._groups) or shapes not in (None, own_shapes):
+        if len(groups) != len(self._groups):
             raise CheckpointError(
                 f"{files.directory} does not match the optimizer: the number of param groups is "
-                f"{len(groups)} in the checkpoint and {len(self._groups)} in this run. If these "
-                f"numbers are equal, the shapes of the trained parameters differ. {_FIX}"
+                f"{len(groups)} in the checkpoint and {len(self._groups)} in this run. {_FIX}"
+            )
+        if shapes not in (None, own_shapes):
+            raise CheckpointError(
+                f"{files.directory} does not match the optimizer: the shapes of the trained "
+                f"parameters differ. {_FIX}"
             )
 
     def _read_weights(self, *, frozen: bool) -> dict[str, Tensor]:
-        """Return a meta tensor for each weight, with its shape and dtype, keyed by its name."""
+        """Return a meta tensor with the shape and dtype of each weight, by name."""
         return {
             name: torch.empty(_get_shape(value), dtype=value.dtype, device="meta")
             for name, value in self._model.state_dict(keep_vars=True).items()

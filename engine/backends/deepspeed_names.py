@@ -1,4 +1,4 @@
-"""Look up settings of a run by the names that they have in DeepSpeed's engine.
+"""Look up settings of a run by their names in DeepSpeed's engine.
 
 Scripts written for DeepSpeed read settings from its engine, for example with
 ``engine.zero_optimization_stage()``.
@@ -36,7 +36,7 @@ _KEYS: Mapping[str, tuple[str, Any]] = {
     "torch_autocast_enabled": ("/torch_autocast/enabled", False),
     "zero_allow_untested_optimizer": ("/zero_allow_untested_optimizer", False),
 }
-"""DeepSpeed's methods that return the value of a key: its JSON pointer, and its default."""
+"""JSON pointer and default of the key that each of these DeepSpeed methods returns."""
 
 _SETTINGS: Mapping[str, Callable[[Config], Any]] = {
     "dynamic_loss_scale": lambda config: _read(config, "/fp16/loss_scale", 0) == 0,
@@ -51,7 +51,7 @@ _SETTINGS: Mapping[str, Callable[[Config], Any]] = {
     "zero_optimization_partition_gradients": lambda config: config.zero_stage >= 2,
     "zero_optimization_partition_weights": lambda config: config.zero_stage == 3,
 }
-"""DeepSpeed's methods that return another setting, as functions of the config."""
+"""Functions of the config that return the results of further DeepSpeed methods."""
 
 _WITHOUT_PARALLELISM = {
     "has_moe_layers": False,
@@ -77,7 +77,7 @@ _ONLY_DEEPSPEED = frozenset(
     zero_reduce_scatter zero_use_cpu_optimizer
     """.split()  # noqa: SIM905  # readable at a glance, unlike a column of strings
 )
-"""Attributes of DeepSpeed's engine that have no counterpart with the torch backend."""
+"""Attributes of DeepSpeed's engine that the torch backend does not support."""
 
 
 def find_attribute(backend: Backend, config: Config, name: str) -> Any:
@@ -106,7 +106,7 @@ def find_attribute(backend: Backend, config: Config, name: str) -> Any:
 
 
 def find_setting(config: Config, name: str) -> Any:
-    """Return a setting of the config by the name that it has in DeepSpeed's engine.
+    """Return a config setting by its name in DeepSpeed's engine.
 
     If DeepSpeed's engine has a method of this name, return a function without arguments that
     returns the setting.

@@ -22,17 +22,19 @@ def prepare_optimizer(
     config: Config,
     parameters: list[Any] | None,
 ) -> tuple[Optimizer | OptimizerFactory | None, list[Any] | None, list[Any]]:
-    """Build the config's optimizer if PyTorch has it, and divide experts into param groups.
+    """Build the config's optimizer if PyTorch has it, and put experts into separate param groups.
 
     Args:
         model: the user's module.
-        optimizer: the user's optimizer, or a function that takes the parameters and returns one.
+        optimizer: the user's optimizer, or a function that takes the parameters and returns an
+            optimizer.
         config: a validated config.
         parameters: tensors or param groups to train; if None, all that require gradients.
 
     Returns:
-        The optimizer, or None if DeepSpeed builds the config's optimizer or nothing is trained; the
-        parameters for ``deepspeed.initialize``; and the tensors or param groups that are trained.
+        A tuple of the optimizer, the parameters for ``deepspeed.initialize``, and the tensors or
+        param groups to train. The optimizer is None if DeepSpeed builds it or the run does not
+        train.
 
     Raises:
         ValueError: the ZeRO stage does not support MoE layers, or the optimizer trains a parameter

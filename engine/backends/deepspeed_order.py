@@ -21,12 +21,13 @@ _UNSUPPORTED = ("Direct calls to tensor.backward()", "The size of tensor a (0)")
 class BackwardOrder:
     """Checker for the order of the forward and backward passes of a DeepSpeed engine.
 
-    In these cases, DeepSpeed 0.19 loses gradients or computes wrong ones without raising an error:
+    In these cases, DeepSpeed 0.19 silently loses gradients or computes wrong gradients:
 
     - With ZeRO stage 1 or 2, more than one backward pass of a step is marked as the last. DeepSpeed
-      averages the gradients in the first of these passes, so the gradients of the others are wrong.
+      averages the gradients in the first of these passes, so the gradients of the later passes are
+      wrong.
     - With ZeRO stage 3, two forward passes are followed by two backward passes. DeepSpeed releases
-      the parameters after the first backward pass, so the gradients of the second are wrong.
+      the parameters after the first backward pass, so the gradients of the second pass are wrong.
     - With master weights at any stage, a parameter is unfrozen after the engine is built. DeepSpeed
       trains only the parameters that required gradients when the engine was built.
 
@@ -86,8 +87,7 @@ class BackwardOrder:
         """Convert DeepSpeed's errors about unsupported backward passes to errors that name a fix.
 
         Run the backward pass inside this context. DeepSpeed does not support, for example, the
-        backward pass of a GAN's generator, because the loss of the generator depends on the models
-        of two engines.
+        backward pass of a GAN's generator, because the generator's loss depends on two engines.
         """
         try:
             yield

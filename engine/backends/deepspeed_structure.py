@@ -1,7 +1,7 @@
-"""Check the structure of DeepSpeed's files before DeepSpeed loads any of them.
+"""Check the structure of DeepSpeed's checkpoint files before DeepSpeed loads them.
 
 DeepSpeed assigns the weights before it reads the other files. Without these checks, a damaged file
-could therefore leave the saved weights in the model, but the old state in the optimizer.
+could leave saved weights in the model but the old state in the optimizer.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ def check_structure(
         engine: DeepSpeed's engine.
         directory: directory of the checkpoint.
         weights: meta tensors that `read_weights` returned.
-        strict: whether the checkpoint must have all weights of the model, and no others.
-        trusts: whether to unpickle objects of any class, which can run code from the files.
+        strict: whether the checkpoint must have exactly the weights of the model.
+        trusts: whether to unpickle objects of any class. Unpickling them can run code from the
+            files.
 
     Raises:
         CheckpointError: a file is damaged.
     """
     root, tag = str(directory.parent), directory.name
-    path = Path(engine._get_ckpt_name(root, tag))  # noqa: SLF001  # it has no public name
+    path = Path(engine._get_ckpt_name(root, tag))  # noqa: SLF001  # private in DeepSpeed
     if not path.is_file():
         return  # written by another number of ranks
     values = read_file(path, trusts=trusts)
@@ -54,7 +55,7 @@ def check_structure(
         if not engine.zero_optimization():
             _check_optimizer(values.get("optimizer"), engine)
     if engine.zero_optimization() and not engine.zero_nvme_offload_optimizer():
-        path = Path(engine._get_zero_ckpt_name(root, tag))  # noqa: SLF001  # it has no public name
+        path = Path(engine._get_zero_ckpt_name(root, tag))  # noqa: SLF001  # private in DeepSpeed
         values = read_file(path, trusts=trusts)
         with report_damage(path):
             check_same_structure(values, {_OPTIMIZER: {}}, "checkpoint")
@@ -62,9 +63,9 @@ def check_structure(
 
 
 def _check_model(values: Any, weights: Mapping[str, Any], *, strict: bool) -> None:
-    """Check the file of this rank, whose weights may be shards.
+    """Check the model file of this rank. The file may contain shards of the weights.
 
-    `Layout.check` compares the whole weights with the model, but does not read this file.
+    `Layout.check` compares the unsharded weights with the model, but does not read this file.
 
     Raises:
         ValueError: a value is missing or has the wrong type or shape.
@@ -77,16 +78,18 @@ def _check_model(values: Any, weights: Mapping[str, Any], *, strict: bool) -> No
     check_same_structure(saved, {key: weights[key] for key in saved if key in weights}, "module")
     if strict and (different := saved.keys() ^ weights.keys()):
         name = describe(min(different, key=str))
-        raise ValueError(f"`module` must have the same keys as the model, but {name} is in one.")
+        raise ValueError(
+            f"`module` must have the same keys as the model, but only one of them has {name}."
+        )
 
 
 def read_weights(engine: Any) -> dict[str, Any]:
     """Return the ``state_dict`` that DeepSpeed would save now, with meta tensors.
 
-    With ZeRO stage 3, this is the ``state_dict`` of the sharded model, and every rank must call
-    this function, because it ends with a collective operation that gathers small parameters.
+    With ZeRO stage 3, the result is the ``state_dict`` of the sharded model. Every rank must then
+    call this function, because DeepSpeed gathers small parameters with a collective operation.
     """
-    has_events = engine._optimizer_has_ckpt_event_prologue()  # noqa: SLF001  # it has no public name
+    has_events = engine._optimizer_has_ckpt_event_prologue()  # noqa: SLF001  # private in DeepSpeed
     if has_events:
         engine.optimizer.checkpoint_event_prologue()
     weights = {

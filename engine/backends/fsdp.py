@@ -2,7 +2,7 @@
 
 FSDP2 implements ZeRO's stages as follows. Stage 3 gathers a block's parameters for the forward pass
 and again for the backward pass. Stage 2 keeps the gathered parameters between the two passes. Stage
-1 does the same, but reduces the gradients only once per step.
+1 is like stage 2, but reduces the gradients only once per step.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from engine.training.precision import cast_layer_inputs, find_methods
 __all__ = ["FSDPBackend", "check_gradient_averaging", "shard"]
 
 _SHARDED: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
-"""The settings with which `shard` has sharded each model."""
+"""The settings that `shard` used for each model."""
 
 
 class FSDPBackend(PyTorchBackend):
@@ -100,8 +100,8 @@ class FSDPBackend(PyTorchBackend):
     def scale(self, loss: Tensor, accumulation: int, *, is_last: bool) -> Tensor:
         if self._config.model.master_weights:
             self._check_frozen()
-        # Stages 2 and 3 reduce gradients after every micro-batch, since they do not store
-        # unsharded ones.
+        # Stages 2 and 3 reduce gradients after every micro-batch, because they store only sharded
+        # gradients.
         if self._config.zero_stage == 1:
             assert isinstance(self.model, FSDPModule)
             self.model.set_requires_gradient_sync(is_last)
@@ -111,7 +111,7 @@ class FSDPBackend(PyTorchBackend):
     def _check_frozen(self) -> None:
         """Check that no 16-bit parameter was unfrozen after the engine was built.
 
-        FSDP cannot convert a parameter to float32 after it has sharded the parameter.
+        FSDP cannot convert a sharded parameter to float32.
         """
         for name, parameter in self._frozen_16_bits:
             if parameter.requires_grad:
@@ -129,7 +129,8 @@ class FSDPBackend(PyTorchBackend):
                 "the gradients. Call `set_gradient_accumulation_boundary(True)` before "
                 "`trainer.backward(loss)`, and call `backward` outside of `no_sync()`."
             )
-        # An evaluation after the last backward pass has gathered weights that this step changes.
+        # An evaluation after the last backward pass gathers weights, but this step changes the
+        # weights.
         reshard(self.model)
         return super()._prepare_gradients()
 
@@ -167,8 +168,9 @@ class FSDPBackend(PyTorchBackend):
     def get_attribute(self, name: str) -> Any:
         if name not in find_methods(self.model) or hasattr(FSDPModule, name):
             return super().get_attribute(name)
-        # A method that is called through the engine gathers the parameters. One that is called on
-        # the model does not: scripts call many of them, such as `save_pretrained`, on rank 0 only.
+        # A method that is called through the engine gathers the parameters. A method that is called
+        # on the model does not, because scripts call methods such as `save_pretrained` on rank 0
+        # only.
         register_fsdp_forward_method(self.model, name)
         method = getattr(self.model, name)
         delattr(self.model, name)
@@ -214,9 +216,9 @@ def _check_supported(optimizer: Optimizer) -> Optimizer:
 
 
 def _clear_unreduced_gradients(module: FSDPModule) -> None:
-    """Clear the gradients that a module has accumulated on this rank but not yet reduced.
+    """Clear the unreduced gradients that a module has accumulated on this rank.
 
-    FSDP has no public method that clears them.
+    FSDP does not have a public method to clear these gradients.
     """
     group = module._get_fsdp_state()._fsdp_param_group  # noqa: SLF001  # private in torch
     for parameter in group.fsdp_params if group is not None else ():
@@ -235,8 +237,8 @@ def shard(
 ) -> list[Any]:
     """Shard a model's parameters across ranks, in place, and return the parameters to train.
 
-    As with DDP, all ranks start with rank 0's values. Each block is moved to the device, copied
-    from rank 0 and sharded before the next one, so that a GPU need not hold the whole model.
+    As with DDP, all ranks start with rank 0's values. The blocks are moved to the device, copied
+    from rank 0 and sharded one at a time, so the whole model does not need to fit on one GPU.
 
     Args:
         model: module to shard.
@@ -310,8 +312,8 @@ def _shard(
         _copy_from_rank_0(block, device, copied)
         fully_shard(block, **settings)
     _copy_from_rank_0(model, device, copied)
-    # Keep the root's own parameters gathered after a forward pass: a method of the model may use
-    # them after it has called the model.
+    # Keep the root's own parameters gathered after a forward pass, because a method of the model
+    # may use the parameters after a call of the model.
     fully_shard(model, **{**settings, "reshard_after_forward": False})
     accept_whole_weights(model)
 
@@ -322,7 +324,8 @@ def _copy_from_rank_0(module: nn.Module, device: torch.device, copied: set[int])
     Args:
         module: block or model.
         device: device of this rank.
-        copied: ids of the tensors that have been copied already; those of this module are added.
+        copied: ids of the tensors that have already been copied. The ids of this module's tensors
+            are added.
     """
     tensors = [
         tensor
@@ -348,7 +351,7 @@ def _to_local(tensor: Tensor) -> Tensor:
 
 
 def check_gradient_averaging(ranks: Ranks) -> None:
-    """Check that FSDP averages gradients over the ranks, because some builds of torch do not.
+    """Check that FSDP averages gradients over the ranks. Some builds of torch do not.
 
     Raises:
         RuntimeError: the gradient that FSDP computes for a test weight is not the mean over the

@@ -28,9 +28,9 @@ _PACKAGES = (
 def find_model_parallelism(model: nn.Module) -> str | None:
     """Return a description of the part of a model that implements its own parallelism.
 
-    An MoE layer is an example of such a part. Each rank may hold different experts, so averaging
-    all gradients over all ranks would be incorrect. The description is a noun phrase for error
-    messages. If the model has no such part, return None.
+    An example is an MoE layer. Each rank may hold different experts, so averaging all gradients
+    over all ranks would be incorrect. The description is a noun phrase for error messages. Return
+    None if the model does not implement parallelism.
 
     >>> find_model_parallelism(nn.Linear(2, 2))
     """
@@ -49,13 +49,13 @@ def find_model_parallelism(model: nn.Module) -> str | None:
 
 
 def find_data_shard(model: Any, mpu: Any, mesh_param: Any) -> tuple[int, int] | None:
-    """Return the index of this rank's part of the data, and the number of parts.
+    """Return the index of this rank's data shard and the number of shards.
 
-    DeepSpeed uses the same values. Return None if neither the model nor an argument determines
-    them.
+    DeepSpeed uses the same values. Return None if they depend neither on the model nor on an
+    argument.
 
     Args:
-        model: model of the run. A PipelineModule defines which ranks are stages of one pipeline.
+        model: model of the run. A PipelineModule defines which ranks form a pipeline.
         mpu: model-parallel unit, as in ``deepspeed.initialize``.
         mesh_param: pair of the number of data-parallel ranks and the number of ranks that share
             each sequence.
@@ -76,11 +76,11 @@ def find_data_shard(model: Any, mpu: Any, mesh_param: Any) -> tuple[int, int] | 
 def check_stages(model: Any, config: Config) -> None:
     """Check that the model is a pipeline with as many stages as the config specifies.
 
-    Without this check, the batch sizes would be validated for another number of data-parallel
-    ranks than the run has.
+    Without this check, the batch sizes would be validated for the wrong number of data-parallel
+    ranks.
 
     Raises:
-        ValueError: the numbers of stages differ.
+        ValueError: the numbers of stages differ, or the model is not a pipeline.
     """
     stages = count_ranks_per_model(config.raw).get(PIPELINE_STAGES)
     own = model.num_stages if _is_pipeline(model) else None

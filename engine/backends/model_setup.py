@@ -12,10 +12,10 @@ __all__ = ["check_compiler", "check_has_data", "set_up_model"]
 
 
 def check_compiler(compiler: str | None) -> None:
-    """Check that `torch.compile` has a backend of this name; None is valid.
+    """Check that `torch.compile` has a backend of the given name. None is valid.
 
     Raises:
-        ValueError: there is no such backend.
+        ValueError: `torch.compile` does not have a backend of this name.
     """
     known = torch.compiler.list_backends(exclude_tags=()) if compiler else ()
     if compiler is not None and compiler not in known:
@@ -29,19 +29,19 @@ def check_has_data(model: nn.Module) -> None:
     """Check that no parameter or buffer of a model is on the meta device.
 
     Raises:
-        ValueError: a tensor is on the meta device, so it has no values.
+        ValueError: a parameter or buffer is on the meta device.
     """
     for tensors in (model.named_parameters(), model.named_buffers()):
         for name, tensor in tensors:
             if tensor.is_meta:
                 raise ValueError(
-                    f"`{name}` is on the meta device, so it has no values. Build the model on the "
-                    'CPU, or call `model.to_empty(device="cpu")` and initialize its parameters.'
+                    f"`{name}` must not be on the meta device. Build the model on the CPU, or call "
+                    '`model.to_empty(device="cpu")` and initialize the parameters.'
                 )
 
 
 def set_up_model(model: nn.Module, settings: ModelSettings) -> None:
-    """Enable activation checkpointing and compilation if configured."""
+    """Enable activation checkpointing and compilation, if the config enables them."""
     if settings.activation_checkpointing is not None:
         is_on_host = settings.activation_checkpointing == "host"
         checkpoint_activations(model, settings.wrap_classes, on_host=is_on_host)

@@ -1,4 +1,4 @@
-"""The PyTorch backend, which trains in one process or replicates the model on several ranks."""
+"""The PyTorch backend. It trains in one process, or replicates the model on several ranks."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ class PyTorchBackend(DeferringBackend):
     """Backend that trains with PyTorch and averages the gradients over all ranks.
 
     Trained 16-bit parameters are converted to float32 unless ``engine.master_weights`` is false. If
-    the config selects bf16 or fp16, the model's methods run under autocast with that dtype.
-    Otherwise, if parameters were converted, autocast uses the dtype that they had before.
+    the config selects bf16 or fp16, the model's methods run under autocast with that dtype. Without
+    bf16 or fp16 in the config, autocast uses the original dtype of the converted parameters.
 
     Args:
         model: the user's module; it is moved to the device of ``ranks``.
-        optimizer: the user's optimizer, or a function that takes the parameters and returns one;
-            if None, the config's optimizer is used.
+        optimizer: the user's optimizer, or a function that takes the parameters and returns an
+            optimizer; if None, the config's optimizer is used.
         config: a validated config.
         ranks: rank, world size and device of this process. If there are several ranks, the process
             group must be initialized.
         parameters: tensors or param groups to train; if None, all that require gradients.
 
     Raises:
-        ValueError: the model has none of the classes in ``engine.wrap``, ``engine.compile`` is not
-            a known compiler, a parameter of the model is on the meta device, or the user's
+        ValueError: the model does not contain any class in ``engine.wrap``, ``engine.compile`` is
+            not a known compiler, a parameter of the model is on the meta device, or the user's
             optimizer does not train any parameter of the model.
     """
 
@@ -203,8 +203,8 @@ class PyTorchBackend(DeferringBackend):
         self.zero_grad()
         if self._keeps_gradients:
             # If the gradients were freed now, malloc would return their memory to the system, and
-            # page faults would slow the next backward pass. If they are freed right before that
-            # pass instead, the memory is reused.
+            # page faults would slow the next backward pass. Gradients that are freed just before
+            # the next backward pass leave memory that malloc reuses.
             self._old_gradients = gradients
         self.grad_norm = norm
         if scaler is not None:
@@ -213,7 +213,7 @@ class PyTorchBackend(DeferringBackend):
         return finite
 
     def _prepare_gradients(self) -> list[Tensor]:
-        """Finish the averaging of the gradients, and return them."""
+        """Finish averaging the gradients, and return the gradients."""
         if self._may_have_16_bits:
             self._convert_unfrozen()
         if self._averager is not None:
@@ -227,7 +227,7 @@ class PyTorchBackend(DeferringBackend):
         scale = self.loss_scale * divide_by
         norm = self._compute_norm_on_device(gradients) / scale
         if loss is not None and self.ranks.world_size > 1:
-            # All-reduce now: ranks may read the loss at different times, so reading must not wait.
+            # All-reduce the loss now, because ranks may read it at different times without waiting.
             loss = loss.to(self.ranks.device, torch.float64) / self.ranks.world_size
             dist.all_reduce(loss)
         self.deferred.start(norm, scale, loss)
@@ -245,7 +245,7 @@ class PyTorchBackend(DeferringBackend):
         return not self.deferred.has_skipped, loss
 
     def _publish_scale(self, *, overflow: bool) -> None:
-        """Set optimizer attributes that scripts for DeepSpeed read, such as ``loss_scale``."""
+        """Set optimizer attributes that DeepSpeed scripts read, such as ``loss_scale``."""
         optimizer: Any = self.optimizer
         optimizer.overflow = overflow
         optimizer.cur_scale = optimizer.loss_scale = self._scaler.scale if self._scaler else 1.0
@@ -349,7 +349,8 @@ class PyTorchBackend(DeferringBackend):
         if optimizer is not None and not has_states_for(optimizer, files, self.model):
             name = type(optimizer).__name__
             log.warning(
-                "the optimizer starts from scratch, because %s contains no state that %s can load",
+                "the optimizer state was not restored, because %s does not contain a state that "
+                "%s can load",
                 checkpoint_dir,
                 name,
             )
@@ -372,7 +373,7 @@ class PyTorchBackend(DeferringBackend):
         tensors_now = dict(_named_tensors(self.model))
         scaler = self._scaler.state_dict() if self._scaler else None
         state = tensors_now, self.optimizer.state_dict(), scaler, self.grad_norm
-        # The copies are in host memory, so that a snapshot needs no memory of the GPU.
+        # The copies are in host memory, so a snapshot does not use GPU memory.
         copies = copy_to_host(state, reuse)
         find_waiting(state)()
         return copies

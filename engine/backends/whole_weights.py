@@ -32,7 +32,7 @@ def _shard_tensors(
         if not isinstance(whole, Tensor) or isinstance(whole, DTensor):
             continue
         if isinstance(parameter, DTensor) and whole.shape == parameter.shape:
-            # Each rank takes its part of its local tensor, so no rank waits for the others.
+            # Each rank shards its local tensor, so no rank waits for another rank.
             state_dict[prefix + name] = distribute_tensor(
                 whole.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None
             )
@@ -58,8 +58,8 @@ def collect_weights(
         prefix: see ``nn.Module.state_dict``.
         keep_vars: see ``nn.Module.state_dict``; gathered tensors are always detached.
         exclude_frozen: whether to leave out parameters that do not require gradients.
-        is_on_rank_0_only: whether only rank 0 keeps and returns the tensors, and the other ranks
-            return an empty dict.
+        is_on_rank_0_only: whether only rank 0 returns the tensors. If true, all other ranks return
+            an empty dict.
     """
     model = backend.model
     weights: Any = model.state_dict(destination=destination, prefix=prefix, keep_vars=True)  # type: ignore[type-var]  # None is the default

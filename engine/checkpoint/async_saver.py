@@ -23,8 +23,8 @@ log = logging.getLogger("onecycle")
 def exit_with_failure(error: Exception) -> NoReturn:
     """Log the failure of the last save, and exit the process with status 1.
 
-    Exit handlers that have not run yet are skipped, so call this function only while the process
-    is exiting.
+    Call this function only while the process is exiting, because it skips the remaining exit
+    handlers.
     """
     log.critical("the last checkpoint was not written", exc_info=error)
     sys.stdout.flush()
@@ -33,10 +33,10 @@ def exit_with_failure(error: Exception) -> NoReturn:
 
 
 class AsyncSaver:
-    """Writer that saves checkpoints in a background thread, one at a time.
+    """Writer that saves one checkpoint at a time in a background thread.
 
-    At exit, the process waits until the last save has finished. If that save fails, the exit status
-    is 1.
+    At exit, the process waits until the last save has finished. If the last save fails, the exit
+    status is 1.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class AsyncSaver:
     def get_process_group(self, ranks: Ranks) -> dist.ProcessGroup | None:
         """Return a gloo process group that is used only for saving, or None if the world size is 1.
 
-        The first call creates the group, so every rank must make it.
+        The first call creates the group, so every rank must call this method.
         """
         if self._group is None and ranks.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=read_timeout())
@@ -64,8 +64,7 @@ class AsyncSaver:
         Args:
             written: future that completes when the files of the checkpoint are written.
             commit: function that turns the written files into a complete checkpoint.
-            discard: function that deletes the files. It is called if writing the files or
-                ``commit`` fails.
+            discard: function that deletes the files. It is called if the write or ``commit`` fails.
         """
 
         def finish() -> None:
@@ -80,7 +79,7 @@ class AsyncSaver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the current save has finished. If no save is running, return at once.
+        """Wait until the current save has finished. Return immediately if no save is running.
 
         Raises:
             Exception: the exception of the last save, if it failed.
@@ -93,7 +92,7 @@ class AsyncSaver:
             raise failure
 
     def close(self) -> None:
-        """Wait until the current save has finished, then free the copies of the tensors.
+        """Wait until the current save has finished, and free the copies of the tensors.
 
         Raises:
             Exception: the exception of the last save, if it failed.

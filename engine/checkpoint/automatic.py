@@ -1,4 +1,4 @@
-"""Save checkpoints automatically, as the config specifies, and resume from them."""
+"""Save checkpoints according to the config, and resume from the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ _USERS: weakref.WeakValueDictionary[str, AutomaticCheckpoints] = weakref.WeakVal
 
 
 class SteppedRun(RunState, Protocol):
-    """The attributes of a training run that `AutomaticCheckpoints.save_if_due` uses."""
+    """Protocol for the training run that `AutomaticCheckpoints.save_if_due` receives."""
 
     latest: Counters
-    """The counters. Unlike with `RunState.counters`, the outcome of the last step may be open."""
+    """The counters. Unlike in `RunState.counters`, the outcome of the last step may be unknown."""
 
     @property
     def defers(self) -> bool:
-        """Whether a step returns before the device has finished it."""
+        """Whether a step can return before the device has finished the step."""
         ...
 
 
 class AutomaticCheckpoints:
-    """Manager that saves the checkpoints of a run automatically, and resumes from them.
+    """Manager that saves and loads the checkpoints of a run automatically.
 
     Every rank must call each method. Without ``engine.checkpoint.dir``, the methods do nothing.
 
@@ -65,15 +65,15 @@ class AutomaticCheckpoints:
     def resume(self, run: RunState) -> bool:
         """Resume from the newest complete checkpoint if ``engine.checkpoint.resume`` allows it.
 
-        After this call, the run also saves a checkpoint when a rank receives SIGINT, SIGTERM or
-        SIGUSR1, and at the end of the process.
+        After this call, the run also saves a checkpoint at the end of the process and when a rank
+        receives SIGINT, SIGTERM or SIGUSR1.
 
         Returns:
             Whether a checkpoint was loaded.
 
         Raises:
-            FileNotFoundError: if all checkpoints are damaged, or if there is none and
-                ``engine.checkpoint.resume`` is "must".
+            FileNotFoundError: if all checkpoints are damaged, or if ``engine.checkpoint.resume`` is
+                "must" and the directory does not contain a checkpoint.
         """
         directory, plan = self._directory, self._plan
         if directory is None:
@@ -100,17 +100,17 @@ class AutomaticCheckpoints:
         """Save the checkpoints that are due after a step.
 
         The best checkpoint is due if the metric has improved. A regular checkpoint is due every
-        ``engine.checkpoint.every`` steps, and also when any rank has received SIGINT, SIGTERM or
-        SIGUSR1.
+        ``engine.checkpoint.every`` steps, and when a rank has received SIGINT, SIGTERM or SIGUSR1.
 
         Raises:
-            CheckpointError: at the first call, if another process writes to the directory.
-            SystemExit: after the save, if any rank has received one of these signals.
+            CheckpointError: if another process writes to the directory. Only the first call checks
+                for other processes.
+            SystemExit: after the save, if a rank has received one of these signals.
         """
         directory, every = self._directory, self._plan.every
         if directory is None or run.is_trial:
             return
-        # A script that only evaluates needs no lock, so lock after the first step.
+        # A script that only evaluates does not need a lock, so lock after the first step.
         self._checkpointer.lock(directory)
         self._checkpointer.data.check_is_used()
         self.save_best(run)
@@ -128,14 +128,14 @@ class AutomaticCheckpoints:
             raise SystemExit(INTERRUPTED if received == "SIGINT" else SAVED_AND_ENDED)
 
     def save_best(self, run: RunState) -> None:
-        """Save a checkpoint as the best one if the last reported metric is the best so far."""
+        """Save the best checkpoint if the last reported metric is the best so far."""
         if self._directory is None or run.best is None or not run.best.is_unsaved:
             return
         self._save(run, self._directory, _BEST)
         run.best.is_unsaved = False
 
     def save_last(self, run: RunState) -> None:
-        """Save a checkpoint of the last step, unless one already exists."""
+        """Save a checkpoint of the last step, unless it has already been saved."""
         if self._directory is None or self._plan.every is None or run.is_trial:
             return
         if not self._checkpointer.is_saved(run, self._directory):
@@ -143,7 +143,7 @@ class AutomaticCheckpoints:
             self._checkpointer.wait()
 
     def close(self, run: RunState) -> None:
-        """Save a checkpoint of the last step if none exists, and restore the signal handlers.
+        """Save the last step if it has not been saved, and restore the signal handlers.
 
         With several ranks, the checkpoint is saved only if every rank calls this method within 30
         seconds.
@@ -179,7 +179,7 @@ class AutomaticCheckpoints:
     def _save_at_exit(self, run: RunState) -> None:
         """Save a checkpoint of the last step if a single-process run exits without an exception.
 
-        With several ranks, no checkpoint is saved, because some ranks may have exited already.
+        With several ranks, no checkpoint is saved, because other ranks may have already exited.
         """
         directory = self._directory
         if directory is None or hasattr(sys, "last_value") or self._is_saved(run, directory):
@@ -197,9 +197,9 @@ class AutomaticCheckpoints:
     def _warn_of_unsaved_steps(self, directory: Path) -> None:
         if self._ranks.rank == 0:
             log.warning(
-                "no checkpoint was saved after step %d; to save the last step, set "
-                "`engine.max_duration`, or call `trainer.destroy()` on every rank at the end of "
-                "the script",
+                "no checkpoint was saved after step %d; to save the last step, call "
+                "`trainer.destroy()` on every rank at the end of the script, or set "
+                "`engine.max_duration`",
                 self._checkpointer.find_saved_steps(directory),
             )
 

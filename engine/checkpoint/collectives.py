@@ -1,4 +1,4 @@
-"""Synchronize the ranks before and during a save, and make all ranks fail if one rank fails."""
+"""Synchronize the ranks before and during a save. If one rank fails, all ranks fail."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ _calls = itertools.count()
 
 
 def wait_for_ranks(ranks: Ranks, call: str) -> None:
-    """Block until every rank has called this function, for at most ten minutes.
+    """Wait up to ten minutes until every rank has called this function.
 
-    After 30 seconds, the lowest rank that waits logs the missing ranks, which may be busy, for
-    example with an evaluation. ``ONECYCLE_TIMEOUT`` changes the ten minutes.
+    After 30 seconds, the lowest waiting rank logs the missing ranks. A missing rank may be busy,
+    for example with an evaluation. The environment variable ``ONECYCLE_TIMEOUT`` sets a different
+    limit than ten minutes.
 
     Args:
         ranks: rank and world size of this process.
@@ -52,7 +53,7 @@ def wait_for_ranks(ranks: Ranks, call: str) -> None:
 
     def warn(missing: list[int]) -> None:
         names = _name_ranks(missing)
-        log.warning("waiting in %s for %s, up to %g seconds in total", call, names, timeout)
+        log.warning("%s is waiting for %s (timeout: %g seconds)", call, names, timeout)
 
     missing = find_missing_ranks(ranks, timeout, warn)
     if missing:
@@ -71,26 +72,26 @@ def find_missing_ranks(
     timeout: float | None = None,
     on_delay: Callable[[list[int]], None] = lambda missing: None,
 ) -> list[int]:
-    """Return the ranks that do not call this function within a time after the first call.
+    """Return the ranks that do not call this function before the timeout.
 
-    The result is the same on all ranks. A rank that calls this function too late counts as missing.
-    The ranks use the process group's store instead of a barrier with a timeout. PyTorch supports
-    such a barrier only with gloo, and if rank 0 is missing, the barrier does not time out on the
-    other ranks.
+    The timeout starts when the first rank calls this function. The result is the same on all ranks.
+    The ranks use the process group's store instead of a barrier with a timeout. PyTorch supports a
+    timeout only for gloo barriers. If rank 0 is missing, a gloo barrier does not time out on the
+    remaining ranks.
 
     Args:
         ranks: rank and world size of this process.
-        timeout: the time in seconds; 30 by default.
-        on_delay: function that is called with the missing ranks after 30 seconds, on the lowest
-            rank that waits.
+        timeout: timeout in seconds; default: 30.
+        on_delay: function to call with the missing ranks after 30 seconds. Only the lowest waiting
+            rank calls it.
     """
     if ranks.world_size == 1:
         return []
-    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  # it has no public name
+    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  # private in torch
     prefix = f"onecycle/save/{next(_calls)}"
     arrived, missing = [f"{prefix}/{rank}" for rank in range(ranks.world_size)], f"{prefix}/missing"
     store.set(arrived[ranks.rank], "")
-    # The first result counts: an empty list from the last rank to arrive, or that of a timeout.
+    # Only the first result is stored: an empty list from the last rank, or the result of a timeout.
     if store.add(f"{prefix}/count", 1) == ranks.world_size:
         store.compare_set(missing, "", json.dumps([]))
     start, pause = time.monotonic(), 0.001
@@ -113,7 +114,7 @@ def find_missing_ranks(
 
 
 def check_same_tag(tag: str, ranks: Ranks) -> None:
-    """Check that all ranks pass the same tag, so that they write to the same checkpoint.
+    """Check that all ranks pass the same checkpoint tag.
 
     Args:
         tag: tag that this rank passes.
@@ -156,14 +157,14 @@ def call_on_rank_0(ranks: Ranks, function: Callable[[], T]) -> T:
 def raise_on_all_ranks(
     ranks: Ranks, consequence: str = "The checkpoint was not written"
 ) -> Iterator[None]:
-    """Raise an exception on all ranks if the ``with`` block raises one on any rank.
+    """Raise an exception on all ranks if the ``with`` block fails on any rank.
 
-    Without this context manager, the ranks that raise no exception would wait indefinitely in the
-    next collective operation. Every rank must enter the block.
+    Without this context manager, the ranks without an exception would wait indefinitely in the next
+    collective operation. Every rank must enter the block.
 
     Args:
         ranks: rank and world size of this process.
-        consequence: start of the error message on ranks whose own block did not fail.
+        consequence: start of the error message on ranks that did not raise an exception.
 
     Raises:
         Exception: the exception that the block raised on this rank.

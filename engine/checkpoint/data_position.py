@@ -22,8 +22,8 @@ log = logging.getLogger("onecycle")
 class DataPosition:
     """Position in the training data, saved in checkpoints and restored from them.
 
-    A checkpoint may be loaded before the script passes its data loader to `Engine.prepare`. In that
-    case, the position is restored once the script passes the loader.
+    If a checkpoint is loaded before `Engine.prepare` receives the data loader, the position is
+    restored during the call to `Engine.prepare`.
 
     Args:
         ranks: rank and world size of this process.
@@ -42,12 +42,12 @@ class DataPosition:
             self._pending = None
 
     def get_state(self) -> dict[str, Any] | None:
-        """Return the part of the position that all ranks share, or None if there is no loader."""
+        """Return the part of the position that is equal on all ranks, or None without a loader."""
         state = None if self._loader is None else self._loader.state_dict()
         return state and {key: value for key, value in state.items() if key != "loader"}
 
     def save(self, directory: Path) -> None:
-        """Write the state of this rank's loader to a file, if the loader has its own state."""
+        """Save the state of this rank's loader, if the loader has a state dict."""
         state = {} if self._loader is None else self._loader.state_dict()
         if "loader" in state:
             write_values(self._get_path(directory), state["loader"])
@@ -58,13 +58,12 @@ class DataPosition:
     def read(
         self, state: Mapping[str, Any], batch: BatchSizes, directory: Path, world_size: int
     ) -> Mapping[str, Any] | None:
-        """Return the position in the data that is stored in a checkpoint, or None if there is none.
+        """Return the position in the data from a checkpoint, or None if it was not saved.
 
         If the batch sizes have changed, the position is converted to batches of the new size.
 
         Args:
-            state: contents of the checkpoint; its key "loader" holds the value that `get_state`
-                returned.
+            state: contents of the checkpoint. The key "loader" contains the result of `get_state`.
             batch: batch sizes of this run.
             directory: directory of the checkpoint.
             world_size: number of ranks that saved the checkpoint.
@@ -77,8 +76,8 @@ class DataPosition:
         if position is None:
             if self._ranks.rank == 0:
                 log.warning(
-                    "the checkpoint does not contain the position in the data, so training starts "
-                    "at the beginning of the data; to save the position, pass the data loader to "
+                    "the checkpoint does not contain the position in the data, so training "
+                    "starts with the first batch; to save the position, pass the data loader to "
                     "`initialize` as `training_data`, or to `trainer.prepare`"
                 )
             return None
@@ -95,16 +94,15 @@ class DataPosition:
     def restore(self, position: Mapping[str, Any] | None, directory: Path) -> Iterator[None]:
         """Restore a position that `read` returned.
 
-        Use this method as a context manager. If the ``with`` block raises an exception, for example
-        because another part of the checkpoint cannot be loaded, the loader returns to its previous
-        position.
+        Use this method as a context manager. If the ``with`` block raises an exception, the loader
+        returns to its previous position.
 
         Args:
-            position: position in the data; None if the checkpoint contains none.
+            position: position in the data; None if the position was not saved.
             directory: directory of the checkpoint, for the error message.
 
         Raises:
-            CheckpointError: if the data loader does not accept its saved state.
+            CheckpointError: if the data loader does not accept the saved state.
         """
         if position is None:
             yield

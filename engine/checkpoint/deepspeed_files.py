@@ -31,17 +31,17 @@ _OWN_KEYS = frozenset(
     num_experts ds_autoep_layers autoep_layers universal_checkpoint_info folding
     """.split()  # noqa: SIM905  # readable at a glance, unlike a column of strings
 )
-"""Keys of DeepSpeed's model file; all others are from the script's ``client_state``."""
+"""Keys of DeepSpeed's model file. All other keys are from the script's ``client_state``."""
 _COUNTS = {"global_steps": Count, "skipped_steps": Count, "dp_world_size": Size}
 """Types of the numbers that a model file must contain."""
 
 
 class SavedTensor(NamedTuple):
-    """Tensor in a checkpoint. Its values are read only when they are needed."""
+    """Tensor in a checkpoint that is read from the file on first use."""
 
     shape: torch.Size
     parts: list[Tensor]
-    """Its elements, in order, as flat tensors. The last one may have padding at its end."""
+    """The elements in order, as flat tensors. The last tensor may have padding at the end."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,12 +55,12 @@ class SavedTensor(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Part of a parameter that one rank saved, as a range of elements in flat tensors."""
+    """Range of elements of a parameter in the flat tensors of one rank."""
 
     states: Mapping[str, Any]
     """State of the optimizer for the flat tensor."""
     master: Tensor | None
-    """Flat tensor of float32 master weights; None if the checkpoint contains none."""
+    """Flat tensor of float32 master weights; None if the checkpoint does not contain them."""
     start: int
     size: int
 
@@ -103,12 +103,12 @@ class DeepSpeedFiles:
 
     @property
     def is_universal(self) -> bool:
-        """Whether this is a universal checkpoint, which any number of ranks can load."""
+        """Whether the checkpoint is universal, so that any number of ranks can load it."""
         return (self.directory / _UNIVERSAL).is_dir()
 
     @property
     def steps(self) -> int:
-        """Number of completed steps, including skipped ones."""
+        """Number of completed steps, including skipped steps."""
         return int(self._model["global_steps"])
 
     @property
@@ -146,9 +146,9 @@ class DeepSpeedFiles:
     def find_weights(self, groups: Sequence[Sequence[str]] = ()) -> dict[str, Any]:
         """Return the model's parameters and buffers by name.
 
-        Trained parameters are in float32 if the checkpoint contains their master weights, and in
-        the dtype of the saved model otherwise. Values that are not tensors are results of a
-        module's ``get_extra_state``.
+        If the checkpoint contains master weights, trained parameters are in float32. Without master
+        weights, they are in the dtype of the saved model. A value that is not a tensor was returned
+        by a module's ``get_extra_state``.
 
         Args:
             groups: names of the trained parameters in each param group.
@@ -196,7 +196,7 @@ class DeepSpeedFiles:
         return groups
 
     def read_loss_scaler(self) -> dict[str, Any] | None:
-        """Return a state that `LossScaler` can load, or None if the saved loss scale was static."""
+        """Return a state for `LossScaler`, or None if the saved loss scale was static."""
         holder = self._model.get("optimizer") or self._first_shard
         scaler = vars(holder["loss_scaler"]) if "loss_scaler" in holder else holder
         if "last_overflow_iter" not in scaler:
@@ -221,20 +221,19 @@ class DeepSpeedFiles:
     def get_trained_shapes(self) -> list[list[int]] | None:
         """Return the shapes of all trained parameters, or None if they are unknown.
 
-        The shapes are sorted, because DeepSpeed may have changed the order of the parameters or
-        split their param groups.
+        The shapes are sorted, because DeepSpeed can reorder the parameters and split param groups.
         """
         groups = self._model.get("param_shapes")
         return groups and sorted(list(shape) for group in groups for shape in group.values())
 
     @cached_property
     def _aliases(self) -> dict[str, str]:
-        """Dict from each other name of a tied parameter to the name under which it is saved."""
+        """The saved name of each tied parameter, by its alias."""
         return dict(self._model.get("shared_params") or {})
 
     @cached_property
     def _shapes(self) -> dict[str, torch.Size]:
-        """The unsharded shape of each parameter that is split across files, by name."""
+        """The unsharded shape of each sharded parameter, by name."""
         groups = [
             *(self._model.get("param_shapes") or []),
             self._model.get("frozen_param_shapes") or {},
@@ -243,7 +242,7 @@ class DeepSpeedFiles:
 
     @cached_property
     def _frozen(self) -> dict[str, SavedTensor]:
-        """The frozen parameters that ZeRO stage 3 splits across the files of the ranks, by name."""
+        """The frozen parameters that ZeRO stage 3 shards across the files of the ranks, by name."""
         shapes = self._model.get("frozen_param_shapes") or {}
         if self.zero_stage != 3 or not shapes:
             return {}
@@ -352,7 +351,7 @@ class DeepSpeedFiles:
 
 
 def _check_header(model: Any) -> None:
-    """Check the values in a model file that this module looks up by key.
+    """Check the values in a model file that this module reads.
 
     Raises:
         ValueError: if a value is missing, has the wrong type or is out of range.
@@ -366,7 +365,7 @@ def _check_header(model: Any) -> None:
 
 
 def _match_names(directory: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], Path]]:
-    """Return the match and the path of each file whose name matches ``pattern``, sorted by rank."""
+    """Return the match and the path of each file that matches ``pattern``, sorted by rank."""
     matches = ((pattern.fullmatch(path.name), path) for path in directory.iterdir())
     found = [(match, path) for match, path in matches if match is not None]
     return sorted(found, key=lambda each: int(each[0]["rank"] or 0))

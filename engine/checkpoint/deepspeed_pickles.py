@@ -20,21 +20,22 @@ _CLASSES = {
     "deepspeed.runtime.zero.config": ["ZeroStageEnum"],
     "deepspeed.utils.tensor_fragment": ["fragment_address"],
 }
-"""Classes whose instances DeepSpeed saves; unpickling them runs no code from the file."""
+"""Classes of objects that DeepSpeed saves. Unpickling them does not run code from the file."""
 
 
 class _Attributes:
-    """Replacement for DeepSpeed's classes. It holds only the attributes of an instance."""
+    """Placeholder for DeepSpeed's classes. It stores only the attributes of an instance."""
 
 
 def read_file(path: Path, *, trusts: bool = False) -> Any:
-    """Read a checkpoint file of DeepSpeed, without importing DeepSpeed.
+    """Read a checkpoint file of DeepSpeed without importing DeepSpeed.
 
-    If possible, the file is memory-mapped, so that tensors are read only when they are used.
+    If possible, the file is memory-mapped, and tensors are read from it on first use.
 
     Args:
         path: file to read.
-        trusts: whether to unpickle objects of any class, which can run code from the file.
+        trusts: whether to unpickle objects of any class. Unpickling them can run code from the
+            file.
 
     Raises:
         CheckpointError: the file is damaged, or ``trusts`` is false and the file contains an object
@@ -52,7 +53,7 @@ def read_file(path: Path, *, trusts: bool = False) -> Any:
 
 
 def import_classes() -> list[Any]:
-    """Import and return the classes whose instances occur in DeepSpeed's checkpoint files."""
+    """Import and return the classes of the objects in DeepSpeed's checkpoint files."""
     return [
         getattr(importlib.import_module(module), name)
         for module, names in _CLASSES.items()

@@ -1,4 +1,4 @@
-"""Load a checkpoint in DeepSpeed's format into a model that PyTorch trains."""
+"""Load a checkpoint in DeepSpeed's format with the PyTorch backend."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ __all__ = ["DeepSpeedSource", "has_states_for"]
 _ADAM = {"betas", "eps"}, {"exp_avg", "exp_avg_sq"}
 _KINDS: Mapping[type[Optimizer], tuple[set[str], set[str]]] = {
     Adam: _ADAM,
-    AdamW: _ADAM,  # in PyTorch 2.6, it is no subclass of Adam
+    AdamW: _ADAM,  # not a subclass of Adam in PyTorch 2.6
     SGD: ({"momentum"}, {"momentum_buffer"}),
     RMSprop: ({"alpha"}, {"square_avg"}),
     Adagrad: ({"lr_decay"}, {"sum"}),
 }
-"""Dict from each kind of optimizer to settings of its param groups and states of its parameters.
-They identify the kind of a saved optimizer, because DeepSpeed does not save its name."""
+"""Settings of the param groups and states of the parameters of each kind of optimizer.
+
+DeepSpeed does not save the name of an optimizer, so these names identify the kind.
+"""
 
 
 class DeepSpeedSource:
-    """Contents of a checkpoint in DeepSpeed's format, named as in the PyTorch backend's format.
+    """Contents of a DeepSpeed checkpoint, with the names that the PyTorch backend uses.
 
     Args:
         files: files of the checkpoint.
@@ -71,7 +73,7 @@ class DeepSpeedSource:
         for name, target in own.items():
             whole = self._tensors[name].read()
             if isinstance(target, DTensor):
-                # Each rank takes its part of its local tensor, so no rank waits for the others.
+                # Each rank shards its local tensor, so no rank waits for another rank.
                 whole = distribute_tensor(
                     whole.to(target.device),
                     target.device_mesh,
@@ -82,10 +84,10 @@ class DeepSpeedSource:
 
 
 def has_states_for(optimizer: Optimizer, files: DeepSpeedFiles, model: nn.Module) -> bool:
-    """Return whether a checkpoint contains the settings and states that an optimizer needs.
+    """Return whether a checkpoint contains the optimizer state of an optimizer.
 
-    The result is true if the saved optimizer was of the same kind, such as Adam. It is always false
-    for kinds of optimizers that are not in `_KINDS`.
+    The result is true if the saved optimizer was of the same kind, such as Adam. The result is
+    always false if the kind is not in `_KINDS`.
     """
     states = files.find_optimizer_states(list_group_names(model, optimizer)).values()
     groups = files.find_param_groups()

@@ -1,4 +1,4 @@
-"""Build and compare the identities of runs: the settings that must not change on resume."""
+"""Collect and compare the settings that must not change when a run resumes."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ __all__ = [
 Identity = Mapping[str, Any]
 
 KERNEL_SETTINGS = frozenset({"fused", "foreach", "capturable"})
-"""Settings of a param group that choose a kernel for the run's devices, and change no result.
+"""Settings of a param group that select a kernel but do not change results.
 
-A run on the CPU cannot use ``capturable``, and a CUDA graph needs it.
+A run on the CPU cannot use ``capturable``, and a CUDA graph requires it.
 """
 
 _CONVERTED = "converted"
@@ -45,8 +45,7 @@ def build_identity(config: Config, scheduler: object, optimizer: Identity) -> Id
         config: config of the run.
         scheduler: scheduler of the run, with all durations resolved to steps; None if the run has
             no scheduler.
-        optimizer: hyperparameters that `read_hyperparameters` returned before the schedule changed
-            the param groups.
+        optimizer: result of `read_hyperparameters` before the schedule changed the param groups.
     """
     block, scaling = config.optimizer, config.loss_scaling
     params = json.loads(json.dumps(dict(block.params))) if block else {}
@@ -101,7 +100,7 @@ def _read_attributes(scheduler: object) -> Identity:
 
 
 def check_identity(checkpoint_dir: Path, saved: Identity, own: Identity) -> None:
-    """Check that the identity in a checkpoint's manifest equals the identity of this run.
+    """Check that a checkpoint and this run have the same identity.
 
     An identity consists of the settings that must not change when a run is resumed.
 
@@ -111,7 +110,7 @@ def check_identity(checkpoint_dir: Path, saved: Identity, own: Identity) -> None
         own: identity of this run.
 
     Raises:
-        CheckpointError: if the identities differ. The message lists each setting that differs.
+        CheckpointError: if the identities differ. The message lists the different settings.
     """
     # Checkpoints of earlier versions do not contain all settings.
     own = {name: value for name, value in own.items() if name in saved or name not in _ADDED}
@@ -127,7 +126,7 @@ def check_identity(checkpoint_dir: Path, saved: Identity, own: Identity) -> None
 def _find_differences(
     saved: Any, own: Any, name: str = "", unknown: Collection[str] = ()
 ) -> Iterator[str]:
-    """Yield a message for each setting that differs between a checkpoint and this run.
+    """Yield a message for each difference between the settings of a checkpoint and this run.
 
     Args:
         saved: value in the checkpoint; may be a mapping or a list of settings.
@@ -136,10 +135,10 @@ def _find_differences(
         unknown: keys that are ignored if the checkpoint does not contain them.
     """
     if isinstance(saved, Mapping) and isinstance(own, Mapping):
-        # Checkpoints of earlier versions do not contain the values that JSON cannot represent,
-        # such as a function or a tensor in the scheduler's attributes. Skip these values, so that
-        # such checkpoints can be resumed; all other values must match. The drawback is that the
-        # first resume does not notice a changed tensor.
+        # Checkpoints of earlier versions do not contain the values that JSON cannot represent, such
+        # as a function or a tensor in the scheduler's attributes. Skip these values when resuming
+        # from an old checkpoint. All other values must match. The drawback is that the first resume
+        # does not detect a changed tensor.
         if _CONVERTED in own and _CONVERTED not in saved:
             unknown = own[_CONVERTED]
         for key in dict.fromkeys([*saved, *own]):
@@ -159,7 +158,8 @@ def _find_differences(
 def _to_json(values: Mapping[str, Any], converted: set[str]) -> dict[str, Any]:
     """Convert values to JSON types.
 
-    The names of values that JSON cannot represent, such as tensors, are added to ``converted``.
+    If JSON cannot represent a value, such as a tensor, the name of the value is added to
+    ``converted``.
     """
     converted |= {name for name, value in values.items() if not _is_json(value)}
     return {name: _describe(value) for name, value in values.items()}
@@ -176,8 +176,8 @@ def _is_json(value: Any) -> bool:
 def _describe(value: Any) -> Any:
     """Convert a value to JSON types.
 
-    A tensor or array becomes a number, a list of numbers, or, if it is large, a hash. A function or
-    class becomes its name; any other object becomes the name of its class.
+    A tensor or array becomes a number or a list of numbers. A large tensor or array becomes a hash.
+    A function or class becomes its name. Any other object becomes the name of its class.
     """
     try:
         return json.loads(json.dumps(value, default=_describe_object))

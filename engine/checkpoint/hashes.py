@@ -1,7 +1,8 @@
 """Compute and verify the hashes of a checkpoint's files.
 
-The hashes detect damage, not forgery: whoever can change a file can also change the manifest that
-contains its hash. XXH3 therefore suffices. It is about ten times as fast as SHA-256.
+The hashes detect damaged files, but not forged files: an attacker who can change a file can also
+change the manifest that contains the hashes. The hash function is XXH3, which is about ten times as
+fast as SHA-256.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from xxhash import xxh3_128
 __all__ = ["compute_hash", "describe_files", "find_hash", "matches_hash"]
 
 _ALGORITHMS: Mapping[str, Callable[[], Any]] = {"xxh3_128": xxh3_128, "sha256": hashlib.sha256}
-"""Hash functions by the key of a manifest; checkpoints are written with the first one."""
+"""Hash functions by their key in a manifest. The first function is used for new checkpoints."""
 _ALGORITHM = next(iter(_ALGORITHMS))
 _CHUNK = 1 << 20  # bytes; stays in the cache of the core that hashes it
 
@@ -33,7 +34,7 @@ def compute_hash(path: Path, algorithm: str = _ALGORITHM) -> str:
 
 
 def describe_files(paths: Iterable[Path], directory: Path) -> dict[str, dict[str, Any]]:
-    """Return the size and the hash of each file, by its path relative to a directory."""
+    """Return the size and hash of each file, keyed by the path relative to a directory."""
     return {
         path.relative_to(directory).as_posix(): {
             "size": path.stat().st_size,
@@ -44,7 +45,7 @@ def describe_files(paths: Iterable[Path], directory: Path) -> dict[str, dict[str
 
 
 def find_hash(entry: Mapping[str, Any]) -> str | None:
-    """Return the key of the hash in a manifest's entry for a file; None if the entry has no hash.
+    """Return the key of the hash in a manifest entry, or None if the entry lacks a hash.
 
     >>> find_hash({"size": 1, "sha256": "ab"})
     'sha256'
@@ -53,6 +54,6 @@ def find_hash(entry: Mapping[str, Any]) -> str | None:
 
 
 def matches_hash(path: Path, entry: Mapping[str, Any]) -> bool:
-    """Return whether a file has the hash in its entry of the manifest."""
+    """Return whether a file's hash matches its manifest entry."""
     algorithm = find_hash(entry)
     return algorithm is not None and compute_hash(path, algorithm) == entry[algorithm]

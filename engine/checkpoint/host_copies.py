@@ -1,4 +1,4 @@
-"""Copy nested tensors to host memory without waiting for the device."""
+"""Copy nested tensors to host memory asynchronously."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["copy_to_host", "find_waiting"]
 def copy_to_host(value: Any, old: Any = None) -> Any:
     """Copy the tensors in nested dicts, lists and tuples to host memory.
 
-    Copies from a device are only started: call the function that `find_waiting` returns before
-    reading them. The device runs its work in order, so a copy contains the values that a tensor has
-    now, even if training continues. Copies from a GPU are in pinned memory, because CUDA copies to
-    pageable memory only while the host waits.
+    Copies from a GPU are asynchronous. Before you read them, call the function that `find_waiting`
+    returns. A copy contains the current values of the tensor even if training continues, because
+    the device runs its work in order. Copies from a GPU are in pinned memory, because CUDA copies
+    to pageable memory only while the host waits.
 
     Args:
         value: nested containers of tensors; other values are copied with `copy.deepcopy`.
@@ -53,7 +53,7 @@ def copy_to_host(value: Any, old: Any = None) -> Any:
 
 
 def find_waiting(value: Any) -> Callable[[], None]:
-    """Return a function that waits until the copies of tensors that were started so far are done.
+    """Return a function that waits until the copies that `copy_to_host` started are complete.
 
     Any thread may call the function.
 

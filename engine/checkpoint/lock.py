@@ -1,4 +1,4 @@
-"""A lock on a checkpoint directory that keeps two jobs from writing to it at the same time."""
+"""A lock that prevents two jobs from writing to the same checkpoint directory."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _WRITE_SECONDS = 5.0
 class DirectoryLock:
     """Lock on a directory, held until `release` is called or the process ends.
 
-    The file ``.lock`` identifies the process that owns the lock. If that process is no longer
-    running, another process can take over the lock. A process on the same host or in the same Slurm
-    job takes it over at once. Any other process waits until the heartbeat in the file has not
-    changed for 60 seconds. Reading checkpoints requires no lock.
+    The file ``.lock`` identifies the process that owns the lock. If the owner has ended, another
+    process can acquire the lock. A process on the same host or in the same Slurm job can acquire
+    the lock immediately. Any other process must wait until the heartbeat in the file has not
+    changed for 60 seconds. Reading checkpoints does not require the lock.
 
     Args:
         directory: existing directory.
@@ -47,7 +47,7 @@ class DirectoryLock:
         self._lock()
 
     def renew(self) -> None:
-        """Lock the directory again if somebody has deleted the directory or the lock file.
+        """Lock the directory again if the directory or the lock file was deleted.
 
         Raises:
             CheckpointError: another process holds the lock.
@@ -66,7 +66,7 @@ class DirectoryLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Remove the lock, unless another process has taken it over."""
+        """Remove the lock, unless another process has acquired it."""
         self._stop.set()
         self._thread.join()
         self._finalizer()
@@ -85,13 +85,13 @@ def _acquire(path: Path, own: Mapping[str, Any]) -> None:
                 "or stop that process."
             ) from None
         _write(path, own)
-        time.sleep(0.05)  # if two processes take over the lock at once, the last one owns it
+        time.sleep(0.05)  # if two processes acquire the lock together, the last one owns it
         if not _is_owner(path, own):
             _acquire(path, own)
 
 
 def _beat(path: Path, own: Mapping[str, Any], stop: threading.Event) -> None:
-    """Rewrite the lock file regularly, so that other hosts know that this process is running."""
+    """Rewrite the lock file regularly to show other hosts that this process is running."""
     beats = 0
     while not stop.wait(_BEAT_SECONDS):
         beats += 1
@@ -159,7 +159,7 @@ def _find_start_time(pid: int) -> str | None:
     """Return the start time of a process in clock ticks since boot, or None if it is unknown."""
     stat = _read_text(f"/proc/{pid}/stat")
     fields = stat.rpartition(")")[2].split()  # the name in parentheses can contain spaces
-    # A zombie has ended, although its parent has not read its exit status yet.
+    # A zombie has ended, but its parent has not read the exit status yet.
     return fields[19] if len(fields) > 19 and fields[0] != "Z" else None
 
 

@@ -71,15 +71,14 @@ class Checkpointer:
             run: state of the run to save.
             directory: directory that holds the run's checkpoints.
             tag: name of the checkpoint; default: ``global_stepN``, where N is the number of steps.
-            client_state: user data, which may contain numbers, strings, tensors, lists and
-                mappings.
+            client_state: user data: numbers, strings, tensors, lists and mappings.
             save_latest: whether `load` may choose this checkpoint if no tag is passed.
             frozen: whether to include frozen parameters.
             is_automatic: whether to mark this checkpoint as automatic, and to delete old automatic
                 checkpoints as ``engine.checkpoint.keep`` specifies.
         """
         if run.is_trial:
-            log.info("no checkpoints are saved during an LR range test")
+            log.info("the checkpoint was not saved, because an LR range test is running")
             return
         directory = storage.to_directory(directory)
         ranks, tag = self._ranks, tag or f"global_step{run.counters.global_steps}"
@@ -101,7 +100,7 @@ class Checkpointer:
             frozen=frozen,
             run=self._run_id,
             is_automatic=is_automatic,
-            created=dt.datetime.now(tz=dt.timezone.utc).isoformat(),
+            created=dt.datetime.now(tz=dt.UTC).isoformat(),
         )
         try:
             self._write(run, directory / f".{tag}.partial", manifest, client_state or {})
@@ -109,6 +108,7 @@ class Checkpointer:
             self._discard(directory / f".{tag}.partial")
             raise
         self._saved[directory.resolve()] = _get_position(run)
+        run.progress.monitors.note_checkpoint(tag, run.counters.global_steps)
 
     def lock(self, directory: Path) -> None:
         """Lock a directory until `close` is called, and delete incomplete checkpoints in it.
@@ -133,20 +133,20 @@ class Checkpointer:
     def is_saved(self, run: RunState, directory: Path) -> bool:
         """Return whether the run's last checkpoint in a directory is up to date.
 
-        The checkpoint is up to date if the run has neither taken a step nor reported its metric
-        since the save.
+        The checkpoint is up to date if the run has not taken a step or reported the metric since
+        the save.
         """
         return self._saved.get(directory.resolve(), (0, -1)) == _get_position(run)
 
     def find_saved_steps(self, directory: Path) -> int:
-        """Return the step of this run's last checkpoint in a directory; 0 if there is none."""
+        """Return the step of this run's last checkpoint in a directory; 0 before the first save."""
         return self._saved.get(directory.resolve(), (0, -1))[0]
 
     def _collect(self, run: RunState, client_state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state to save, without the state of the model and the optimizer.
 
-        Because gradients are not saved, a save in the middle of a step records the counters and the
-        data position of the start of that step. A resumed run then processes the micro-batches of
+        Gradients are not saved. A save in the middle of a step therefore stores the counters and
+        the data position from the start of the step. A resumed run processes the micro-batches of
         the step again.
         """
         counters, open_batches = run.counters, run.accumulation.micro_batches
@@ -222,7 +222,7 @@ class Checkpointer:
         Args:
             run: state of the run to restore.
             directory: directory that holds the run's checkpoints.
-            tag: name of the checkpoint; default: the newest complete one.
+            tag: name of the checkpoint; default: the newest complete checkpoint.
             strict: whether the model must have all saved parameters and buffers.
             optimizer: whether to restore the optimizer, the loss scaler and the RNG states.
             scheduler: whether to restore the scheduler.
@@ -232,7 +232,7 @@ class Checkpointer:
             The checkpoint's directory and its ``client_state``.
 
         Raises:
-            FileNotFoundError: if there is no such checkpoint.
+            FileNotFoundError: if the checkpoint does not exist.
             CheckpointError: if the checkpoint is damaged, or does not match the model or the run.
         """
         directory = storage.to_directory(directory)
@@ -262,7 +262,7 @@ class Checkpointer:
                 raise
 
     def close(self) -> None:
-        """Wait for this rank's last save to finish, and unlock the directories."""
+        """Wait until this rank's last save has finished, and unlock the directories."""
         if self.async_saver is not None:
             self.async_saver.close()
         for lock in self._locks.values():

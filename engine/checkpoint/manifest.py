@@ -1,4 +1,4 @@
-"""Read and format the manifest of a checkpoint, which lists its files and describes its run."""
+"""Read and format the manifest of a checkpoint. It lists the files and describes the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of ``manifest.json``, which describes a checkpoint.
+    """Contents of ``manifest.json``, the description of a checkpoint.
 
     ``files`` maps each file's relative path to its size in bytes and its hash. ``identity``
     contains the settings that must be the same in a run that resumes from the checkpoint.
@@ -43,7 +43,7 @@ class Manifest:
     is_automatic: bool = False
     """Whether the checkpoint was saved automatically, so that `prune` may delete it."""
     sequence: int = 0
-    """Number of the checkpoint in its directory. Unlike the time, it cannot be set back."""
+    """Number of the checkpoint in its directory. Unlike a clock, the number never goes back."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     checksum: str = ""
     """SHA-256 hash of the other keys; empty in checkpoints of earlier versions."""

@@ -1,8 +1,8 @@
 """Get and load the state of an optimizer by parameter name.
 
-This module does not use ``torch.distributed.checkpoint.state_dict``, because the functions of that
-module take an optimizer step to create missing states. A run that saves a checkpoint before its
-first step would then train differently afterwards.
+This module does not use ``torch.distributed.checkpoint.state_dict``, because its functions take an
+optimizer step to create missing states. A checkpoint saved before the first step would then change
+the results of the run.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ def build_empty_state(
 ) -> dict[str, Any]:
     """Return an optimizer state with uninitialized tensors, into which a checkpoint can be loaded.
 
-    Saved states of parameters that this optimizer does not have are left out.
+    The result does not contain the saved states of parameters that this optimizer does not have.
 
     Args:
         directory: directory of the checkpoint, for the error message.
-        model: model whose parameters are optimized.
+        model: model that contains the optimized parameters.
         optimizer: optimizer that will load the state.
         saved: values and tensor metadata in the checkpoint, by dotted name.
 
@@ -135,7 +135,7 @@ def build_empty_state(
 def check_optimizer_state(
     directory: Path, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]
 ) -> None:
-    """Check a loaded optimizer state in which parameters are identified by name, not by index.
+    """Check a loaded optimizer state that identifies parameters by name.
 
     Raises:
         CheckpointError: if the optimizer cannot continue from the state.
@@ -148,7 +148,7 @@ def check_optimizer_state(
 
 
 def find_outside_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """Return the optimized parameters that are not in the model, such as those of a loss function.
+    """Return the optimized parameters outside of the model, such as the parameters of a loss.
 
     The name of each of these parameters is derived from its position in the param groups.
     """
@@ -192,12 +192,12 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[
 
 
 class _Indices(list[int]):
-    """Parameter indices of a param group, in a list that can be searched quickly.
+    """Parameter indices of a param group, in a list with a fast search.
 
-    For each tensor, `Optimizer.load_state_dict` searches all groups for the parameter, only to read
-    the settings ``fused`` and ``capturable`` of its group. This search takes minutes for 10,000
-    groups. Each list therefore claims to contain the parameters of all groups in which these two
-    settings have the same values.
+    For each tensor, `Optimizer.load_state_dict` searches all groups for the parameter to read the
+    settings ``fused`` and ``capturable`` of the group. With 10,000 groups, the search takes
+    minutes. Each list therefore claims to contain the parameters of all groups with the same values
+    of these two settings.
     """
 
     def __init__(self, own: Iterable[int] = (), known: Collection[int] = ()) -> None:
@@ -211,8 +211,8 @@ class _Indices(list[int]):
 def reshard(model: nn.Module) -> None:
     """Reshard the parameters that FSDP left gathered after a forward pass.
 
-    FSDP keeps some parameters gathered for the backward pass. If no backward pass follows, as in an
-    evaluation, they stay gathered.
+    FSDP keeps some parameters gathered for the backward pass. Without a backward pass, for example
+    in an evaluation, these parameters stay gathered.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -260,7 +260,7 @@ def _insert(holder: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def _restore_lists(value: Any) -> Any:
-    """Convert each nested dict whose keys are "0", "1", "2", … to a list."""
+    """Convert each nested dict with the keys "0", "1", "2", … to a list."""
     if not isinstance(value, dict):
         return value
     restored = {key: _restore_lists(below) for key, below in value.items()}
@@ -270,7 +270,7 @@ def _restore_lists(value: Any) -> Any:
 
 
 def _allocate(parameter: nn.Parameter | None, value: Any) -> Any:
-    """Allocate a tensor to load a saved tensor into, with the sharding of its parameter.
+    """Allocate a tensor for a saved tensor, with the sharding of the parameter.
 
     A value that is not a tensor is returned unchanged.
     """

@@ -1,4 +1,4 @@
-"""Keep the tensors of an optimizer in place when a state is loaded or its parameters are moved."""
+"""Update an optimizer's tensors in place when a state is loaded or parameters are moved."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ __all__ = ["keep_tensors", "move_state"]
 
 @contextlib.contextmanager
 def keep_tensors(optimizer: Optimizer) -> Iterator[None]:
-    """Copy a state that is loaded inside this context into the tensors that the optimizer had.
+    """Inside this context, load optimizer states into the existing tensors.
 
     `Optimizer.load_state_dict` replaces the tensors, but a CUDA graph or a compiled step continues
-    to use the old ones. It also replaces a learning rate that is a tensor with the saved type. A
-    hyperparameter keeps its type: a tensor is filled in place, a number stays a number.
+    to use the old tensors. It also replaces hyperparameters, even if the saved value is a number
+    and the current value is a tensor. In this context, a tensor is updated in place and a number
+    stays a number.
 
     >>> lr = torch.tensor(0.1)
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=lr)
@@ -45,7 +46,7 @@ def keep_tensors(optimizer: Optimizer) -> Iterator[None]:
 
 
 def _fill(old: Any, new: Any) -> Any:
-    """Copy the tensors of ``new`` into those of ``old``, at any depth; return the result.
+    """Copy nested tensors in ``new`` into the tensors in ``old``, and return the result.
 
     A tensor without a counterpart of the same kind is returned unchanged.
     """

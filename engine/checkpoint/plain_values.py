@@ -1,4 +1,4 @@
-"""Save plain values and small tensors, and load them without running code from the file."""
+"""Save plain values and small tensors. Loading them never runs code from the file."""
 
 from __future__ import annotations
 
@@ -66,18 +66,18 @@ _LOADABLE: list[Any] = [
     pathlib.PosixPath,
     pathlib.WindowsPath,
 ]
-"""Classes and functions outside of PyTorch that may be unpickled; none of them runs other code."""
+"""Classes and functions outside of PyTorch that may be unpickled. They do not run other code."""
 
 
 def write_values(path: Path, values: Any) -> None:
-    """Write plain values, tensors and arrays to a file, including nested lists and mappings.
+    """Write plain values, tensors, arrays, and lists or mappings of these to a file.
 
     Raises:
         OSError: the disk is full or the directory is not writable.
         ValueError: a value has a type that `read_values` does not load.
     """
     check_plain_values(values, path.stem)
-    # If torch.save wrote the file, its RuntimeError would not name the cause of a failure.
+    # torch.save would raise a RuntimeError that does not name the cause of a failure.
     buffer = io.BytesIO()
     torch.save(values, buffer)
     path.write_bytes(buffer.getbuffer())
@@ -125,8 +125,8 @@ def read_values(path: Path) -> Any:
     """Return the values that `write_values` wrote, with tensors on the CPU.
 
     Raises:
-        CheckpointError: the file is damaged, or it contains objects of other types, which could
-            run code when they are unpickled.
+        CheckpointError: the file is damaged, or contains an object of another type. Unpickling such
+            an object could run code.
     """
     with report_damage(path):
         return unpickle(path)
@@ -140,15 +140,15 @@ def unpickle(
     mmap: bool | None = None,
     fix: str = "Use another checkpoint.",
 ) -> Any:
-    """Load a file with tensors on the CPU, but refuse to unpickle objects that could run code.
+    """Load a file with tensors on the CPU, and reject objects that could run code.
 
     Args:
         path: file to load.
-        allowed: classes whose instances are loaded, in addition to tensors and plain values. Each
-            is a class, or a class and the name under which the file refers to it.
+        allowed: classes to allow in addition to tensors and plain values. Each item is a class, or
+            a tuple of a class and its name in the file.
         load: `torch.load`, or a function with the same arguments.
         mmap: see `torch.load`.
-        fix: how to fix a file that contains an object of another class.
+        fix: last sentence of the error message: how to load a file that contains other classes.
 
     Raises:
         CheckpointError: the file is damaged, or contains an object of another class.
@@ -171,8 +171,8 @@ def unpickle(
 def summarize(error: BaseException) -> str:
     """Return the first line of an error's message, or the error's type if the message is empty.
 
-    For errors other than ValueError and RuntimeError, the type precedes the message. A period at
-    the end is removed.
+    For errors other than ValueError and RuntimeError, the type precedes the message. The period at
+    the end of the message is removed.
 
     >>> summarize(KeyError("data.pkl")), summarize(EOFError())
     ("KeyError: 'data.pkl'", 'EOFError')
@@ -209,10 +209,10 @@ def read_as(kind: Any, path: Path) -> Any:
 def report_damage(path: Path) -> Iterator[None]:
     """Convert any exception in a ``with`` block to a CheckpointError that reports a damaged file.
 
-    A block that fails must leave the state of the run unchanged.
+    If the block fails, it must not have changed the state of the run.
 
     Args:
-        path: file whose values the block checks or uses.
+        path: file that the block reads or checks.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Restore a training run from a checkpoint that has been selected."""
+"""Restore a training run from a selected checkpoint."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class _SmallFiles:
-    """The contents of a checkpoint without the tensors; None for each part that is not restored."""
+    """The contents of a checkpoint without tensors. A part that is not restored is None."""
 
     random_state: Any = None
     position: Any = None
@@ -59,7 +59,7 @@ class _SmallFiles:
 
 
 class Restorer:
-    """Restores a run from a checkpoint. Every rank must call `restore`.
+    """Object that restores a run from a checkpoint. Every rank must call `restore`.
 
     Args:
         plan: settings of the section ``engine.checkpoint``.
@@ -91,7 +91,7 @@ class Restorer:
         """
         checkpoint_dir, manifest, state = selected.path, selected.manifest, selected.state
         self._check_match(run, selected, parts)
-        # Read and check the small files first, so that nothing has changed if one is damaged.
+        # Read and check the small files first, so that a damaged file leaves the run unchanged.
         with raise_on_all_ranks(self._ranks, _NOT_LOADED):
             small = self._read_small_files(run, selected, parts)
         own_groups = [_copy_settings(group) for group in self._backend.optimizer.param_groups]
@@ -116,15 +116,15 @@ class Restorer:
             _restore_schedule(run, small)
         if selected.is_foreign and parts.counters and self._ranks.rank == 0:
             log.warning(
-                "%s was written by DeepSpeed, so the position in the training data and the random "
-                "state were not restored",
+                "DeepSpeed checkpoints such as %s do not contain the position in the training "
+                "data or the random state, so neither was restored",
                 checkpoint_dir,
             )
 
     def _check_match(self, run: RunState, selected: Selected, parts: Parts) -> None:
         """Check that the checkpoint is from a run with the same settings.
 
-        The scheduler's state in a checkpoint of DeepSpeed is converted to this package's format.
+        The scheduler state in a DeepSpeed checkpoint is converted to onecycle's format.
         """
         checkpoint_dir, manifest, state = selected.path, selected.manifest, selected.state
         is_converted = selected.is_foreign and parts.scheduler and not self._plan.override
@@ -136,18 +136,19 @@ class Restorer:
             check_identity(checkpoint_dir, manifest.identity, self._expected_identity(manifest))
         if not manifest.frozen and self._ranks.rank == 0:
             log.info(
-                "%s does not contain the frozen parameters; the model keeps their current values",
+                "%s does not contain the frozen parameters, so the model keeps their current "
+                "values",
                 checkpoint_dir,
             )
 
     def _expected_identity(self, manifest: Manifest) -> Identity:
         if not os.environ.get(ELASTIC):
             return self._identity
-        # The world size of an elastic run may change; its batch size and schedule must not.
+        # The world size of an elastic run may change, but not the batch size or the schedule.
         return {**self._identity, "world_size": manifest.identity.get("world_size")}
 
     def _read_small_files(self, run: RunState, selected: Selected, parts: Parts) -> _SmallFiles:
-        """Read and check the contents of a checkpoint without the tensors; change nothing."""
+        """Read and check the contents of a checkpoint, without the tensors."""
         checkpoint_dir, manifest, state = selected.path, selected.manifest, selected.state
         random_state = position = schedule = snapshot = None
         if parts.optimizer:
@@ -169,7 +170,7 @@ class Restorer:
         return _SmallFiles(random_state, position, schedule, snapshot)
 
     def _read_random_state(self, checkpoint_dir: Path, manifest: Manifest) -> Any:
-        """Return this rank's saved random state; None if there is none for this world size."""
+        """Return this rank's saved random state, or None if the world size has changed."""
         path = checkpoint_dir / f"random.{self._ranks.rank}.pt"
         if not path.is_file() or manifest.world_size != self._ranks.world_size:
             return None

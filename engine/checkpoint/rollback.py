@@ -1,4 +1,4 @@
-"""Roll back to the lowest loss of the warmup, for the schedule AutoWU with ``"rollback": true``."""
+"""Roll back a run to the lowest loss of the warmup, if AutoWU has ``"rollback": true``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("onecycle")
 
 
 class RestorableBackend(Protocol):
-    """The part of `engine.backends.base.Backend` that `Rollback` uses."""
+    """Protocol for the methods of `engine.backends.base.Backend` that `Rollback` uses."""
 
     @property
     def ranks(self) -> Ranks:
@@ -29,15 +29,15 @@ class RestorableBackend(Protocol):
         ...
 
     def restore(self, snapshot: Any, *, only_check: bool = False) -> None:
-        """Restore a state returned by `snapshot`, or only check it if ``only_check`` is true."""
+        """Restore a state returned by `snapshot`, or only check it with ``only_check=True``."""
         ...
 
 
 class Rollback:
-    """Rollback of the model, the optimizer and the loss scaler to the lowest loss of the warmup.
+    """Object that rolls back the model, optimizer and loss scaler to the lowest warmup loss.
 
-    `update` takes a snapshot whenever the mean loss of one of AutoWU's test intervals is the lowest
-    so far. It restores the snapshot when AutoWU switches from warmup to decay.
+    AutoWU computes the mean loss of each test interval. `update` takes a snapshot whenever this
+    mean is the lowest so far, and restores the snapshot when AutoWU switches from warmup to decay.
     """
 
     def __init__(self, backend: RestorableBackend) -> None:
@@ -47,7 +47,7 @@ class Rollback:
         """Snapshot at the lowest loss so far; None before it is taken and after the warmup."""
 
     def update(self, scheduler: object) -> None:
-        """Take a snapshot at each new loss minimum, and restore the last one when the decay starts.
+        """Take a snapshot at each new loss minimum. Restore the last snapshot before the decay.
 
         Args:
             scheduler: AutoWU scheduler that has already received the loss of the last step.
@@ -60,10 +60,7 @@ class Rollback:
             self._backend.restore(self.snapshot)
             self.snapshot = None
             scheduler.write()  # restoring also reset the learning rate
-            log.info(
-                "rolled back the model and the optimizer to their state at the lowest loss of the "
-                "warmup"
-            )
+            log.info("rolled back the model and the optimizer to the lowest loss of the warmup")
 
     def save(self, checkpoint_dir: Path) -> None:
         """Write this rank's snapshot to a checkpoint, if a snapshot has been taken."""
@@ -71,7 +68,7 @@ class Rollback:
             write_values(checkpoint_dir / f"rollback.{self._ranks.rank}.pt", self.snapshot)
 
     def read(self, checkpoint_dir: Path) -> Any:
-        """Return this rank's snapshot from a checkpoint, or None if the checkpoint contains none.
+        """Return this rank's snapshot from a checkpoint, or None if it lacks a snapshot.
 
         Snapshots that were saved with a different world size are ignored.
 

@@ -1,4 +1,4 @@
-"""The parts of a training run and its backend that checkpoints save and restore."""
+"""Protocols for the run and the backend that checkpoints save and restore."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["RunState", "SavedBackend"]
 
 
 class SavedBackend(Protocol):
-    """The part of `engine.backends.base.Backend` that checkpoints use."""
+    """Protocol for the methods of `engine.backends.base.Backend` that checkpoints use."""
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer whose param groups the schedule changes."""
+        """The optimizer that the schedule controls."""
         ...
 
     @property
@@ -45,7 +45,7 @@ class SavedBackend(Protocol):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        """Write the same state as `save`, but in the background, from a copy in host memory."""
+        """Copy the state to host memory, and write the copy to a checkpoint in the background."""
         ...
 
     def load(
@@ -56,11 +56,11 @@ class SavedBackend(Protocol):
 
 
 class RunState(Protocol):
-    """The attributes of a training run that checkpoints contain."""
+    """Protocol for the training run that checkpoints save and restore."""
 
     config: Config
     is_trial: bool
-    """Whether the run is part of an LR range test, which saves no checkpoints."""
+    """Whether the run is part of an LR range test. Such a run does not save checkpoints."""
     counters: Counters
     accumulation: Accumulation
     progress: ProgressReporter
@@ -74,7 +74,7 @@ class RunState(Protocol):
 
     @property
     def scheduler(self) -> LRScheduler | None:
-        """The learning-rate scheduler of the run; None if it has none."""
+        """The learning-rate scheduler of the run, or None."""
         ...
 
     def restore_counters(self, counters: Counters) -> None:

@@ -1,8 +1,8 @@
-"""Let torch.distributed.checkpoint write and read one safetensors file per rank, without pickle.
+"""Write and read one safetensors file per rank with torch.distributed.checkpoint.
 
 An unsharded tensor is stored under its own name, so that any safetensors reader can load it. A
 shard of a tensor is stored under ``name@offset,…``, and the header of its file contains the shape
-of the full tensor. No separate index file is needed, and opening a file never runs code.
+of the full tensor. Neither an index file nor pickle is used, so opening a file never runs code.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = ["SHARDS", "ShardReader", "ShardWriter", "write_tensors"]
 
 
 SHARDS = "shard.*.safetensors"
-"""Pattern of the files' names; the ranks have one file each."""
+"""Pattern of the file names. Each rank has one file."""
 _ALIGNMENT = 8  # bytes
 _DTYPES = {
     torch.float64: "F64",
@@ -77,21 +77,21 @@ class ShardWriter(StorageWriter):
         self._directory = directory
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Do nothing, because the directory of a writer is fixed."""
+        """Do nothing. The writer keeps its directory."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Do nothing, because no setup is needed."""
+        """Do nothing. The writer does not need a setup."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Set ``storage_data`` of each plan to the plan's rank, which is part of the file name."""
+        """Set ``storage_data`` of each plan to the plan's rank, for the file name."""
         return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write the planned tensors to this rank's file. Return a completed future."""
+        """Write the planned tensors to this rank's file, and return a completed future."""
         tensors: dict[str, Tensor] = {}
         parts: dict[str, Any] = {}
         results = []
@@ -109,7 +109,7 @@ class ShardWriter(StorageWriter):
         return _wrap_in_future(results)
 
     def write_whole(self, tensors: dict[str, Tensor]) -> None:
-        """Write the tensors of a single process without torch's save planner, which is slow."""
+        """Write the tensors of a single process without torch's slow save planner."""
         self._write_shard(0, tensors, {})
 
     def _write_shard(self, rank: int, tensors: dict[str, Tensor], parts: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ class ShardWriter(StorageWriter):
         write_tensors(path, tensors, {"parts": json.dumps(parts)})
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Do nothing, because the headers of the shard files contain the metadata."""
+        """Do nothing. The headers of the shard files contain the metadata."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -130,8 +130,8 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file, one tensor after another.
 
-    ``safetensors.torch.save_file`` would first copy all tensors, which takes as much memory and
-    twice as long.
+    In contrast, ``safetensors.torch.save_file`` first copies all tensors, so it needs twice the
+    memory and twice the time.
 
     Args:
         path: file to write.
@@ -149,7 +149,10 @@ def write_tensors(
     for name in names:
         tensor = tensors[name]
         if tensor.dtype not in _DTYPES:
-            raise ValueError(f"`{name}` has the dtype {tensor.dtype}, which cannot be saved.")
+            raise ValueError(
+                f"`{name}` must have a dtype that safetensors supports, got {tensor.dtype}. "
+                "Convert the tensor, for example to float32."
+            )
         start, end = end, end + tensor.nbytes
         header[name] = {
             "dtype": _DTYPES[tensor.dtype],
@@ -186,7 +189,7 @@ class ShardReader(StorageReader):
         """Directory of the checkpoint."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Do nothing, because the directory of a reader is fixed."""
+        """Do nothing. The reader keeps its directory."""
 
     def read_metadata(self, *_args: Any, **_options: Any) -> Metadata:
         """Return the shapes and shards of all saved tensors, and the location of each shard.
@@ -197,7 +200,7 @@ class ShardReader(StorageReader):
         return self._metadata
 
     def read_whole(self, targets: Mapping[str, Tensor]) -> None:
-        """Load whole tensors by name, in place, without torch's load planner, which is slow.
+        """Load unsharded tensors by name, in place, without torch's slow load planner.
 
         Raises:
             KeyError: if a tensor is not in the checkpoint.
@@ -253,7 +256,7 @@ class ShardReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy the planned slices into this rank's tensors. Return a completed future."""
+        """Copy the planned slices into this rank's tensors, and return a completed future."""
         items_by_file: dict[Path, list[tuple[str, ReadItem]]] = {}
         for item in plan.items:
             path, name = self._locations[item.storage_index]
@@ -290,7 +293,7 @@ def _read_header(
     known: dict[str, TensorStorageMetadata],
     locations: dict[MetadataIndex, tuple[Path, str]],
 ) -> None:
-    """Add the tensors in a file to ``known``, and the location of each shard to ``locations``."""
+    """Add the tensors of a file to ``known``, and the shard locations to ``locations``."""
     with safe_open(path, framework="pt") as file:
         found = json.loads((file.metadata() or {}).get("parts", "{}"))
         parts = restore(dict[str, _Part], found, "parts")
@@ -305,13 +308,13 @@ def _read_header(
                 ),
             )
             if (whole.size, whole.properties.dtype) != (torch.Size(part.shape), tensor.dtype):
-                raise ValueError(f"the parts of `{part.of}` have different shapes or dtypes.")
+                raise ValueError(f"`{part.of}` must have the same shape and dtype in all parts.")
             whole.chunks.append(ChunkStorageMetadata(offsets, tensor.shape))
             locations[MetadataIndex(part.of, offsets)] = (path, name)
 
 
 def _check_parts(name: str, whole: TensorStorageMetadata) -> None:
-    """Check that the parts of a tensor cover it, so that no value stays uninitialized.
+    """Check that the parts of a tensor cover the whole tensor.
 
     Raises:
         ValueError: if a part is missing, repeated, or outside of the tensor.
@@ -335,7 +338,7 @@ def _check_parts(name: str, whole: TensorStorageMetadata) -> None:
         )
         is_covered &= is_inside and (len(differing) != 1 or differing[0])
     if not is_covered:
-        raise ValueError(f"the parts of `{name}` do not cover its shape, {tuple(whole.size)}.")
+        raise ValueError(f"`{name}` must have parts that cover its shape, {tuple(whole.size)}.")
 
 
 def _wrap_in_future(result: Any) -> Future[Any]:

@@ -1,4 +1,4 @@
-"""The structure of the file that holds a run's counters, schedule and position in the data."""
+"""Structure of the file with a run's counters, schedule and position in the data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Position:
 class _Batch:
     """Batch sizes of a run.
 
-    Only old versions of onecycle saved ``world_size`` with them.
+    Only old versions of onecycle saved ``world_size`` with the batch sizes.
     """
 
     train: Size
@@ -80,7 +80,7 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def check_foreign_run(values: Mapping[str, Any]) -> None:
-    """Check the state of a run that `DeepSpeedFiles.read_run_state` returned.
+    """Check the result of `DeepSpeedFiles.read_run_state`.
 
     Raises:
         ValueError: if a value has the wrong type or is out of range.

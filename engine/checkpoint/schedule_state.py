@@ -29,27 +29,27 @@ log = logging.getLogger("onecycle")
 def convert_deepspeed_state(
     checkpoint_dir: Path, saved: Mapping[str, Any] | None, scheduler: LRScheduler
 ) -> Mapping[str, Any] | None:
-    """Return the part of DeepSpeed's scheduler state that this run's scheduler can load.
+    """Convert a scheduler state saved by DeepSpeed to a state for this run's scheduler.
 
     Args:
         checkpoint_dir: directory of the checkpoint, for the error message.
-        saved: state of the scheduler in the checkpoint; None if it contains none.
+        saved: state of the scheduler in the checkpoint, or None.
         scheduler: scheduler of this run.
 
     Returns:
-        The state, or None if there is nothing to load. If it is None, the schedule continues at the
+        The state, or None if no state needs to be loaded. If None, the schedule continues at the
         current step of the run.
 
     Raises:
-        CheckpointError: if the script created the scheduler, and the checkpoint contains no state
-            that this scheduler can load.
+        CheckpointError: if the script created the scheduler, and the checkpoint does not contain a
+            state for it.
     """
     if isinstance(scheduler, ScheduleBinder):
         return saved if saved is not None and {"type", "params", "step"} <= saved.keys() else None
     if saved is None or saved.keys() != scheduler.state_dict().keys():
         raise CheckpointError(
-            f"{checkpoint_dir} contains no state that `{type(scheduler).__name__}` can load. Use "
-            "the scheduler of the saved run, or pass `load_lr_scheduler_states=False`."
+            f"{checkpoint_dir} does not contain a state that `{type(scheduler).__name__}` can "
+            "load. Use the scheduler of the saved run, or pass `load_lr_scheduler_states=False`."
         )
     return saved
 
@@ -69,11 +69,11 @@ def prepare_schedule_state(
         state: saved state of the run.
         config: config of this run.
         steps: number of applied steps at which the run continues.
-        override: whether this run's schedule replaces the saved one.
+        override: whether this run's schedule replaces the saved schedule.
 
     Returns:
-        The state, or None if a PyTorch scheduler replaces the saved schedule. The caller must then
-        step this scheduler to ``steps`` with `advance`.
+        The state, or None if a PyTorch scheduler replaces the saved schedule. If None, the caller
+        must advance the scheduler to ``steps`` with `advance`.
 
     Raises:
         ValueError: if the saved state is damaged.
@@ -92,8 +92,8 @@ def _convert_position(steps: int, config: Config, saved_batch: Mapping[str, int]
     """Return the step at which a schedule continues after a change of the batch size.
 
     A schedule with durations in samples, epochs or fractions of the run continues after the same
-    number of samples. If the batch size is larger now, this number is reached at an earlier step.
-    Any other schedule continues at the same step.
+    number of samples. With a larger batch size, the same number of samples corresponds to an
+    earlier step. Any other schedule continues at the same step.
 
     Args:
         steps: number of applied optimizer steps in the checkpoint.
@@ -128,7 +128,7 @@ def _check_schedule_state(scheduler: LRScheduler, state: dict[str, Any]) -> None
 
 
 def _fix_lengths(value: Any) -> Any:
-    """Convert the lists in a nested value to tuples, so that their lengths are also checked."""
+    """Convert nested lists to tuples, because only the lengths of tuples are checked."""
     if isinstance(value, dict):
         return {key: _fix_lengths(each) for key, each in value.items()}
     return tuple(map(_fix_lengths, value)) if isinstance(value, list) else value
@@ -137,13 +137,13 @@ def _fix_lengths(value: Any) -> Any:
 def _adapt_schedule_state(
     saved: Mapping[str, Any], own: dict[str, Any], applied_steps: int
 ) -> dict[str, Any]:
-    """Adapt a saved scheduler state to this run's schedule, which may differ from the saved one.
+    """Adapt a saved scheduler state to the schedule of this run.
 
     A schedule without feedback continues at the current step of the run. A feedback schedule
-    depends on past losses, so it restarts unless its type and params match the saved ones.
+    depends on past losses, so it restarts if its type or params differ from the saved schedule.
 
     Args:
-        saved: scheduler state in the checkpoint; empty if the checkpoint contains none.
+        saved: scheduler state in the checkpoint; can be empty.
         own: current state of this run's scheduler.
         applied_steps: step at which the schedule continues.
     """
@@ -162,13 +162,13 @@ def _adapt_schedule_state(
 
 
 def advance(scheduler: LRScheduler, applied_steps: int) -> None:
-    """Call ``step`` on a PyTorch scheduler until it reaches the current step of the run.
+    """Step a PyTorch scheduler until it reaches the current step of the run.
 
-    Unlike a `ScheduleBinder`, such a scheduler cannot jump to a step. Its saved state is not loaded
-    because that would also restore the settings of the saved run.
+    Unlike a `ScheduleBinder`, a PyTorch scheduler cannot jump to a step. The saved state is not
+    loaded, because it contains the settings of the saved run.
 
     Args:
-        scheduler: scheduler of this run, with its own settings.
+        scheduler: scheduler of this run.
         applied_steps: number of applied optimizer steps in the checkpoint.
     """
     if isinstance(scheduler, ReduceLROnPlateau) or not hasattr(scheduler, "last_epoch"):

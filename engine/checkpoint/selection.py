@@ -35,7 +35,7 @@ class Selected:
 
 
 class CheckpointSelector:
-    """Selector of the checkpoint to load: the one with a given tag, or the newest one.
+    """Selector of the checkpoint to load, by its tag or as the newest checkpoint.
 
     Args:
         config: config of the run.
@@ -48,17 +48,17 @@ class CheckpointSelector:
         self._loads_universal = bool(config.raw.get("checkpoint", {}).get("load_universal"))
 
     def select(self, directory: Path, tag: str | None) -> Selected:
-        """Return the checkpoint that rank 0 chooses, and check that all ranks see the same one.
+        """Return the checkpoint that rank 0 chooses, and check that all ranks read the same files.
 
         Rank 0 reads all files to verify their hashes. The other ranks check the files' sizes.
 
         Args:
             directory: directory that holds the run's checkpoints.
-            tag: name of the checkpoint; None selects the one that was written last.
+            tag: name of the checkpoint; None selects the newest checkpoint.
 
         Raises:
-            FileNotFoundError: if there is no such checkpoint.
-            CheckpointError: if the checkpoint is damaged, or the ranks see different files.
+            FileNotFoundError: if the checkpoint does not exist.
+            CheckpointError: if the checkpoint is damaged, or the ranks have different files.
         """
         name, is_foreign, manifest = call_on_rank_0(
             self._ranks, lambda: self._choose(directory, tag)
@@ -89,7 +89,7 @@ class CheckpointSelector:
         return path.name, False, manifest
 
     def _find_foreign(self, directory: Path, tag: str | None) -> Path | None:
-        """Return the checkpoint to load if DeepSpeed wrote it.
+        """Return the checkpoint to load, or None if onecycle wrote it.
 
         Return None if a checkpoint that onecycle wrote should be loaded instead.
         """
@@ -97,7 +97,7 @@ class CheckpointSelector:
         universal = _follow(pointer) if self._loads_universal and tag is None else None
         if universal is not None:
             own = [manifest for _, manifest in storage.list_checkpoints(directory)]
-            # A run that has saved its own checkpoints since does not start from it again.
+            # If the run has since saved its own checkpoints, resume from these checkpoints instead.
             steps = DeepSpeedFiles(universal, trusts=self._config.checkpoint.trust_pickle).steps
             if all(manifest.step <= steps for manifest in own):
                 return universal
@@ -121,11 +121,11 @@ class CheckpointSelector:
 
 
 def find_foreign(directory: Path, tag: str | None) -> Path | None:
-    """Return a checkpoint that DeepSpeed wrote without onecycle, or None if there is none.
+    """Return a checkpoint that DeepSpeed wrote without onecycle, or None.
 
     Args:
         directory: directory that holds the checkpoints.
-        tag: name of the checkpoint; None selects the one that the file ``latest`` names.
+        tag: name of the checkpoint. If None, it is read from the file ``latest``.
     """
     if tag is None:
         return _follow(directory / storage.LATEST)
@@ -133,7 +133,7 @@ def find_foreign(directory: Path, tag: str | None) -> Path | None:
 
 
 def _follow(pointer: Path) -> Path | None:
-    """Return the DeepSpeed checkpoint whose tag a file such as ``latest`` contains, or None."""
+    """Return the DeepSpeed checkpoint that a file such as ``latest`` names, or None."""
     if not pointer.is_file():
         return None
     checkpoint_dir = pointer.parent / pointer.read_text(encoding="utf-8").strip()

@@ -42,7 +42,7 @@ _MODEL = "model."
 
 
 class Source(Protocol):
-    """Contents of a checkpoint that `read` restores: tensors and other values, by dotted name."""
+    """Protocol for a checkpoint that `read` restores: tensors and other values, by dotted name."""
 
     @property
     def tensors(self) -> Mapping[str, TensorStorageMetadata]:
@@ -100,20 +100,20 @@ def write_async(
     """Copy this rank's shards of the model and the optimizer, and write them in the background.
 
     Every rank must call this function. The copies are in host memory, so training can continue as
-    soon as the function returns. On a GPU, the background thread waits until they are complete.
+    soon as the function returns. If the tensors are on a GPU, the background thread waits for the
+    copies.
 
     Args:
         directory: existing directory to write to.
         model: model to save.
         optimizer: optimizer of the model.
         group: process group that is used only for saving; None for a single process.
-        buffers: copies from the previous save. Their memory is reused, and the dict is updated in
-            place.
+        buffers: copies from the previous save, updated in place. Their memory is reused.
         frozen: whether to include frozen parameters.
 
     Returns:
-        A future that completes when this rank has written its files. On rank 0, it completes when
-        all ranks have written their files.
+        A future that completes when this rank has written its files. On rank 0, the future
+        completes when all ranks have written their files.
     """
     state = _get_state(model, optimizer, frozen=frozen)
     copies = copy_to_host(state, buffers)
@@ -147,15 +147,14 @@ def read(
         directory: directory that `write` wrote to.
         model: model to restore.
         optimizer: optimizer to restore; None restores only the model.
-        strict: whether to raise an error if the checkpoint and the model do not have the same
-            parameters and buffers. If False, those that are not in both are ignored.
+        strict: whether the checkpoint and the model must have the same parameters and buffers. If
+            False, tensors without a counterpart are ignored.
         frozen: whether the checkpoint must contain the frozen parameters. If False, frozen
             parameters that are missing from the checkpoint keep their current values.
         source: contents of the checkpoint; default: the files that `write` wrote.
 
     Raises:
         CheckpointError: if a parameter or buffer is missing, unexpected, or has a different shape.
-            The message names the first one.
     """
     source = source or _Shards(directory)
     weights = _find_saved_weights(directory, model, source, strict=strict, frozen=frozen)
@@ -163,7 +162,7 @@ def read(
     state: dict[str, Any] = {"optimizer": {}, "outside": {}}
     if optimizer is not None:
         state = _read_optimizer(directory, model, optimizer, source)
-    # Nothing has changed so far. From here on, only code of the model or the optimizer can fail.
+    # The run is still unchanged. After this line, only code of the model or optimizer can fail.
     options = StateDictOptions(strict=strict and frozen)
     try:
         with report_damage(directory / VALUES):
@@ -186,10 +185,10 @@ def read(
 def _find_saved_weights(
     directory: Path, model: nn.Module, source: Source, *, strict: bool, frozen: bool
 ) -> dict[str, Any]:
-    """Return the part of the model's state that is loaded; see `read` for the parts that are not.
+    """Return the part of the model's state to load, according to the arguments of `read`.
 
     Raises:
-        CheckpointError: if the checkpoint does not contain this part.
+        CheckpointError: if the checkpoint does not contain the required tensors.
     """
     weights: dict[str, Any] = get_model_state_dict(model)
     saved = {
@@ -214,7 +213,7 @@ def _find_saved_weights(
 def _read_optimizer(
     directory: Path, model: nn.Module, optimizer: Optimizer, source: Source
 ) -> dict[str, Any]:
-    """Read and check the optimizer's state, and the parameters that only the optimizer has."""
+    """Read and check the optimizer's state and its parameters outside of the model."""
     with report_damage(directory / VALUES):
         saved = {**source.values, **source.tensors}
         own = build_empty_state(directory, model, optimizer, saved)
@@ -230,7 +229,7 @@ def _read_optimizer(
 
 
 def _find_tensors(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the tensors of a nested state that the sharded files contain, by dotted name."""
+    """Return the tensors of a nested state, by dotted name."""
     return {
         name: holder[key]
         for name, holder, key in _find_leaves(state)
@@ -241,7 +240,7 @@ def _find_tensors(state: dict[str, Any]) -> dict[str, Any]:
 def _find_extra_states(
     directory: Path, model_state: Mapping[str, Any], saved_values: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the saved results of the modules' ``get_extra_state``, by name."""
+    """Return the saved extra state of each module, by name."""
     names = [name for name in model_state if _is_extra_state(name)]
     for name in names:
         if f"{_MODEL}{name}" not in saved_values:
@@ -315,8 +314,8 @@ def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | No
     else:
         with _raise_cause():
             save(tensors, storage_writer=writer, process_group=group)
-    # Write this file after the collective `save`. If rank 0 failed here before that call, the other
-    # ranks would wait in it indefinitely.
+    # Write this file after the collective `save`. If rank 0 failed before `save`, the remaining
+    # ranks would wait in `save` indefinitely.
     if is_single_process or dist.get_rank() == 0:
         values = {name: value for name, value in leaves.items() if not _is_sharded(name, value)}
         write_values(directory / VALUES, values)
@@ -359,14 +358,14 @@ def _find_leaves(holder: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def _is_sharded(name: str, value: Any) -> bool:
-    """Return whether a value is written to the sharded files instead of the file `VALUES`."""
+    """Return whether a value belongs in the sharded files, not in the file `VALUES`."""
     return isinstance(value, Tensor) and not _is_extra_state(name)
 
 
 def _is_extra_state(name: str) -> bool:
     """Return whether a value comes from a module's ``get_extra_state``.
 
-    Such a value can have any structure, which may be different when the checkpoint is loaded.
+    The structure of such a value is arbitrary and can change between saving and loading.
     """
     return name.rpartition(".")[2] == "_extra_state"
 

@@ -8,8 +8,8 @@
     DIR/.TAG.partial/       a checkpoint whose save is in progress or was interrupted
 
 A directory without a manifest is not a complete checkpoint. The manifest is written last, and then
-the directory is renamed from ``.TAG.partial`` to ``TAG``. If the process is killed during a save,
-the previous checkpoint therefore stays complete.
+the directory is renamed from ``.TAG.partial`` to ``TAG``. The previous checkpoint therefore stays
+complete if the process is killed during a save.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def to_directory(path: str | os.PathLike[str]) -> Path:
 
 
 def create_directory(directory: Path) -> None:
-    """Create the directory that holds a run's checkpoints, unless it exists.
+    """Create the directory of a run's checkpoints, unless it exists.
 
     Raises:
         OSError: if the directory cannot be created, or its path is a file.
@@ -110,7 +110,7 @@ def create_partial(directory: Path, tag: str) -> Path:
 
 
 def discard(partial: Path) -> None:
-    """Delete an incomplete checkpoint, so that failed saves do not fill the disk."""
+    """Delete an incomplete checkpoint to free disk space."""
     if partial.is_symlink():
         partial.unlink()
     else:
@@ -127,7 +127,7 @@ def discard_partials(directory: Path) -> None:
 def commit(partial: Path, manifest: Manifest) -> Path:
     """Complete a checkpoint: write its manifest, and rename the partial directory to its tag.
 
-    An existing checkpoint with the same tag is replaced once the new one is complete.
+    An existing checkpoint with the same tag is replaced when the new checkpoint is complete.
 
     Args:
         partial: directory returned by `create_partial`, after all files have been written to it.
@@ -171,7 +171,7 @@ def commit(partial: Path, manifest: Manifest) -> Path:
 def list_checkpoints(directory: Path) -> list[tuple[Path, Manifest]]:
     """Return the path and the manifest of each complete checkpoint, from oldest to newest.
 
-    The sizes of the files are checked, but not their hashes.
+    A checkpoint is complete if all files have the correct sizes. Hashes are not checked.
     """
     found = []
     for checkpoint_dir in directory.iterdir() if directory.is_dir() else ():
@@ -189,7 +189,7 @@ def list_checkpoints(directory: Path) -> list[tuple[Path, Manifest]]:
 
 
 def has_any_checkpoint(directory: Path) -> bool:
-    """Return whether a directory contains any checkpoint.
+    """Return whether a directory contains a checkpoint of any kind.
 
     Damaged checkpoints and checkpoints of other tools, such as DeepSpeed, also count.
     """
@@ -198,7 +198,7 @@ def has_any_checkpoint(directory: Path) -> bool:
 
 
 def find(directory: Path, tag: str | None = None) -> tuple[Path, Manifest]:
-    """Find the checkpoint with the given tag, or the newest complete one, and verify its hashes.
+    """Find the checkpoint with a tag or the newest complete checkpoint, and verify its hashes.
 
     Args:
         directory: directory that holds the run's checkpoints.
@@ -209,7 +209,7 @@ def find(directory: Path, tag: str | None = None) -> tuple[Path, Manifest]:
         The directory and the manifest of the checkpoint.
 
     Raises:
-        FileNotFoundError: if there is no such checkpoint.
+        FileNotFoundError: if the checkpoint does not exist.
         CheckpointError: if the checkpoint with this tag is incomplete or damaged.
     """
     complete = list_checkpoints(directory)
@@ -271,8 +271,7 @@ def find_damage(checkpoint_dir: Path, manifest: Manifest, *, hashes: bool = True
     Args:
         checkpoint_dir: directory of the checkpoint.
         manifest: manifest of the checkpoint.
-        hashes: whether to check the hashes in addition to the sizes. To check the hashes, the
-            function reads all files.
+        hashes: whether to read all files and check their hashes. File sizes are always checked.
     """
     for name, entry in manifest.files.items():
         path = checkpoint_dir / name
@@ -285,14 +284,14 @@ def find_damage(checkpoint_dir: Path, manifest: Manifest, *, hashes: bool = True
 
 
 def prune(directory: Path, run: str, keep: int | None, keep_every: int | None) -> list[str]:
-    """Delete all but the newest automatic checkpoints of a run, and return the deleted tags.
+    """Delete old automatic checkpoints of a run, and return the deleted tags.
 
     Args:
         directory: directory that holds the run's checkpoints.
         run: identifier of the run.
-        keep: number of checkpoints to keep; None keeps all.
-        keep_every: interval in optimizer steps. Checkpoints whose step is a multiple of this
-            interval are never deleted. If None, only the newest ``keep`` checkpoints are kept.
+        keep: number of newest checkpoints to keep; None keeps all.
+        keep_every: interval in optimizer steps. Checkpoints at multiples of this interval are never
+            deleted. If None, only the newest ``keep`` checkpoints are kept.
     """
     if keep is None:
         return []
@@ -304,7 +303,8 @@ def prune(directory: Path, run: str, keep: int | None, keep_every: int | None) -
     removed = []
     for checkpoint_dir, manifest in own[:-keep]:
         if keep_every is None or manifest.step % keep_every:
-            # Remove the manifest first, so that an interrupted removal leaves no valid checkpoint.
+            # Remove the manifest first, so that an interrupted removal leaves an invalid
+            # checkpoint.
             (checkpoint_dir / MANIFEST).unlink()
             shutil.rmtree(checkpoint_dir)
             removed.append(checkpoint_dir.name)
@@ -317,7 +317,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file or a directory to disk, so that its contents survive a crash."""
+    """Flush a file or a directory to disk."""
     if path.is_dir() and os.name != "posix":
         return  # only POSIX systems can open a directory
     descriptor = os.open(path, os.O_RDONLY)
@@ -328,7 +328,7 @@ def _sync(path: Path) -> None:
 
 
 def collect_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that write a checkpoint."""
+    """Return the versions of Python, onecycle, torch and DeepSpeed."""
     versions = {"python": platform.python_version()}
     packages = ("onecycle", "torch", "deepspeed")
     return versions | {name: found for name in packages if (found := get_installed_version(name))}

@@ -1,4 +1,4 @@
-"""Check that a saved state has the structure of the state that this run would save."""
+"""Check that saved values have the same structure as the values of this run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _IMPLEMENTATION = {"fused", "foreach"}
 _NOT_IN_TEMPLATES = {*_IMPLEMENTATION, "capturable", "params"}
 _MAX_INT = 2**63 - 1
 _MAX_FLOAT = torch.finfo(torch.float32).max
-"""Optimizers multiply float32 tensors by their settings, and PyTorch rejects a larger factor."""
+"""Maximum of a setting: optimizers multiply float32 tensors by it, and PyTorch rejects more."""
 HYPERPARAMETERS = ("lr", "momentum", "betas", "weight_decay")
 """Settings of a param group that every checkpoint has if the optimizer has them."""
 
@@ -39,7 +39,7 @@ def check_same_structure(saved: Any, own: Any, name: str) -> None:
 
     Args:
         saved: value in the checkpoint.
-        own: value at the same place in this run.
+        own: corresponding value of this run.
         name: name of the value, for the error message.
 
     Raises:
@@ -112,7 +112,7 @@ def check_param_groups(saved: Any, own: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         saved: param groups in the checkpoint.
-        own: param groups of this run. They identify parameters in the same way as ``saved``.
+        own: param groups of this run, with the same parameter names or indices as ``saved``.
 
     Raises:
         ValueError: a value is missing, has the wrong type or is out of range.
@@ -139,9 +139,9 @@ def check_parameter_states(
 
     Args:
         saved: state of each parameter that has a state, keyed by the parameter's name or index.
-        groups: saved param groups, which `check_param_groups` has checked. They identify
-            parameters by the keys of ``saved``.
-        optimizer: optimizer of this run. It need not have any state yet.
+        groups: saved param groups that passed `check_param_groups`, with the keys of ``saved`` as
+            parameters.
+        optimizer: optimizer of this run, with or without state.
         parameters: parameters of the optimizer, keyed by name or index.
 
     Raises:
@@ -198,11 +198,11 @@ def _check_parameter_state(
 
 
 class _Templates:
-    """Builder of the state that an optimizer should have for a parameter after the first step.
+    """Builder of the expected state of a parameter after the first optimizer step.
 
-    If the optimizer's class is from `torch.optim`, a second optimizer of this class takes a step on
-    a small parameter with the same number of dimensions. A step of any other optimizer could have
-    side effects, so the current state of the parameter is used instead.
+    For a class in `torch.optim`, a second optimizer takes a step on a small parameter with the same
+    number of dimensions. For any other class, the expected state is the current state of the
+    parameter, because a step could have side effects.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -225,7 +225,7 @@ class _Templates:
 
         Args:
             parameter: parameter of the optimizer.
-            saved: settings that override the settings of the parameter's group.
+            saved: settings that override the settings of the param group.
         """
         group = self._groups.get(id(parameter))
         if group is None or not self._is_known:
@@ -247,16 +247,16 @@ class _Templates:
             copy = self._kind([small], **settings)
             copy.step()
         except (TypeError, ValueError, RuntimeError):
-            return {}  # such as LBFGS, which needs a closure
+            return {}  # such as LBFGS, because it needs a closure
         return dict(copy.state[small])
 
 
 def _scale(value: Any, shape: torch.Size) -> Any:
     """Adapt a value from the state of a small parameter to a parameter of the given shape.
 
-    The small parameter has size 2 in each dimension. A tensor with as many dimensions as the
-    parameter becomes a meta tensor, in which the sizes of the parameter replace the sizes of 2. Any
-    other value is returned unchanged.
+    The small parameter has size 2 in each dimension. A tensor with the same number of dimensions
+    becomes a meta tensor with the sizes of the parameter instead of 2. Any other value is returned
+    unchanged.
     """
     if not isinstance(value, Tensor) or value.dim() != len(shape) or not shape:
         return value

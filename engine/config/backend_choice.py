@@ -1,4 +1,4 @@
-"""Choose the backend for a config: torch or DeepSpeed."""
+"""Choose the torch or the DeepSpeed backend for a config."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OLD_OFFLOAD_KEYS = {"offload_optimizer": "cpu_offload", "offload_param": "cpu_o
 
 
 class BackendChoice(NamedTuple):
-    """The name of the chosen backend ("torch" or "deepspeed"), and the reason for the choice."""
+    """The chosen backend ("torch" or "deepspeed") and the reason for the choice."""
 
     name: str
     reason: str
@@ -62,8 +62,9 @@ def find_offload_device(config: Mapping[str, Any], name: str) -> str:
 def find_deepspeed_only_keys(members: Sequence[Member]) -> list[Member]:
     """Return the keys and sections of a config that only DeepSpeed supports.
 
-    If a whole section is supported only by DeepSpeed, the section is returned, but not its keys.
-    Keys that the PyTorch backend can ignore without affecting the results are not returned.
+    If only DeepSpeed supports a whole section, the result contains the section instead of its keys.
+    The result does not contain keys that the PyTorch backend can ignore without changing the
+    results.
 
     Args:
         members: all keys of the config; each section precedes its keys.
@@ -84,16 +85,21 @@ def choose_backend(
 ) -> BackendChoice:
     """Choose the backend for a config.
 
-    If the config sets ``engine.backend`` to "torch" or "deepspeed", choose this backend. Otherwise,
-    choose DeepSpeed if the config enables ZeRO, has pipeline stages, or has another key that only
-    DeepSpeed supports and that affects the results; if only DeepSpeed supports a part of the model;
-    or if the optimizer's name means DeepSpeed's by default (Muon). Otherwise, choose torch.
+    If ``engine.backend`` is "torch" or "deepspeed", that backend is chosen. In all other cases,
+    DeepSpeed is chosen if
+
+    - the config enables ZeRO, has pipeline stages, or has another key that only DeepSpeed supports
+      and that affects the results,
+    - only DeepSpeed supports a part of the model, or
+    - the optimizer's name refers to DeepSpeed's optimizer by default (Muon).
+
+    The default is torch.
 
     Args:
         config: config to choose the backend for.
         members: all keys of the config; each section precedes its keys.
-        needs_deepspeed: part of the model that only DeepSpeed supports, such as an MoE layer; None
-            if there is none.
+        needs_deepspeed: part of the model that only DeepSpeed supports, such as an MoE layer, or
+            None.
 
     >>> choose_backend({"train_batch_size": 8}, []).name
     'torch'

@@ -39,8 +39,8 @@ class BatchSizes:
 
     ``train`` is the number of samples per optimizer step, summed over all ranks. ``micro`` is the
     number of samples per forward pass on one rank. ``accumulation`` is the number of micro-batches
-    per optimizer step. ``data_ranks`` is the number of ranks that load different samples, and
-    ``unit`` is the word for such a rank in messages: "rank" or "data-parallel rank".
+    per optimizer step. ``data_ranks`` is the number of ranks that load different samples. ``unit``
+    is their name in messages: "rank" or "data-parallel rank".
     """
 
     train: int
@@ -57,7 +57,7 @@ class BatchSizes:
         )
 
     def with_train(self, train: int) -> BatchSizes:
-        """Return batch sizes with a new train batch size and the same micro-batch size.
+        """Return a copy with a new train batch size and the same micro-batch size.
 
         The number of gradient accumulation steps changes accordingly.
 
@@ -75,7 +75,7 @@ class BatchSizes:
         return replace(self, train=train, accumulation=train // at_once)
 
     def with_micro(self, micro: int) -> BatchSizes:
-        """Return batch sizes with a new micro-batch size and the same number of accumulation steps.
+        """Return a copy with a new micro-batch size and the same number of accumulation steps.
 
         The train batch size changes accordingly.
 
@@ -91,7 +91,7 @@ class BatchSizes:
 
 
 class BatchError(ValueError):
-    """Raised if the batch sizes are inconsistent, or cannot be derived.
+    """Raised when the batch sizes are inconsistent or cannot be derived.
 
     ``key`` is the config key to change. ``hint`` describes the fix.
     """
@@ -107,11 +107,11 @@ class BatchError(ValueError):
 
 
 class DataRanks(NamedTuple):
-    """The number of ranks that load different samples. Ranks that share a model count as one."""
+    """The number of ranks that load different samples. A group that shares a model counts once."""
 
     number: int
     tensor_parallel: int = 1
-    """Number of tensor-parallel ranks per model; DeepSpeed's AutoTP counts each of them."""
+    """Number of tensor-parallel ranks per model. DeepSpeed's AutoTP counts each rank."""
     unit: str = "rank"
 
 
@@ -120,7 +120,7 @@ RankCounter = Callable[[Mapping[str, Any], int], DataRanks]
 
 
 def count_ranks_per_model(config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the number of ranks per model for each config key that splits a model across ranks.
+    """Return the number of ranks that each config key splits a model across.
 
     >>> count_ranks_per_model({"sequence_parallel_size": 2})
     {'sequence_parallel_size': 2}
@@ -137,7 +137,7 @@ def count_ranks_per_model(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def count_data_ranks(config: Mapping[str, Any], world_size: int) -> DataRanks:
-    """Derive the number of ranks that load different samples, given the config's parallelism."""
+    """Derive the number of ranks that load different samples from the config's parallelism."""
     sizes = count_ranks_per_model(config)
     if not sizes:
         return DataRanks(world_size)
@@ -147,7 +147,7 @@ def count_data_ranks(config: Mapping[str, Any], world_size: int) -> DataRanks:
 
 
 def derive_batch_sizes(given: Mapping[str, int], ranks: DataRanks | int) -> BatchSizes:
-    """Return the batch sizes of a run, and derive those that the config does not set.
+    """Return the batch sizes of a run, including sizes that the config does not set.
 
     Any two of train batch size, micro-batch size and gradient accumulation steps determine the
     third. If only one of the two batch sizes is set, the number of gradient accumulation steps is
@@ -155,8 +155,8 @@ def derive_batch_sizes(given: Mapping[str, int], ranks: DataRanks | int) -> Batc
 
     Args:
         given: values that the config sets, by key (see `BATCH_KEYS`); each is at least 1.
-        ranks: number of ranks that load different samples, at least 1. As in DeepSpeed, the train
-            batch size may also count each rank of tensor parallelism separately.
+        ranks: number of ranks that load different samples, at least 1. Like DeepSpeed, the function
+            also accepts a train batch size that counts each rank of tensor parallelism separately.
 
     Raises:
         BatchError: the values are inconsistent, or neither the train batch size nor the

@@ -1,4 +1,4 @@
-"""Read 0 and 1 as booleans, as DeepSpeed does."""
+"""Convert 0 and 1 to booleans, like DeepSpeed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OWN_PARAMS = {"/scheduler/params/relative"}
 
 
 def convert_numbers_to_booleans(document: Document) -> tuple[Document, list[Problem]]:
-    """Replace 0 with false and 1 with true in DeepSpeed keys that accept only booleans.
+    """Replace 0 with false and 1 with true in boolean keys of DeepSpeed.
 
     Args:
         document: parsed config; it is not modified.

@@ -1,4 +1,4 @@
-"""Build the JSON Schema for editors: one self-contained draft-07 schema for configs."""
+"""Build a self-contained draft-07 JSON Schema of configs for editors."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ _DRAFT = "http://json-schema.org/draft-07/schema#"
 def editor_schema() -> dict[str, Any]:
     """Build the JSON Schema that editors use for completion, tooltips and error highlighting.
 
-    A config refers to this schema with the key ``$schema``. The schema of ``params`` depends on the
-    value of ``type``. Only `onecycle validate` checks other combinations of values.
+    A config refers to this schema with the key ``$schema``. The schema selects the schema of
+    ``params`` by the value of ``type``. All other combinations of values are checked only by
+    `onecycle validate`.
     """
     schema = _inline_references(schemas.read(SCHEMA))
     schema["$schema"] = _DRAFT
@@ -48,10 +49,9 @@ def _inline_references(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy_for_editors(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a schema without ``$ref``, ``$schema`` and the contents of ``properties``.
+    """Copy a schema without ``$ref``, ``$schema`` and the schemas in ``properties``.
 
-    If the schema describes a deprecated or removed key, add a ``deprecationMessage``, which editors
-    display.
+    The copy of a deprecated or removed key's schema contains a ``deprecationMessage`` for editors.
     """
     copy = {key: value for key, value in schema.items() if key not in {"$ref", "$schema"}}
     if "properties" in copy:

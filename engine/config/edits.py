@@ -1,4 +1,4 @@
-"""Edit the text of a config: apply automatic fixes, and add or replace the scheduler block.
+"""Edit the text of a config: apply automatic fixes, or set the scheduler block.
 
 All other text is preserved, including comments, whitespace and the order of keys.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from json import JSONDecoder
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,23 +21,27 @@ from engine.errors import Problem
 __all__ = ["FixEdit", "apply_fixes", "find_fix_edits", "replace_scheduler", "write_scheduler"]
 
 
-def apply_fixes(document: Document, problems: Sequence[Problem]) -> tuple[str, list[Problem]]:
-    """Apply the automatic fixes of problems to the text of a config.
+def apply_fixes(
+    document: Document, problems: Sequence[Problem], accept: Callable[[Problem], bool]
+) -> str:
+    """Apply the automatic fixes of problems to the text of a config, and remove trailing commas.
 
     A key is not renamed if the config already contains a key with the new name.
 
     Args:
         document: config to fix.
-        problems: problems in the config; those without an automatic fix are skipped.
+        problems: problems in the config. Problems without an automatic fix are skipped.
+        accept: function that returns whether to apply the fix of a problem if it is not certain.
 
     Returns:
-        The fixed text, and the problems that were fixed.
+        The fixed text.
     """
     text = document.text
-    edits = list(find_fix_edits(document, problems))
-    for edit in sorted(edits, key=lambda edit: edit.start, reverse=True):
-        text = text[: edit.start] + edit.text + text[edit.end :]
-    return text, [edit.problem for edit in edits]
+    edits = [(comma, comma + 1, "") for comma in document.trailing_commas]
+    edits += [edit[1:] for edit in find_fix_edits(document, problems, accept)]
+    for start, end, replacement in sorted(edits, reverse=True):
+        text = text[:start] + replacement + text[end:]
+    return text
 
 
 class FixEdit(NamedTuple):
@@ -49,7 +53,11 @@ class FixEdit(NamedTuple):
     text: str
 
 
-def find_fix_edits(document: Document, problems: Sequence[Problem]) -> Iterator[FixEdit]:
+def find_fix_edits(
+    document: Document,
+    problems: Sequence[Problem],
+    accept: Callable[[Problem], bool] = lambda problem: True,
+) -> Iterator[FixEdit]:
     """Yield the edit of each problem that has an automatic fix; see `apply_fixes`."""
     text = document.text
     taken = set(document.locations)
@@ -57,17 +65,18 @@ def find_fix_edits(document: Document, problems: Sequence[Problem]) -> Iterator[
         location = document.locations.get(problem.pointer)
         if problem.fix is None or location is None:
             continue
-        start = document.get_offset(location.key if problem.fix.key else location.value)
-        if problem.fix.key:
-            new = join_pointer(get_parent(problem.pointer), problem.fix.key)
-            if new in taken:
-                continue
-            taken.add(new)
+        key = problem.fix.key
+        renamed = join_pointer(get_parent(problem.pointer), key) if key else None
+        if renamed in taken:
+            continue
+        start = document.get_offset(location.key if key else location.value)
         try:
             _, end = JSONDecoder().raw_decode(text, start)
         except ValueError:  # unquoted text
             continue
-        yield FixEdit(problem, start, end, json.dumps(problem.fix.key or problem.fix.value))
+        if problem.fix.is_certain or accept(problem):
+            taken |= {renamed} if renamed else set()
+            yield FixEdit(problem, start, end, json.dumps(key or problem.fix.value))
 
 
 def write_scheduler(path: Path, block: Mapping[str, Any]) -> Path:
@@ -91,8 +100,8 @@ def write_scheduler(path: Path, block: Mapping[str, Any]) -> Path:
 def replace_scheduler(document: Document, block: Mapping[str, Any]) -> str:
     """Return the text of a config with the scheduler block added or replaced.
 
-    If the existing block has the same type and the same parameter names, only the values that
-    differ are replaced, so that comments inside the block are preserved.
+    If the existing block has the same type and parameter names, only changed values are replaced,
+    and comments inside the block are preserved.
 
     >>> from engine.config.parser import parse
     >>> text = '{"scheduler": {"type": "A", "params": {"x": 1}} // mine\\n}'

@@ -1,4 +1,4 @@
-"""Find the code that a config names, such as ``my_module:MySchedule``, without importing it."""
+"""Find the code that a config refers to, such as ``my_module:MySchedule``, without importing it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 
 class NamedCode(NamedTuple):
-    """An import path or an entry point in a config, and the JSON pointer of its key."""
+    """An import path or entry point in a config, and the JSON pointer of its key."""
 
     pointer: str
     name: str
@@ -35,7 +35,7 @@ def find_named_code(block: Any, pointer: str = "/scheduler") -> Iterator[NamedCo
     """Yield each import path and entry point in a ``scheduler`` block and its nested schedules.
 
     Args:
-        block: value of the key ``scheduler``; nothing is yielded if it is not an object.
+        block: value of the key ``scheduler``. If the value is not an object, nothing is yielded.
         pointer: JSON pointer of the block.
 
     >>> block = {"type": "LambdaLR", "params": {"lr_lambda": "my_module:warmup"}}
@@ -61,7 +61,7 @@ def find_named_code(block: Any, pointer: str = "/scheduler") -> Iterator[NamedCo
 
 
 def find_optimizer_code(block: Any) -> list[NamedCode]:
-    """Return the class that an ``optimizer`` block names, as a list of at most one element.
+    """Return a list with the class that an ``optimizer`` block names, or an empty list.
 
     >>> [code.name for code in find_optimizer_code({"type": "my_module:MyOptimizer"})]
     ['my_module:MyOptimizer']
@@ -101,8 +101,8 @@ def check_named_code(
 def check_import(document: Document, code: NamedCode) -> Problem:
     """Check that an import path is well-formed and its module exists, without importing it.
 
-    Return an error or a warning for an invalid path, and a note for a valid path, because the code
-    itself is not imported or checked.
+    Return an error or a warning for an invalid path. For a valid path, return a note that the code
+    itself is not checked.
     """
     pointer, path = code
     name = dotted_name(pointer)

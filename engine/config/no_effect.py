@@ -1,4 +1,4 @@
-"""Look up in ``schemas/no_effect.json`` why a config key does not affect the results."""
+"""Look up in ``schemas/no_effect.json`` which config keys do not affect the results."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _TABLE: Mapping[str, Mapping[str, Mapping[str, Any]]] = schemas.read("no_effect.
 
 
 def find_reason_for_no_effect(member: Member, backend: str, stage: int | None = None) -> str | None:
-    """Return why a key or section does not affect the results, or None if it may affect them.
+    """Return the reason why a key or section does not affect the results, or None.
 
     Args:
         member: key of a config, with its value.
         backend: "torch" or "deepspeed".
-        stage: ZeRO stage; None if unknown. If unknown, a key that affects the results in some
-            stages is assumed to affect them.
+        stage: ZeRO stage; None if unknown. If None, keys that affect the results in some stages are
+            assumed to affect the results.
 
     >>> print(find_reason_for_no_effect(Member("/gradient_allreduce_op", "sum", {}), "torch"))
     None
@@ -37,7 +37,7 @@ def find_reason_for_no_effect(member: Member, backend: str, stage: int | None = 
 
 
 def _find_current_pointer(member: Member) -> str:
-    """Return a key's JSON pointer, with an alias or old name replaced by the current name."""
+    """Return a key's JSON pointer, with the current name instead of an alias or old name."""
     alias = member.schema.get("x-alias-of")
     pointer = join_pointer(get_parent(member.pointer), alias) if alias else member.pointer
     return pointer.replace("/bfloat16/", "/bf16/", 1)
@@ -48,8 +48,8 @@ def _is_listed(member: Member, values: Any) -> bool:
 
     Args:
         member: key of a config, with its value.
-        values: list of the values that do not affect the results; None if no value affects them.
-            For a section: dict from each key that can affect the results to such a list.
+        values: list of values that do not affect the results; None for all values. For a section, a
+            dict that maps each key that can affect the results to its list.
     """
     if values is None:
         return True

@@ -15,20 +15,20 @@ __all__ = ["OptimizerBlock", "build_optimizer_block"]
 
 @dataclass(frozen=True)
 class OptimizerBlock:
-    """The config's ``optimizer`` block, with the canonical optimizer name and all defaults."""
+    """The config's ``optimizer`` block with a canonical optimizer name and all defaults."""
 
     type: str
     params: Mapping[str, Any]
     param_groups: tuple[GroupSettings, ...] = ()
     no_decay: bool = False
-    """Whether biases and norms in no entry of ``param_groups`` have no weight decay."""
+    """Whether to exclude biases and norms outside of ``param_groups`` from weight decay."""
     layer_decay: float = 1.0
     group_schedules: Mapping[int, Schedule[Any]] = field(default_factory=dict)
     """The own schedules of param groups, by index in ``param_groups``."""
 
     @property
     def group_keys(self) -> tuple[str, ...]:
-        """Dotted names of the keys that divide the parameters into groups."""
+        """Dotted names of the keys that divide the parameters into param groups."""
         keys = {
             "param_groups": bool(self.param_groups),
             "no_decay": self.no_decay,
@@ -42,12 +42,12 @@ def build_optimizer_block(
     backend: str,
     group_schedules: Mapping[int, Schedule[Any]] | None = None,
 ) -> OptimizerBlock | None:
-    """Fill in the defaults of a valid ``optimizer`` section; return None if there is none.
+    """Fill in the defaults of a valid ``optimizer`` section. Return None without a section.
 
     Args:
         block: the section.
         backend: "torch" or "deepspeed"; some defaults depend on it.
-        group_schedules: own schedules of its param groups, by index in ``param_groups``.
+        group_schedules: schedules of individual param groups, by index in ``param_groups``.
     """
     if block is None:
         return None
@@ -74,7 +74,7 @@ def build_optimizer_block(
 
 
 def _as_floats(value: Any, schema: Mapping[str, Any]) -> Any:
-    """Convert an integer, or the integers in a list, to floats if the schema allows floats.
+    """Convert an integer or a list of integers to floats, if the schema allows floats.
 
     JSON does not distinguish 0 from 0.0, but PyTorch rejects betas of mixed types.
     """

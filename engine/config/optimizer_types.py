@@ -1,4 +1,4 @@
-"""Find the optimizer that a config's ``optimizer.type`` names, and the schema of its params."""
+"""Find the optimizer that ``optimizer.type`` names, and the JSON schema of its params."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.config.parser import Document
 from engine.config.schema import OPTIMIZERS, is_import_path, optimizer_name, optimizer_schema
 from engine.config.suggestions import suggest_optimizer
 from engine.config.wording import quote_value
-from engine.errors import Problem
+from engine.errors import Fix, Problem
 from schedules.core.imports import are_imports_allowed, import_attribute
 
 __all__ = ["CLOSURE_FIX", "find_optimizer_schema", "needs_closure"]
@@ -27,11 +27,11 @@ _ANY_PARAMS: Mapping[str, Any] = {}
 
 
 def find_optimizer_schema(document: Document, name: str) -> Mapping[str, Any] | Problem:
-    """Return the JSON schema of the ``params`` of an optimizer, or a problem of its type.
+    """Return the JSON schema of an optimizer's ``params``, or a problem with ``optimizer.type``.
 
-    A custom class is imported if imports are allowed. Its schema contains the names of the
-    constructor's arguments, but not the types of their values. If imports are not allowed, the
-    problem is usually a note that the class is not checked.
+    If imports are allowed, a custom class is imported. The schema of a custom class contains the
+    names of the constructor's arguments, but not their types. If imports are not allowed, the
+    result is usually a note that the class is not checked.
 
     Args:
         document: parsed config.
@@ -63,7 +63,9 @@ def _build_unknown_problem(document: Document, name: str) -> Problem:
     )
     if name.lower() == _WITH_CLOSURE:
         message, hint = "`optimizer.type` must not be LBFGS, which needs a closure.", CLOSURE_FIX
-    return document.build_problem("unknown-optimizer", _POINTER, message, hint)
+        near = None
+    fix = Fix(value=near, is_certain=False) if near else None
+    return document.build_problem("unknown-optimizer", _POINTER, message, hint, fix=fix)
 
 
 def _import_schema(document: Document, path: str) -> Mapping[str, Any] | Problem:
@@ -92,7 +94,7 @@ def _is_optimizer_class(found: Any) -> bool:
 
 
 def needs_closure(optimizer_class: Any) -> bool:
-    """Return whether the method ``step`` of an optimizer class requires a closure, as in LBFGS."""
+    """Return whether an optimizer class requires a closure in ``step``, like LBFGS."""
     try:
         parameters = list(inspect.signature(optimizer_class.step).parameters.values())
     except (AttributeError, TypeError, ValueError):  # not every callable has a signature
@@ -102,7 +104,7 @@ def needs_closure(optimizer_class: Any) -> bool:
 
 
 def _build_schema(optimizer_class: type) -> Mapping[str, Any]:
-    """Build a JSON schema that accepts the keyword arguments of a class, with any values."""
+    """Build a JSON schema that accepts the keyword arguments of a class with any value."""
     try:
         arguments = list(inspect.signature(optimizer_class).parameters.values())
     except (TypeError, ValueError):

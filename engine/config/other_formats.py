@@ -1,4 +1,4 @@
-"""Recognize files in other formats, such as YAML, so that only one problem is reported."""
+"""Detect configs in another format, such as YAML."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def is_utf_16(data: bytes) -> bool:
 
 
 def recognize_yaml(text: str) -> tuple[str, str] | None:
-    """Return a message and a hint if a text is YAML, or None if it may be JSON.
+    """Return a message and a hint if a text is YAML, and None if not.
 
     >>> recognize_yaml("# comment\\ntrain_batch_size: 8\\n")[0]
     'The config must be a JSON object in braces, but it looks like YAML.'
@@ -47,7 +47,7 @@ def recognize_yaml(text: str) -> tuple[str, str] | None:
 
 
 def recognize_keys(keys: Collection[str]) -> tuple[str, str] | None:
-    """Return a message and a hint if the keys belong to an Accelerate config, or None otherwise.
+    """Return a message and a hint if the keys belong to an Accelerate config, and None if not.
 
     Args:
         keys: top-level keys of the config.

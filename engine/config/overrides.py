@@ -2,11 +2,13 @@
 
 `add_config_arguments` adds DeepSpeed's arguments for the config file. `add_schedule_arguments` adds
 arguments that override values in this file. Some of these arguments have the same names and
-meanings as in SambaFlow (``--learning_rate``, ``--max_steps``, …). In addition, there is one
-argument per parameter of DeepSpeed's schedules.
+meanings as in SambaFlow (``--learning_rate``, ``--max_steps``, …). There is also one argument per
+parameter of DeepSpeed's schedules.
 
-If the script adds its own argument with one of these names, before or after these calls, the
-script's argument takes precedence. Its value does not override the config.
+If the script defines an argument with the same name, before or after these calls, the script's
+argument takes precedence. The value of the script's argument does not override the config.
+
+`apply_assignments` implements the option ``--set`` of the command line, which accepts any key.
 """
 
 from __future__ import annotations
@@ -14,18 +16,27 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.config.parser import Document
 from engine.config.pointers import join_pointer, split_pointer
+from engine.config.source import find_unserializable
+from engine.errors import ConfigError
 from schedules import Schedule
 from schedules.core.descriptions import read_descriptions
 from schedules.core.fields import describe_schema, read_fields
 from schedules.core.registry import find, import_family
 
-__all__ = ["Override", "add_config_arguments", "add_schedule_arguments", "apply_overrides"]
+__all__ = [
+    "Override",
+    "add_config_arguments",
+    "add_schedule_arguments",
+    "apply_assignments",
+    "apply_overrides",
+    "parse_assignments",
+]
 
 
 def _parse_json(text: str) -> Any:
@@ -63,7 +74,7 @@ _RUN_ARGUMENTS: Mapping[str, tuple[str, Callable[[str], Any], str]] = {
 
 @functools.cache
 def _find_schedule_parameters() -> dict[str, type[Schedule[Any]]]:
-    """Map each parameter name of DeepSpeed's schedules to a schedule that has this parameter."""
+    """Map each parameter name of DeepSpeed's schedules to a schedule with this parameter."""
     return {
         name: cls
         for cls in import_family("families.deepspeed").values()
@@ -73,15 +84,15 @@ def _find_schedule_parameters() -> dict[str, type[Schedule[Any]]]:
 
 
 _VALUES = "onecycle_overrides"
-"""Attribute of a parsed namespace that holds a dict of our own arguments' values, by name."""
+"""Namespace attribute with a dict of the values of onecycle's arguments, by name."""
 
 
 class _StoreOverride(argparse.Action):
     """An argparse action that stores the value of an argument in two places.
 
-    As usual, the value is stored in the namespace attribute with the argument's name. The value is
-    also stored in the dict ``onecycle_overrides``, which is another attribute of the namespace. A
-    script's own argument with the same name does not change the value in the dict.
+    The value is stored in the namespace attribute with the argument's name, and in the dict
+    ``onecycle_overrides`` of the namespace. A script's argument with the same name does not change
+    the value in the dict.
     """
 
     def __call__(
@@ -98,10 +109,10 @@ class _StoreOverride(argparse.Action):
 
 @dataclass(frozen=True)
 class Override:
-    """A config value that was set by a command-line argument.
+    """A config value set by a command-line argument.
 
-    ``replaced_value`` describes the overridden value and its position in the config file. It is
-    empty if the file does not contain the key, or already sets the key to the new value.
+    ``replaced_value`` describes the overridden value and its position in the config file. The
+    string is empty if the file does not contain the key or already contains the new value.
     """
 
     argument: str
@@ -138,8 +149,8 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     """Add arguments that override values in the config, such as ``--learning_rate``.
 
     Pass the parsed namespace to ``initialize(args=…)``. Arguments that are not given on the command
-    line do not change the config. If the script itself adds an argument with one of these names,
-    before or after this call, the script's argument is used instead and does not change the config.
+    line do not change the config. If the script defines an argument with the same name, the
+    script's argument takes precedence and does not change the config.
 
     Returns:
         The parser that was passed in.
@@ -171,9 +182,9 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
 def _start_group(
     parser: argparse.ArgumentParser, title: str, description: str
 ) -> Callable[..., None]:
-    """Start a group of command-line arguments, and return a function that adds an argument to it.
+    """Create an argument group, and return a function that adds an argument to the group.
 
-    The function does not add an argument if the script already has one with the same name.
+    The returned function skips arguments that the script already defines.
     """
     # Let the script replace our arguments. `argparse` copies this setting to each group, so set it
     # in the existing ones as well.
@@ -200,7 +211,7 @@ def apply_overrides(
 
     Args:
         document: parsed config. It is not modified.
-        args: parsed command-line arguments. Only those of `add_schedule_arguments` are used.
+        args: parsed command-line arguments. Only arguments from `add_schedule_arguments` are used.
 
     Returns:
         The config with the new values, and one `Override` per value that was set.
@@ -209,34 +220,139 @@ def apply_overrides(
     if not given or not isinstance(document.value, dict):
         return document, []
     value = json.loads(json.dumps(document.value))
-    changes: list[Override] = []
     schedule = value.get("scheduler")
     is_replaced = "lr_schedule" in given and isinstance(schedule, dict)
     if is_replaced and schedule.get("type") != given["lr_schedule"]:
         schedule.pop("params", None)  # These params are for the old schedule.
-    for argument, pointer, new in _find_values_to_set(given, value):
-        *sections, key = split_pointer(pointer)
-        around = value
-        for section in sections:
-            around = around.setdefault(section, {})
-            if not isinstance(around, dict):
-                break  # `check` reports this problem
-        else:
-            location = document.locations.get(pointer)
-            replaced_value = ""
-            if location is not None and around.get(key) != new:
-                old = json.dumps(document.get_value(pointer))
-                replaced_value = f"{old} at {document.name}:{location.value[0]}:{location.value[1]}"
-            around[key] = new
-            changes.append(Override(f"--{argument}", pointer, new, replaced_value))
+    changes = [
+        Override(f"--{argument}", pointer, new, _describe_value(document, pointer, new))
+        for argument, pointer, new in _find_values_to_set(given, value)
+        if _set_value(value, pointer, new)  # if it cannot be set, `check` reports the section
+    ]
+    return _replace_values(document, value, changes), changes
+
+
+def apply_assignments(
+    document: Document, assignments: Sequence[str]
+) -> tuple[Document, list[Override]]:
+    """Override config values with the ``KEY=VALUE`` strings of the option ``--set``.
+
+    A key is a dotted name or a JSON pointer. A value is JSON, or a string without quotes. Missing
+    sections are added.
+
+    Args:
+        document: parsed config. It is not modified.
+        assignments: keys and their new values. If a key is repeated, its last value is used.
+
+    Returns:
+        The config with the new values, and one `Override` per assignment.
+
+    Raises:
+        ConfigError: a value is not a finite number.
+        ValueError: a string does not have this form, or the key is inside of a value that is not an
+            object.
+
+    >>> from engine.config.source import load_document
+    >>> document = load_document({"optimizer": {"type": "SGD"}})
+    >>> apply_assignments(document, ["optimizer.params.lr=0.1", "fp16.enabled=true"])[0].value
+    {'optimizer': {'type': 'SGD', 'params': {'lr': 0.1}}, 'fp16': {'enabled': True}}
+    """
+    if not assignments or not isinstance(document.value, dict):
+        return document, []
+    value = json.loads(json.dumps(document.value))
+    changes = []
+    for assignment, (name, pointer, new) in zip(
+        assignments, parse_assignments(assignments), strict=True
+    ):
+        replaced_value = _describe_value(document, pointer, new)
+        if not _set_value(value, pointer, new):
+            raise ValueError(
+                f"`--set {assignment}` cannot be applied, because a section of `{name}` is not an "
+                "object. Run `onecycle config FILE` to list the keys of a config."
+            )
+        changes.append(Override("--set", pointer, new, replaced_value))
+    unserializable = list(find_unserializable(value, ""))
+    if unserializable:
+        raise ConfigError(document.name, unserializable)
+    return _replace_values(document, value, changes), changes
+
+
+def parse_assignments(assignments: Sequence[str]) -> list[tuple[str, str, Any]]:
+    """Return the key, the JSON pointer and the new value of each ``KEY=VALUE`` string.
+
+    Raises:
+        ValueError: a string does not have this form.
+
+    >>> parse_assignments(["fp16.enabled=true", "/engine/report=plots"])
+    [('fp16.enabled', '/fp16/enabled', True), ('/engine/report', '/engine/report', 'plots')]
+    """
+    parsed = []
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not name or not equals:
+            raise ValueError(
+                f"`--set` must have the form KEY=VALUE, got {assignment!r}. For example, write "
+                "`--set optimizer.params.lr=0.01`."
+            )
+        is_pointer = name.startswith("/")
+        pointer = name if is_pointer else functools.reduce(join_pointer, name.split("."), "")
+        parsed.append((name, pointer, _parse_json(text)))
+    return parsed
+
+
+def _set_value(config: dict[str, Any], pointer: str, new: Any) -> bool:
+    """Set a value in a config, and return whether this is possible. Add missing sections."""
+    *sections, key = split_pointer(pointer)
+    around: Any = config
+    for section in sections:
+        if isinstance(around, list):
+            around = _get_item(around, section)
+        elif isinstance(around, dict):
+            if around.get(section) is None:  # a section may be null, such as `offload_param`
+                around[section] = {}
+            around = around[section]
+    if isinstance(around, list) and _get_item(around, key) is not None:
+        around[int(key)] = new
+    elif isinstance(around, dict):
+        around[key] = new
+    else:
+        return False
+    return True
+
+
+def _get_item(items: list[Any], index: str) -> Any:
+    return items[int(index)] if index.isdecimal() and int(index) < len(items) else None
+
+
+def _describe_value(document: Document, pointer: str, new: Any) -> str:
+    """Return the value at a JSON pointer with its position, or "" if it is absent or equal."""
+    location = document.locations.get(pointer)
+    if location is None or document.get_value(pointer) == new:
+        return ""
+    line, column = location.value
+    where = f"at {document.name}:{line}:{column}"
+    if pointer in document.arguments:
+        where = f"of {document.arguments[pointer]}"
+    return f"{json.dumps(document.get_value(pointer))} {where}"
+
+
+def _replace_values(document: Document, value: Any, changes: Sequence[Override]) -> Document:
+    """Return a document with a new value, without the positions of the changed parts."""
     origins = {change.pointer: change.argument for change in changes}
-    return replace(document, value=value, arguments=origins), changes
+    below = tuple(f"{pointer}/" for pointer in origins)
+    origins = {**document.arguments, **origins}
+    locations = {
+        pointer: location
+        for pointer, location in document.locations.items()
+        if not pointer.startswith(below)
+    }
+    return replace(document, value=value, locations=locations, arguments=origins)
 
 
 def _find_values_to_set(
     given: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, Any]]:
-    """Yield the argument name, the JSON pointer and the new value of each config value to set.
+    """Yield the argument name, JSON pointer and new value of each config value to set.
 
     The type of the schedule is yielded first.
     """

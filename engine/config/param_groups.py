@@ -1,4 +1,4 @@
-"""Read the param groups of a config's ``optimizer`` section, and check each of them."""
+"""Read and check the param groups of a config's ``optimizer`` section."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class GroupSettings:
 
     Args:
         name: name of the group.
-        patterns: regular expressions that are searched in the names of the parameters.
+        patterns: regular expressions that select parameters by name, with `re.search`.
         hyperparameters: hyperparameters that differ from ``optimizer.params``.
-        no_decay: whether biases and norms have no weight decay.
+        no_decay: whether to exclude biases and norms from weight decay.
     """
 
     name: str
@@ -52,7 +52,7 @@ class GroupSettings:
 
     @classmethod
     def from_config(cls, entry: Mapping[str, Any], *, no_decay: bool) -> GroupSettings:
-        """Build the settings from a valid entry; ``no_decay`` is the optimizer's default."""
+        """Build the settings from a valid entry and the optimizer's default of ``no_decay``."""
         patterns = entry["params"]
         patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
         return cls(
@@ -111,13 +111,13 @@ def _list_types(schema: Mapping[str, Any]) -> list[str]:
 
 
 def _drop_auto(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a schema without the value "auto", which integrations replace only in `params`."""
+    """Return a schema that rejects "auto". Integrations replace "auto" only in `params`."""
     kept = {key: each for key, each in schema.items() if key not in {"pattern", "x-auto"}}
     return {**kept, "type": [each for each in _list_types(schema) if each != "string"]}
 
 
 def find_group_schedulers(config: Mapping[str, Any]) -> Iterator[tuple[int, str, Any]]:
-    """Yield the index, the JSON pointer and the ``scheduler`` block of each group that has one.
+    """Yield the index, JSON pointer and block of each ``scheduler`` in a param group.
 
     >>> config = {"optimizer": {"param_groups": [{"scheduler": {"type": "StepLR"}}]}}
     >>> list(find_group_schedulers(config))
@@ -131,7 +131,7 @@ def find_group_schedulers(config: Mapping[str, Any]) -> Iterator[tuple[int, str,
 
 
 def check_param_groups(document: Document, optimizer: str, entries: Any) -> Iterator[Problem]:
-    """Check each entry of ``optimizer.param_groups`` on its own.
+    """Check each entry of ``optimizer.param_groups`` separately.
 
     Args:
         document: parsed config.
@@ -184,7 +184,7 @@ def _check_patterns(document: Document, patterns: Any, pointer: str) -> Iterator
 
 
 def _find_pattern_error(pattern: str) -> str | None:
-    """Return the reason why a regular expression is invalid; None if it is valid."""
+    """Return the reason why a regular expression is invalid, or None if it is valid."""
     if len(pattern) > _MAX_LENGTH:
         return f"it is longer than {_MAX_LENGTH} characters"
     try:

@@ -1,8 +1,8 @@
 """Parse the text of a config into values, and record the position of every key and value.
 
-Like DeepSpeed, which parses configs with hjson, the parser accepts comments and trailing commas.
-Unlike DeepSpeed, it rejects NaN and unquoted text. If possible, the parser continues after an
-error, so that all problems are reported at once.
+Like DeepSpeed's hjson parser, the parser accepts comments and trailing commas. Unlike DeepSpeed,
+the parser rejects NaN and unquoted text. If possible, the parser continues after an error, so that
+all problems are reported at once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LITERALS = {"true": True, "false": False, "null": None}
 
 @dataclass(frozen=True)
 class Location:
-    """The positions of a key and of its value, each as a 1-based (line, column) pair."""
+    """The positions of a key and its value. A position is a 1-based (line, column) pair."""
 
     key: tuple[int, int]
     value: tuple[int, int]
@@ -48,7 +48,7 @@ class Document:
     """A parsed config.
 
     ``locations`` maps the JSON pointer of each value to its position. ``problems`` lists the
-    problems that the parser found, such as duplicate keys.
+    problems that the parser found, for example duplicate keys.
     """
 
     name: str
@@ -58,11 +58,13 @@ class Document:
     text: str = ""
     has_byte_order_mark: bool = False
     """Whether the file starts with a byte order mark."""
+    trailing_commas: tuple[int, ...] = ()
+    """Offsets in ``text`` of the commas after the last item of an object or array."""
     arguments: Mapping[str, str] = field(default_factory=dict)
     """Maps a JSON pointer to the command-line argument that set its value."""
 
     def encode_text(self, text: str) -> bytes:
-        """Encode text as UTF-8, with a byte order mark if the original file has one."""
+        """Encode text as UTF-8. Keep the byte order mark of the original file."""
         return (_BYTE_ORDER_MARK + text if self.has_byte_order_mark else text).encode()
 
     @property
@@ -107,9 +109,9 @@ class Document:
             pointer: JSON pointer of the key.
             message: description of the problem.
             hint: description of the fix.
-            at_key: whether to use the position of the key instead of the position of its value.
+            at_key: whether to report the position of the key instead of its value.
             severity: "error", "warning" or "note".
-            fix: automatic fix, if there is one.
+            fix: automatic fix, or None.
             suggestion: key that the user probably meant, or the JSON pointer of a missing key.
         """
         around = pointer
@@ -157,16 +159,21 @@ def parse(text: str, name: str) -> Document:
     has_byte_order_mark = text.startswith(_BYTE_ORDER_MARK)
     text = text.removeprefix(_BYTE_ORDER_MARK)
     parser = _Parser(text)
+    value = None
     try:
         value = parser.document()
     except _BrokenSyntaxError as error:
         line, column = parser.find_location(error.at)
-        broken = Problem("syntax", "error", "", line, column, error.message, error.hint)
-        return Document(
-            name, None, parser.locations, (*parser.problems, broken), text, has_byte_order_mark
-        )
+        problem = Problem("syntax", "error", "", line, column, error.message, error.hint)
+        parser.problems.append(problem)
     return Document(
-        name, value, parser.locations, tuple(parser.problems), text, has_byte_order_mark
+        name,
+        value,
+        parser.locations,
+        tuple(parser.problems),
+        text,
+        has_byte_order_mark,
+        tuple(parser.trailing_commas),
     )
 
 
@@ -198,6 +205,7 @@ class _Parser:
         self.at = 0
         self.locations: dict[str, Location] = {}
         self.problems: list[Problem] = []
+        self.trailing_commas: list[int] = []
         self._line_starts = [0, *(match.end() for match in re.finditer(r"\n", text))]
         self._lenient = False
 
@@ -278,7 +286,7 @@ class _Parser:
 
         Args:
             bracket: closing bracket of the current object or array.
-            first: whether no item has been parsed yet; if so, no comma is expected.
+            first: whether the next item is the first item, without a comma before it.
 
         Returns:
             Whether the closing bracket was found.
@@ -293,6 +301,7 @@ class _Parser:
             self._take(",", f'"," or "{bracket}"')
             self._space()
             if self.text.startswith(bracket, self.at):
+                self.trailing_commas.append(comma)
                 self._report_not_strict(comma, "Trailing commas", "Remove them.")
         if not self.text.startswith(bracket, self.at):
             return False

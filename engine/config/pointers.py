@@ -1,4 +1,4 @@
-"""Functions for JSON pointers (RFC 6901), which identify the keys of a config."""
+"""Functions for JSON pointers (RFC 6901) to the keys of a config."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def get_last_key(pointer: str) -> str:
 
 
 def get_parent(pointer: str) -> str:
-    """Return the JSON pointer of the object or array that contains a key or a list item."""
+    """Return the JSON pointer of the enclosing object or array."""
     return pointer.rpartition("/")[0]
 
 
 def is_within(pointer: str, others: Iterable[str]) -> bool:
-    """Return whether a JSON pointer equals one of ``others``, or is nested inside one of them.
+    """Return whether a JSON pointer is in ``others`` or nested inside a pointer in ``others``.
 
     >>> is_within("/fp16/enabled", ["/fp16"]), is_within("/fp16", ["/fp16/enabled"])
     (True, False)

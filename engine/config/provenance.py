@@ -28,7 +28,7 @@ _WEIGHT_DECAY = "/optimizer/params/weight_decay"
 
 
 class Entry(NamedTuple):
-    """A value of the resolved config, with a description of its origin."""
+    """A value of the resolved config and its origin."""
 
     pointer: str
     value: Any
@@ -60,7 +60,7 @@ def trace_origins(context: RuleContext) -> Iterator[Entry]:
 
 
 def _get_weight_decay(document: Document, backend: str) -> float:
-    """Return the default weight decay, which depends on the optimizer's other params."""
+    """Return the default weight decay for the given optimizer params."""
     block = document.value["optimizer"]
     name = optimizer_name(block["type"])
     assert name is not None
@@ -95,7 +95,7 @@ def _trace_batch_sizes(document: Document, ranks: DataRanks) -> Iterator[Entry]:
 def _describe_origin(document: Document, member: Member) -> str:
     """Return the origin of a value: a command-line argument, or a file name and line.
 
-    If the value is "auto", also name the integrations that replace it.
+    For "auto", the result also names the integrations that replace the value.
     """
     filled_in = member.value == "auto" and "x-auto" in member.schema
     suffix = f", filled in by {member.schema['x-auto']}" if filled_in else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import schemas
@@ -45,7 +46,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LossScaling:
-    """The loss-scaling settings of the ``fp16`` section. Field names are the config keys."""
+    """The loss-scaling settings of the ``fp16`` section. The field names are the config keys."""
 
     loss_scale: float
     initial_scale_power: int
@@ -95,6 +96,16 @@ class CheckpointPlan:
 
 
 @dataclass(frozen=True)
+class ReportPaths:
+    """Where rank 0 writes the report of a run (``engine.report``)."""
+
+    page: str
+    """HTML file with the charts of the run."""
+    directory: str
+    """Directory for plots of AutoWU or LRRangeTest results."""
+
+
+@dataclass(frozen=True)
 class DataSettings:
     """Settings of the data loader that `initialize` returns."""
 
@@ -116,12 +127,12 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Settings that decide how a backend prepares and trains the model."""
+    """Settings for preparing and training the model."""
 
     wrap_classes: tuple[str, ...]
     """Class names of the modules to shard and to recompute as a unit."""
     activation_checkpointing: Literal["device", "host"] | None
-    """Where activation checkpointing stores the inputs of each block; None if it is disabled."""
+    """Device for saved block inputs in activation checkpointing; None if disabled."""
     compile_backend: str | None
     """The backend of torch.compile; None if the model is not compiled."""
     master_weights: bool
@@ -148,7 +159,7 @@ class ProgressSettings:
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Settings of the diagnostics that a run logs in addition to its progress."""
+    """Settings of the diagnostics that a run logs."""
 
     wall_clock_breakdown: bool
     """Whether the mean times of the passes are logged with each progress line."""
@@ -162,7 +173,7 @@ class Diagnostics:
 class Config(Mapping[str, Any]):
     """A valid config with all defaults and derived values filled in.
 
-    When used as a mapping, it contains only the keys and values that the user set (``raw``).
+    As a mapping, the config contains only the user's keys and values (``raw``).
     """
 
     name: str
@@ -170,7 +181,7 @@ class Config(Mapping[str, Any]):
     raw: Mapping[str, Any]
     """The user's config, including command-line overrides, without defaults."""
     zero_stage: int
-    """0: nothing is sharded; 1: optimizer states are; 2: also gradients; 3: also parameters."""
+    """ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters."""
     cpu_offload: bool
     """Whether parameters or optimizer states are offloaded to CPU memory."""
     model: ModelSettings
@@ -185,8 +196,8 @@ class Config(Mapping[str, Any]):
     progress: ProgressSettings
     diagnostics: Diagnostics
     data: DataSettings
-    report: str | None
-    """Directory for plots of AutoWU or LRRangeTest results; None for the default directory."""
+    report: ReportPaths | None
+    """The files of the report; None if the run writes none."""
     checkpoint: CheckpointPlan
     monitors: Mapping[str, Mapping[str, Any]]
     """The sections ``tensorboard``, ``csv_monitor`` and ``wandb``."""
@@ -210,7 +221,7 @@ class Config(Mapping[str, Any]):
     def copy_for_trial_run(self, schedule: Schedule[Any] | None) -> Config:
         """Return a copy of the config for a trial run of the LR finder.
 
-        The copy disables checkpoints, monitors, progress reports, diagnostics, plots of results
+        The copy disables checkpoints, monitors, progress reports, diagnostics, the report
         (``engine.report``) and ``engine.steps_this_run``.
 
         Args:
@@ -242,14 +253,14 @@ class Config(Mapping[str, Any]):
         )
 
     def horizon(self, steps_per_epoch: float | None) -> Horizon:
-        """Return the length of the run, which is needed to convert durations to steps.
+        """Return the length of the run, for converting durations to steps.
 
         Args:
             steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
         Raises:
-            DurationError: ``max_duration`` is in epochs, and ``steps_per_epoch`` is None or so
-                large that the run is longer than 2**53 steps.
+            DurationError: ``max_duration`` is in epochs, but ``steps_per_epoch`` is None, or the
+                run is longer than 2**53 steps.
         """
         return build_horizon(
             self.run, samples_per_step=self.batch.train, steps_per_epoch=steps_per_epoch
@@ -261,21 +272,24 @@ def load_config(
     *,
     world_size: int = 1,
     args: argparse.Namespace | None = None,
+    assignments: Sequence[str] = (),
     needs_deepspeed: str | None = None,
     count_ranks: RankCounter = count_data_ranks,
 ) -> Config:
     """Load and validate a config, and fill in all defaults and derived values.
 
-    The code that the config names, such as ``"my_module:MySchedule"``, is imported, because the
-    returned config contains the schedule. To check a config that you do not trust, use `validate`.
+    Code that the config names, such as ``"my_module:MySchedule"``, is imported. To check a config
+    that you do not trust, use `validate` instead.
 
     Args:
         config: path of the config, or the config as a dict. The dict is not modified.
         world_size: number of ranks of the run.
-        args: parsed command-line arguments. Those of `add_schedule_arguments` override config
+        args: parsed command-line arguments. Arguments from `add_schedule_arguments` override config
             values.
-        needs_deepspeed: part of the model that only DeepSpeed supports; None if there is none.
-            Such a part selects the DeepSpeed backend unless ``engine.backend`` is set.
+        assignments: ``KEY=VALUE`` strings that override config values, such as
+            "optimizer.params.lr=0.01". They take precedence over ``args``.
+        needs_deepspeed: part of the model that only DeepSpeed supports, or None. If set, the
+            default backend is DeepSpeed.
         count_ranks: function that takes the config and the world size, and returns the number of
             ranks that load different samples. By default, this number is derived from the config's
             parallelism.
@@ -295,6 +309,11 @@ def load_config(
         unserializable = list(find_unserializable(document.value, ""))
         if unserializable:
             raise ConfigError(document.name, unserializable)
+    if assignments:
+        from engine.config.overrides import apply_assignments
+
+        document, changes = apply_assignments(document, assignments)
+        overrides = (*overrides, *changes)
     problems, context = examine(
         document,
         world_size,
@@ -357,7 +376,7 @@ def _resolve(
             value["wall_clock_breakdown"], value["dump_state"], value["flops_profiler"]
         ),
         data=DataSettings(engine["seed"], value["dataloader_drop_last"], **engine["dataloader"]),
-        report=engine["report"],
+        report=_find_report_paths(engine["report"]),
         overrides=tuple(overrides),
         warnings=tuple(each for each in problems if each.severity == "warning"),
         keys_without_effect=tuple(
@@ -370,7 +389,7 @@ def _resolve(
 
 
 def drop_group_schedules(config: Config) -> Config:
-    """Return a copy of the config in which no param group has its own schedule."""
+    """Return a copy of the config without the schedules of individual param groups."""
     if config.optimizer is None:
         return config
     return replace(config, optimizer=replace(config.optimizer, group_schedules={}))
@@ -384,6 +403,16 @@ def _build_checkpoint_plan(section: Mapping[str, Any]) -> CheckpointPlan:
         best=None if best is None else BestSettings(**best),
         **plan,
     )
+
+
+def _find_report_paths(value: str | None) -> ReportPaths | None:
+    """Return the paths for a value of ``engine.report``: an HTML file, or a directory."""
+    if value is None:
+        return None
+    path = Path(value)
+    if path.suffix.lower() in {".html", ".htm"}:
+        return ReportPaths(value, str(path.parent))
+    return ReportPaths(str(path / "report.html"), value)
 
 
 def _get_input_storage(section: Mapping[str, Any] | None) -> Literal["device", "host"] | None:

@@ -14,12 +14,12 @@ from engine.config.pointers import get_last_key, is_within, join_pointer, split_
 from engine.config.schedule_context import list_possible_horizons
 from engine.config.schema import schedule_schema
 from engine.config.violations import MAX_SUGGESTIONS, check_against_schema
-from engine.errors import Problem
+from engine.errors import Fix, Problem
 from schedules import SCHEDULES, Horizon, Schedule, ScheduleError, from_config
 from schedules.core.durations import DurationError
 from schedules.core.fields import read_fields
 from schedules.core.imports import ImportForbiddenError, are_imports_allowed
-from schedules.core.registry import find, read_torch_parameters
+from schedules.core.registry import find, read_torch_parameters, suggest
 from schedules.core.schedule import ParameterProblem
 
 __all__ = ["check_scheduler", "construct_schedule"]
@@ -28,11 +28,11 @@ __all__ = ["check_scheduler", "construct_schedule"]
 def check_scheduler(
     document: Document, block: Mapping[str, Any], pointer: str = "/scheduler"
 ) -> Iterator[Problem]:
-    """Check the type and the params of a ``scheduler`` block, each on its own.
+    """Check the type and each param of a ``scheduler`` block separately.
 
     Args:
         document: parsed config.
-        block: block with a ``type``; valid according to the schema of the section.
+        block: block with a ``type``, valid according to the schema of the section.
         pointer: JSON pointer of the block.
     """
     if not are_imports_allowed():
@@ -42,7 +42,9 @@ def check_scheduler(
     except ImportForbiddenError:
         schema = _read_torch_schema(block["type"])
     except ValueError as error:
-        yield document.build_problem("unknown-scheduler", f"{pointer}/type", str(error))
+        near = suggest(block["type"])
+        fix = Fix(value=near, is_certain=False) if near and ":" not in block["type"] else None
+        yield document.build_problem("unknown-scheduler", f"{pointer}/type", str(error), fix=fix)
         return
     params = block.get("params", {})
     problems = check_against_schema(document, params, schema, f"{pointer}/params")
@@ -53,8 +55,8 @@ def check_scheduler(
 def _read_torch_schema(name: str) -> Mapping[str, Any]:
     """Return a JSON schema that contains the parameter names of a PyTorch scheduler.
 
-    The names are read from PyTorch's source code, because validation does not import PyTorch. The
-    schema is empty if PyTorch has no scheduler of this name.
+    The names are read from PyTorch's source code, because validation does not import PyTorch. If
+    PyTorch does not have the scheduler, the schema is empty.
     """
     parameters = read_torch_parameters(name)
     if parameters is None:
@@ -67,10 +69,9 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
-    """Return a problem whose hint lists schedules that have the unknown parameter.
+    """Add the schedules that have an unknown parameter to the hint of a problem.
 
-    If the problem is not about an unknown parameter, or no schedule has the parameter, return the
-    problem unchanged.
+    Any other problem is returned unchanged.
     """
     if problem.rule != "unknown-key" or "`" in problem.hint:
         return problem
@@ -97,9 +98,9 @@ def construct_schedule(
         pointer: JSON pointer of the block.
 
     Returns:
-        The schedule, or None if it cannot be constructed, and the problems of its parameters. The
-        list of problems is empty if a parameter of the schedule is in ``unresolved``, because this
-        invalid or "auto" parameter could be the cause of the problems.
+        The schedule, or None if it cannot be constructed, and a list of problems with its
+        parameters. If a parameter is in ``unresolved``, the list is empty, because this parameter
+        could be the cause of the problems.
     """
     block = _find_block(config, pointer)
     if not isinstance(block, Mapping) or "type" not in block:
@@ -128,7 +129,7 @@ def construct_schedule(
 
 
 def _find_block(config: Any, pointer: str) -> Any:
-    """Return the value at a JSON pointer; None if it is absent."""
+    """Return the value at a JSON pointer, or None if the key is absent."""
     for key in split_pointer(pointer):
         if isinstance(config, list):
             config = config[int(key)]
@@ -140,7 +141,7 @@ def _find_block(config: Any, pointer: str) -> Any:
 
 
 def _resolve_in_any_run(schedule: Schedule[Any], horizons: Sequence[Horizon]) -> None:
-    """Check that a schedule is valid for at least one of the possible lengths of its run.
+    """Check that a schedule is valid for at least one possible run length.
 
     Raises:
         ScheduleError: a parameter is invalid for every possible length.
@@ -149,7 +150,7 @@ def _resolve_in_any_run(schedule: Schedule[Any], horizons: Sequence[Horizon]) ->
     for horizon in horizons:
         try:
             schedule.resolve(horizon)
-        except ScheduleError as error:  # noqa: PERF203  # one error per length
+        except ScheduleError as error:  # one error per length
             found.append({problem.field: problem for problem in error.problems})
             if len(horizons) == 1:
                 raise

@@ -1,4 +1,4 @@
-"""Compute the hyperparameter curves of a schedule, given the config's optimizer and run length."""
+"""Compute the hyperparameter curves of a schedule for the optimizer and run length of a config."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def build_horizon(
         steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
     Raises:
-        DurationError: the run is shorter than one step or too long; or ``max_duration`` is in
-            epochs, samples or tokens, but ``steps_per_epoch``, ``samples_per_step`` or
-            ``tokens_per_sample``, which is needed to convert it to steps, is None.
+        DurationError: the run is shorter than one step or too long, or ``max_duration`` cannot be
+            converted to steps, because ``steps_per_epoch``, ``samples_per_step`` or
+            ``tokens_per_sample`` is None.
 
     >>> build_horizon({"max_duration": "2ep"}, samples_per_step=8, steps_per_epoch=50).total_steps
     100
@@ -91,7 +91,7 @@ def find_horizon(
     """Return the length of the run, or None if it cannot be determined before launch.
 
     Durations in epochs depend on the data loader. Durations in samples and tokens depend on the
-    batch size, which depends on the number of ranks if ``train_batch_size`` is absent.
+    batch size. Without ``train_batch_size``, the batch size depends on the number of ranks.
     """
     horizons = list_possible_horizons(schedule, config, ranks)
     return horizons[0] if len(horizons) == 1 else None
@@ -100,13 +100,13 @@ def find_horizon(
 def list_possible_horizons(
     schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None
 ) -> list[Horizon]:
-    """Return the length of the run, or several possible lengths if the length is unknown.
+    """Return the length of the run, or a list of possible lengths if it is unknown.
 
-    Callers check the config with each of these lengths. If every check fails, the config is assumed
-    to be invalid for any length.
+    Callers check the config with each length. If every check fails, the config is treated as
+    invalid for any length.
 
     Args:
-        schedule: schedule whose durations are to be converted to steps.
+        schedule: schedule with durations to convert to steps.
         config: config without invalid values.
         ranks: number of ranks that load different samples; None if unknown.
 
@@ -130,7 +130,7 @@ def list_possible_horizons(
                     run, samples_per_step=samples_per_step, steps_per_epoch=steps_per_epoch
                 )
             )
-        except DurationError as error:  # noqa: PERF203  # one error per length
+        except DurationError as error:  # one error per length
             errors.append(error)
     if not horizons:
         raise errors[0]
@@ -154,14 +154,14 @@ def build_base_values(
 ) -> Base:
     """Return the initial learning rate, momentum and weight decay of each param group.
 
-    If the config has no ``optimizer`` block, or a custom optimizer, whose defaults are unknown, the
-    defaults of Adam are used.
+    The defaults of Adam are used for a config without an ``optimizer`` block and for custom
+    optimizers.
 
     Args:
         config: config without "auto" values.
-        schedule: schedule of the config. If its params contain lists with one number per param
-            group, the length of the lists is the number of param groups.
-        group: hyperparameters of a param group that differ from those of the optimizer.
+        schedule: schedule of the config. If a param is a list, its length is the number of param
+            groups.
+        group: hyperparameters of a param group that override the optimizer's hyperparameters.
     """
     block = config.get("optimizer", {"type": "Adam"})
     name = optimizer_name(block["type"])
@@ -180,7 +180,7 @@ def build_base_values(
 
 @dataclass(frozen=True)
 class EvaluatedSchedule:
-    """A schedule, and its curves for a given optimizer and run length."""
+    """A schedule and its curves for a specific optimizer and run length."""
 
     configured: Schedule[Any]
     """The schedule as configured, with unscaled durations."""
@@ -191,7 +191,7 @@ class EvaluatedSchedule:
     curves: Curves
 
     def overwrites(self, name: str) -> bool:
-        """Return whether the schedule ignores the optimizer's initial value of a hyperparameter.
+        """Return whether the schedule ignores the initial value of a hyperparameter.
 
         Args:
             name: hyperparameter to check, such as ``lr``.
@@ -223,7 +223,7 @@ class EvaluatedSchedule:
         return {}
 
     def find_infinite(self) -> tuple[str, int, float] | None:
-        """Return the first non-finite value of the run, as a tuple (hyperparameter, step, value).
+        """Return the hyperparameter, step and value of the first non-finite value in the run.
 
         Return None if all values of the run are finite. To save time, each piece of a curve, such
         as the warmup, is evaluated only at its first and last step.
@@ -238,11 +238,11 @@ class EvaluatedSchedule:
         return None
 
     def find_jumps(self) -> Iterator[tuple[Joint, float, float]]:
-        """Yield each joint between two parts at which a hyperparameter jumps.
+        """Yield each jump of a hyperparameter between two parts of the schedule.
 
         Yields:
-            The joint, the value that the earlier part would reach at this step, and the value at
-            this step. If several param groups jump, only the first one is reported.
+            The joint, the value of the earlier part at the joint, and the value of the later part.
+            If several param groups jump, only the first one is reported.
         """
         largest = {name: self.get_range(name)[1] for name in self.curves}
         for joint in self.schedule.joints():
@@ -255,7 +255,7 @@ class EvaluatedSchedule:
 
     @property
     def end(self) -> int | None:
-        """The step at which the learning rate becomes constant, or None if it never does."""
+        """The step from which the learning rate stays constant, or None."""
         if "lr" not in self.curves:
             return None
         curve, step = self.curves["lr"][0], 0
@@ -273,7 +273,7 @@ class EvaluatedSchedule:
 def evaluate_schedule(
     schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None
 ) -> EvaluatedSchedule | None:
-    """Compute the curves of a schedule, given the optimizer and the run length of a config.
+    """Compute the curves of a schedule for the optimizer and run length of a config.
 
     Return None if the curves depend on the loss, on the number of steps per epoch, or on an unknown
     batch size.

@@ -1,4 +1,4 @@
-"""Iterate over the keys of a config and their JSON schemas, and look up default values."""
+"""Iterate over the keys of a config with their JSON schemas, and look up defaults."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ IGNORED_PREFIXES = ("x-", "//", "_")
 OPTIMIZERS: Mapping[str, dict[str, Any]] = schemas.read("optimizers.json")["$defs"]
 
 ABSENT: Any = object()
-"""Marks an absent key that has no default."""
+"""Marks an absent key without a default."""
 SECTION: Mapping[str, Any] = {}
-"""Marks an absent section whose keys have defaults."""
+"""Marks an absent section with defaults for its keys."""
 
 
 def is_ignored(key: str) -> bool:
@@ -69,7 +69,7 @@ def optimizer_name(name: str) -> str | None:
 
 
 def is_import_path(name: str) -> bool:
-    """Return whether an ``optimizer.type`` names a custom class as ``module:Class``."""
+    """Return whether ``optimizer.type`` is a custom class in the form ``module:Class``."""
     return ":" in name
 
 
@@ -94,9 +94,9 @@ def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
 
 
 def resolve_reference(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Merge a schema with the schema file that its ``$ref`` names, if it has a ``$ref``.
+    """Merge a schema with the schema file in its ``$ref``.
 
-    If both schemas contain a keyword, the value in the given schema takes precedence.
+    Keywords of the given schema take precedence. A schema without ``$ref`` is returned unchanged.
     """
     reference = schema.get("$ref")
     return {**schemas.read(reference), **schema} if reference else schema
@@ -114,7 +114,7 @@ class Member(NamedTuple):
 
     @property
     def is_section(self) -> bool:
-        """Whether the value is a section, that is, an object whose keys `walk` also yields."""
+        """Whether the value is a section: an object with keys that `walk` also yields."""
         if "properties" not in self.schema:
             return False
         return isinstance(self.value, Mapping) if self.is_given else self.value is SECTION
@@ -127,18 +127,18 @@ def walk(
     *,
     fill: Callable[[Mapping[str, Any]], Any] | None = None,
 ) -> Iterator[Member]:
-    """Yield every key of an object and of its nested sections, each section before its keys.
+    """Yield every key of an object and its nested sections. A section precedes its keys.
 
-    The schema of ``params`` depends on the value of ``type``. Keys for which `is_ignored` is true
-    are skipped.
+    The schema of ``params`` depends on the value of ``type``. Keys that `is_ignored` accepts are
+    skipped.
 
     Args:
-        value: object to iterate over. If it is not a mapping, nothing is yielded.
+        value: object to iterate over. For any other type, nothing is yielded.
         schema: JSON schema of the object.
         pointer: JSON pointer of the object.
-        fill: function that returns a value for an absent key, given the key's schema. It returns
-            `SECTION` to also fill in the keys of a section, or `ABSENT` to skip the key. By
-            default, all absent keys are skipped.
+        fill: function that takes the schema of an absent key and returns its value, `SECTION` to
+            fill in the keys of a section, or `ABSENT` to skip the key. By default, all absent keys
+            are skipped.
 
     >>> [member.pointer for member in walk({"fp16": {"enabled": True}}, schemas.read(SCHEMA))]
     ['/fp16', '/fp16/enabled']
@@ -163,10 +163,10 @@ def walk(
 
 
 def _find_replaced_keys(value: Mapping[str, Any], properties: Mapping[str, Any]) -> set[str | None]:
-    """Return the canonical names of the keys that an object sets under an old name or an alias.
+    """Return the canonical names of keys that an object sets by an old name or an alias.
 
-    The set can also contain values that are not key names, such as None or the text of a hint.
-    Callers only test whether a key name is in the set.
+    The set can also contain None and texts of hints, because callers only test whether a key name
+    is in the set.
     """
     given = [properties[key] for key in value if key in properties]
     return {schema.get(word) for schema in given for word in ("x-alias-of", "x-instead")}
@@ -178,7 +178,7 @@ def get_member_schema(
     """Return the schema of a key, with references resolved.
 
     The schema of ``params`` depends on the value of ``type``. For ``optimizer.type``, return the
-    schema of the optimizer itself, which has annotations such as ``x-backend``.
+    schema of the optimizer itself, because it has annotations such as ``x-backend``.
 
     Args:
         schema: schema of the key, as given in the schema of the enclosing object.
@@ -199,10 +199,10 @@ def get_member_schema(
 
 
 def means_default(pointer: str, value: Any) -> bool:
-    """Return whether a value is "auto" and DeepSpeed replaces it with the key's default.
+    """Return whether a value is "auto" and DeepSpeed uses the key's default instead.
 
-    DeepSpeed drops each key of ``zero_optimization`` whose value is "auto", and then uses the
-    default. For the key ``stage``, return False anyway, because its default would disable ZeRO.
+    DeepSpeed uses the default for each key of ``zero_optimization`` with the value "auto". For
+    ``stage``, the result is False, because the default would disable ZeRO.
 
     >>> means_default("/zero_optimization/reduce_bucket_size", "auto")
     True
@@ -219,8 +219,8 @@ def get_default(schema: Mapping[str, Any], backend: str) -> Any:
         backend: "torch" or "deepspeed".
 
     Returns:
-        The default value; `SECTION` for a section whose keys have defaults; `ABSENT` if the key has
-        no default, is deprecated or removed, or is not supported by the backend.
+        The default value. `SECTION` stands for a section with defaults for its keys. `ABSENT` means
+        that the key lacks a default, is deprecated or removed, or is not supported by the backend.
 
     >>> get_default({"default": 2}, "torch")
     2
@@ -239,7 +239,7 @@ def to_nested_dict(members: Iterable[Member], pointer: str = "") -> dict[str, An
 
     Args:
         members: keys with their values, in the order in which `walk` yields them.
-        pointer: JSON pointer of the object that the dict represents.
+        pointer: JSON pointer of the object to build.
 
     >>> to_nested_dict([Member("/fp16/enabled", False, {})])
     {'fp16': {'enabled': False}}
@@ -257,8 +257,8 @@ def to_nested_dict(members: Iterable[Member], pointer: str = "") -> dict[str, An
 def add_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of an object with default values added and ignored keys removed.
 
-    No defaults are added for keys that only DeepSpeed supports, because DeepSpeed fills in these
-    defaults itself.
+    Defaults of keys that only DeepSpeed supports are not added. DeepSpeed adds these defaults
+    itself.
 
     >>> add_defaults({"enabled": True, "x-note": 1}, schemas.read("sections/bf16.json"))["enabled"]
     True
@@ -271,8 +271,7 @@ def add_optimizer_defaults(
 ) -> dict[str, Any]:
     """Return an optimizer's params with default values added for missing params.
 
-    The default value of a param can depend on the backend and on the values of other params. The
-    defaults of a custom optimizer are unknown.
+    A default can depend on the backend and on other params. Custom optimizers get no defaults.
 
     >>> add_optimizer_defaults("Adam", {"torch_adam": True})["weight_decay"]
     0.01

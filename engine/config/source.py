@@ -31,9 +31,9 @@ Source = str | os.PathLike[str] | Mapping[str, Any]
 def load_document(config: Source) -> Document:
     """Read a config from a file, standard input ("-"), a dict, or a base64-encoded string.
 
-    A path must name a regular file, because reading from a named pipe or a device can block or
-    continue forever. The path of a pipe that the shell has opened, such as ``/dev/fd/63`` for
-    ``<(command)``, is also accepted.
+    A path must name a regular file, because reading a named pipe or a device can block
+    indefinitely. A pipe that the shell has opened, such as ``/dev/fd/63`` for ``<(command)``, is
+    also accepted.
 
     Raises:
         ConfigError: the file does not exist, cannot be read, is too large, or is not UTF-8 text.
@@ -75,7 +75,7 @@ def load_document(config: Source) -> Document:
 
 
 def check_is_readable(path: Path) -> None:
-    """Check that reading a file cannot block or continue forever.
+    """Check that reading a file cannot block indefinitely.
 
     Raises:
         OSError: the path does not exist, or is neither a regular file nor a pipe that is open in
@@ -91,9 +91,9 @@ def check_is_readable(path: Path) -> None:
 
 
 def _decode(text: str) -> str | None:
-    """Decode a config from URL-safe base64, which DeepSpeed also accepts.
+    """Decode a config from URL-safe base64, a format that DeepSpeed also accepts.
 
-    Return None if the string is anything else, such as a path.
+    Return None for any other string, such as a path.
     """
     try:
         decoded = base64.b64decode(text, altchars=b"-_", validate=True).decode("utf-8")
@@ -122,7 +122,7 @@ def _load_mapping(config: Mapping[str, Any]) -> Document:
 
 
 def find_unserializable(value: Any, pointer: str) -> Iterator[Problem]:
-    """Yield a problem for each nested key or value that JSON cannot represent, such as NaN."""
+    """Yield a problem for each key or value that JSON cannot represent, such as NaN."""
     members: Any = ()
     if isinstance(value, Mapping):
         members = value.items()

@@ -29,9 +29,9 @@ __all__ = ["Structure", "check_structure"]
 
 @dataclass(frozen=True)
 class Structure:
-    """The result of checking each value of a config against its schema.
+    """Result of checking each value of a config against its schema.
 
-    The rules that check combinations of values use this result as their input.
+    This result is the input of the rules that check combinations of values.
     """
 
     problems: Sequence[Problem]
@@ -42,11 +42,11 @@ class Structure:
     unresolved: Collection[str]
     """Pointers of invalid values, "auto" values, and probably misspelled keys."""
     schedule: Schedule[Any] | None
-    """The schedule in ``config``; None if there is none or it cannot be constructed."""
+    """The schedule in ``config``; None if it is absent or cannot be constructed."""
     data_ranks: DataRanks | None
     """The number of ranks that load different samples; None if the world size is unknown."""
     group_schedules: Mapping[int, Schedule[Any]]
-    """The own schedules of param groups, by index in ``optimizer.param_groups``."""
+    """The schedules of individual param groups, by index in ``optimizer.param_groups``."""
 
 
 def check_structure(
@@ -99,7 +99,7 @@ def _get_error_pointers(problems: Sequence[Problem]) -> set[str]:
 
 
 def _find_deprecated(document: Document) -> Iterator[Problem]:
-    """Yield a note for each deprecated key, or an error if its replacement is set as well."""
+    """Yield a note for each deprecated key, or an error if the new key is set as well."""
     for member in walk(document.value, schemas.read(SCHEMA)):
         if not member.schema.get("deprecated"):
             continue
@@ -147,9 +147,9 @@ def _check_optimizer(document: Document, block: Mapping[str, Any]) -> Iterator[P
 def _check_run_length(
     document: Document, config: Mapping[str, Any], ranks: DataRanks | None
 ) -> Iterator[Problem]:
-    """Yield an error if the run is too long, or shorter than one step.
+    """Yield an error if the run is too long or shorter than one step.
 
-    The length of the dataset is unknown, so each epoch is assumed to have one step.
+    The size of the dataset is unknown, so each epoch is assumed to have one step.
     """
     samples = get_train_batch_size(config, ranks) or 1
     try:

@@ -1,7 +1,7 @@
-"""Suggest a known key for an unknown key.
+"""Suggest a valid key for an unknown key.
 
-A suggestion can be a key with a similar name, the equivalent of another tool's key, or the section
-in which the key is valid. A suggestion is made only if it is likely to be correct.
+A suggestion is a key with a similar name, the equivalent of another tool's key, or the section of
+the key. Unlikely suggestions are omitted.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ _IMPLEMENTATIONS = (
     "32bit",
     "8bit",
 )
-"""Parts of the names of an optimizer's implementations in DeepSpeed, transformers and others."""
+"""Affixes of optimizer names in DeepSpeed, transformers and other libraries."""
 
 
 class Suggestion(NamedTuple):
     """A suggestion for an unknown key.
 
-    ``hint`` is the sentence to show to the user; it is empty if there is no suggestion. ``meant``
-    is the key that the user probably meant, if it belongs to the same object. ``fix`` renames the
-    key automatically; it is set only if the unknown key is a known alias.
+    ``hint`` is the sentence to show to the user, or an empty string. ``meant`` is the key that the
+    user probably meant, if it belongs to the same object. ``fix`` renames the key. The fix is
+    certain only if the unknown key is a known alias.
     """
 
     hint: str
@@ -62,7 +62,7 @@ class Suggestion(NamedTuple):
 def suggest_key(
     pointer: str, key: str, known: Mapping[str, Any], present: Mapping[str, Any]
 ) -> Suggestion:
-    """Suggest a known key instead of an unknown key.
+    """Suggest a valid key instead of an unknown key.
 
     Args:
         pointer: JSON pointer of the object that contains the unknown key.
@@ -93,7 +93,7 @@ def suggest_key(
         find_nearest(key, fitting) or find_nearest(key, absent) or _find_unique_match(key, fitting)
     )
     if near:
-        return Suggestion(f"Did you mean `{near}`?", near)
+        return Suggestion(f"Did you mean `{near}`?", near, Fix(key=near, is_certain=False))
     sections = [each for each in _map_keys_to_sections().get(key, ()) if each != pointer]
     if 0 < len(sections) <= 3:
         where = " or ".join(f"`{each}`" if each else "the top level" for each in sections)
@@ -104,7 +104,7 @@ def suggest_key(
 
 
 def suggest_optimizer(name: str) -> str | None:
-    """Return the known optimizer that an unknown name probably means, or None if there is none.
+    """Return the known optimizer that an unknown name probably refers to, or None.
 
     >>> suggest_optimizer("DeepSpeedCPUAdam"), suggest_optimizer("adamw_torch_fused")
     ('Adam', 'AdamW')
@@ -129,9 +129,10 @@ def _find_params(pointer: str, block: Mapping[str, Any]) -> Collection[str]:
 
 
 def _find_unique_match(name: str, known: Collection[str]) -> str | None:
-    """Return the known name that is similar to ``name``, or None if no name or several are similar.
+    """Return the known name that is similar to ``name``, or None if the match is not unique.
 
-    Names are similar if their edit distance is at most 2 and the first or last letter is the same.
+    Two names are similar if their edit distance is at most 2 and they have the same first or last
+    letter.
     """
     near = [
         other

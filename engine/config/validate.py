@@ -1,6 +1,6 @@
 """Validate a config in three phases: check its syntax, each value, and combinations of values.
 
-Each phase skips values that an earlier phase rejected, so that a mistake is reported only once.
+Each phase skips values that an earlier phase rejected, so each mistake is reported only once.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def validate(
         world_size: number of ranks to validate the batch sizes for. If None, the batch sizes must
             be valid for at least one number of ranks.
         allow_imports: whether to import and check the code that the config names, such as
-            ``"my_module:MySchedule"``. Importing runs the code, so allow it only for a config that
-            you trust. If false, nothing is imported.
+            ``"my_module:MySchedule"``. Importing runs the code, so allow imports only for a trusted
+            config.
 
     Raises:
         ConfigError: the file cannot be read, is too large or is not UTF-8 text.
@@ -58,7 +58,7 @@ def check(
 ) -> list[Problem]:
     """Validate a parsed config, and return its problems, sorted by line and column.
 
-    See `examine` for the arguments.
+    For the arguments, see `examine`.
     """
     return examine(document, world_size, reject_auto=reject_auto, allow_imports=allow_imports)[0]
 
@@ -78,10 +78,9 @@ def examine(
         document: parsed config.
         world_size: number of ranks to validate the batch sizes for. If None, the batch sizes must
             be valid for at least one number of ranks.
-        reject_auto: whether to report every "auto" value as an error. Set this for runs that are
-            not started through an integration, such as the Hugging Face Trainer.
-        needs_deepspeed: part of the model that only DeepSpeed supports; None if there is no such
-            part or the model is unknown.
+        reject_auto: whether to report every "auto" value as an error. Only integrations such as the
+            Hugging Face Trainer replace "auto" before the run.
+        needs_deepspeed: part of the model that only DeepSpeed supports, or None.
         count_ranks: function that takes the config and the world size, and returns the number of
             ranks that load different samples.
         allow_imports: whether to import and check the code that the config names.

@@ -11,7 +11,7 @@ def get_installed_version(package: str) -> str | None:
     >>> get_installed_version("no-such-package") is None
     True
     """
-    # This import is slow: it takes longer than a whole run of `onecycle validate`.
+    # This import takes longer than a whole run of `onecycle validate`.
     from importlib.metadata import PackageNotFoundError, version
 
     try:

@@ -1,4 +1,4 @@
-"""Check values of a config against a JSON schema, and report each violation as a problem."""
+"""Check config values against a JSON schema, and report each violation as a problem."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["MAX_SUGGESTIONS", "check_against_schema", "get_suggested_pointer"]
 
 _RANGE = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems"}
 MAX_SUGGESTIONS = 100
-"""Number of problems with a suggestion, because the search for suggestions takes time."""
+"""Maximum number of problems with a suggestion. The search for suggestions takes time."""
 _NO_SUGGESTION = Suggestion("")
 _REGISTRY: Registry[Any] = Registry(
     retrieve=lambda uri: Resource.from_contents(schemas.read(uri))  # type: ignore[call-arg]  # mypy does not know that attrs renames the field
@@ -33,7 +33,7 @@ _REGISTRY: Registry[Any] = Registry(
 def check_against_schema(
     document: Document, value: Any, schema: Mapping[str, Any], pointer: str = ""
 ) -> Iterator[Problem]:
-    """Check a value and its nested values against a schema, and yield a problem per violation.
+    """Check a value and all nested values against a schema, and yield each violation.
 
     Args:
         document: parsed config, used to look up the line and column of each problem.
@@ -59,9 +59,9 @@ def check_against_schema(
 
 
 def get_suggested_pointer(problem: Problem) -> str:
-    """Return the JSON pointer of the key that a problem suggests instead of an unknown key.
+    """Return the JSON pointer of the suggested key of a problem with an unknown key.
 
-    Return an empty string if the problem is not about an unknown key, or suggests no key.
+    Return an empty string if the problem does not contain a suggestion.
     """
     found = problem.rule == "unknown-key" and problem.suggestion
     return join_pointer(get_parent(problem.pointer), problem.suggestion) if found else ""
@@ -72,7 +72,7 @@ def _convert_error(
 ) -> Iterator[Problem]:
     """Convert an error of the ``jsonschema`` package to problems of the config.
 
-    If the error is about unknown keys, suggest known keys only for the first ``suggestions`` keys.
+    For errors about unknown keys, only the first ``suggestions`` keys get a suggestion.
     """
     name = dotted_name(pointer) or "the config"
     keyword = str(error.validator)
@@ -128,7 +128,7 @@ def _convert_error(
 
 
 def _suggest_fraction_of_run(value: Any, schema: Mapping[str, Any]) -> str:
-    """Return a hint if a duration is probably a fraction of the run, else an empty string."""
+    """Return a hint if a duration is probably a fraction of the run, or an empty string."""
     accepts_fractions = "[dD][uU][rR]" in schema.get("pattern", "")
     if not accepts_fractions or not isinstance(value, float) or not 0 < value < 1:
         return ""
@@ -139,8 +139,8 @@ def _suggest_unquoting(value: Any, schema: Mapping[str, Any]) -> tuple[str, Fix 
     """Suggest removing the quotes from a string such as "1" or "True".
 
     Returns:
-        A hint and an automatic fix. If the value would still be invalid without quotes, the hint is
-        empty and the fix is None.
+        A hint and an automatic fix. If the value is also invalid without quotes, the hint is empty
+        and the fix is None.
     """
     if not isinstance(value, str):
         return "", None

@@ -11,7 +11,7 @@ _WIDTH = 60
 
 
 def count_noun(count: int, noun: str) -> str:
-    """Format a count and a noun, in the plural unless the count is 1.
+    """Format a count and a noun, in the plural if the count is not 1.
 
     >>> count_noun(1, "rank"), count_noun(8, "rank"), count_noun(2, "batch")
     ('1 rank', '8 ranks', '2 batches')
@@ -22,7 +22,7 @@ def count_noun(count: int, noun: str) -> str:
 
 
 def quote_value(value: Any) -> str:
-    """Format a value as JSON, and truncate it if it is too long for a message.
+    """Format a value as JSON, truncated to the length of a message.
 
     >>> quote_value({"stage": None})
     '{"stage": null}'

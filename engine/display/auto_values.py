@@ -1,4 +1,4 @@
-"""Replace the "auto" values of a schedule, so that a config for transformers can be previewed."""
+"""Replace "auto" values, to preview the schedule of a config for transformers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _TOTAL_STEPS = 1000
 
 @dataclass(frozen=True)
 class AutoValues:
-    """The values that "auto" stands for in a preview. transformers gets them from its arguments."""
+    """Values for "auto" in a preview. In a run, transformers provides these values."""
 
     learning_rate: float = 5e-5
-    """Learning rate of the optimizer; the default is that of transformers."""
+    """Learning rate of the optimizer. The default is the same as in transformers."""
     total_steps: int | None = None
     """Length of the run. Defaults to ``engine.max_duration`` or, if it is absent, 1,000 steps."""
     warmup_steps: int | None = None
@@ -30,7 +30,7 @@ def replace_auto_values(document: Document, values: AutoValues) -> tuple[Documen
     """Replace "auto" in the learning rate and in the schedule of a config.
 
     Returns:
-        The document with these replacements, and the new values by the name of the param.
+        The document with the replacements, and the new values by param name.
     """
     config = document.value
     if not isinstance(config, dict):

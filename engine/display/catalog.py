@@ -1,4 +1,4 @@
-"""Generate the output of `onecycle schedules`: a list of all schedules, or one schedule's page."""
+"""Generate the list of schedules and the page of each schedule for `onecycle schedules`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import operator
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from engine.display.terminal import format_rows, wrap
 from schedules import SCHEDULES, Horizon, Schedule
 from schedules.core.combinators import dilate, pointwise
 from schedules.core.controller import Curves
@@ -37,6 +38,19 @@ EXAMPLE_STEPS = 120
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _MAX_EXACT = 100_000
+_SOURCES = {
+    "families.deepspeed": "DeepSpeed",
+    "families.composer": "Composer (MosaicML)",
+    "families.pytorch": "PyTorch",
+    "families.d2l": "Dive into Deep Learning",
+    "families.sambaflow": "SambaFlow (SambaNova)",
+    "families.megatron": "Megatron-LM",
+    "families.general": "General",
+    "families.composites": "Built from other schedules",
+    "feedback.autowu": "Driven by the loss or a metric",
+    "feedback.plateau": "Driven by the loss or a metric",
+}
+"""Maps each module of schedules to the heading under which the list shows it."""
 _BASE = {**DEFAULT_BASE, "weight_decay": (0.01,)}
 
 
@@ -46,19 +60,18 @@ def get_summary(cls: type[Schedule[Any]]) -> str:
 
 
 def example_curves(cls: type[Schedule[Any]]) -> dict[str, Curve]:
-    """Return the curve of each hyperparameter that a schedule sets with its example parameters."""
+    """Return the hyperparameter curves of a schedule's example."""
     curves = cls(**cls.example).build_curves(_BASE, EXAMPLE_RUN)
     return {name: groups[0] for name, groups in curves.items()}
 
 
 def fit_example(name: str, other: Preview, steps: int) -> Curves:
-    """Return the curves of a schedule's example, fitted to those of a config, to compare them.
+    """Return the curves of a schedule's example, scaled for comparison with a config.
 
     Args:
         name: type of the schedule.
-        other: preview of the config. The learning rate of the example is multiplied by a factor, so
-            that both have the same peak.
-        steps: length of the plot, to which the example's run of 100 steps is stretched.
+        other: preview of the config. The learning rate of the example is scaled to the same peak.
+        steps: length of the plot. The 100 steps of the example are stretched to this length.
     """
     curves = example_curves(SCHEDULES[name])
     length = int(EXAMPLE_RUN.total_steps or 1)
@@ -76,30 +89,65 @@ def _sample(curve: Curve, steps: int) -> Iterable[float]:
     return (curve(index * (steps - 1) // _MAX_EXACT) for index in range(_MAX_EXACT + 1))
 
 
-def list_schedules() -> Iterator[str]:
-    """Yield one line per schedule: the name, a small plot of the learning rate, and the summary."""
-    width = max(map(len, SCHEDULES))
+def list_schedules(width: int | None = None) -> Iterator[str]:
+    """Yield a table of all schedules: name, small plot of the learning rate, and summary.
+
+    Args:
+        width: number of columns of the terminal; None to print each schedule on one line.
+    """
+    for title, schedules in _group_by_source().items():
+        yield f"{title}:"
+        rows = [
+            (name, _draw_sparkline(example_curves(cls)["lr"]), get_summary(cls).replace("``", ""))
+            for name, cls in schedules.items()
+        ]
+        yield from format_rows(rows, width, indent=2)
+        yield ""
+    yield "`onecycle schedules TYPE` prints the formula, the parameters and an example."
+
+
+def _group_by_source() -> dict[str, dict[str, type[Schedule[Any]]]]:
+    """Group the schedules by where they come from, in the order of `_SOURCES`."""
+    modules = {f"schedules.{module}": title for module, title in _SOURCES.items()}
+    groups: dict[str, dict[str, type[Schedule[Any]]]] = {title: {} for title in modules.values()}
     for name, cls in SCHEDULES.items():
-        yield f"{name:{width}}  {_draw_sparkline(example_curves(cls)['lr'])}  {get_summary(cls)}"
+        groups.setdefault(modules.get(cls.__module__, "Your own"), {})[name] = cls
+    return groups
 
 
-def format_page(cls: type[Schedule[Any]]) -> Iterator[str]:
-    """Yield the lines of a schedule's page: description, parameters, example and small plots."""
+def format_page(cls: type[Schedule[Any]], width: int | None = None) -> Iterator[str]:
+    """Yield the lines of a schedule's page: description, parameters, example and small plots.
+
+    Args:
+        cls: class of the schedule.
+        width: number of columns of the terminal; None to keep each paragraph as it is.
+    """
     yield cls.type_name
     yield ""
-    yield (inspect.getdoc(cls) or "").partition("\n\n>>>")[0]
-    yield ""
+    for paragraph in (inspect.getdoc(cls) or "").partition("\n\n>>>")[0].split("\n\n"):
+        yield from _fit_paragraph(paragraph, width)
+        yield ""
     descriptions = read_descriptions(cls)
     for name, field in read_fields(cls).items():
         default = "required" if field.required else f"default {json.dumps(field.default)}"
-        yield f"  {name}  ({describe_schema(field.schema)}; {default})"
-        yield f"      {field.complete(descriptions[name])}"
+        yield from wrap(f"  {name}  ({describe_schema(field.schema)}; {default})", width, indent=6)
+        yield from wrap(f"      {field.complete(descriptions[name])}", width, indent=6)
     yield ""
     block = {"scheduler": {"type": cls.type_name, "params": dict(cls.example)}}
     yield json.dumps(block, indent=2)
     yield ""
     for name, curve in example_curves(cls).items():
         yield f"{name:12}  {_draw_sparkline(curve, width=60)}"
+
+
+def _fit_paragraph(paragraph: str, width: int | None) -> Iterator[str]:
+    """Yield the lines of a docstring's paragraph. Formulas, which are indented, are not wrapped."""
+    lines = paragraph.splitlines()
+    is_formula = any(line.startswith(" ") for line in lines)
+    if width is None or is_formula or all(len(line) <= width for line in lines):
+        yield from lines
+    else:
+        yield from wrap(" ".join(lines), width, indent=0)
 
 
 def _draw_sparkline(curve: Curve, width: int = 24) -> str:

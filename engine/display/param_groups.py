@@ -1,4 +1,4 @@
-"""Format the param groups of a run: which parameters are in which group, with which values."""
+"""Format the param groups of a run, with their parameters and hyperparameters."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
 
 @dataclass(frozen=True)
 class GroupRow:
-    """A param group without its tensors, for the log and for choosing its schedule.
+    """Description of a param group, for the log and for choosing the group's schedule.
 
     Args:
         name: name of the group.
-        entry: index in ``optimizer.param_groups``; None for the parameters of no entry.
+        entry: index in ``optimizer.param_groups``; None for the default group.
         hyperparameters: values to show, such as the learning rate.
         parameters: names of the parameters.
         num_elements: total number of elements of the parameters.
-        schedule: type of the group's own schedule; None if it has none.
+        schedule: type of the group's own schedule, or None.
     """
 
     name: str
@@ -76,7 +76,7 @@ def _format_parameters(group: GroupRow) -> str:
 
 
 def abbreviate_names(names: Sequence[str]) -> list[str]:
-    """Merge names that differ only in one index, such as those of the layers of a transformer.
+    """Merge names that differ only in one index, such as the names of transformer layers.
 
     >>> abbreviate_names(["h.0.bias", "h.1.bias", "h.2.bias", "head.bias"])
     ['h.0-2.bias', 'head.bias']

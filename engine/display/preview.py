@@ -1,4 +1,4 @@
-"""Preview a config's schedule: compute the learning rate at each step before launch."""
+"""Preview a config's schedule before launch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Preview:
     groups: Sequence[str] = ()
     """The names of the param groups; empty if the config has no ``optimizer.param_groups``."""
     auto_values: Mapping[str, Any] = field(default_factory=dict)
-    """The values that replaced "auto", by the name of the param."""
+    """The values that replaced "auto", by param name."""
 
     @property
     def title(self) -> str:
@@ -63,8 +63,8 @@ class Preview:
             losses: recorded loss at each step.
 
         Returns:
-            The values of each hyperparameter at each step, and the losses from which the schedule
-            determined the end of its warmup (None if the warmup did not end).
+            The values of each hyperparameter at each step, and the losses that determined the end
+            of the warmup. The losses are None if the warmup did not end.
 
         Raises:
             ValueError: the schedule is not loss-driven.
@@ -82,27 +82,26 @@ class Preview:
         return columns, done.evidence
 
     def check_length(self, steps: int) -> None:
-        """Check that the values of the first ``steps`` steps can be computed in a short time.
+        """Check that the values of the first ``steps`` steps can be computed quickly.
 
         Raises:
-            ValueError: there are too many steps for a PyTorch scheduler, which has to be run step
-                by step.
+            ValueError: the schedule is a PyTorch scheduler, and the number of steps is too large.
         """
         from schedules.families.custom import WrappedScheduler
 
         if isinstance(self.schedule, WrappedScheduler) and steps > _MAX_RUN_STEPS:
             raise ValueError(
                 f"A plot of {self.schedule.type_name} can have at most {_MAX_RUN_STEPS:,} steps, "
-                f"got {steps:,}, because PyTorch computes the steps one by one. Set `--steps` to "
-                "plot only the first steps."
+                f"got {steps:,}, because PyTorch must compute each step. Set `--steps` to plot "
+                "only the first steps."
             )
 
     @property
     def span(self) -> int:
         """Default number of steps to plot.
 
-        This is the length of the run, or of the schedule if the length of the run is
-        unknown.
+        The default is the length of the run. If the run length is unknown, the default is the
+        length of the schedule.
         """
         return int(self.horizon.scaled_steps or 0) or max(1, self.schedule.span)
 
@@ -112,9 +111,9 @@ class Preview:
         return name_columns(self.curves)
 
     def rows(self, steps: int) -> Iterator[tuple[float, ...]]:
-        """Return an iterator over the first ``steps`` steps.
+        """Return an iterator over the rows of the first ``steps`` steps.
 
-        Each item contains the step and the value of each column at that step.
+        A row contains the step and the value of each column.
         """
         values = [curve.values(steps) for curve in self.columns.values()]
         return zip(range(steps), *values, strict=True)
@@ -123,6 +122,7 @@ class Preview:
 def preview(
     config: Source,
     *,
+    assignments: Sequence[str] = (),
     steps_per_epoch: int | None = None,
     allow_imports: bool = False,
     auto: AutoValues | None = None,
@@ -133,11 +133,12 @@ def preview(
 
     Args:
         config: path of the config, or the config as a dict. Only ``scheduler`` is required.
+        assignments: ``KEY=VALUE`` strings that override config values.
         steps_per_epoch: number of optimizer steps per epoch; required if the config has durations
             in epochs.
         allow_imports: whether to import the code that the config names, such as
             ``"my_module:MySchedule"``.
-        auto: values that replace "auto" in the learning rate and in the schedule. If None, "auto"
+        auto: values to use instead of "auto" in the learning rate and the schedule. If None, "auto"
             in the schedule is an error.
 
     Raises:
@@ -149,11 +150,11 @@ def preview(
     >>> list(preview({"scheduler": warmup}).rows(3))
     [(0, 0.0), (1, 0.0005), (2, 0.001)]
     """
+    from engine.config.overrides import apply_assignments
+
+    document, _ = apply_assignments(load_document(config), assignments)
     return preview_document(
-        load_document(config),
-        steps_per_epoch=steps_per_epoch,
-        allow_imports=allow_imports,
-        auto=auto,
+        document, steps_per_epoch=steps_per_epoch, allow_imports=allow_imports, auto=auto
     )
 
 
@@ -175,8 +176,8 @@ def preview_document(
         steps_per_epoch: see `preview`.
         allow_imports: see `preview`.
         auto: see `preview`.
-        examined: what `examine` returned for the document, if the caller has called it for a
-            config without "auto"; saves a second validation.
+        examined: result of `examine` for the document, to avoid a second validation. Omit this
+            argument if the config contains "auto".
 
     Raises:
         ConfigError: see `preview`.
@@ -279,7 +280,7 @@ def _get_first(patterns: str | Sequence[str]) -> str:
 
 
 def _prevents_curve(problem: Problem) -> bool:
-    """Return whether a problem makes it impossible to compute the curves of the schedule."""
+    """Return whether a problem prevents the computation of the schedule's curves."""
     if problem.severity != "error" or problem.rule == "batch-sizes":
         return False
     section, *_ = [*split_pointer(problem.pointer), ""]

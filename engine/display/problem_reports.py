@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from engine.config import ConfigError, Problem
 from engine.config.parser import Document
+from engine.display.terminal import get_width, wrap
 from engine.errors import escape
 
 __all__ = ["FORMATS", "Report", "write_error"]
@@ -23,17 +24,19 @@ _MAX_PRINTED = 100
 
 @dataclass(frozen=True)
 class Report:
-    """A parsed config, its problems, and whether to print them in color."""
+    """A parsed config, its problems, and the settings for printing them."""
 
     document: Document
     problems: Sequence[Problem]
     color: bool = False
+    width: int | None = None
+    """Number of columns of the terminal; None to print each problem on one line."""
 
 
 def _select_problems(problems: Sequence[Problem]) -> tuple[list[Problem], int]:
-    """Select the problems to print, and count the problems that are left out.
+    """Select the problems to print, and count the remaining problems.
 
-    If there are too many problems, the most severe ones are selected, in their original order.
+    The most severe problems are selected, in their original order.
     """
     severities = list(_COLORS)
     by_severity = sorted(
@@ -50,20 +53,27 @@ def _format_text(report: Report) -> Iterator[str]:
     for problem in problems:
         location = f":{problem.line}:{problem.column}" if problem.line else ""
         head = f"{problem.severity}[{problem.rule}]"
-        if report.color:
-            head = f"\033[1;{_COLORS[problem.severity]}m{head}\033[0m"
-        yield f"{name}{location}: {head}: {problem}"
+        text = "\n".join(wrap(f"{name}{location}: {head}: {problem}", report.width))
+        if report.color:  # after wrapping, because escape codes have no width
+            text = text.replace(head, f"\033[1;{_COLORS[problem.severity]}m{head}\033[0m", 1)
+        yield text
         if problem.line and problem.line <= len(lines) and report.document.text:
-            source = lines[problem.line - 1].replace("\t", " ")
-            start = max(0, problem.column - _WIDTH // 2) if len(source) > _WIDTH else 0
-            excerpt = source[start : start + _WIDTH]
-            column = len(escape(excerpt[: problem.column - 1 - start]))
-            # GitHub executes a line of a log that starts with "::", also after spaces.
-            margin = "| " if excerpt.lstrip().startswith(("::", "##")) else "  "
-            yield f"{margin}{escape(excerpt)}"
-            yield f"{margin}{' ' * column}^"
+            yield from _quote_line(lines[problem.line - 1], problem.column, report.width)
     if omitted:
         yield f"{name}: … and {omitted:,} more"
+
+
+def _quote_line(line: str, column: int, width: int | None) -> Iterator[str]:
+    """Yield a line of the config and a marker below the column of a problem."""
+    size = _WIDTH if width is None else min(_WIDTH, width - 2)
+    source = line.replace("\t", " ")
+    start = max(0, column - size // 2) if len(source) > size else 0
+    excerpt = source[start : start + size]
+    # GitHub executes a line of a log that starts with "::", also after spaces.
+    margin = "| " if excerpt.lstrip().startswith(("::", "##")) else "  "
+    before = len(escape(excerpt[: column - 1 - start]))
+    yield f"{margin}{escape(excerpt)[: max(size, before + 1)]}"
+    yield f"{margin}{' ' * before}^"
 
 
 def _format_json(report: Report) -> Iterator[str]:
@@ -87,7 +97,7 @@ def _format_github(report: Report) -> Iterator[str]:
 
 
 def _encode(text: str, characters: str) -> str:
-    """Percent-encode ``characters`` in a GitHub command, and escape control characters."""
+    """Percent-encode ``characters`` in a GitHub workflow command, and escape control characters."""
     encoded = "".join(f"%{ord(each):02X}" if each in characters else each for each in text)
     return escape(encoded)
 
@@ -136,7 +146,8 @@ def _build_sarif_location(name: str, problem: Problem) -> dict[str, Any]:
 
 def write_error(error: ConfigError, out: TextIO) -> None:
     """Write the problems of a `ConfigError` to a stream as text."""
-    for line in _format_text(Report(Document(error.name, None), error.problems)):
+    report = Report(Document(error.name, None), error.problems, width=get_width(out))
+    for line in _format_text(report):
         print(line, file=out)
 
 

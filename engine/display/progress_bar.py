@@ -18,11 +18,11 @@ _SECONDS = 0.1  # between two redraws
 class ProgressBar:
     """A bar with the number of completed steps, a short text, the speed and the remaining time.
 
-    `move_to` draws the bar on standard error, without a separate thread. While the bar is shown,
-    everything that the script prints or logs appears above the bar.
+    `move_to` draws the bar on standard error. While the bar is visible, all output of the script
+    appears above the bar.
 
     Args:
-        step: number of steps that are already completed.
+        step: number of steps that have already been completed.
         total: number of steps of the whole run; None if it is unknown.
     """
 

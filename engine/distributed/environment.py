@@ -16,6 +16,7 @@ __all__ = [
     "OK",
     "PREFIX",
     "SAVED_AND_ENDED",
+    "SET",
     "SSH_FAILED",
     "TIMED_OUT",
     "TIMEOUT",
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 PREFIX = "ONECYCLE_"
-"""Prefix of the variables below. `onecycle launch` passes all variables with it to the ranks."""
+"""Prefix of the variables below. `onecycle launch` passes all of these variables to the ranks."""
 
 ELASTIC = "ONECYCLE_ELASTIC"
 """Set if hosts may join or leave during the run. The batch size then stays the same."""
@@ -38,6 +39,9 @@ JOB_ID = "ONECYCLE_JOB_ID"
 
 LR_TEST = "ONECYCLE_LR_TEST"
 """The sweep that `initialize` must run, as JSON. Set by `onecycle lr-test`."""
+
+SET = "ONECYCLE_SET"
+"""``KEY=VALUE`` strings that override config values, as JSON. Set by the option ``--set``."""
 
 TIMEOUT = "ONECYCLE_TIMEOUT"
 """Timeout of collectives, in seconds."""
@@ -52,19 +56,19 @@ USAGE = 2
 """Exit status: wrong usage, or a file that cannot be read or written."""
 
 UNREACHABLE = 69
-"""Exit status: a host did not answer or does not match this one (EX_UNAVAILABLE)."""
+"""Exit status: a host did not respond or differs from this host (EX_UNAVAILABLE)."""
 
 SAVED_AND_ENDED = 75
 """Exit status: the run received a signal, saved a checkpoint and exited (EX_TEMPFAIL: retry)."""
 
 INTERRUPTED = 130
-"""Exit status: Ctrl-C ended the run, which saved a checkpoint if it saves any (128 + SIGINT)."""
+"""Exit status: Ctrl-C ended the run, possibly after a checkpoint (128 + SIGINT)."""
 
 NODE_LOST = 75
 """Exit status: the launch lost a host (EX_TEMPFAIL: retry)."""
 
 TIMED_OUT = 124
-"""Exit status: the hosts did not find each other in time (as for the `timeout` command)."""
+"""Exit status: the hosts did not connect in time (same status as the `timeout` command)."""
 
 SSH_FAILED = 255
 """Exit status of ssh if it could not connect or lost the connection."""

@@ -39,7 +39,7 @@ _EXIT_TIMEOUT = 5.0  # seconds
 _EXIT_POLL = 0.01
 _RELEASE_TIME = 0.05
 _REPORT_TIME = 1.0  # seconds; a launcher polls the processes ten times as often
-# Keys of the store. One request reads them, however many ranks there are.
+# Keys of the store. A single request reads the keys of all ranks.
 _EXIT_COUNT = "onecycle/exit_count"
 _EXITED_RANKS = "onecycle/exited_ranks"
 
@@ -58,7 +58,7 @@ class Ranks:
     If None, the default group is used.
     """
     shard: tuple[int, int] | None = None
-    """Index and number of the parts of the data; None if each rank loads a different part."""
+    """Index of this rank's data shard and number of shards; None for one shard per rank."""
 
     @property
     def data_rank(self) -> int:
@@ -67,9 +67,9 @@ class Ranks:
 
     @property
     def data_ranks(self) -> int:
-        """Number of parts into which the data is split.
+        """Number of parts of the data.
 
-        Ranks that share a model load the same part.
+        Ranks that share a model replica load the same part.
         """
         return self.world_size if self.shard is None else self.shard[1]
 
@@ -77,9 +77,9 @@ class Ranks:
 def get_world_size() -> int:
     """Return the number of ranks of the run.
 
-    If no process group is initialized, return the environment variable ``WORLD_SIZE``. If this
-    variable is not set, return the number of tasks that srun or mpirun started, or 1 if neither
-    started this process.
+    Without an initialized process group, the number is the environment variable ``WORLD_SIZE``. If
+    ``WORLD_SIZE`` is not set, the result is the number of tasks of srun or mpirun, or 1 without
+    srun and mpirun.
 
     Raises:
         ValueError: if srun or mpirun started several tasks, but the address of rank 0 is not known.
@@ -92,8 +92,9 @@ def get_world_size() -> int:
 def get_rank() -> int:
     """Return the rank of this process.
 
-    If no process group is initialized, return the environment variable ``RANK``. If ``WORLD_SIZE``
-    is not set, return the rank that srun or mpirun assigned, or 0 if neither started this process.
+    Without an initialized process group, the rank is the environment variable ``RANK``. If
+    ``WORLD_SIZE`` is not set, the result is the task number of srun or mpirun, or 0 without srun
+    and mpirun.
 
     Raises:
         ValueError: if srun or mpirun started several tasks, but the address of rank 0 is not known.
@@ -108,15 +109,15 @@ def init_distributed(
 ) -> Ranks:
     """Initialize the process group from the environment variables that the launcher sets.
 
-    If srun or mpirun started this process without torchrun, first set torchrun's variables.
+    If srun or mpirun started this process without torchrun, torchrun's variables are set first.
 
     An existing process group is reused. By default, no process group is created for a single
     process.
 
     Args:
-        always_create_group: whether to create a process group even for a single process, for
-            libraries that require a process group.
-        port: port of rank 0 to which the ranks connect if `MASTER_PORT` is not set.
+        always_create_group: whether to create a process group even for a single process. Some
+            libraries require a process group.
+        port: port of rank 0, used if `MASTER_PORT` is not set.
         device: "cuda", "cpu", or "auto" for a GPU if PyTorch finds one.
 
     Returns:
@@ -124,8 +125,8 @@ def init_distributed(
 
     Raises:
         ValueError: if there are several ranks, but `WORLD_SIZE`, `RANK`, `MASTER_ADDR` or
-            `MASTER_PORT` is neither set nor known from srun or mpirun; if ``device`` is "cuda", but
-            there is no GPU; or if there is no GPU with the number ``LOCAL_RANK``.
+            `MASTER_PORT` is neither set nor known from srun or mpirun; or if the GPU that
+            ``device`` or ``LOCAL_RANK`` selects does not exist.
     """
     if not _has_process_group():
         os.environ.update(read_task_variables(os.environ, port))
@@ -159,19 +160,20 @@ def _uses_gpu(device: str) -> bool:
 
 
 def _find_gpu() -> int:
-    """Return the number of this rank's GPU.
+    """Return the device index of this rank's GPU.
 
-    A script that creates its own process group may not set ``LOCAL_RANK``. Its GPU is then the one
-    that it has chosen: that of the group or the current one. If it has chosen none, the ranks of a
-    host use its GPUs in turn, as for torch's ``DeviceMesh``.
+    The index is ``LOCAL_RANK``. A script that creates the process group itself may not set
+    ``LOCAL_RANK``. In this case, the index is the device of the process group or, if CUDA is
+    initialized, the current device. If neither is set, the ranks of a host use the GPUs in turn,
+    like torch's ``DeviceMesh``.
 
     Raises:
-        ValueError: if there is no GPU with this number.
+        ValueError: if the GPU does not exist.
     """
     count = torch.cuda.device_count()
     local_rank = os.environ.get("LOCAL_RANK")
     if local_rank is None and _has_process_group():
-        bound = dist.distributed_c10d._get_default_group().bound_device_id  # noqa: SLF001  # the function has no public name
+        bound = dist.distributed_c10d._get_default_group().bound_device_id  # noqa: SLF001  # private in torch
         if bound is not None:
             return int(bound.index)
         is_chosen = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # untyped in torch
@@ -191,7 +193,7 @@ def _has_process_group() -> bool:
 
 
 def _start_process_group(device: torch.device, **settings: Any) -> None:
-    """Create the default process group: with NCCL for a GPU, with gloo for the CPU."""
+    """Create the default process group with NCCL for GPUs or gloo for CPUs."""
     if device.type == "cuda":
         settings["device_id"] = device  # NCCL would otherwise guess the GPU from the rank
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -229,7 +231,7 @@ def _create_control_group(size: int) -> Any:
 
 
 def check_configs_match(ranks: Ranks, config: str) -> None:
-    """Check that all ranks have the same config, because different configs can cause a deadlock.
+    """Check that all ranks have the same config. Different configs can cause a deadlock.
 
     Args:
         ranks: rank and world size of this process.
@@ -253,11 +255,11 @@ def check_configs_match(ranks: Ranks, config: str) -> None:
 
 
 def gather_if_different(ranks: Ranks, value: Any) -> list[Any]:
-    """Return the value of each rank if the values differ, or an empty list if they are equal.
+    """Return the values of all ranks if they differ, or an empty list if they are equal.
 
-    The ranks compare a hash with one all-reduce of 512 bytes. Only if the hashes differ are the
-    values gathered, so the cost does not grow with the world size in a correct run. Every rank must
-    call this function.
+    The ranks compare hashes with one all-reduce of 512 bytes, and gather the values only if the
+    hashes differ. The cost for equal values does not grow with the world size. Every rank must call
+    this function.
 
     Args:
         ranks: rank and world size of this process.
@@ -278,17 +280,18 @@ def gather_if_different(ranks: Ranks, value: Any) -> list[Any]:
 def destroy_distributed() -> None:
     """Destroy the process group.
 
-    With gloo, first wait up to 5 seconds for all ranks to call this function. Without this wait, a
-    rank that exits early would close connections that the gloo threads of other ranks still use.
+    With gloo, first wait up to 5 seconds until all ranks have called this function. Without the
+    wait, a rank that exits early would close connections that gloo threads of other ranks still
+    use.
 
-    Do not destroy the process group if an exception is ending this process or, with gloo, if some
-    ranks are still training after the wait. The connections then stay open until this process
-    exits. If the connections were closed earlier, other ranks could fail before this process exits,
-    and the launcher would report one of those ranks as the first failure. With NCCL, destroying the
-    group could block, because it waits for collectives that other ranks may never join.
+    The process group is not destroyed if an exception is ending this process or, with gloo, if some
+    ranks are still training after the wait. Its connections then stay open until this process
+    exits. Closing the connections earlier could make other ranks fail first, and the launcher would
+    report the wrong rank. With NCCL, destroying the group could also block, because NCCL waits for
+    collectives that other ranks may never join.
 
-    If an exception is ending this process, log the ranks that have already ended without an
-    exception. The loss of the connections to those ranks is the likely cause of this exception.
+    If an exception is ending this process, this function logs the ranks that have already ended
+    without an exception. The lost connections to these ranks are the likely cause of the exception.
     """
     if not _has_process_group():
         return
@@ -301,7 +304,7 @@ def destroy_distributed() -> None:
         others_train = is_gloo and not _wait_for_exit_of_all_ranks()
     if not others_train:
         dist.destroy_process_group()
-    # A gloo thread may still own a tensor, and needs the interpreter to release it. If the
+    # A gloo thread that owns a tensor needs the interpreter to release the tensor. If the
     # interpreter has already exited, the process aborts ("terminate called without an active
     # exception").
     time.sleep(_RELEASE_TIME)
@@ -312,7 +315,7 @@ def destroy_distributed() -> None:
 
 
 def _get_store() -> Any:
-    return dist.distributed_c10d._get_default_store()  # noqa: SLF001  # the function has no public name
+    return dist.distributed_c10d._get_default_store()  # noqa: SLF001  # private in torch
 
 
 def _announce_exit() -> None:
@@ -331,18 +334,18 @@ def _log_ended_ranks() -> None:
     if ended:
         log.error(
             "Rank %s had ended before this rank failed. All ranks must take the same number of "
-            "steps: check that each rank has the same number of batches.",
+            "steps. Check that each rank has the same number of batches.",
             ", ".join(map(str, ended)),
         )
-        # The launcher should first see the exit status of a rank that ended before.
+        # The launcher should receive the exit status of earlier failed ranks first.
         time.sleep(_REPORT_TIME)
 
 
 def _wait_for_exit_of_all_ranks() -> bool:
-    """Wait until all ranks have announced their exit, and return whether they have.
+    """Wait until all ranks have announced their exit, and return whether all of them did.
 
     The wait ends after at most 5 seconds. If the rank that hosts the store has already exited,
-    return True at once.
+    return True immediately.
     """
     deadline = time.monotonic() + _EXIT_TIMEOUT
     with contextlib.suppress(RuntimeError):

@@ -1,4 +1,4 @@
-"""Detect signals that end a run, so that the run can save a checkpoint before it exits."""
+"""Detect signals that end a run, to save a checkpoint before the exit."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ __all__ = ["Signals"]
 log = logging.getLogger("onecycle")
 
 _NAMES = ("SIGUSR1", "SIGTERM", "SIGINT")
-"""If the ranks receive several signals, the last one of these counts."""
+"""If the ranks receive several signals, the last signal in this tuple counts."""
 _MAX_STEP_TIME = 60.0
-"""Seconds after the last check in which the script is assumed to train."""
+"""Time in seconds after the last check during which the script is assumed to train."""
 _MAX_DUPLICATE_TIME = 5.0
-"""Seconds after a signal in which another SIGTERM is assumed to be a copy of it.
+"""Time in seconds after a signal during which a SIGTERM is assumed to be a duplicate.
 
-Slurm, for example, signals all processes of a job, and torchrun passes its signal on to the ranks.
+For example, Slurm signals all processes of a job, and torchrun also signals the ranks.
 """
 
 
 class Signals:
-    """A record of the signals SIGINT, SIGTERM and SIGUSR1 that this process receives.
+    """Recorder of the signals SIGINT, SIGTERM and SIGUSR1.
 
     Slurm can send SIGTERM or SIGUSR1 shortly before it kills a job. Call `find_on_any_rank` after
     each step, and `restore_handlers` to stop recording.
@@ -42,8 +42,8 @@ class Signals:
     KeyboardInterrupt if the last step was more than a minute ago. SIGUSR1 only announces that the
     job will end soon, so it does not count as a first signal.
 
-    An instance that is created outside of the main thread records nothing, because Python allows
-    signal handlers only in the main thread.
+    Outside of the main thread, an instance does not record signals, because Python allows signal
+    handlers only in the main thread.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Signals:
         self._previous_handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for name in _NAMES:
-                if hasattr(signal, name):  # Windows has no SIGUSR1
+                if hasattr(signal, name):  # SIGUSR1 does not exist on Windows
                     number = getattr(signal, name)
                     self._previous_handlers[number] = signal.signal(number, self._record)
 
@@ -77,20 +77,22 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         if name == "SIGINT":
-            log.warning("saving a checkpoint after this step; press Ctrl-C again to stop at once")
+            log.warning(
+                "saving a checkpoint after this step; press Ctrl-C again to stop immediately"
+            )
         if name != "SIGUSR1":
             self._received_at = min(self._received_at, now)
         self._received = max(self._received, 1 + _NAMES.index(name))
 
     def find_on_any_rank(self, ranks: Ranks, *, is_deferred: bool = False) -> str | None:
-        """Return the name of a signal that a rank has received, or None if no rank received one.
+        """Return the name of a signal that any rank has received, or None.
 
         Every rank must call this method in the same step.
 
         Args:
             ranks: rank and world size of this process.
-            is_deferred: whether to return the result of the previous call, so that the ranks need
-                not wait for each other. A single process never waits.
+            is_deferred: whether to return the result of the previous call. The ranks then do not
+                wait for each other. For a single process, this argument has no effect.
         """
         self._last_check = time.monotonic()
         received = self._received

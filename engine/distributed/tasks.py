@@ -1,4 +1,4 @@
-"""Read the ranks of processes that were started by srun or mpirun instead of torchrun.
+"""Read the ranks of processes that srun or mpirun started.
 
 This module does not import torch.
 """
@@ -14,7 +14,7 @@ _DEFAULT_PORT = 29500  # DeepSpeed's
 
 
 class _Starter(NamedTuple):
-    """A program that starts the tasks of a job, and the environment variables that it sets."""
+    """The name and the environment variables of a program that starts tasks, such as srun."""
 
     name: str
     size: str
@@ -23,8 +23,8 @@ class _Starter(NamedTuple):
     local_size: str = ""
 
 
-# Some implementations of mpirun use srun to start one process per host, which starts the tasks. The
-# variables of srun then describe these processes, not the tasks, so srun is last.
+# Some implementations of mpirun use srun to start one process per host. This process then starts
+# the tasks. The variables of srun do not describe these tasks, so srun is last.
 _STARTERS = (
     _Starter(
         "mpirun",
@@ -43,15 +43,15 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
 
     Args:
         environment: environment variables of this process.
-        port: value of ``MASTER_PORT`` if the environment does not set it; None to choose one.
+        port: value of ``MASTER_PORT`` if the environment does not set it; None to choose a port.
 
     Returns:
         Values of ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``. The
-        dict is empty if there is only one task, if ``RANK`` and ``WORLD_SIZE`` are already set, or
-        if ``WORLD_SIZE`` is set to a number other than the number of tasks.
+        dict is empty for a single task, if ``RANK`` and ``WORLD_SIZE`` are already set, or if
+        ``WORLD_SIZE`` differs from the number of tasks.
 
     Raises:
-        ValueError: if there are several tasks, but not all of these values are known.
+        ValueError: if srun or mpirun started several tasks, but a value is unknown.
 
     >>> names = ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
     >>> values = dict(zip((f"OMPI_COMM_WORLD_{name}" for name in names), "2112", strict=True))
@@ -67,7 +67,7 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
     size = environment[starter.size] if starter else "1"
     if starter is None or size == "1" or environment.get("WORLD_SIZE", size) != size:
         return {}
-    # With `srun --pty bash`, only the first task has a terminal, so the others do not come here.
+    # With `srun --pty bash`, only the first task has a terminal and reaches this line.
     if starter not in known or "SLURM_PTY_PORT" in environment:
         raise ValueError(
             f"{starter.name} started {size} tasks, but RANK and WORLD_SIZE are not set, so each "
@@ -81,7 +81,7 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
             "Set MASTER_ADDR to the address of rank 0's host, for example with `export MASTER_ADDR="
             '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)`.'
         )
-    # If Slurm shows each task only its own GPU, this GPU has the number 0 in every task.
+    # If each Slurm task has access to only one GPU, the GPU has index 0 in every task.
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     has_own_gpu = visible and "," not in visible
     return {
@@ -94,7 +94,7 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
 
 
 def _find_address(starter: _Starter, environment: Mapping[str, str]) -> str | None:
-    """Return the loopback address if all tasks run on this host, and None otherwise."""
+    """Return the loopback address if all tasks run on this host, or None if not."""
     if starter.local_size:
         is_one_host = environment.get(starter.local_size) == environment[starter.size]
     else:
@@ -105,8 +105,7 @@ def _find_address(starter: _Starter, environment: Mapping[str, str]) -> str | No
 def _choose_port(environment: Mapping[str, str]) -> int:
     """Return a port number that is the same for all tasks of a job.
 
-    In Slurm, the port depends on the job and the job step, so that two job steps use different
-    ports.
+    In Slurm, the port depends on the job and the job step, so two job steps use different ports.
     """
     job, step = (environment.get(f"SLURM_{kind}_ID", "") for kind in ("JOB", "STEP"))
     if job.isdecimal() and step.isdecimal():

@@ -11,7 +11,7 @@ __all__ = ["main"]
 
 
 def sort_by_core(cpus: Iterable[int], get_core: Callable[[int], int]) -> list[int]:
-    """Sort logical CPUs so that those of the same core are adjacent.
+    """Sort logical CPUs by physical core.
 
     Args:
         cpus: numbers of the logical CPUs.
@@ -24,7 +24,7 @@ def sort_by_core(cpus: Iterable[int], get_core: Callable[[int], int]) -> list[in
 
 
 def select_cpus(cpus: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
-    """Return the logical CPUs to which a rank is bound.
+    """Return the logical CPUs for a rank.
 
     The list of CPUs is split into contiguous parts of about the same size, one per rank of this
     host. If there are more ranks than CPUs, every rank gets all CPUs.
@@ -45,7 +45,7 @@ def select_cpus(cpus: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
 
 
 def _find_core(cpu: int) -> int:
-    """Return the lowest number of a logical CPU on the core of ``cpu``, to identify the core."""
+    """Return an ID of the core of ``cpu``: the lowest number of its logical CPUs."""
     topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     try:
         return int(topology.read_text().replace("-", ",").partition(",")[0])
@@ -54,10 +54,10 @@ def _find_core(cpu: int) -> int:
 
 
 def main(command: list[str]) -> None:
-    """Bind this process to the CPU cores of its rank, and replace the process with a command.
+    """Bind this process to its rank's CPU cores, and replace the process with a command.
 
-    The local rank and the number of ranks on this host are read from ``LOCAL_RANK`` and
-    ``LOCAL_WORLD_SIZE``, which torchrun sets.
+    The local rank and the number of ranks on this host are read from torchrun's variables
+    ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE``.
 
     Args:
         command: command to run, with its arguments.

@@ -1,4 +1,4 @@
-"""Run a job on this host, and kill all of its processes when it ends.
+"""Run a job on this host, and kill all processes of the job at its end.
 
 The launcher starts this agent on each host. The agent reads the job as JSON from the first line of
 standard input. Each later line is ``ping``, ``term`` or ``kill``. On ``kill``, the agent kills the
@@ -6,8 +6,8 @@ job immediately. In the following cases, the agent sends SIGTERM to the job, and
 a grace period:
 
 - it reads ``term`` or receives a signal;
-- standard input is closed, which means that the launcher has exited;
-- it receives no input for 30 seconds, which means that the launcher is unreachable.
+- standard input is closed, because the launcher has exited;
+- it receives no input for 30 seconds, because the launcher is unreachable.
 
 The job writes its output to the standard output of the agent.
 """
@@ -33,7 +33,7 @@ from engine.launch.torchrun import remove_directory
 __all__ = ["STARTED", "find_descendants", "main", "map_slots_to_devices"]
 
 STARTED = "\x1eonecycle-started"
-"""Line that the agent prints just before it starts the job, when it has acquired its lock."""
+"""Line that the agent prints after acquiring the lock, before starting the job."""
 
 _MAX_SILENCE = 30.0
 _MASK = "CUDA_VISIBLE_DEVICES"
@@ -41,7 +41,7 @@ _SUBREAPER, _PARENT_DEATH = 36, 1  # PR_SET_CHILD_SUBREAPER and PR_SET_PDEATHSIG
 
 
 class _Job:
-    """The torchrun process of this host, and the ranks that it starts."""
+    """The torchrun process of this host and its ranks."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self._grace = float(spec["grace"])
@@ -69,7 +69,7 @@ class _Job:
             self.kill()
 
     def kill(self) -> None:
-        """Kill all descendants of this process, including those in other sessions."""
+        """Kill all descendants of this process, including processes in other sessions."""
         while left := find_descendants(os.getpid()):
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
@@ -106,13 +106,12 @@ def main() -> int:
 
 
 def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
-    """Wait until the job exits. Stop the job on request, or if the launcher is unreachable.
+    """Wait until the job exits. Stop it on request or if the launcher is unreachable.
 
     Args:
         job: running job.
-        words: bytes already read from standard input after the first line. They may contain
-            commands, such as ``kill``.
-        signals: signals received so far; the signal handlers append to this list.
+        words: bytes already read from standard input after the first line, such as ``kill``.
+        signals: received signals. The signal handlers append to this list.
     """
     silence = 0.0
     inputs = [sys.stdin.fileno()]
@@ -139,13 +138,13 @@ def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
 def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
     """Acquire a lock. If an earlier agent holds the lock, wait until that agent exits.
 
-    The lock file is never deleted. Otherwise, another process could create and lock a new file of
-    the same name while this process still holds the lock on the deleted file.
+    The lock file is never deleted. If it were deleted, another process could create and lock a new
+    file of the same name while this process still holds the lock on the deleted file.
 
     Args:
         name: name of the lock; None if no lock is needed.
-        signals: signals received so far. A signal ends the wait. If the launcher stops the job or
-            exits during the wait, SIGTERM is appended to this list.
+        signals: received signals. Any signal ends the wait. If the launcher stops the job or exits
+            during the wait, SIGTERM is appended.
 
     Returns:
         The open lock file, or None if no lock is needed. If a signal ended the wait, the file might
@@ -163,10 +162,10 @@ def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
 
 
 def map_slots_to_devices(env: dict[str, str]) -> dict[str, str]:
-    """Replace each slot in the job's `CUDA_VISIBLE_DEVICES` with the device that it refers to.
+    """Replace each slot in the job's `CUDA_VISIBLE_DEVICES` with a device.
 
-    If the environment of this host sets `CUDA_VISIBLE_DEVICES`, slot n refers to device n of that
-    list, counted from 0. Otherwise, slot n refers to device n of the host.
+    If this host sets `CUDA_VISIBLE_DEVICES`, slot n is entry n of that list, counted from 0.
+    Without `CUDA_VISIBLE_DEVICES`, slot n is device n of the host.
 
     Args:
         env: environment variables of the job.
@@ -200,10 +199,10 @@ def _try_lock(file: IO[str]) -> bool:
 
 
 def _read_first_line(descriptor: int) -> tuple[bytes, bytes]:
-    """Read the first line from a file descriptor. Return it, and any bytes read after it.
+    """Return the first line from a file descriptor, and the bytes read after the line.
 
-    The function does not use Python's buffered input, because `select` would not see data that is
-    already in the buffer.
+    The function does not use Python's buffered input, because `select` does not detect buffered
+    data.
     """
     read = b""
     while b"\n" not in read:
@@ -225,9 +224,9 @@ def _prctl(option: int, value: int = 1) -> None:
 
 
 def find_descendants(root: int) -> list[int]:
-    """Return the process IDs of all descendants of a process, including those in other sessions.
+    """Return the IDs of all descendants of a process, including processes in other sessions.
 
-    On systems without ``/proc``, the list is empty.
+    Without ``/proc``, the list is empty.
     """
     parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*"):

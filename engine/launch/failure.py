@@ -1,4 +1,4 @@
-"""Format and parse the line of output in which a host reports its first failed rank."""
+"""Format and parse the output line that reports the first failed rank of a host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Failure:
     rank: int | None
     """The rank that failed; None if torchrun itself failed."""
     status: int
-    """The exit status of the rank, which is 128 + n if signal n killed it."""
+    """The exit status of the rank; 128 + n if signal n killed the rank."""
     time: float = math.inf
     """The time of the failure in seconds since the Unix epoch."""
     reason: str = ""
@@ -27,12 +27,12 @@ class Failure:
 
 
 def format_failure(failure: Failure) -> str:
-    """Format a failure as one output line, which `parse_failure` reads."""
+    """Format a failure as one output line for `parse_failure`."""
     return FAILURE_PREFIX + json.dumps(asdict(failure))
 
 
 def parse_failure(line: str) -> Failure | None:
-    """Parse a line that `format_failure` returned. Return None if the line is invalid.
+    """Parse a line returned by `format_failure`. Return None if the line is invalid.
 
     >>> parse_failure(format_failure(Failure(rank=1, status=7, time=100.0)))
     Failure(rank=1, status=7, time=100.0, reason='')

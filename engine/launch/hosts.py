@@ -1,4 +1,4 @@
-"""Read hosts and their slots from a hostfile, and select the hosts and slots to use.
+"""Read hosts and slots from a hostfile, and select the hosts and slots to use.
 
 The hostfile and the ``--include`` and ``--exclude`` filters use DeepSpeed's formats. Hostfiles in
 Open MPI's format are also accepted.
@@ -24,7 +24,7 @@ _NAME = re.compile(r"(?!.*@-)[\w\[:][\w.:%@\[\]-]*")
 
 @dataclass(frozen=True)
 class Host:
-    """A host, and the slots to use on it.
+    """A host with its slots.
 
     Each slot runs one process. On hosts with GPUs, each process uses its own GPU.
 
@@ -56,8 +56,7 @@ def read_hostfile(path: Path, nproc: str = "auto") -> list[Host]:
 
     Args:
         path: path of the hostfile.
-        nproc: number of slots of a host whose line has no ``slots=N``, in the format of
-            `parse_nproc`.
+        nproc: number of slots of a host without ``slots=N``, in the format of `parse_nproc`.
 
     Raises:
         LaunchError: if a line is invalid, a host is repeated, or the file lists no hosts.
@@ -78,8 +77,7 @@ def read_hostfile(path: Path, nproc: str = "auto") -> list[Host]:
             raise LaunchError(f"{path}:{number}: {error}") from None
         if host.name in hosts:
             raise LaunchError(
-                f"{path}:{number}: {host.name} is listed more than once. Combine its lines into "
-                "one."
+                f"{path}:{number}: {host.name} is listed more than once. Merge these lines."
             )
         hosts[host.name] = host
     if not hosts:
@@ -88,7 +86,7 @@ def read_hostfile(path: Path, nproc: str = "auto") -> list[Host]:
 
 
 def _parse_line(line: str) -> tuple[str, int | None]:
-    """Return the name of the host and its number of slots; None if the line has no ``slots=N``."""
+    """Return the host name and the number of slots, or None without ``slots=N``."""
     found = _LINE.fullmatch(line)
     options = dict(_OPTION.findall(found["options"])) if found else {}
     if found is None or not options.keys() <= {"slots", "max_slots", "max-slots"}:
@@ -170,7 +168,7 @@ def limit_hosts(hosts: Sequence[Host], nnodes: int | None, nproc: str) -> tuple[
 
 
 def parse_nnodes(text: str | None) -> tuple[int | None, int | None]:
-    """Parse ``--nnodes``, which is a number of hosts or a range MIN:MAX.
+    """Parse ``--nnodes``: a number of hosts or a range MIN:MAX.
 
     Returns:
         The minimum and the maximum number of hosts. If ``text`` is a single number, the minimum is
@@ -201,12 +199,12 @@ def parse_nnodes(text: str | None) -> tuple[int | None, int | None]:
 def parse_nproc(text: str) -> int:
     """Parse ``--nproc``, the number of processes per host.
 
-    ``auto`` is the number of GPUs of this host, or 1 if it has no GPU. As with torchrun, ``gpu`` is
+    ``auto`` is the number of GPUs of this host, or 1 without a GPU. Like in torchrun, ``gpu`` is
     the number of GPUs, and ``cpu`` is the number of CPUs.
 
     Raises:
-        LaunchError: if ``text`` is neither one of these words nor an integer >= 1, or if it is
-            ``gpu`` and this host has no GPU.
+        LaunchError: if ``text`` is not one of these words or an integer >= 1, or if ``text`` is
+            ``gpu`` on a host without a GPU.
     """
     if text in ("auto", "gpu"):
         import torch

@@ -10,13 +10,13 @@ _OTHER_FILES = 128  # files and libraries that a process has open anyway
 
 
 def raise_open_file_limit(count: int) -> None:
-    """Raise the soft limit of open files of this process, if it is too low for ``count`` files.
+    """Raise this process's soft limit of open files if the limit is too low for ``count`` files.
 
-    Child processes inherit the limit. A limit that is high enough is not changed, because programs
-    that use `select` cannot handle file descriptors above 1,023.
+    Child processes inherit the limit. A sufficient limit is not raised, because programs that use
+    `select` cannot handle file descriptors above 1,023.
 
     Args:
-        count: number of files, pipes and connections that this process is about to open.
+        count: number of files, pipes and connections that this process will open.
 
     Raises:
         LaunchError: if the hard limit is too low.
@@ -30,7 +30,7 @@ def raise_open_file_limit(count: int) -> None:
         return
     if hard != unlimited and hard < needed:
         raise LaunchError(
-            f"The limit of open files must be >= {needed}, got {hard}. Raise it with "
-            f"`ulimit -Hn {needed}` as root, or in /etc/security/limits.conf, or use fewer hosts."
+            f"The hard limit of open files must be >= {needed}, got {hard}. Raise the limit with "
+            f"`ulimit -Hn {needed}` as root or in /etc/security/limits.conf, or use fewer hosts."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

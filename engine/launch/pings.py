@@ -1,10 +1,10 @@
-"""Send pings to the agents of all hosts from one process, separate from the launcher.
+"""Send pings to the agents of all hosts from a separate process.
 
-An agent stops its job if it receives no input for a while. The separate process sends pings even
-while the launcher is stopped (Ctrl-Z), and does not receive signals of the terminal. It exits when
-the launcher exits, which closes the standard input of every agent.
+An agent stops its job if the agent does not receive input for a while. The separate process sends
+pings even while the launcher is suspended (Ctrl-Z), and does not receive signals from the terminal.
+When the launcher exits, this process exits and closes the standard input of every agent.
 
-The process runs this file without the packages of onecycle, so that it starts fast.
+The process runs this file without importing onecycle, so it starts fast.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class Pinger:
             )
 
     def add(self, descriptor: int) -> None:
-        """Send pings to a pipe from now on, until its reader exits.
+        """Start sending pings to a pipe, until its reader exits.
 
         Args:
-            descriptor: file descriptor of the pipe. The caller may close it afterwards.
+            descriptor: file descriptor of the pipe. The caller may close the descriptor afterwards.
         """
         with contextlib.suppress(OSError):  # the process was killed; the agents end their jobs
             socket.send_fds(self._socket, [b"."], [descriptor])
@@ -59,7 +59,7 @@ class Pinger:
 
 
 def main() -> None:
-    """Receive pipes on standard input, and write pings to them until the launcher exits."""
+    """Receive pipes on standard input, and send pings to the pipes until the launcher exits."""
     interval = float(sys.argv[1])
     pipes: list[int] = []
     next_time = time.monotonic() + interval
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def _write_ping(pipe: int) -> bool:
-    """Write a ping to a pipe. Return whether the pipe still has a reader."""
+    """Write a ping to a pipe, and return whether the pipe still has a reader."""
     try:
         os.write(pipe, _PING)
     except BlockingIOError:  # the agent does not read, but it has input

@@ -57,12 +57,12 @@ class HostFacts:
     interface: str | None = None
     port: int | None = None
     launcher: str | None = None
-    """The address at which this host can reach the launcher."""
+    """Address of the launcher, as seen from this host."""
 
 
 @dataclass(frozen=True)
 class NodePlan:
-    """The part of a launch plan for one host: its ranks, commands and environment variables."""
+    """The launch plan of one host: its ranks, commands and environment variables."""
 
     host: str
     transport: tuple[str, ...]
@@ -82,7 +82,7 @@ class NodePlan:
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the job of this host as a dict, which the launcher sends to the agent as JSON."""
+        """Return the job of this host as a JSON-compatible dict for the agent."""
         return {
             "host": self.host,
             "argv": list(self.argv),
@@ -108,8 +108,7 @@ class LaunchPlan:
     def to_json(self) -> dict[str, Any]:
         """Return the plan as a JSON-compatible dict.
 
-        The values of environment variables whose names suggest a secret, such as ``HF_TOKEN``,
-        are masked.
+        Values of variables with a name that suggests a secret, such as ``HF_TOKEN``, are masked.
         """
         nodes = [
             node.to_dict()
@@ -131,9 +130,9 @@ class LaunchPlan:
     def describe(self, *, as_json: bool = False) -> str:
         """Return the plan as text: the ranks, slots and command of each host.
 
-        Each command can be pasted into a shell. If the name of a variable suggests a secret, the
-        command refers to the variable instead of containing its value, and fails if the variable is
-        not set.
+        Each command can be pasted into a shell. A command does not contain secrets: if the name of
+        a variable suggests a secret, the command reads the variable from the shell, and fails if it
+        is not set.
 
         Args:
             as_json: whether to return the plan as indented JSON instead.
@@ -162,9 +161,9 @@ def build_plan(
 
     Args:
         request: script, hosts and options of the launch.
-        facts: network settings by host name. The address of a host without an entry is its name.
-        environment: environment variables of the launcher. The ranks receive those whose names
-            match a pattern such as ``NCCL_*``, or a pattern in ``request.pass_env``.
+        facts: network settings by host name. Without an entry, the address of a host is its name.
+        environment: environment variables of the launcher. The ranks receive variables that match a
+            built-in pattern, such as ``NCCL_*``, or a pattern in ``request.pass_env``.
 
     Raises:
         LaunchError: if options conflict, or the minimum number of hosts is invalid.
@@ -213,9 +212,8 @@ def _check_request(request: LaunchRequest, min_nodes: int) -> None:
         )
     if request.store is not None and not request.max_restarts:
         raise LaunchError(
-            "`--rejoin` requires `--max-restarts`, because torchrun must restart the ranks of the "
-            "other hosts when a host is lost and when that host reconnects. Add, for example, "
-            "`--max-restarts 3`."
+            "`--rejoin` requires `--max-restarts`, because the loss and the return of a host "
+            "each cause a restart of all ranks. Add, for example, `--max-restarts 3`."
         )
 
 
@@ -309,7 +307,7 @@ def _build_transport(request: LaunchRequest, host: Host) -> tuple[str, ...]:
 
 
 def build_ssh_command(request: LaunchRequest, host: Host) -> tuple[str, ...]:
-    """Return the ssh command that connects to a host, without the command to run on the host.
+    """Return the ssh command for a host, without the command to run on the host.
 
     >>> request = LaunchRequest((), (), ssh_options=("ProxyJump=gate", "-p 22", "-oUser=me"))
     >>> build_ssh_command(request, Host("node0", (0,)))[:7]
@@ -335,8 +333,8 @@ def format_assignments(env: Mapping[str, str], *, hide_secrets: bool) -> list[st
 
     Args:
         env: environment variables.
-        hide_secrets: whether to leave out the value of a variable whose name suggests a secret. The
-            shell then uses the value that is already set, and fails if the variable is not set.
+        hide_secrets: whether to leave out values of variables with a name that suggests a secret.
+            The shell then uses the current value of the variable, and fails if it is not set.
 
     >>> format_assignments({"A": "b c", "HF_TOKEN": "hf_123"}, hide_secrets=True)
     ["A='b c'", 'HF_TOKEN="${HF_TOKEN:?}"']

@@ -1,7 +1,7 @@
 """Check all hosts before a launch (the preflight check).
 
-Each host must be reachable, must be able to connect to the rendezvous port, and must have the same
-package versions and the same config as the launcher.
+Each host must be reachable and able to connect to the rendezvous port. The package versions and the
+config must be the same as on the launcher.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ def check_hosts(request: LaunchRequest, config: str | None) -> list[HostCheck]:
 
     Args:
         request: launch request.
-        config: path of the config, which must have the same content on all hosts; None if the
-            launch has no config.
+        config: path of the config, or None. The config must have the same content on all hosts.
 
     Raises:
         LaunchError: if the limit of open files or of processes is too low.
@@ -67,10 +66,10 @@ def check_hosts(request: LaunchRequest, config: str | None) -> list[HostCheck]:
 def _open_rendezvous_port(
     request: LaunchRequest, first: HostCheck
 ) -> Iterator[tuple[str | None, int]]:
-    """Listen on the rendezvous port inside this context, and yield the address and the port number.
+    """Open the rendezvous port inside this context, and yield its address and port number.
 
-    If the launcher itself listens on the port, the address is None, because each host may use a
-    different address to reach the launcher.
+    If the port is on the launcher's host, the address is None, because each host may use a
+    different address for the launcher.
     """
     assert first.facts is not None
     module = "engine.launch.reachability"
@@ -137,7 +136,7 @@ def _describe_connection(done: Finished, address: str, port: int) -> str:
 def _build_command(
     request: LaunchRequest, host: Host, module: str, *arguments: str
 ) -> tuple[str, ...]:
-    """Return the ssh command that runs a Python module on a host with the given arguments."""
+    """Return the ssh command that runs a Python module with arguments on a host."""
     remote = shlex.join([*build_module_command(request.python, module), *arguments])
     return (*build_ssh_command(request, host), f"cd {shlex.quote(request.cwd)} && {remote}")
 

@@ -27,9 +27,8 @@ def probe(config: str | None, port: int = 0) -> dict[str, Any]:
     The addresses of this host and of the launcher are read from the ssh connection.
 
     Args:
-        config: path of the config on this host; None if there is no config.
-        port: port to check; 0 for any free port. The result contains the port, or None if it is in
-            use.
+        config: path of the config on this host, or None.
+        port: port to check; 0 for any free port. In the result, the port is None if it is in use.
     """
     launcher, address = _read_ssh_endpoints()
     versions = {"python": platform.python_version()}
@@ -49,7 +48,7 @@ def probe(config: str | None, port: int = 0) -> dict[str, Any]:
 
 
 def find_free_port(port: int = 0) -> int | None:
-    """Return ``port`` if it is free, else None. If ``port`` is 0, return any free port."""
+    """Return ``port`` if the port is free, or None if not. For 0, return any free port."""
     with socket.socket() as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # TCPStore sets the same option
         try:
@@ -62,7 +61,7 @@ def find_free_port(port: int = 0) -> int | None:
 
 
 def _read_ssh_endpoints() -> tuple[str, str]:
-    """Return the IP addresses of the ssh client, which is the launcher, and of this host.
+    """Return the IP addresses of the launcher (the ssh client) and of this host.
 
     The addresses are read from ``SSH_CONNECTION``, because host names may resolve to loopback
     addresses. Without an ssh connection, both addresses are 127.0.0.1.

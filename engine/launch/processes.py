@@ -1,6 +1,6 @@
-"""Run many child processes from one thread: write their input and read their output.
+"""Run many child processes from one thread.
 
-A selector waits for all pipes at once, so that the launcher needs no thread per host.
+A selector waits for all pipes at once, so the launcher does not need a thread per host.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["MAX_CONNECTING", "Child", "Children", "Finished", "run_commands"]
 MAX_CONNECTING = 512
 """Maximum number of ssh clients that connect at the same time.
 
-A connection costs the launcher 10 to 20 ms of CPU time for the key exchange. With this limit, two
+The key exchange of a connection takes 10 to 20 ms of the launcher's CPU time. With this limit, two
 cores finish within the 8 seconds of ssh's ``ConnectTimeout``.
 """
 
@@ -32,7 +32,7 @@ _EXIT_TICK = 0.01  # seconds between two checks of a child that has closed its o
 
 
 class Child:
-    """A child process whose pipes never block the launcher. `Children` starts it."""
+    """A child process with non-blocking pipes. `Children` starts the process."""
 
     def __init__(
         self, name: str, command: Sequence[str], selector: selectors.BaseSelector, *, is_agent: bool
@@ -65,7 +65,7 @@ class Child:
 
     @property
     def input_descriptor(self) -> int:
-        """The file descriptor that is connected to the standard input of the process."""
+        """The file descriptor of the pipe to the standard input of the process."""
         assert self._input is not None
         return self._input.fileno()
 
@@ -79,12 +79,12 @@ class Child:
         return self._process.poll()
 
     def send(self, data: bytes) -> None:
-        """Send data to standard input. Do nothing if the process has closed its input."""
+        """Send data to the standard input of the process, unless it is closed."""
         self._unsent += data
         self.write()
 
     def write(self) -> None:
-        """Write as much of the unsent data as the pipe accepts now."""
+        """Write unsent data to the pipe without blocking."""
         assert self._input is not None
         if self._input.closed:
             return
@@ -101,9 +101,9 @@ class Child:
             self._selector.unregister(self._input)
 
     def read(self, descriptor: int) -> bytes:
-        """Return the data that is available on standard output; nothing at its end.
+        """Return the available data on standard output, or b"" at the end of the output.
 
-        Data of standard error is appended to `errors` instead.
+        Data on standard error is appended to `errors` instead.
 
         Args:
             descriptor: file descriptor of the output to read.
@@ -123,7 +123,7 @@ class Child:
         return b""
 
     def kill(self) -> None:
-        """Kill the process. Processes that it has started may continue."""
+        """Kill the process, but not its descendants."""
         self._process.kill()
 
     def close(self) -> None:
@@ -141,13 +141,13 @@ class Children:
     """Child processes that one thread starts, reads and waits for."""
 
     def __init__(self, most: int) -> None:
-        """Make room for the pipes of the child processes.
+        """Raise the limit of open files for the pipes of the child processes.
 
         Args:
             most: maximum number of child processes that run at the same time.
 
         Raises:
-            LaunchError: if this process is not allowed to open that many pipes.
+            LaunchError: if the hard limit of open files is too low.
         """
         raise_open_file_limit(_PIPES * most)
         self._selector = selectors.DefaultSelector()
@@ -159,18 +159,18 @@ class Children:
         Args:
             name: name of the process, for the caller.
             command: command with its arguments.
-            is_agent: whether the process reads what `Child.send` sends, and prints errors to its
-                standard output. Otherwise, its input is empty and its errors are read separately.
+            is_agent: whether the process reads data from `Child.send` and prints errors to standard
+                output. If false, standard input is empty and standard error is read separately.
 
         Raises:
-            LaunchError: if the user is not allowed to start another process.
+            LaunchError: if the limit of processes is reached.
         """
         try:
             return Child(name, command, self._selector, is_agent=is_agent)
         except BlockingIOError:
             raise LaunchError(
-                f"Cannot start the process for {name}: the limit of processes is reached. Raise it "
-                "with `ulimit -u`, or launch on fewer hosts."
+                f"Cannot start the process for {name}, because the limit of processes is reached. "
+                "Raise the limit with `ulimit -u`, or launch on fewer hosts."
             ) from None
 
     def wait(self, timeout: float) -> list[tuple[Child, bytes]]:
@@ -180,8 +180,8 @@ class Children:
             timeout: maximum time in seconds.
 
         Returns:
-            Each child with new output and that output, as in `os.read`: the output is empty if the
-            child has exited and all of its output has been read.
+            Each child with new output, and the output. The output is b"" if the child has exited
+            and all of its output has been read.
         """
         events = []
         for key, _ in self._selector.select(_EXIT_TICK if self._exiting else timeout):
@@ -200,14 +200,14 @@ class Children:
         return events + [(child, b"") for child in exited]
 
     def abandon(self, child: Child) -> None:
-        """Kill a child process, and ignore the rest of its output."""
+        """Kill a child process, and discard the rest of its output."""
         child.kill()
         child.close()
         self._exiting = [each for each in self._exiting if each is not child]
 
 
 class Finished(NamedTuple):
-    """The result of a command of `run_commands`."""
+    """Result of a command in `run_commands`."""
 
     returncode: int | None
     """The return code, as in `subprocess`; None if the command was killed after the timeout."""
@@ -216,11 +216,11 @@ class Finished(NamedTuple):
 
 
 def run_commands(commands: Mapping[str, Sequence[str]], timeout: float) -> dict[str, Finished]:
-    """Run commands in parallel, at most `MAX_CONNECTING` at a time, and return their results.
+    """Run at most `MAX_CONNECTING` commands in parallel, and return their results.
 
     Args:
         commands: commands with their arguments, by name.
-        timeout: maximum duration of each command in seconds; then it is killed.
+        timeout: time in seconds after which a command is killed.
 
     >>> run_commands({"a": ["echo", "x"], "b": ["sh", "-c", "echo y >&2; exit 3"]}, timeout=10)["b"]
     Finished(returncode=3, output='', errors='y\\n')

@@ -13,7 +13,7 @@ _BACKLOG = 1024
 
 
 def listen(port: int) -> socket.socket:
-    """Return a socket that listens on a port. Some clients can connect before `accept` is called.
+    """Return a listening socket. Clients can connect before `accept` is called.
 
     Raises:
         OSError: if the port is in use.
@@ -22,7 +22,7 @@ def listen(port: int) -> socket.socket:
 
 
 def connect(address: str, port: int) -> str:
-    """Try to connect to a port of a host. Return the error message, or an empty string on success.
+    """Connect to a port of a host. Return the error message, or an empty string on success.
 
     >>> with listen(0) as listener:
     ...     connect("127.0.0.1", listener.getsockname()[1])
@@ -36,10 +36,10 @@ def connect(address: str, port: int) -> str:
 
 
 def main() -> None:
-    """Listen on a port of this host, or connect to a port of another host.
+    """Open a port on this host, or connect to a port of another host.
 
-    With the command-line argument ``PORT``, listen until standard input is closed. With the
-    arguments ``ADDRESS PORT``, connect and print the error message, if any.
+    With the command-line argument ``PORT``, keep the port open until standard input is closed. With
+    the arguments ``ADDRESS PORT``, connect and print the error message, if any.
     """
     *address, port = sys.argv[1:]
     if address:

@@ -1,4 +1,4 @@
-"""The launch request, and functions to build it from command-line options and files."""
+"""The launch request, and functions to read its fields from options and files."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ class LaunchRequest:
     """The script and its arguments, or any command if ``is_command`` is true."""
     hosts: tuple[Host, ...]
     is_local: bool = True
-    """Whether the job runs only on this machine. Otherwise, hosts are reached with ssh."""
+    """Whether the job runs only on this machine. If false, hosts are reached with ssh."""
     is_command: bool = False
     is_module: bool = False
     min_nodes: int | None = None
-    """Minimum number of hosts with which the job continues; None if it needs all hosts."""
+    """Minimum number of hosts of the job; None if all hosts are required."""
     max_restarts: int = 0
     timeout: int = 600
     rendezvous_timeout: int = 300
     store: tuple[str, int] | None = None
-    """Host name and port of the rendezvous if the launcher runs it; None if a host runs it.
+    """Host name and port of the rendezvous on the launcher; None if the first host runs it.
 
-    If the launcher runs the rendezvous, it survives the loss of any host.
+    A rendezvous on the launcher survives the loss of any host.
     """
     address: str | None = None
-    """The address at which all hosts reach the first host; None for the address that ssh uses."""
+    """The address of the first host for all hosts; None for the address that ssh uses."""
     port: int = 0
     """The port of the rendezvous; 0 for a free port."""
     interface: str | None = None
@@ -86,9 +86,9 @@ def build_module_command(python: str, module: str) -> tuple[str, ...]:
 
 
 def find_config(script: tuple[str, ...], cwd: str) -> str | None:
-    """Return the path of the config among the arguments of a script, or None if there is none.
+    """Return the path of the config in the arguments of a script, or None.
 
-    The config is the first JSON file that has a typical config key, such as ``optimizer``.
+    The config is the first JSON file with a typical config key, such as ``optimizer``.
 
     Args:
         script: script and its arguments. An argument can be a path or `--option=path`.

@@ -39,7 +39,7 @@ Console = Literal["all", "rank0", "none"]
 
 
 class _Agent:
-    """The local process for one host: the agent, or the ssh client that runs the agent there."""
+    """The local process for one host: the agent, or the ssh client that runs the agent."""
 
     def __init__(self, child: Child) -> None:
         self.child = child
@@ -47,7 +47,7 @@ class _Agent:
         self._line: list[bytes] = []
 
     def split_lines(self, data: bytes) -> Iterator[str]:
-        """Return the lines that new output completes, or the incomplete last line at the end.
+        """Return the complete lines after new output, or the incomplete last line at the end.
 
         Args:
             data: new output; empty at the end.
@@ -60,10 +60,10 @@ class _Agent:
 
 
 class _Output:
-    """Writer that prints the selected ranks' output and keeps the last lines of each rank and host.
+    """Writer that prints the output of ranks, and stores the last lines of each rank and host.
 
-    A separate thread prints the lines. The launcher can therefore react to events even if its
-    output is a pipe that is read slowly.
+    A separate thread prints the lines, so the launcher can react to events even if its output
+    blocks.
     """
 
     def __init__(self, console: Console, out: IO[str]) -> None:
@@ -76,11 +76,11 @@ class _Output:
         self._thread.start()
 
     def print(self, line: str, host: str) -> None:
-        """Store an output line, and print it if the output of its rank is selected.
+        """Store an output line, and print the line if its rank is selected.
 
         Args:
-            line: output line. A line of a rank starts with a prefix such as ``[node0:r1]``; a line
-                of the agent has no prefix.
+            line: output line. A line of a rank starts with a prefix such as ``[node0:r1]``. All
+                other lines are from the agent.
             host: host that the line comes from.
 
         Raises:
@@ -121,7 +121,7 @@ class _Output:
 
 
 class _Runner:
-    """Runner that reports events to the state machine and executes the actions that it returns."""
+    """Runner that reports events to the state machine and executes the returned actions."""
 
     def __init__(self, plan: LaunchPlan, console: Console, out: IO[str]) -> None:
         self._machine = LaunchStateMachine(plan)
@@ -151,9 +151,9 @@ class _Runner:
         return replace(outcome, last_lines=self.output.get_last_lines(outcome.source))
 
     def _start_agents(self) -> bool:
-        """Start the next agents, and return whether there are any.
+        """Start a few agents, and return whether any agent was started.
 
-        Only a few are started at once, so that the launcher handles events in between.
+        The launcher handles events between two calls.
         """
         free = MAX_CONNECTING - len(self._connecting)
         hosts = list(islice(self._waiting, min(_BURST, free)))
@@ -204,8 +204,8 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
 
     Args:
         plan: plan to run.
-        console: ranks whose output is printed: "all", "rank0" or "none". In any case, the outcome
-            contains the last lines of the first failed rank.
+        console: ranks to print the output of: "all", "rank0" or "none". The outcome always contains
+            the last lines of the first failed rank.
         out: stream to which the output of the ranks is printed.
 
     Raises:
@@ -223,7 +223,7 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
 
 
 def report_outcome(outcome: Outcome) -> int:
-    """Print why a launch failed and the last output lines, and return the exit status."""
+    """Print the reason for a failure and the last output lines. Return the exit status."""
     for line in outcome.last_lines:
         print(line, file=sys.stderr)
     if outcome.reason:
@@ -235,8 +235,8 @@ def report_outcome(outcome: Outcome) -> int:
 def _catch_signals() -> Iterator[queue.SimpleQueue[int]]:
     """Collect signals in a queue inside this context, so that they do not end this process.
 
-    In threads other than the main thread, the queue stays empty, because Python does not allow
-    signal handlers there.
+    Outside of the main thread, the queue stays empty, because Python allows signal handlers only in
+    the main thread.
     """
     caught: queue.SimpleQueue[int] = queue.SimpleQueue()
     if threading.current_thread() is not threading.main_thread():

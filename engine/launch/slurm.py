@@ -64,11 +64,11 @@ def build_sbatch(
 
     Args:
         request: launch request. Its host names are ignored, because Slurm chooses the hosts.
-        options: dict from the long name of each ``#SBATCH`` option to its value, which is empty for
-            a flag. These options override the defaults. With ``requeue``, the job is requeued if a
-            signal ends it, for example when the job is preempted.
-        hide_secrets: whether to leave out the values of variables whose names suggest a secret. The
-            script then uses the values in the environment of sbatch.
+        options: value of each ``#SBATCH`` option by its long name. The value of a flag is empty.
+            These options override the defaults. With ``requeue``, the job is requeued if a signal
+            ends it, for example after a preemption.
+        hide_secrets: whether to leave out values of variables with a name that suggests a secret.
+            The script then uses the values in the environment of sbatch.
 
     Raises:
         LaunchError: if the name of an option is invalid, or its value has more than one line.
@@ -101,9 +101,9 @@ def build_sbatch(
 
 
 def count_gpus(options: Mapping[str, str]) -> int | None:
-    """Return the number of GPUs per node that ``#SBATCH`` options request; None if it is unknown.
+    """Return the number of GPUs per node in ``#SBATCH`` options, or None if it is unknown.
 
-    Return 0 if the options request no GPUs.
+    The result is 0 if the options do not request GPUs.
 
     >>> count_gpus({"gpus-per-node": "a100:4"}), count_gpus({"gres": "gpu:2"}), count_gpus({})
     (4, 2, 0)
@@ -183,7 +183,7 @@ def run_in_allocation(script: str, nodes: int, options: Mapping[str, str]) -> No
 
 
 def submit(script: str) -> tuple[bool, str]:
-    """Submit an sbatch script. Return whether sbatch succeeded, and the output of sbatch.
+    """Submit an sbatch script. Return whether sbatch succeeded, and its output.
 
     Raises:
         LaunchError: if sbatch is not installed.

@@ -1,9 +1,9 @@
-"""The state machine that decides how the launcher reacts to events.
+"""State machine for the reactions of the launcher to events.
 
 The state machine does not start processes or read the clock. The runner reports each event and its
 time, and executes the actions that the state machine returns. The table at the end of
-`LaunchStateMachine` lists all transitions. Each public method that reports something to the state
-machine selects the matching event in this table.
+`LaunchStateMachine` lists all transitions. Each public method that reports an event selects the
+matching row of the table.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class _Event(Enum):
 
 
 class Action(NamedTuple):
-    """An action that the runner executes for one host."""
+    """An action of the runner for one host."""
 
     verb: Literal["start", "send", "kill", "print"]
     """Start the agent, send it `text`, kill the local process of the host, or print `text`."""
@@ -81,13 +81,13 @@ class Outcome:
     """The result of a launch."""
 
     status: int = OK
-    """0 if all ranks succeeded, else the exit status of the first failed rank.
+    """The exit status: 0 if all ranks succeeded, or the status of the first failed rank.
 
     If the launcher received signal n, the status is 128 + n.
     """
     reason: str = ""
     source: str = ""
-    """The host (`node0`) or the rank (`node0:r1`) whose output explains the failure."""
+    """The host (`node0`) or the rank (`node0:r1`) with the output that explains the failure."""
     last_lines: tuple[str, ...] = ()
     """The last lines of output of ``source``."""
 
@@ -126,7 +126,7 @@ def _describe_end(host: str, returncode: int, failure: Failure | None) -> Outcom
 
 
 class LaunchStateMachine:
-    """State machine that tracks a launch and its hosts, and decides how to react to events.
+    """State machine of a launch and its hosts.
 
     Every host starts in the state `HostState.RUNNING`. The methods that report an event return the
     actions that the caller must execute, in order.

@@ -65,19 +65,20 @@ def main(arguments: list[str]) -> int:
 
 
 def remove_directory(pid: int) -> None:
-    """Remove the temporary directory of a process that was killed while it was running `main`."""
+    """Remove the temporary directory of a process that was killed in `main`."""
     for directory in Path(tempfile.gettempdir()).glob(f"{_get_prefix(pid)}*"):
         shutil.rmtree(directory, ignore_errors=True)
 
 
 def _raise_open_file_limit(nnodes: str, nproc: str) -> None:
-    """Allow each rank a connection to every other rank, and the store one to every rank.
+    """Raise the limit of open files for the connections between ranks and to the store.
 
-    If the hard limit is too low, print a warning: not every script needs that many connections.
+    If the hard limit is too low, print a warning instead of an error, because not every script
+    connects all ranks.
 
     Args:
         nnodes: number of hosts, or a range MIN:MAX.
-        nproc: number of ranks per host; another word if it is not known.
+        nproc: number of ranks per host, or a word such as ``gpu``.
     """
     if nproc.isdecimal():
         ranks = int(nnodes.rpartition(":")[2]) * int(nproc)
@@ -92,14 +93,14 @@ def _get_prefix(pid: int) -> str:
 
 
 def _escape(argument: str) -> str:
-    """Escape an argument of the script, because torchrun treats it as a `string.Template`."""
+    """Escape a script argument, because torchrun treats each argument as a `string.Template`."""
     return argument if argument == LOCAL_RANK_ARGUMENT else argument.replace("$", "$$")
 
 
 def _append_to_file(status: int, seconds: float) -> int:
-    """Append the time and the exit status to the failure file of a Slurm job. Return the status.
+    """Append the time and the exit status to a Slurm job's failure file. Return the status.
 
-    Outside of a Slurm job, only return the status.
+    Outside of a Slurm job, no file is written.
     """
     path = os.environ.get(FAILURE_FILE)
     if path:

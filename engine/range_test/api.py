@@ -1,4 +1,4 @@
-"""Run an LR range test with a training engine, and restore the state of the engine afterwards."""
+"""Run an LR range test with a training engine, and restore the engine's state afterwards."""
 
 from __future__ import annotations
 
@@ -40,25 +40,26 @@ def lr_range_test(
 
     Afterwards, the weights, buffers, optimizer, schedule, loss scale, counters and RNG states are
     restored bit for bit, even after an exception. On the CPU, a second call therefore measures the
-    same curve; a GPU may round differently. Every rank must call this function; the loss is
-    averaged over all ranks. The test ignores calls of `set_gradient_accumulation_boundary`.
+    same curve. On a GPU, rounding may differ. Every rank must call this function. The loss is
+    averaged over all ranks. Calls of `set_gradient_accumulation_boundary` have no effect during the
+    test.
 
     If `refine` is true, the function then trains short 1Cycle runs of `steps` steps. The runs use
-    five maximum learning rates around the suggestion, each twice the previous one. As long as the
-    best of these values is the smallest or the largest one tried, more runs follow. The refined
-    suggestion is more reliable, but takes five to ten times as long as the range test alone.
+    five maximum learning rates around the suggestion, each twice the previous one. More runs follow
+    until the best value is neither the smallest nor the largest. The refined suggestion is more
+    reliable, but takes five to ten times as long as the range test without `refine`.
 
-    If param groups have different learning rates, all are multiplied by the same factor. The
-    learning rates in the arguments and in the report are those of the first group, and the
-    suggested scheduler block has a list with one value per group.
+    If param groups have different learning rates, all of them are multiplied by the same factor.
+    The learning rates in the arguments and in the report are learning rates of the first group. The
+    suggested scheduler block contains a list with one value per group.
 
     Args:
         trainer: training engine from `engine.initialize`. Gradient accumulation must not be in
             progress.
-        batches: iterable of micro-batches. When it is exhausted, it is iterated again.
+        batches: iterable of micro-batches. It is iterated as often as needed.
         loss_fn: function that takes the engine and a micro-batch and returns the loss. By default,
-            the model is called with the micro-batch and must return the loss; a tuple, list or
-            mapping is unpacked into the model's arguments.
+            the model must return the loss of a micro-batch. A tuple, list or mapping is unpacked
+            into the model's arguments.
         min_lr: learning rate of the first step.
         max_lr: learning rate of the last step.
         steps: number of steps, at least 2.
@@ -68,9 +69,9 @@ def lr_range_test(
         divergence_factor: maximum ratio of the smoothed loss to its previous minimum; a larger
             ratio ends the test.
         refine: whether to refine the suggestion by training short cycles.
-        training_steps: number of steps of the planned training; by default, the same as `steps`. If
-            the training is longer than the short cycles, the refined maximum is multiplied by
-            ``(steps / training_steps) ** 0.32``; see `Refinement.max_lr`.
+        training_steps: number of steps of the planned training; default: `steps`. If the training
+            is longer than a short cycle, the refined maximum is multiplied by ``(steps /
+            training_steps) ** 0.32``; see `Refinement.max_lr`.
 
     Returns:
         Report with the loss curve and the suggested learning-rate range.
@@ -117,9 +118,9 @@ def lr_range_test(
 
 @contextlib.contextmanager
 def _trial_run(trainer: Engine, recorder: Recorder, schedule: Schedule[Any]) -> Iterator[None]:
-    """Use another schedule inside this context, and restore the training state on exit.
+    """Train with a different schedule inside this context, and restore the training state on exit.
 
-    The state is also restored after an exception. The recorder records every step of the trial run.
+    The state is also restored after an exception. The recorder records every step in the context.
     """
     run = trainer._run  # noqa: SLF001  # private to the package
     run.accumulation.check_between_steps()
@@ -139,6 +140,6 @@ def _repeat_forever(batches: Iterable[Any]) -> Iterator[Any]:
             yield batch
         if count == 0:
             raise ValueError(
-                "`batches` must yield at least one micro-batch each time it is iterated, got none. "
-                "Pass a list or a data loader, because a generator can be iterated only once."
+                "`batches` must yield at least one micro-batch in each iteration, got 0. Pass a "
+                "list or a data loader, because a generator can be iterated only once."
             )

@@ -14,7 +14,7 @@ from typing import Any
 __all__ = ["RECORD", "Recorder", "Run", "SweepOver"]
 
 RECORD = "record.jsonl"
-"""Name of the record file, which has a line of facts, a line per step, and a line for the end."""
+"""Name of the record file. It has a line of facts, a line per step, and a line for the end."""
 
 _PATIENCE = 3  # consecutive losses that are not finite
 _SKIPS = 50  # consecutive skipped steps: more than any loss scale needs to adapt
@@ -43,8 +43,8 @@ class Run:
     def curve(self) -> tuple[list[float], list[float]]:
         """The learning rate of each step, and the loss after that step.
 
-        The recorded loss of a step is computed before the parameters are updated. The effect of a
-        step's learning rate is therefore visible in the loss of the next step.
+        The loss of a step is computed before the parameter update, so a learning rate affects the
+        loss of the next step.
 
         >>> Run(lrs=[0.1, 0.2, 0.4], losses=[2.3, 2.0, 1.5]).curve
         ([0.1, 0.2], [2.0, 1.5])
@@ -58,7 +58,7 @@ class Run:
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """Read a run from a record file. An incomplete last line is ignored."""
+        """Read a run from a record file, without an incomplete last line."""
         run = cls()
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
@@ -79,16 +79,16 @@ class Run:
 class Recorder:
     """Recorder that stores the learning rate and loss of each step, and detects the sweep's end.
 
-    Every rank has a recorder. All ranks end the sweep at the same step, because they receive the
-    same averaged loss.
+    Every rank has a recorder. All ranks end the sweep at the same step, because the loss is
+    averaged over ranks.
 
     Args:
-        steps: number of steps of the sweep; if None, record until the script ends. A record without
-            this limit has at most 20,000 points: when it is full, every second point is removed,
-            and only every second step is recorded from then on.
+        steps: number of steps of the sweep; if None, record until the script ends. Without a limit,
+            a record has at most 20,000 points. When the record is full, every second point is
+            removed, and only every second step is recorded afterwards.
         divergence: maximum ratio of the smoothed loss to its previous minimum; a larger ratio ends
             the sweep.
-        path: path of the record file; None to write no file, as on ranks other than 0.
+        path: path of the record file; None on ranks other than 0.
         facts: backend, world size, precision and batch size, to write to the first line of the
             file.
     """
@@ -119,7 +119,7 @@ class Recorder:
 
         Args:
             lr: learning rate of the step.
-            momentum: momentum of the step; None if the optimizer has no momentum.
+            momentum: momentum of the step, or None.
             loss: mean loss over the batch and all ranks.
             applied: whether the step was applied; False if it was skipped.
         """
@@ -171,8 +171,7 @@ class Recorder:
     def stop_if_over(self) -> None:
         """Raise `SweepOver` to end the script if the sweep is over.
 
-        If the script has already caught the exception three times and continued, end the process
-        with `os._exit` instead.
+        If the script has caught the exception three times, end the process with `os._exit` instead.
 
         Raises:
             SweepOver: if the sweep is over.

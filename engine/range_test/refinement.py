@@ -1,4 +1,4 @@
-"""Refine a suggested maximum learning rate by training short 1Cycle runs with values around it."""
+"""Refine a suggested maximum learning rate by training short 1Cycle runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Refinement:
-    """Results of short 1Cycle runs with different maximum learning rates, and the best maximum.
+    """Results of short 1Cycle runs with different maximum learning rates.
 
     >>> tried = {0.01 * 2**k: (1 + (k - 0.5) ** 2 / 10,) for k in range(-2, 3)}
     >>> round(Refinement(tried, initial_loss=3.0, steps=250).lowest, 4)  # between 0.01 and 0.02
@@ -47,7 +47,7 @@ class Refinement:
 
     @cached_property
     def lowest(self) -> float:
-        """The maximum learning rate with the lowest estimated loss at the end of a cycle.
+        """The maximum learning rate with the lowest estimated final loss.
 
         The value is at the minimum of a parabola fitted to the final losses near the best cycle.
         """
@@ -55,7 +55,7 @@ class Refinement:
 
     @property
     def lowest_per_repeat(self) -> list[float]:
-        """The value of `lowest` for each repeat separately, to show how much the value varies."""
+        """The value of `lowest` for each repeat, to show how much the value varies."""
         return [self._find_lowest(column) for column in np.array(list(self.losses.values())).T]
 
     @property
@@ -114,7 +114,7 @@ class Refinement:
         }
 
     def _find_lowest(self, losses: Array) -> float:
-        """Fit a parabola in log(lr) near the lowest loss, and return the lr at its minimum."""
+        """Return the lr at the minimum of a parabola in log(lr), fitted near the lowest loss."""
         maxima = np.array(list(self.losses))
         order = np.argsort(maxima)
         x, y = np.log(maxima[order]), losses[order]
@@ -141,9 +141,9 @@ def refine(
 ) -> Refinement:
     """Find the best maximum learning rate by training short cycles.
 
-    The search starts with five maximum learning rates, each twice the previous one. As long as the
-    best of these values is the smallest or the largest one tried, the search continues with further
-    values, from 1/64 of `around` to 64 times `around`.
+    The search starts with five maximum learning rates, each twice the previous one. The search
+    continues until the best value is neither the smallest nor the largest. All values are between
+    `around` / 64 and `around` x 64.
 
     Args:
         train: function that takes a maximum learning rate and the index of the repeat, trains for a
@@ -191,7 +191,7 @@ def _final_loss(run: Run, steps: int) -> float:
 
 
 def check_training_steps(is_refined: bool, training_steps: int | None) -> None:
-    """Check `training_steps`, which is allowed only if the suggestion is refined.
+    """Check that `training_steps` is valid and used only with `refine`.
 
     Args:
         is_refined: whether the suggestion is refined.
@@ -215,7 +215,7 @@ def check_training_steps(is_refined: bool, training_steps: int | None) -> None:
 def build_short_cycle(block: Mapping[str, Any], max_lr: float, steps: int) -> dict[str, Any]:
     """Build the scheduler block of a short cycle from another OneCycle block.
 
-    The momentum settings and the ratio of the two phases' lengths are kept.
+    The short cycle keeps the momentum settings and the ratio of the phase lengths.
 
     Args:
         block: OneCycle scheduler block.

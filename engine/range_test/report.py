@@ -1,4 +1,4 @@
-"""The report of an LR range test: suggestion, plot, table and scheduler block."""
+"""The report of an LR range test."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.display.terminal_plots import choose_ticks
 from engine.range_test.recorder import Run
 from engine.range_test.refinement import Refinement, build_short_cycle, refine
 from engine.range_test.suggestion import EDGE, Suggestion, suggest
 from engine.range_test.sweep import spread_over_groups
+from schedules.core.extras import require_package
+from schedules.plots import STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
 
 __all__ = ["LRRangeReport"]
+
+_COLUMNS_PER_TICK = 12  # of the axis of a plot in the terminal
+_LOSS_TICKS = 5
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,9 @@ class LRRangeReport:
 
     @property
     def max_lr(self) -> float | None:
-        """The suggested maximum learning rate, refined if short cycles were trained.
+        """The suggested maximum learning rate, or its refined value.
 
-        The value is None if the range test has no suggestion.
+        The value is None if the test has no suggestion.
         """
         return self.refinement.max_lr if self.refinement else self.suggestion.max_lr
 
@@ -60,17 +66,17 @@ class LRRangeReport:
         training_steps: int | None = None,
         known: Mapping[str, Any] | None = None,
     ) -> LRRangeReport:
-        """Return a copy of this report, with a suggestion that is refined by training short cycles.
+        """Return a copy of this report with a suggestion refined by short cycles.
 
-        If there is no suggestion, return this report without training.
+        Without a suggestion, return this report without training.
 
         Args:
             train: function that takes a scheduler block and the index of the repeat, trains with
                 this schedule and returns the recorded run.
             steps: number of steps per cycle.
             training_steps: number of steps of the planned training; None if it equals `steps`.
-            known: OneCycle block that provides the momentum settings and the ratio of the two
-                phases' lengths.
+            known: OneCycle block with the momentum settings and the ratio of the phase lengths to
+                use.
         """
         if self.suggestion.max_lr is None:
             return self
@@ -88,10 +94,9 @@ class LRRangeReport:
     def suggestion(self) -> Suggestion:
         """The suggestion from all runs. If ``max_lr`` is None, ``reason`` explains why.
 
-        The smoothed curve and the rules of `suggest` use the points of all runs together. If there
-        are several runs, and more than half of them yield a suggestion on their own, ``max_lr`` is
-        the median of these suggestions. A single run that diverged early therefore has little
-        effect.
+        The smoothed curve and the rules of `suggest` use the points of all runs. If more than half
+        of several runs have their own suggestion, ``max_lr`` is the median of these suggestions. A
+        single run that diverged early therefore has little effect.
         """
         lrs, losses = (
             np.concatenate([np.asarray(part, float) for part in parts])
@@ -107,10 +112,10 @@ class LRRangeReport:
         return Suggestion(rounded, reason, found.rules, found.smoothed)
 
     def _find_early_end(self, reason: str) -> str:
-        """Return a message if a script ended before its sweep did, or an empty string.
+        """Return a message if the script ended before the sweep, or an empty string.
 
         Args:
-            reason: why the recorded losses allow no suggestion.
+            reason: reason why the recorded losses do not allow a suggestion.
         """
         for run in self.runs:
             steps = run.facts.get("steps", 0)
@@ -128,9 +133,9 @@ class LRRangeReport:
 
     @property
     def max_lrs(self) -> list[float]:
-        """The maximum learning rates that the runs suggest individually.
+        """The suggested maximum learning rate of each run.
 
-        Runs without a suggestion are omitted. If there is only one run, the list is empty.
+        Runs without a suggestion are omitted. For a single run, the list is empty.
         """
         if len(self.runs) == 1:
             return []
@@ -141,10 +146,10 @@ class LRRangeReport:
         """Return a OneCycle scheduler block with the suggested range.
 
         Args:
-            known: OneCycle scheduler block that provides all other params, or None.
+            known: OneCycle scheduler block with the remaining params, or None.
 
         Raises:
-            ValueError: if there is no suggestion.
+            ValueError: if the range test has no suggestion.
         """
         if self.max_lr is None:
             raise ValueError(
@@ -185,7 +190,7 @@ class LRRangeReport:
         }
 
     def table(self) -> Table:
-        """Return a table for the terminal: the learning rate of each rule, and the suggestion."""
+        """Return a table of the learning rate of each rule and the suggestion."""
         from rich.table import Table
 
         suggestion = self.suggestion
@@ -212,26 +217,29 @@ class LRRangeReport:
 
     def draw(self, path: Path) -> None:
         """Save a PNG plot of the loss against the learning rate, with the suggested range."""
+        require_package("matplotlib", "A plot")
+        import matplotlib as mpl
         from matplotlib.figure import Figure
 
         panels = 2 if self.refinement else 1
-        figure = Figure(figsize=(8 * panels, 4.5), layout="constrained")
-        axes = figure.subplots(1, panels, squeeze=False)[0]
-        self._draw_sweep(axes[0])
-        if self.refinement:
-            self._draw_cycles(axes[1], self.refinement)
-        figure.savefig(path, dpi=150)
+        with mpl.rc_context(STYLE):
+            figure = Figure(figsize=(7.2, 3.8 * panels), layout="constrained")
+            axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
+            self._draw_sweep(axes[0])
+            if self.refinement:
+                self._draw_cycles(axes[1], self.refinement)
+            figure.savefig(path, dpi=150)
 
     def _draw_sweep(self, axis: Axes) -> None:
         for run in self.runs:
-            axis.plot(*run.curve, ".", markersize=3, color="tab:blue", alpha=0.35)
+            axis.plot(*run.curve, ".", markersize=4, color="tab:blue", alpha=0.35, label="loss")
             diverged_at = _find_divergence(run)
             if diverged_at is not None:
-                axis.axvline(diverged_at, color="tab:red", linewidth=0.8, label="divergence")
+                axis.axvline(diverged_at, color="tab:red", linewidth=1, label="divergence")
         suggestion = self.suggestion
         if suggestion.smoothed is not None:
             smoothed = suggestion.smoothed
-            axis.plot(10**smoothed.x, smoothed.loss, color="black", linewidth=1.4, label="smoothed")
+            axis.plot(10**smoothed.x, smoothed.loss, color="black", label="smoothed")
             below, above = float(smoothed.loss.min()), float(smoothed.loss.max())
             margin = 0.15 * (above - below) or 1.0
             losses = [value for run in self.runs for value in run.losses if math.isfinite(value)]
@@ -240,31 +248,33 @@ class LRRangeReport:
         title = f"no suggestion: {suggestion.reason}"
         if self.max_lr is not None and self.min_lr is not None:
             axis.axvspan(self.min_lr, self.max_lr, color="tab:green", alpha=0.15)
-            for number, (rule, value) in enumerate(suggestion.rules.items()):
-                axis.axvline(value, linestyle=":", linewidth=1, color=f"C{number + 3}", label=rule)
-            title = f"cycle from {self.min_lr:.2g} to {self.max_lr:.2g}"
+            # The table names the learning rate of each rule.
+            for value in suggestion.rules.values():
+                axis.axvline(value, color="gray", linestyle=":", linewidth=1, label="rules")
+            title = f"suggested cycle: from {self.min_lr:.2g} to {self.max_lr:.2g}"
         axis.set(xscale="log", xlabel="learning rate", ylabel="loss", title=title)
-        _add_grid_and_legend(axis)
+        _add_legend(axis)
 
     def _draw_cycles(self, axis: Axes, refinement: Refinement) -> None:
         maxima = list(refinement.losses)
         for losses in np.array(list(refinement.losses.values())).T:
-            axis.plot(maxima, losses, "o-", markersize=4, color="tab:blue", alpha=0.5)
+            axis.plot(maxima, losses, "o-", markersize=5, color="tab:blue", alpha=0.5)
         axis.axvline(refinement.lowest, color="black", linestyle=":", label="lowest")
         if refinement.shrinkage < 1:
             label = f"for {refinement.training_steps} steps"
             axis.axvline(refinement.max_lr, color="tab:green", label=label)
         title = f"cycles of {refinement.steps} steps"
         axis.set(xscale="log", xlabel="cycle_max_lr", ylabel="loss at the end", title=title)
-        _add_grid_and_legend(axis)
+        _add_legend(axis)
 
     def draw_in_terminal(self, width: int, *, color: bool = False) -> str:
-        """Return a text plot of the smoothed loss against log10(lr).
+        """Return a text plot of the smoothed loss against the learning rate.
 
         Args:
             width: width of the plot in characters.
             color: whether to use terminal colors.
         """
+        require_package("plotext", "A plot in the terminal")
         import plotext
 
         smoothed = self.suggestion.smoothed
@@ -276,7 +286,11 @@ class LRRangeReport:
         plotext.plot(smoothed.x.tolist(), smoothed.loss.tolist(), marker="braille")
         if self.max_lr is not None:
             plotext.vline(math.log10(self.max_lr))
-        plotext.title("loss over log10(lr)")
+        lrs = choose_ticks((10**smoothed.x).tolist(), width // _COLUMNS_PER_TICK, is_log=True)
+        plotext.xticks([math.log10(lr) for lr in lrs], list(lrs.values()))
+        losses = choose_ticks(smoothed.loss.tolist(), _LOSS_TICKS)
+        plotext.yticks(list(losses), list(losses.values()))
+        plotext.title("loss at each learning rate")
         drawn = plotext.build()
         return str(drawn if color else plotext.uncolorize(drawn))
 
@@ -298,9 +312,8 @@ def _find_divergence(run: Run) -> float | None:
     return lrs[-1] if run.end == "divergence" and lrs else None
 
 
-def _add_grid_and_legend(axis: Axes) -> None:
-    axis.grid(alpha=0.3)
+def _add_legend(axis: Axes) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    first = dict(reversed(list(zip(labels, handles, strict=True))))  # one entry per label
-    if first:
-        axis.legend(first.values(), first.keys(), fontsize="small")
+    entries = dict(zip(labels, handles, strict=True))  # one per label
+    if entries:
+        axis.legend(entries.values(), entries.keys())

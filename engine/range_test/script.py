@@ -1,6 +1,6 @@
 """Run an LR range test in a training script.
 
-The test is requested by `onecycle lr-test`, or by an `LRRangeTest` schedule in the config.
+`onecycle lr-test` or an `LRRangeTest` schedule in the config starts the test.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from engine.range_test.recorder import RECORD, Recorder
 from engine.range_test.suggestion import MIN_POINTS
 from engine.range_test.sweep import Sweep, read_initial_lrs, spread_over_groups
 from schedules import LRRangeTest, from_config
+from schedules.core.extras import MissingExtraError
 
 __all__ = ["apply_sweep", "attach_recorder", "is_next_engine_swept", "spread_sweep"]
 
@@ -31,11 +32,11 @@ log = logging.getLogger("onecycle")
 _engines = itertools.count(1)
 """Numbers of the engines that this process creates during `onecycle lr-test`."""
 _reports: list[Path] = []
-"""Report directories of the engines of this process whose schedule is an LR range test."""
+"""Report directories of this process's engines with an LR range test as schedule."""
 
 
 def is_next_engine_swept(sweep: Sweep) -> bool:
-    """Return whether the engine that `initialize` will create next runs the LR range test.
+    """Return whether the next engine runs the LR range test.
 
     Every other engine of the script trains with its own schedule.
 
@@ -45,17 +46,17 @@ def is_next_engine_swept(sweep: Sweep) -> bool:
     number = next(_engines)
     if sweep.engine is None and number > 1:
         raise MisuseError(
-            "`onecycle lr-test` tests the learning rate of one engine, but this script calls "
-            "`engine.initialize` several times. Select an engine: `--engine 1` tests the first "
-            "one that the script creates, `--engine 2` the second, and so on."
+            "`onecycle lr-test` tests one engine, but this script calls `engine.initialize` "
+            "several times. Select an engine: `--engine 1` tests the first engine of the script, "
+            "`--engine 2` the second engine, and so on."
         )
     return number == (sweep.engine or 1)
 
 
 def apply_sweep(config: Config, sweep: Sweep) -> Config:
-    """Return a config whose schedule is replaced by the sweep of `onecycle lr-test`.
+    """Return a config with the sweep of `onecycle lr-test` as schedule.
 
-    The seed offset of the sweep is added to the config's seed and to torch's initial seed.
+    The sweep's seed offset is added to the config's seed and to torch's initial seed.
     """
     changed = config.copy_for_trial_run(from_config(sweep.scheduler))
     if sweep.seed_offset:
@@ -65,7 +66,7 @@ def apply_sweep(config: Config, sweep: Sweep) -> Config:
 
 
 def spread_sweep(config: Config, sweep: Sweep, optimizer: Optimizer) -> Config:
-    """Return a config whose sweep keeps the ratios of the param groups' learning rates."""
+    """Return a config with a sweep that keeps the ratios of the groups' learning rates."""
     lrs = read_initial_lrs(optimizer.param_groups)
     return replace(config, schedule=from_config(spread_over_groups(sweep.scheduler, lrs)))
 
@@ -98,14 +99,15 @@ def attach_recorder(engine: Engine, sweep: Sweep | None) -> None:
         recorder = Recorder(None, math.inf, facts={"steps": None})
         engine._run.record_steps(recorder, is_trial=False)  # noqa: SLF001  # private to the package
         if is_first:
-            directory = Path(engine.config.report or "lr_test")
+            report = engine.config.report
+            directory = Path("lr_test" if report is None else report.directory)
             atexit.register(_write_report, recorder, _find_own_directory(directory))
 
 
 def _find_own_directory(directory: Path) -> Path:
-    """Return a report directory that no other engine of this process uses.
+    """Return an unused report directory.
 
-    Return ``directory`` itself if no other engine uses it. Otherwise, append a number to its name.
+    If another engine of this process uses ``directory``, append a number to its name.
     """
     count = _reports.count(directory)
     _reports.append(directory)
@@ -126,11 +128,15 @@ def _write_report(recorder: Recorder, directory: Path) -> None:
         )
         return
     report = LRRangeReport((recorder.run,))
-    picture, _ = report.write(directory)
+    try:
+        picture, _ = report.write(directory)
+        where = f"See the plot in {picture}."
+    except MissingExtraError as error:
+        where = f"There is no plot: {error}"
     found = report.suggestion
     verdict = (
         f"suggested cycle_max_lr: {found.max_lr:.2g}"
         if found.max_lr
         else f"no suggestion: {found.reason}"
     )
-    log.info("LR range test: %s. See the plot in %s.", verdict, picture)
+    log.info("LR range test: %s. %s", verdict, where)

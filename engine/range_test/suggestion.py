@@ -51,7 +51,7 @@ class SmoothedCurve:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The suggested maximum learning rate, and the learning rate that each rule selects."""
+    """The suggested maximum learning rate and the learning rate of each rule."""
 
     max_lr: float | None
     """Suggested maximum; None if the curve does not allow a suggestion (see `reason`)."""
@@ -62,10 +62,9 @@ class Suggestion:
 
     @property
     def band(self) -> tuple[float, float] | None:
-        """The smallest and the largest learning rate that the three rules of `EDGE` select.
+        """The smallest and the largest learning rate of the three rules in `EDGE`.
 
-        The narrower this band is, the better these rules agree. The value is None if none of them
-        applies.
+        A narrow band means that the rules agree. The value is None if no rule in `EDGE` applies.
         """
         edge = [self.rules[name] for name in EDGE if name in self.rules]
         return (min(edge), max(edge)) if edge else None
@@ -76,24 +75,23 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
 
     First, non-finite losses and isolated spikes are removed, and losses far above the initial loss
     are clipped. The losses are then smoothed over log(lr) by local linear regression, with a
-    bandwidth selected by generalized cross-validation. The descent is the fall of the smoothed loss
-    from its highest value before the minimum down to the minimum. Each rule selects a learning
+    bandwidth selected by generalized cross-validation. The descent is the decrease of the smoothed
+    loss from its highest value before the minimum to the minimum. Each rule selects a learning
     rate:
 
     - end of descent: the learning rate at which the loss has completed 90 % of its descent;
     - minimum: the middle, in log(lr), of the range in which the loss exceeds its minimum by less
       than 5 % of the descent;
-    - divergence / 10: a tenth of the learning rate at which the loss has risen again by 90 % of
-      the descent, is no longer finite, or has diverged so far that the test ends;
+    - divergence / 10: a tenth of the learning rate at which the loss has risen by 90 % of the
+      descent, is not finite, or ends the test;
     - steepest: the learning rate at which the loss falls fastest over log(lr);
     - valley: the middle, in log(lr), between 10 % and 90 % of the descent;
     - minimum / 10: a tenth of the learning rate with the lowest loss.
 
-    The suggestion is the median of the learning rates that the first three rules select; rules that
-    do not apply are ignored. A cycle reaches its maximum only briefly, so the maximum can be as
-    large as the learning rate at which the loss stops falling. The last three rules are meant for a
-    constant learning rate. Their values are too small for the maximum of a cycle; see
-    docs/results/lr_test.md.
+    The suggestion is the median of the first three rules, without rules that do not apply. A cycle
+    reaches its maximum only briefly, so the maximum can be as large as the learning rate at which
+    the loss stops decreasing. The last three rules are intended for a constant learning rate and
+    are too small for the maximum of a cycle; see docs/results/lr_test.md.
 
     Args:
         lrs: learning rate of each step, positive, in any order and spacing.
@@ -146,7 +144,7 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
 def _find_divergence(x: Array, finite: NDArray[np.bool_]) -> float | None:
     """Return log10 of the learning rate above which most losses are not finite.
 
-    Return None if there is no such learning rate.
+    Return None if most losses are finite up to the highest learning rate.
     """
     finite_after = np.cumsum(finite[::-1])[::-1] / np.arange(finite.size, 0, -1)
     gone = np.flatnonzero(~finite & (finite_after < 0.5))
@@ -186,9 +184,9 @@ def smooth(x: Array, y: Array) -> SmoothedCurve:
 
 
 def _reduce_points(x: Array, y: Array) -> tuple[Array, Array]:
-    """Average the losses that were measured at the same learning rate.
+    """Average losses with the same learning rate.
 
-    If more than 400 points are left, also average neighboring points.
+    If more than 400 points remain, also average neighboring points.
     """
     x, places = np.unique(x, return_inverse=True)
     y = np.bincount(places, y) / np.bincount(places)
@@ -212,7 +210,7 @@ def _remove_spikes(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _build_smoother(x: Array, bandwidth: float) -> Array:
-    """Return the smoother matrix of local linear regression, which maps losses to fitted values."""
+    """Return the smoother matrix of local linear regression, from losses to fitted values."""
     off = x[None, :] - x[:, None]
     # Widen the kernel where points are sparse, such as at the start of a linear sweep.
     nearest = np.partition(np.abs(off), min(6, x.size - 1), axis=1)[:, min(6, x.size - 1)]
@@ -269,8 +267,8 @@ def _apply_rules(curve: SmoothedCurve, divergence: float | None) -> Suggestion:
 def _find_middle_of_basin(x: Array, loss: Array, limit: float) -> float:
     """Return the middle of the interval around the minimum in which the loss is below ``limit``.
 
-    If the minimum is flat, noise determines the position of the lowest point, but has little effect
-    on the middle of the interval.
+    At a flat minimum, noise affects the position of the lowest point, but hardly the middle of the
+    interval.
     """
     low = int(np.argmin(loss))
     above = np.flatnonzero(loss > limit)

@@ -21,7 +21,7 @@ _BOUNDS = {"cycle_min_lr", "cycle_max_lr", "lr_range_test_min_lr"}
 
 @dataclass(frozen=True)
 class Sweep:
-    """The settings of an LR range test, which increases the learning rate step by step.
+    """The settings of an LR range test.
 
     Args:
         min_lr: learning rate of the first step.
@@ -31,15 +31,15 @@ class Sweep:
             height).
         momentum: momentum of the first step and of the last step; it changes linearly in between.
             If None, the momentum stays constant.
-        block: scheduler block to use; if None, a block is built from the arguments above.
+        block: scheduler block to use; if None, a block is built from the other arguments.
         divergence_factor: maximum ratio of the smoothed loss to its previous minimum; a larger
             ratio ends the sweep.
         directory: directory of the record file; None to write no file.
         config: path of the config to use instead of the script's config.
-        seed_offset: number that is added to the config's seed and to torch's initial seed, so that
+        seed_offset: number to add to the config's seed and to torch's initial seed, so that
             repeated sweeps differ.
-        engine: number of the engine to test, counted from 1 in the order in which the script
-            creates its engines. If None, the script must create only one engine.
+        engine: index of the engine to test, starting at 1, in the order of creation. If None, the
+            script must create only one engine.
 
     Raises:
         ValueError: if `min_lr` is not positive, `max_lr` is not finite or not above `min_lr`,
@@ -76,7 +76,7 @@ class Sweep:
 
     @property
     def scheduler(self) -> dict[str, Any]:
-        """The scheduler block that produces the learning rates of the sweep."""
+        """The scheduler block for the learning rates of the sweep."""
         if self.block is not None:
             return dict(self.block)
         duration = self.steps - 1
@@ -99,7 +99,7 @@ class Sweep:
         return {"type": "LRRangeTest", "params": params}
 
     def to_environment(self) -> dict[str, str]:
-        """Return the environment variable that passes this sweep to `initialize`."""
+        """Return an environment variable that passes this sweep to `initialize`."""
         return {LR_TEST: json.dumps(asdict(self))}
 
 
@@ -116,18 +116,18 @@ def read_initial_lrs(groups: Sequence[Mapping[str, Any]]) -> list[float]:
     if lrs[0] == 0 and any(lrs):
         raise ValueError(
             "The learning rate of the first param group must be > 0, got 0. Put a group with a "
-            "learning rate > 0 first, because the LR range test scales the other groups in "
-            "proportion to the first one."
+            "learning rate > 0 first, because the LR range test scales all groups in proportion "
+            "to the first group."
         )
     return lrs
 
 
 def spread_over_groups(block: Mapping[str, Any], lrs: Sequence[float]) -> dict[str, Any]:
-    """Return a scheduler block in which the learning rates of the param groups keep their ratios.
+    """Return a scheduler block that keeps the ratios of the groups' learning rates.
 
     Args:
-        block: block of a `Sweep`, or a OneCycle block. Its learning rates are those of the first
-            param group.
+        block: block of a `Sweep`, or a OneCycle block, with learning rates for the first param
+            group.
         lrs: initial learning rate of each param group.
 
     >>> block = {"type": "LRRangeTest", "params": {"lr_range_test_min_lr": 0.5}}

@@ -1,1 +1,1 @@
-"""The state of a training run, and the loops that run its steps."""
+"""The state and the loops of a training run."""

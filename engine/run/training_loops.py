@@ -1,4 +1,4 @@
-"""Functions that run the steps of a training run: pipelines, loops over the data, trial runs."""
+"""Functions for the steps of a training run: pipelines, data loops and trial runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def train_pipeline(
     Args:
         batches: iterator over micro-batches; default: the batches of ``loader``.
         loader: data loader of the run. If ``batches`` and ``loader`` are None, the pipeline uses
-            the data that was passed to its ``set_dataloader``.
+            its own data from ``set_dataloader``.
         run: state of the run.
     """
     batches = batches or (repeat_batches(loader) if loader is not None else None)
@@ -54,7 +54,7 @@ def train_pipeline(
 
 
 def evaluate_batch(model: nn.Module, batches: Iterator[Any], run: TrainingRun) -> Tensor:
-    """Evaluate the model on as many micro-batches as a step uses; return their mean loss."""
+    """Return the mean loss of the next batch, without training."""
     if result := run.backend.run_pipeline(batches, trains=False):
         return result[0]
     losses = call_on_batches(model, batches, run.accumulation.steps)
@@ -65,8 +65,8 @@ def iterate_batches(loader: RunLoader | None, run: TrainingRun) -> Iterator[Any]
     """Return an iterator over the batches of a run; see `Engine.batches`."""
     if loader is None:
         raise MisuseError(
-            "`trainer.batches()` needs training data. Pass `training_data` to `initialize`, or "
-            "your data loader to `trainer.prepare`."
+            "`trainer.batches()` requires training data. Pass `training_data` to `initialize`, "
+            "or pass a data loader to `trainer.prepare`."
         )
     if not (run.length.is_known or run.is_trial):
         scheduler = run.scheduler
@@ -75,7 +75,7 @@ def iterate_batches(loader: RunLoader | None, run: TrainingRun) -> Iterator[Any]
         )
         if not run.length.is_known:
             raise MisuseError(
-                "The length of the run is unknown, because the run has no schedule that ends. Set "
+                "The length of the run is unknown, because no schedule with an end is set. Set "
                 '`engine.max_duration`, for example to "10ep".'
             )
     if run.is_over and run.backend.ranks.rank == 0:
@@ -101,13 +101,12 @@ def _iterate_epochs(loader: RunLoader, run: TrainingRun) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def preserve_state(model: nn.Module, backend: Backend, loader: RunLoader | None) -> Iterator[None]:
-    """Restore the training state when the context exits, even after an exception.
+    """Restore the training state on exit, even after an exception.
 
     Args:
-        model: module whose training mode is restored, including that of each submodule.
-        backend: backend whose model, optimizer and loss scale are restored, and whose gradients are
-            cleared.
-        loader: data loader whose position is restored, or None.
+        model: module to restore the training mode of, including all submodules.
+        backend: backend to restore the model, optimizer and loss scale of. Gradients are cleared.
+        loader: data loader to restore the position of, or None.
     """
     data = None if loader is None else (loader.state_dict(), loader.resumes)
     with preserve_rng_state():

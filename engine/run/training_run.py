@@ -1,4 +1,4 @@
-"""The class `TrainingRun`, which stores the state of a training run and runs its steps."""
+"""The class `TrainingRun`: the state and the steps of a training run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ log = logging.getLogger("onecycle")
 class TrainingRun:
     """The state of a training run.
 
-    During an LR range test, the engine temporarily uses a second run, called the trial run. The
+    During an LR range test, the engine temporarily uses a second `TrainingRun`, the trial run. The
     state is not stored in `Engine`, because setting an attribute of an `nn.Module` is slow.
     """
 
@@ -59,7 +59,7 @@ class TrainingRun:
     best: BestMetric | None = None
     _recorder: StepRecorder | None = None
     is_trial: bool = False
-    """Whether this run is part of an LR range test, which saves no checkpoints.
+    """Whether this run is part of an LR range test. Such a run does not save checkpoints.
 
     The recorder decides when the test ends. With `onecycle lr-test`, only one engine of the script
     has a recorder.
@@ -81,10 +81,11 @@ class TrainingRun:
         *,
         misuse: MisuseChecks | None = None,
     ) -> TrainingRun:
-        """Build a run at step 0. For a trial run, pass the checks of the main run as ``misuse``."""
+        """Build a run at step 0. For a trial run, ``misuse`` must be the checks of the main run."""
         is_first = backend.ranks.rank == 0
-        driver = ScheduleDriver(scheduler, config.report if is_first else None)
         monitors = monitors or Monitors()
+        directory = config.report.directory if config.report is not None and is_first else None
+        driver = ScheduleDriver(scheduler, directory, monitors.note_decision)
         progress = ProgressReporter(config, monitors, backend.mean, is_first=is_first)
         is_needed = driver.feedback == "loss" or progress.is_monitored
         window = LossWindow(backend.mean, is_kept=is_needed)
@@ -104,7 +105,8 @@ class TrainingRun:
                 is_managed=config.raw.get("managed_gradient_accumulation", True),
             ),
             RunLength(config.run.get("steps_this_run")),
-            # A dynamic loss scale skips steps until it is low enough, and ends the run itself.
+            # With a dynamic loss scale, steps are skipped until the scale is low enough. The loss
+            # scaler ends a diverging run itself.
             DivergenceCheck(None if is_dynamic else config.max_skipped_steps),
             misuse or MisuseChecks(backend),
             None if best is None else BestMetric(best.metric, best.mode, best.patience),
@@ -129,13 +131,13 @@ class TrainingRun:
         return trial
 
     def record_steps(self, recorder: StepRecorder, *, is_trial: bool) -> None:
-        """Record every step with ``recorder`` from now on."""
+        """Start recording every step with ``recorder``."""
         self.settle()
         self._recorder, self.is_trial, self._window.is_kept = recorder, is_trial, True
 
     @property
     def scheduler(self) -> LRScheduler | None:
-        """The learning-rate scheduler, stepped after each applied optimizer step; may be None."""
+        """The learning-rate scheduler, or None. It advances after each applied optimizer step."""
         return self._driver.scheduler
 
     @scheduler.setter
@@ -147,14 +149,14 @@ class TrainingRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has reached its end, or stops early because a metric has not improved."""
+        """Whether the run has reached its end or stops early."""
         is_early = self.best is not None and self.best.is_exhausted
         # The outcome of a deferred step matters only close to the end.
         return is_early or (self.length.is_over(self.latest) and self.length.is_over(self.counters))
 
     @property
     def counters(self) -> Counters:
-        """The counters, after the outcome of a deferred step is known."""
+        """The counters. A deferred step is completed first."""
         self.settle()
         return self.latest
 
@@ -164,7 +166,7 @@ class TrainingRun:
 
     @property
     def settled_backend(self) -> Backend:
-        """The backend, after the outcome of a deferred step is known."""
+        """The backend. A deferred step is completed first."""
         self.settle()
         return self.backend
 
@@ -184,7 +186,7 @@ class TrainingRun:
     def settle(self) -> None:
         """Wait for the outcome of a deferred step, and complete the step.
 
-        Do nothing if no outcome is pending. The ranks need not call this method at the same time.
+        Without a deferred step, do nothing. The ranks may call this method at different times.
 
         Raises:
             FloatingPointError: training diverges.
@@ -203,7 +205,7 @@ class TrainingRun:
         self.misuse.note_scheduler(self.scheduler)
 
     def _settle_before_use(self, scheduler: LRScheduler | None) -> None:
-        """Make the scheduler complete a deferred step before a script uses the scheduler."""
+        """Ensure that the scheduler completes a deferred step before a script uses it."""
         if self._deferring is not None and isinstance(scheduler, ScheduleBinder):
             scheduler.before_use = functools.partial(_settle, weakref.ref(self))
 
@@ -215,9 +217,9 @@ class TrainingRun:
         """
         if self.accumulation.micro_batches:
             raise MisuseError(
-                "The batch size must be changed between two optimizer steps, got a change after "
+                "The batch size can change only between two optimizer steps, got a change after "
                 f"{count_noun(self.accumulation.micro_batches, 'micro-batch')} of a step. Change "
-                "the batch size right after a `trainer.step()` that runs the optimizer."
+                "it directly after a `trainer.step()` that runs the optimizer."
             )
         self.settle()
         self.config = replace(self.config, batch=batch)
@@ -234,17 +236,18 @@ class TrainingRun:
         self.backend.zero_grad()
 
     def end_epoch(self) -> None:
-        """Discard the gradients of a batch that is incomplete when the data of an epoch ends.
+        """Discard the gradients of an incomplete batch at the end of an epoch.
 
         Raises:
-            RuntimeError: in two consecutive epochs, `backward` was called, but `step` was not.
+            RuntimeError: in two consecutive epochs, `backward` was called without `step`.
         """
         accumulation = self.accumulation
         self.misuse.check_epoch(self.latest.micro_steps, accumulation)
         if accumulation.micro_batches == 0 or accumulation.boundary is not None:
             return
         log.info(
-            "the epoch ended after %d of %d micro-batches of a step; their gradients are discarded",
+            "the epoch ended after %d of the %d micro-batches of a step; discarding their "
+            "gradients",
             accumulation.micro_batches,
             accumulation.steps,
         )
@@ -262,7 +265,7 @@ class TrainingRun:
             self.progress.add(loss)
 
     def step(self, metric: Tensor | float | None) -> bool | StepResult:
-        """Finish a micro-batch, and take an optimizer step if it completes a batch.
+        """Finish a micro-batch, and take an optimizer step if the batch is complete.
 
         Returns:
             Whether an optimizer step was applied.
@@ -289,7 +292,7 @@ class TrainingRun:
     def _check_may_step(self) -> None:
         if not self.accumulation.averages_gradients:
             raise MisuseError(
-                "`step()` must not be called inside `no_sync()`. Leave the context first."
+                "`step()` must not be called inside `no_sync()`. Exit the context first."
             )
         if self.is_trial and self._recorder is not None:
             # A script may catch the exception that ends the run; in that case, raise it again.
@@ -338,7 +341,7 @@ class TrainingRun:
         return self.backend.step(divide_by=self.accumulation.steps)
 
     def _start_step(self, backend: DeferringBackend, *, is_scaled: bool) -> None:
-        """Start a deferred step, which `settle` completes."""
+        """Start a deferred step. `settle` completes the step."""
         if not is_scaled:
             self._check_is_not_scaled()
         divide_by = 1 if is_scaled else self.accumulation.steps
@@ -349,13 +352,12 @@ class TrainingRun:
     def _check_is_not_scaled(self) -> None:
         if self.backend.loss_scale != 1.0:
             raise RuntimeError(
-                "fp16 needs a scaled loss, but neither `trainer.backward(loss)` nor "
-                "`trainer.scale(loss).backward()` was called in this step. Call one of them "
-                "instead of `loss.backward()`."
+                "fp16 requires a scaled loss. Call `trainer.backward(loss)` or "
+                "`trainer.scale(loss).backward()` instead of `loss.backward()`."
             )
 
     def _finish_step(self) -> None:
-        """Count a step, and complete it if its outcome is known."""
+        """Count a step, and complete the step if its outcome is known."""
         counters, batch = self.latest, self.config.batch
         counters.global_steps += 1
         counters.global_samples += (
@@ -368,7 +370,7 @@ class TrainingRun:
             self._complete_step(self._window)
 
     def _complete_step(self, window: LossWindow) -> None:
-        """Report a step, and step the scheduler if the optimizer step was applied."""
+        """Report a step. Step the scheduler if the optimizer step was applied."""
         counters = self.latest
         if not counters.applied:
             counters.skipped_steps += 1

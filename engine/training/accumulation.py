@@ -1,4 +1,4 @@
-"""Track gradient accumulation: count micro-batches, and determine where a batch ends."""
+"""Track gradient accumulation: count micro-batches, and detect the end of a batch."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class Accumulation:
         return (self.micro_batches + 1) % self.steps == 0
 
     def set_boundary(self, is_boundary: bool) -> None:
-        """Set whether each following call of `step` runs the optimizer.
+        """Set whether the next calls of `step` run the optimizer.
 
-        The number of micro-batches then has no effect.
+        After this call, the number of micro-batches does not matter.
 
         Raises:
             RuntimeError: ``managed_gradient_accumulation`` is false, so every call of `step` runs
@@ -71,25 +71,25 @@ class Accumulation:
         return self.averages_gradients and self.is_boundary()
 
     def restart(self, micro_batches: int = 0) -> None:
-        """Set the position in the current batch, and reset the record of earlier backward passes.
+        """Set the position in the current batch, and forget earlier backward passes.
 
         Args:
-            micro_batches: number of micro-batches that the run has processed so far.
+            micro_batches: number of micro-batches that the run has processed.
         """
         self.micro_batches = micro_batches % self.steps if self.is_managed else 0
         self.scaled_losses = 0
         self.has_gradients = False
 
     def check_between_steps(self) -> None:
-        """Check that an LR range test can start without losing accumulated gradients.
+        """Check that no gradients are accumulated before an LR range test starts.
 
         Raises:
             ValueError: the current batch is incomplete.
         """
         if self.micro_batches or self.scaled_losses:
             raise ValueError(
-                "An LR range test cannot start in the middle of a batch. First train on the "
-                "remaining micro-batches of this batch."
+                "An LR range test must start between two optimizer steps. Train on the remaining "
+                "micro-batches of the batch before you start the test."
             )
 
     @contextlib.contextmanager
@@ -101,8 +101,8 @@ class Accumulation:
         """
         if zero_stage >= 2:
             raise MisuseError(
-                "`no_sync()` must not be used with ZeRO stage 2 or 3, which shards gradients in "
-                "each backward pass. Use `gradient_accumulation_steps` instead."
+                "`no_sync()` must not be used with ZeRO stage 2 or 3, because each backward pass "
+                "shards the gradients. Use `gradient_accumulation_steps` instead."
             )
         if not self.averages_gradients or self.is_coalescing:
             raise MisuseError(
@@ -117,7 +117,7 @@ class Accumulation:
 
     @contextlib.contextmanager
     def coalesce(self) -> Iterator[None]:
-        """Reject this context inside `no_sync`, and `no_sync` inside this context.
+        """Check that this context and `no_sync` are not nested.
 
         See `Engine.coalesce_grad_reduction`.
 

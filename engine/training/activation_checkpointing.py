@@ -23,12 +23,12 @@ def checkpoint_activations(
     """Enable activation checkpointing for a model's blocks, in place.
 
     Each block saves only its inputs and is recomputed in the backward pass. The random state is
-    restored for the recomputation, so that dropout drops the same values.
-    If the model has no blocks, a warning is logged and the model is left unchanged. This is not an
-    error, because activation checkpointing changes only memory use and speed, not results.
+    restored for the recomputation, so dropout drops the same values. A model without blocks stays
+    unchanged, and a warning is logged. An error is not necessary, because activation checkpointing
+    does not change the results of training.
 
     Args:
-        model: module whose blocks are checkpointed.
+        model: module with the blocks to checkpoint.
         wrap: class names of the blocks; see `find_blocks`.
         on_host: whether to move the saved inputs to CPU memory.
 
@@ -46,10 +46,9 @@ def checkpoint_activations(
 
 
 class CheckpointedForward:
-    """A block's ``forward`` that saves only its inputs and is recomputed in the backward pass.
+    """A block's ``forward`` with activation checkpointing.
 
-    If the block is copied or unpickled, the method is bound to the new block, so that the new block
-    uses its own weights.
+    A copied or unpickled block gets its own method, bound to the weights of the new block.
 
     Args:
         forward: bound ``forward`` method of a block.
@@ -63,15 +62,15 @@ class CheckpointedForward:
         self.on_host = on_host
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block, with activation checkpointing if gradients are enabled."""
+        """Run the block. Activation checkpointing is used only if gradients are enabled."""
         if not torch.is_grad_enabled():
             return self.__wrapped__(*args, **kwargs)
         storage: Any = contextlib.nullcontext()
         if self.on_host:
             storage = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
         with storage:
-            # PyTorch restores the random state of the devices of positional tensors only, so pass
-            # the keyword arguments as a positional one.
+            # PyTorch restores the random state only for devices of positional arguments, so pass
+            # the keyword arguments as a positional argument.
             return checkpoint(self._call, args, kwargs, use_reentrant=False)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -79,7 +78,7 @@ class CheckpointedForward:
 
 
 def find_blocks(model: nn.Module, wrap: Sequence[str] = ()) -> list[nn.Module]:
-    """Return a model's blocks: the modules that are sharded or checkpointed individually.
+    """Return a model's blocks: the modules to shard or checkpoint individually.
 
     Args:
         model: any module.

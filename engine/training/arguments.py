@@ -47,10 +47,10 @@ def check_arguments(
     is_several = isinstance(optimizer, list | tuple | dict)
     _check(
         not is_several,
-        f"`optimizer` must be one optimizer, got {_describe(optimizer)}. Build one engine per "
-        "optimizer: call `initialize` for each of them, with the module whose parameters it "
-        "trains, such as a GAN's generator and its discriminator. To train one module with "
-        "different hyperparameters, pass one optimizer with param groups.",
+        f"`optimizer` must be one optimizer, got {_describe(optimizer)}. Call `initialize` once "
+        "per optimizer, with the module that the optimizer trains, such as the generator of a "
+        "GAN. To train one module with different hyperparameters, pass one optimizer with param "
+        "groups.",
     )
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         _check_factory("optimizer", optimizer, argument="parameters")
@@ -61,7 +61,7 @@ def check_arguments(
 
 
 def check_needs_no_closure(optimizer: Any) -> None:
-    """Check that an optimizer, or a class of optimizers, can take a step without a closure.
+    """Check that an optimizer or optimizer class does not require a closure.
 
     Raises:
         ValueError: the method ``step`` requires a closure.
@@ -89,10 +89,9 @@ def check_is_trainable(model: nn.Module) -> None:
 
 
 def check_are_in_model(model: nn.Module, groups: Iterable[Any], backend: str) -> None:
-    """Check that all parameters to train belong to the model.
+    """Check that all trained parameters belong to the model.
 
-    The backend neither averages the gradients of parameters outside of the model nor saves these
-    parameters.
+    The backend does not save parameters outside of the model or average their gradients.
 
     Args:
         model: module to train.
@@ -107,10 +106,10 @@ def check_are_in_model(model: nn.Module, groups: Iterable[Any], backend: str) ->
         for parameter in each["params"] if isinstance(each, dict) else [each]:
             _check(
                 id(parameter) in known,
-                f"`model_parameters` and the optimizer must contain only parameters of `model` on "
-                f"{backend}, got one of shape {tuple(parameter.shape)}. Register its "
-                "module in the model, as in `model.criterion = criterion`, or use PyTorch without "
-                "ZeRO.",
+                "`model_parameters` and the optimizer must contain only parameters of `model` on "
+                f"{backend}, got a parameter of shape {tuple(parameter.shape)} that is not in the "
+                "model. Register its module in the model, as in `model.criterion = criterion`, or "
+                "use PyTorch without ZeRO.",
             )
 
 

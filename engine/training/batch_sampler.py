@@ -1,4 +1,4 @@
-"""Select the micro-batches of one rank from the samples of an epoch."""
+"""Sample the micro-batches of one rank."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class EpochOrder:
     name: str
     """Expression for ``length`` in error messages, such as ``len(training_data)``."""
     draw: Callable[[int], Sequence[Any]]
-    """Function that takes the number of an epoch and always returns the same items for it."""
+    """Function that takes the index of an epoch and returns its items; the same in each call."""
     length: int
     """Number of items per epoch."""
     drop_last: bool
     """Whether an incomplete last batch of an epoch is dropped."""
     is_batched: bool = False
-    """Whether each item is a micro-batch of one rank; if false, it is a sample."""
+    """Whether each item is a micro-batch of one rank. If false, each item is a sample."""
     is_sharded: bool = False
-    """Whether the items are those of this rank only; if false, they are the same on all ranks."""
+    """Whether the items are sharded across ranks. If false, all ranks have the same items."""
 
 
 def order_dataset(samples: int, config: Config) -> EpochOrder:
@@ -62,11 +62,10 @@ def order_dataset(samples: int, config: Config) -> EpochOrder:
 
 
 def order_sampler(source: Any, config: Config, **settings: Any) -> EpochOrder:
-    """Return the order that a sampler draws, which depends only on the seed and the epoch.
+    """Return the sample order of a sampler, seeded by ``engine.seed`` and the epoch.
 
-    Before the sampler draws the order of an epoch, the sampler's own random generators and the
-    global ones are seeded from ``engine.seed`` and the epoch number. Afterwards, the previous
-    states of these generators are restored.
+    In each epoch, the global random generators and the sampler's generators are seeded before
+    sampling. Afterwards, the previous states of the generators are restored.
 
     Args:
         source: sampler or batch sampler with a length.
@@ -93,7 +92,7 @@ def order_sampler(source: Any, config: Config, **settings: Any) -> EpochOrder:
 
 
 def find_samplers(source: Any) -> list[Any]:
-    """Return a data loader or sampler, followed by the samplers nested in it, outermost first."""
+    """Return a data loader or sampler and all nested samplers, outermost first."""
     found: list[Any] = []
     while source is not None and not any(source is each for each in found):
         found.append(source)
@@ -103,7 +102,7 @@ def find_samplers(source: Any) -> list[Any]:
 
 
 def set_epoch(source: Any, epoch: int) -> None:
-    """Call ``set_epoch`` on a data loader, dataset or sampler, and on the samplers inside it."""
+    """Call ``set_epoch`` on a data loader, dataset or sampler, and on all nested samplers."""
     for each in find_samplers(source):
         if callable(getattr(each, "set_epoch", None)):
             each.set_epoch(epoch)
@@ -113,20 +112,20 @@ class GlobalBatchSampler(Sampler[Any]):
     """Sampler of one rank's micro-batches, with batches that do not depend on the world size.
 
     The order of an epoch is cut into batches of ``train_batch_size`` samples. Each batch is split
-    across ranks and micro-batches. Step k therefore trains on the same samples whether one rank
-    processes a batch of 8 in 2 micro-batches of 4, or two ranks process 4 samples each. An
-    incomplete last batch is dropped if ``order.drop_last`` is true. If it is false, the batch is
-    filled up with samples from the start of the epoch. Each iteration over the sampler is one
-    epoch.
+    across ranks and micro-batches. Step k therefore trains on the same samples on any number of
+    ranks. For example, one rank can process a batch of 8 in 2 micro-batches of 4, or two ranks can
+    process 4 samples each. If ``order.drop_last`` is true, an incomplete last batch is dropped. If
+    false, the batch is filled with samples from the start of the epoch. Each iteration over the
+    sampler is one epoch.
 
     Args:
         order: order in which each epoch visits the data.
         config: config with the batch sizes and the seed.
-        rank: rank whose micro-batches are yielded.
+        rank: rank to yield the micro-batches of.
         seeds_workers: whether each micro-batch seeds the worker process that loads it.
 
     Raises:
-        ValueError: the data is empty, or its only batch is incomplete and would be dropped.
+        ValueError: the data is empty, or the only batch is incomplete and would be dropped.
     """
 
     def __init__(
@@ -174,11 +173,11 @@ class GlobalBatchSampler(Sampler[Any]):
 
 
 class _SeededItems:
-    """Items of one micro-batch, with a seed for the worker process that unpickles them.
+    """Items of one micro-batch, with a seed for the worker process.
 
-    torch seeds a worker only when the worker starts. Without this class, the random numbers of a
-    worker would depend on the micro-batches that it has loaded before, and would be different in a
-    resumed run.
+    The worker is seeded when it unpickles the items. torch seeds a worker only at its start. The
+    random numbers of a worker would then depend on earlier micro-batches and change in a resumed
+    run.
     """
 
     def __init__(self, items: Any, seed: str) -> None:

@@ -26,7 +26,7 @@ class BestMetric:
     name: str
     mode: Literal["min", "max"] = "min"
     patience: int | None = None
-    """Number of reports in a row without an improvement that end the run; None for no limit."""
+    """Number of consecutive reports without an improvement that ends the run; None for no limit."""
     value: float | None = None
     """Best value so far; None before the first report."""
     step: int = 0
@@ -39,10 +39,10 @@ class BestMetric:
     """Whether the best value is newer than the best checkpoint."""
 
     def update(self, value: float, step: int) -> bool:
-        """Record a reported value, and return whether it is the best value so far.
+        """Record a value, and return whether the value is the best so far.
 
-        Several reports in the same step, for example by `Engine.step` and `Engine.report`, count as
-        one report.
+        Several reports in one step, for example by `Engine.step` and `Engine.report`, count as one
+        report.
         """
         is_new_report = step != self.last_step
         self.last_step = step
@@ -57,11 +57,11 @@ class BestMetric:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether the value has failed to improve for `patience` reports in a row."""
+        """Whether the value has not improved in the last `patience` reports."""
         return self.patience is not None and self.misses >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the values that a checkpoint stores."""
+        """Return the state for a checkpoint."""
         return {
             "name": self.name,
             "mode": self.mode,
@@ -72,7 +72,7 @@ class BestMetric:
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Load a saved state, unless it is None or has a different metric name or mode."""
+        """Load a saved state. A state of a different metric or mode is ignored."""
         if state is not None and (state["name"], state["mode"]) == (self.name, self.mode):
             for key in ("value", "step", "misses", "last_step"):
                 setattr(self, key, state[key])

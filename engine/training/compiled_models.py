@@ -1,4 +1,4 @@
-"""Unwrap models that `torch.compile` returned, and keep their modules compiled."""
+"""Unwrap models returned by `torch.compile`, and keep the modules compiled."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ __all__ = ["unwrap_compiled"]
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:
-    """Return the module inside a compiled model, set up to run compiled without the wrapper.
+    """Unwrap a model returned by `torch.compile`, and keep its module compiled.
 
-    The wrapper adds ``_orig_mod.`` to the keys of the state dict, so a checkpoint of the wrapper
-    could not be loaded into a model that is not compiled. If the model is not compiled, return the
-    model unchanged.
+    The wrapper adds ``_orig_mod.`` to the keys of the state dict, so an uncompiled model could not
+    load its checkpoints. A model without the wrapper is returned unchanged.
 
     >>> import torch
     >>> inner = nn.Linear(2, 1)
@@ -26,7 +25,7 @@ def unwrap_compiled(model: nn.Module) -> nn.Module:
     if dynamo is None or not isinstance(model, dynamo.OptimizedModule):
         return model
     wrapper: Any = model
-    inner: nn.Module = wrapper._orig_mod  # noqa: SLF001  # it has no public name
-    # As `nn.Module.compile` does, with the backend and the options of the wrapper.
+    inner: nn.Module = wrapper._orig_mod  # noqa: SLF001  # private in torch
+    # Compile like `nn.Module.compile`, with the backend and the options of the wrapper.
     inner._compiled_call_impl = wrapper.dynamo_ctx(inner._call_impl)  # noqa: SLF001
     return inner

@@ -46,21 +46,21 @@ def call_on_batches(model: Callable[..., Any], batches: Iterator[Any], count: in
         batch = next(batches, None)
         if batch is None:
             raise ValueError(
-                f"`data_iter` must yield all micro-batches of a step ({count}), got {index}. Pass "
+                f"`data_iter` must yield the {count} micro-batches of a step, got {index}. Pass "
                 "an endless iterator, or stop training at the end of an epoch."
             )
         yield call_model(model, batch)
 
 
 def repeat_batches(loader: RunLoader | None) -> Iterator[Any]:
-    """Return an endless iterator over the batches of the run's data loader.
+    """Return an infinite iterator over the batches of the run's data loader.
 
     Raises:
         RuntimeError: the run has no data loader.
     """
     if loader is None:
         raise MisuseError(
-            "`train_batch()` needs training data. Pass an iterator over micro-batches to it, or "
+            "`train_batch()` requires training data. Pass an iterator over micro-batches, or "
             "pass `training_data` to `initialize`."
         )
     return loader.iterate_forever()
@@ -81,7 +81,7 @@ def read_epoch(loader: RunLoader | None) -> int:
 
 
 def count_steps_per_epoch(loader: RunLoader | None, config: Config) -> int | None:
-    """Return the number of optimizer steps per epoch, or None if it is unknown.
+    """Return the number of optimizer steps per epoch, or None if unknown.
 
     Raises:
         ValueError: an epoch has fewer micro-batches than one optimizer step requires.
@@ -110,8 +110,8 @@ def build_loader(
 ) -> RunLoader:
     """Build the data loader that yields the micro-batches of one rank.
 
-    Unless the config disables shuffling, a map-style dataset is reshuffled in every epoch. An
-    iterable dataset is not shuffled, and must itself split its samples across ranks.
+    A map-style dataset is shuffled in every epoch, unless the config disables shuffling. An
+    iterable dataset is not shuffled and must split its samples across ranks.
 
     Args:
         training_data: dataset, or the user's own data loader.
@@ -143,8 +143,8 @@ def build_loader(
         return build_run_loader(training_data, settings, order, config, ranks)
     if config.raw.get("engine", {}).get("dataloader", {}).get("shuffle"):
         raise ValueError(
-            "`engine.dataloader.shuffle` has no effect on an iterable dataset, which has its own "
-            "order. Shuffle in the dataset, and remove the key."
+            "`engine.dataloader.shuffle` has no effect on an iterable dataset. Shuffle in the "
+            "dataset, and remove the key."
         )
     settings |= {"batch_size": config.batch.micro, "drop_last": data.drop_last}
     return build_run_loader(training_data, settings, None, config, ranks)

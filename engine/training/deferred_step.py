@@ -1,8 +1,8 @@
-"""Optimizer steps that the device itself skips, so that the host does not wait for it.
+"""Optimizer steps that the device can skip without waiting for the host.
 
-A step with non-finite gradients must be skipped. If the host decides this, it has to wait until the
-device has finished the backward pass, and the device then idles until the host has started the
-optimizer. `DeferredStep` lets the device decide. The host reads the outcome later.
+A step with non-finite gradients must be skipped. If the host decides, the host must wait until the
+device has finished the backward pass. The device is then idle until the host starts the optimizer.
+With `DeferredStep`, the device decides, and the host reads the outcome later.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ __all__ = ["DeferredStep", "StepResult", "can_skip_on_device", "compute_norm_on_
 
 
 def can_skip_on_device(optimizer: Optimizer, device: torch.device) -> bool:
-    """Return whether the optimizer's kernels skip a step if a tensor on the device requires it.
+    """Return whether a tensor on the device can make the optimizer's kernels skip a step.
 
-    Only PyTorch's fused kernels do. All parameters must be on ``device``.
+    Only PyTorch's fused kernels can skip a step. All parameters must be on ``device``.
 
     >>> weight, device = torch.nn.Parameter(torch.ones(1)), torch.device("cpu")
     >>> can_skip_on_device(torch.optim.AdamW([weight], fused=True), device)
@@ -56,8 +56,8 @@ def compute_norm_on_device(gradients: list[Tensor], device: torch.device) -> Ten
 class StepResult:
     """The result of a deferred `Engine.step`: whether the optimizer step was applied.
 
-    Use it like a bool. ``bool(result)``, ``result == True`` and ``repr(result)`` wait until the
-    device has finished the step. ``result is True`` is always false.
+    Use the result like a bool. ``bool(result)``, ``result == True`` and ``repr(result)`` wait until
+    the device has finished the step. ``result is True`` is always false.
 
     Args:
         settle: function that reads the outcome from the device and sets `is_applied`.
@@ -96,19 +96,20 @@ class StepResult:
 
 
 class DeferredStep:
-    """Runs optimizer steps without waiting for the device, and reads their outcome later.
+    """Runner of optimizer steps that reads the outcome of a step later.
 
-    The gradients stay as the backward pass computed them. The fused kernel divides them by
+    The backward pass leaves unscaled, unclipped gradients in ``.grad``. The fused kernel divides
+    them by
 
         grad_scale = scale * max(1, (norm + 1e-6) / clipping)
 
-    where the norm is that of the unscaled gradients, and returns without a change if the norm is
-    not finite. The norm and the loss are copied to pinned memory, behind the step. `read` waits
-    for this copy, so call it after the next backward pass has been started. The device then has
-    work, and the host usually does not have to wait.
+    ``norm`` is the norm of the unscaled gradients. If the norm is not finite, the kernel skips the
+    step. After the step, the norm and the loss are copied to pinned memory. `read` waits for this
+    copy. Call `read` after the start of the next backward pass, so that the device stays busy and
+    the host rarely waits.
 
-    With a dynamic loss scale, the scale of the next backward pass depends on the outcome. The host
-    knows the two possible scales, and the device chooses between them.
+    A dynamic loss scale for the next backward pass depends on the outcome. The host computes both
+    possible scales, and the device selects one.
 
     Args:
         optimizer: optimizer for which `can_skip_on_device` is true.
@@ -136,9 +137,9 @@ class DeferredStep:
         device: torch.device,
     ) -> None:
         self.scale: Tensor | None = None
-        """Loss scale for the next backward pass, if it depends on an outcome that is not read."""
+        """Loss scale for the next backward pass, if it depends on an unknown outcome."""
         self.has_skipped = False
-        """Whether the last step that was read was skipped."""
+        """Whether the last step with a known outcome was skipped."""
         self._optimizer = optimizer
         self._clipping = clipping
         self._scaler = scaler
@@ -154,7 +155,7 @@ class DeferredStep:
 
         Args:
             norm: 2-norm of the unscaled gradients; float64 scalar on the device.
-            scale: factor by which the gradients in ``.grad`` are too large.
+            scale: factor to divide the gradients in ``.grad`` by.
             loss: scalar tensor that `read` returns with the norm, or None.
         """
         found_inf = (~torch.isfinite(norm)).float()
@@ -175,7 +176,7 @@ class DeferredStep:
             self._event.record()
 
     def _find_divisor(self, norm: Tensor, scale: float) -> Tensor | None:
-        """Return the number by which the kernel divides the gradients; None for 1."""
+        """Return the divisor of the gradients for the kernel; None for 1."""
         if self._clipping > 0:
             divisor = torch.clamp((norm + 1e-6) / self._clipping, min=1.0) * scale
             return divisor.float()

@@ -17,16 +17,15 @@ def map_leaves(
     value: Any,
     is_leaf: Callable[[Any], bool] = lambda value: False,
 ) -> Any:
-    """Replace each value in nested containers with the result of a function.
+    """Apply a function to each value in nested containers.
 
     Containers are tuples, namedtuples, lists, mappings and dataclasses, at any depth. A container
-    in which no value changes is returned as it is. All other containers are copied.
+    without changed values is returned itself. All other containers are copied.
 
     Args:
         function: function that takes a leaf and returns its replacement.
         value: container or leaf.
-        is_leaf: function that returns true for each container to be passed to ``function`` as a
-            whole.
+        is_leaf: function that returns true for a container to pass to ``function`` as a whole.
 
     >>> map_leaves(lambda number: -number, {"x": (1, [2])})
     {'x': (-1, [-2])}
@@ -86,8 +85,8 @@ def _map_dataclass(convert: Callable[[Any], Any], value: Any) -> Any:
 def move_to_device(batch: Any, device: torch.device) -> Any:
     """Return a batch with its tensors moved to a device.
 
-    Copies from pinned memory to a GPU overlap with its computation. Copies to the CPU are complete
-    when the function returns.
+    Copies from pinned memory to a GPU overlap with computation. Copies to the CPU are complete when
+    the function returns.
 
     Args:
         batch: tensor, nested container of tensors as in `map_leaves`, or object with a method

@@ -1,4 +1,4 @@
-"""DeepSpeed's diagnostics for the PyTorch backend: times, a model profile and the initial state.
+"""DeepSpeed's diagnostics for the PyTorch backend: times, model profile and initial state.
 
 A disabled diagnostic costs no time, because the backend's methods stay unchanged.
 """
@@ -29,14 +29,14 @@ log = logging.getLogger("onecycle")
 def attach_diagnostics(
     config: Config, backend: Any, progress: ProgressReporter, get_counters: Callable[[], Counters]
 ) -> None:
-    """Start the diagnostics that the config enables, on rank 0 of the PyTorch backend.
+    """Start the configured diagnostics on rank 0 of the PyTorch backend.
 
-    On the DeepSpeed backend, DeepSpeed runs the same diagnostics itself.
+    On the DeepSpeed backend, DeepSpeed runs the diagnostics.
 
     Args:
         config: config of the run.
-        backend: backend of the run; its methods are replaced with versions that measure their time.
-        progress: progress reporter, which logs the measured times.
+        backend: backend of the run. Its methods are replaced with methods that measure their time.
+        progress: progress reporter that logs the measured times.
         get_counters: function that returns the current counters of the run.
     """
     settings = config.diagnostics

@@ -10,10 +10,10 @@ __all__ = ["DivergenceCheck"]
 
 
 class DivergenceCheck:
-    """Counts consecutive skipped steps, and ends the run when their number reaches a limit.
+    """Counter of consecutive skipped steps. It raises an error at a limit.
 
     Args:
-        limit: number of consecutive skipped steps that end the run; None for no limit.
+        limit: number of consecutive skipped steps that ends the run; None for no limit.
     """
 
     def __init__(self, limit: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Evaluate a model on a whole dataset, whose samples may be split across ranks."""
+"""Evaluate a model on a dataset, on one or several ranks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _Row = tuple[str | None, Any, Any]
 
 @contextlib.contextmanager
 def preserve_modes(model: nn.Module) -> Iterator[None]:
-    """Restore the training mode of every submodule when the context exits."""
+    """Restore the training mode of every submodule on exit."""
     modes = {module: module.training for module in model.modules()}
     try:
         yield
@@ -51,17 +51,17 @@ def preserve_modes(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode and disable gradients; restore both when the context exits."""
+    """Put a model into eval mode and disable gradients inside this context."""
     with preserve_modes(model), torch.no_grad():
         model.eval()
         yield
 
 
 class Evaluator:
-    """Averages metrics over a dataset, and gathers tensors from all ranks.
+    """Evaluator that averages metrics over a dataset and gathers tensors from all ranks.
 
     All ranks process the same number of batches, because a forward pass may gather parameters from
-    all ranks. A rank that has no batch left repeats an earlier batch, and drops its results.
+    all ranks. A rank without a remaining batch repeats an earlier batch and drops its results.
 
     Args:
         ranks: rank, world size and device of this process.
@@ -69,7 +69,7 @@ class Evaluator:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        # Only the first of the ranks that share a model contributes its rows.
+        # Of the ranks that share a model, only the first rank contributes rows.
         self._is_first_of_shard = ranks.shard is None or self._find_first_of_shard() == ranks.rank
         self._is_repeating = False  # whether to drop the results of the current batch
 
@@ -77,8 +77,8 @@ class Evaluator:
         """Return the mean of each metric over the samples of all ranks; see `Engine.evaluate`."""
         if isinstance(loader, RunLoader):
             raise ValueError(  # noqa: TRY004  # it is the wrong loader, not the wrong type
-                "`loader` must not be the training loader, because evaluating would start its next "
-                "epoch. Pass a `DataLoader` of the dataset instead."
+                "`loader` must not be the training loader, because an evaluation would start the "
+                "next epoch. Pass a new `DataLoader` of the dataset."
             )
         rows: list[_Row] = []
         try:
@@ -115,7 +115,7 @@ class Evaluator:
             got = [((rows, *shape), dtype) for rows, shape, dtype in kinds]
             raise ValueError(
                 "`value` must have the same dtype on every rank and, except in the first "
-                f"dimension, the same shape, got {got}. Pad or convert it first."
+                f"dimension, the same shape, got {got}. Pad or convert the tensor first."
             )
         # Gather bytes, because gloo does not support every dtype.
         own = _to_bytes(tensor)
@@ -143,7 +143,7 @@ class Evaluator:
         return self._gather_objects(self._ranks.shard).index(self._ranks.shard)
 
     def _iterate(self, loader: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-        """Return an iterator over pairs: a batch of this rank, and whether it is repeated."""
+        """Return an iterator over pairs of a batch and whether the batch is repeated."""
         if self._ranks.world_size == 1:
             return ((batch, False) for batch in loader)
         plans = self._gather_objects(_plan_split(loader))
@@ -156,7 +156,7 @@ class Evaluator:
     def _iterate_split(
         self, loader: DataLoader[Any], batches: list[list[int]]
     ) -> Iterator[tuple[Any, bool]]:
-        """Load this rank's part of ``batches``; return an iterator like that of `_iterate`."""
+        """Iterate over this rank's part of ``batches``, like `_iterate`."""
         size = self._ranks.data_ranks
         own = batches[self._ranks.data_rank :: size]
         repeats = len(batches[::size]) - len(own)
@@ -180,11 +180,12 @@ class Evaluator:
 
 
 def _plan_split(loader: Iterable[Any]) -> tuple[int, int, bool, str] | None:
-    """Return a description of a loader's data, or None if the data cannot be split across ranks.
+    """Describe a loader's data. Return None if the data cannot be split across ranks.
 
     The description contains the number of samples, the batch size, ``drop_last`` and a hash of the
-    first sample. If all ranks have equal descriptions, they have the same dataset, which can be
-    split. The descriptions differ if the dataset of each rank contains only a part of the data.
+    first sample. Equal descriptions on all ranks mean that each rank has the same dataset, so it
+    can be split. Different descriptions mean that the dataset of each rank contains only a part of
+    the data.
     """
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         return None
@@ -225,7 +226,7 @@ def _copy_loader(
     num_workers: int,
     generator: torch.Generator | None,
 ) -> DataLoader[Any]:
-    """Copy a data loader; the copy loads ``batches``, each of which is a list of sample indices."""
+    """Copy a data loader, with ``batches`` as the lists of sample indices to load."""
     return DataLoader(
         loader.dataset,
         batch_sampler=batches,
@@ -253,8 +254,8 @@ def _read_result(result: Any, samples: int | None) -> list[_Row]:
     metrics, count = result if has_count else (result, samples)
     if count is None:
         raise ValueError(
-            "The number of samples is unknown, because the batch contains no tensor. Return "
-            "`(metrics, number_of_samples)` from `fn`."
+            "The number of samples is unknown, because the batch does not contain a tensor. "
+            "Return `(metrics, number_of_samples)` from `fn`."
         )
     count = _check_number(count, "the number of samples")
     named = metrics if isinstance(metrics, Mapping) else {None: metrics}
@@ -305,8 +306,8 @@ def _compute_means(rows: Sequence[_Row]) -> Any:
             named.setdefault(name, []).append((value * count, count))
     if not named:
         raise ValueError(
-            "`loader` must yield at least one sample, got none. Check its dataset and `drop_last`. "
-            "If it is a generator, create a new one for each evaluation."
+            "`loader` must yield at least one sample, got 0. Check the dataset and `drop_last`. "
+            "If `loader` is a generator, create a new generator for each evaluation."
         )
     means = {
         name: _sum([value for value, _ in pairs]) / _sum([count for _, count in pairs])
@@ -316,5 +317,5 @@ def _compute_means(rows: Sequence[_Row]) -> Any:
 
 
 def _sum(values: list[float]) -> float:
-    """Return the sum of values. If all are finite, the sum does not depend on their order."""
+    """Return the sum of values. The order of finite values does not affect the sum."""
     return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)

@@ -18,7 +18,7 @@ __all__ = ["ModuleProfile", "format_profile", "profile_modules"]
 
 @dataclass
 class ModuleProfile:
-    """The cost of one module, including its submodules, in one forward pass of the model."""
+    """The cost of a module and its submodules in one forward pass of the model."""
 
     name: str
     """Name of the module in the model; "" for the model itself."""
@@ -32,7 +32,7 @@ class ModuleProfile:
 
     @property
     def depth(self) -> int:
-        """Number of modules that contain this module; 0 for the model."""
+        """Nesting depth of the module; 0 for the model."""
         return len(self.name.split(".")) if self.name else 0
 
 
@@ -40,19 +40,18 @@ class ModuleProfile:
 def profile_modules(model: nn.Module, device: torch.device) -> Iterator[list[ModuleProfile]]:
     """Profile the modules of a model during the forward passes inside this context.
 
-    A compiled model runs uncompiled in this context, because compiled code does not call the
-    modules of the model.
+    A compiled model runs uncompiled in this context, because compiled code does not call modules.
 
     Args:
         model: model to profile.
-        device: device that is synchronized before and after each module.
+        device: device to synchronize before and after each module.
 
     Yields:
         A list with one profile per module, starting with the model. The profiles are complete when
         the context exits.
     """
     with FlopCounterMode(display=False):
-        torch.ones(1, 1).mm(torch.ones(1, 1))  # imports what counting needs, before it is timed
+        torch.ones(1, 1).mm(torch.ones(1, 1))  # trigger lazy imports before the timing
     profiles = []
     handles = []
     with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
@@ -70,7 +69,7 @@ def profile_modules(model: nn.Module, device: torch.device) -> Iterator[list[Mod
 
 
 def _add_up_containers(profiles: Sequence[ModuleProfile]) -> None:
-    """Add up the members' costs for each container that is never called, such as a ModuleList."""
+    """Add up the costs of the members of each uncalled container, such as a ModuleList."""
     for container in reversed(profiles):
         if container.calls == 0 and container.name:
             members = [each for each in profiles if each.name.rpartition(".")[0] == container.name]
@@ -154,7 +153,7 @@ def _format_module(profile: ModuleProfile, model: ModuleProfile) -> str:
 
 
 def _format_number(value: float) -> str:
-    """Format a number with an SI prefix, so that a unit can follow.
+    """Format a number with an SI prefix, without a unit.
 
     >>> _format_number(1234567), _format_number(0.00012), _format_number(0)
     ('1.23 M', '120 µ', '0 ')

@@ -1,8 +1,8 @@
-"""Average gradients across ranks that hold replicas of the model, as DDP does.
+"""Average gradients across replicas of a model, like DDP.
 
-DDP averages gradients only if the loss comes from its own ``forward``. This module registers hooks
-on the parameters instead, so that gradients are also averaged if the loss comes from another method
-of the model, from the unwrapped model or from several forward passes.
+DDP averages gradients only if the loss comes from DDP's ``forward``. This module registers hooks on
+the parameters. Gradients are therefore also averaged if the loss comes from a different method of
+the model, from the unwrapped model or from several forward passes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CHECK_INTERVAL = 100
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Copy the values of rank 0's tensors into the tensors of all other ranks.
+    """Copy rank 0's tensors to all other ranks.
 
     Every rank must call this function with tensors of the same shapes, in the same order.
     """
@@ -52,7 +52,7 @@ def _get_type(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
 
 @dataclasses.dataclass
 class _Bucket:
-    """Parameters whose gradients are averaged in one all-reduce."""
+    """Parameters with gradients that are averaged in one all-reduce."""
 
     parameters: list[nn.Parameter]
     buffer: Tensor
@@ -63,7 +63,7 @@ class _Bucket:
     copied: set[int] = dataclasses.field(default_factory=set)
     """Indices of the gradients that the current backward pass has copied into the buffer."""
     work: Any = None
-    """Handle of the all-reduce in progress; None if there is none."""
+    """Handle of the all-reduce in progress, or None."""
     is_stale: bool = False
     """Whether a gradient changed after its all-reduce started."""
 
@@ -73,20 +73,19 @@ class _Bucket:
 
 
 class GradientAverager:
-    """Averages the gradients of the trained parameters across ranks.
+    """Object that averages the gradients of the trained parameters across ranks.
 
     Inside `overlap`, a bucket of gradients is averaged as soon as all gradients of the bucket are
-    computed, while the backward pass continues. `finish` averages all other gradients, so that the
-    optimizer uses only averaged gradients. Averaging a gradient twice is safe, because the second
-    average does not change values that are already equal on all ranks. If no rank has a gradient
-    for a parameter, the gradient stays None.
+    computed, while the backward pass continues. `finish` averages all remaining gradients.
+    Averaging a gradient twice is safe, because the second average does not change equal values. If
+    no rank has a gradient for a parameter, the gradient stays None.
 
-    All ranks must run the same backward passes. To detect scripts that do not, the ranks compare
-    their step numbers and gradient norms in the first three steps and in every hundredth step.
+    All ranks must run the same backward passes. To detect violations, the ranks compare step
+    numbers and gradient norms in the first three steps and in every hundredth step.
 
     Args:
         model: replicated module; rank 0's parameters and buffers are copied to all ranks.
-        optimizer: optimizer that holds the trained parameters, including those added later.
+        optimizer: optimizer that holds the trained parameters. Parameters can be added later.
         ranks: rank and world size of this process, at least 2.
 
     Raises:
@@ -127,7 +126,7 @@ class GradientAverager:
 
     @contextlib.contextmanager
     def overlap(self) -> Iterator[None]:
-        """Average gradients while the backward pass inside this context computes them.
+        """Average gradients during the backward pass inside this context.
 
         The remaining gradients are averaged when the context exits.
         """
@@ -197,9 +196,9 @@ class GradientAverager:
                 self._add_hook(parameter, self._on_sparse)
 
     def _add_hook(self, parameter: nn.Parameter, hook: Callable[..., None]) -> None:
-        """Register a hook that runs whenever a parameter's gradient has been accumulated.
+        """Register a hook that runs after a parameter's gradient is accumulated.
 
-        This hook runs after the hooks that the script has registered on the parameter.
+        The hook runs after the hooks of the script.
         """
         if parameter.requires_grad:
             node = torch.autograd.graph.get_gradient_edge(parameter).node
@@ -242,9 +241,9 @@ class GradientAverager:
 
     @torch.no_grad()
     def _copy(self, bucket: _Bucket, index: int) -> bool:
-        """Copy a gradient, divided by the world size, to the buffer of its bucket.
+        """Copy a gradient, divided by the world size, to the buffer of the bucket.
 
-        If the parameter has no gradient, copy zeros. Return whether the parameter has a gradient.
+        For a parameter without a gradient, copy zeros. Return whether the parameter has a gradient.
         """
         gradient, view = bucket.parameters[index].grad, bucket.views[index]
         if gradient is None:
@@ -322,10 +321,10 @@ class GradientAverager:
     def _check_steps_match(self) -> None:
         """Check that all ranks have finished the same number of steps.
 
-        The ranks compare their step numbers in an all-reduce of the first bucket. If a rank is
-        still averaging gradients, its next operation is an all-reduce of the same size, so this
-        check completes and finds the difference. With any other collective operation, the ranks
-        would wait for each other indefinitely.
+        The ranks compare step numbers in an all-reduce of the first bucket. A rank that is still
+        averaging gradients performs an all-reduce of the same size, so the check completes and
+        detects the difference. With any other collective operation, the ranks would wait
+        indefinitely.
         """
         for bucket in self._buckets[:1]:
             bucket.buffer.zero_()
@@ -346,9 +345,9 @@ class GradientAverager:
             are_finite = math.isfinite(value) or math.isfinite(values[0])
             if are_finite and not math.isclose(value, values[0], rel_tol=1e-3):
                 raise MisuseError(
-                    f"The gradients differ between ranks: the sum of their norms is {values[0]:g} "
-                    f"on rank 0 and {value:g} on rank {rank}. After `trainer.backward(loss)`, "
-                    "change `.grad` in the same way on every rank."
+                    "The gradients differ between ranks: the sum of the gradient norms is "
+                    f"{values[0]:g} on rank 0 and {value:g} on rank {rank}. After "
+                    "`trainer.backward(loss)`, change `.grad` in the same way on every rank."
                 )
 
 
@@ -359,7 +358,7 @@ def _split(tensors: Iterable[T], get_type: Callable[[T], object]) -> list[list[T
     gradients starts early in the backward pass.
 
     Args:
-        tensors: tensors, or parameters that stand for their gradients.
+        tensors: tensors, or parameters instead of their gradients.
         get_type: function that returns the device and the dtype of the buffer.
     """
     buckets: list[list[T]] = []
@@ -376,7 +375,7 @@ def _split(tensors: Iterable[T], get_type: Callable[[T], object]) -> list[list[T
 
 
 def _buffer_type(parameter: nn.Parameter) -> tuple[torch.device, torch.dtype]:
-    """Return the device and the dtype in which to average a parameter's gradient.
+    """Return the device and dtype for averaging a parameter's gradient.
 
     The dtype is at least float32, because sums of 16-bit gradients lose precision.
     """
@@ -393,7 +392,7 @@ def _build_bucket(parameters: list[nn.Parameter]) -> _Bucket:
 
 
 def find_sparse_weights(model: nn.Module) -> set[int]:
-    """Return the ids of a model's weights whose gradients are sparse tensors."""
+    """Return the ids of a model's weights with sparse gradients."""
     return {
         id(module.weight)
         for module in model.modules()

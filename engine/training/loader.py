@@ -25,29 +25,28 @@ _MAX_EMPTY_EPOCHS = 10_000
 
 
 def has_state(loader: object) -> bool:
-    """Return whether a data loader saves its own position, like torchdata's StatefulDataLoader."""
+    """Return whether a data loader has a state dict, like torchdata's StatefulDataLoader."""
     return all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
 class RunLoader:
-    """Iterates over the micro-batches of a data loader until the run is over.
+    """Iterable over the micro-batches of a data loader until the run is over.
 
-    Each loop over this object is one epoch, or the rest of the epoch in which the loaded checkpoint
-    was saved. Batches are moved to the rank's device. Attributes that this class does not have,
-    such as ``dataset``, are looked up in the data loader.
+    Each loop over this object is one epoch, or the rest of an epoch after a resume. Batches are
+    moved to the rank's device. All other attributes, such as ``dataset``, are looked up in the data
+    loader.
 
     Args:
         batches: data loader of this rank.
         ranks: device, rank and world size of this process.
         seed: seed of ``generator`` in epoch 0. It increases by 1 per epoch.
-        generator: random generator of ``batches``, from which torch draws the seeds of the
-            workers. It is seeded at the start of each epoch. Without it, torch would draw the seeds
-            from the global generator.
-        sampler: batch sampler of ``batches``, which can skip micro-batches when a run resumes.
-            Without it, the skipped micro-batches are loaded and discarded, unless the loader saves
-            its own position.
-        repeats: object that checks whether the ranks load different batches; None if the loader
-            itself ensures this.
+        generator: random generator of ``batches`` for the seeds of the workers. It is seeded at the
+            start of each epoch. Without this generator, torch would use the global generator.
+        sampler: batch sampler of ``batches`` that can skip micro-batches when a run resumes.
+            Without a sampler, the skipped micro-batches are loaded and discarded, unless the loader
+            has a state dict.
+        repeats: object that checks whether the ranks load different batches; None to skip the
+            check.
     """
 
     def __init__(
@@ -88,15 +87,15 @@ class RunLoader:
 
     @property
     def epoch(self) -> int:
-        """Number of the current epoch, from 0; between two epochs, the number of the next one."""
+        """Index of the current epoch, starting at 0; between two epochs, of the next epoch."""
         return self._epoch + 1 if self._is_finished else self._epoch
 
     @property
     def position(self) -> tuple[int, int, bool, bool, Any]:
-        """The position in the data. To return to a position, assign it to this property.
+        """The position in the data. Assign a position to return to it.
 
-        If the data loader saves its own position, its state is included once the first epoch has
-        started. Reading this state earlier might start the worker processes of the loader.
+        If the data loader has a state dict, the position contains it after the start of the first
+        epoch. Reading the state dict earlier could start the worker processes of the loader.
         """
         own = self._batches.state_dict() if has_state(self._batches) and self._epoch >= 0 else None
         return self._epoch, self._requested, self._is_finished, self.resumes, own
@@ -111,9 +110,9 @@ class RunLoader:
         """Return the position in the data.
 
         Returns:
-            A dict with the epoch ("epoch"), the number of micro-batches requested in it ("given"),
-            and whether all data of the epoch has been used ("finished"). If the data loader saves
-            its own position, the dict also contains its state on this rank ("loader").
+            A dict with the epoch ("epoch"), the number of micro-batches requested in the epoch
+            ("given"), and whether all data of the epoch has been used ("finished"). If the data
+            loader has a state dict, the dict also contains this rank's loader state ("loader").
         """
         finished = int(self._is_used_up())
         state = {"epoch": self._epoch, "given": self._requested, "finished": finished}
@@ -128,8 +127,8 @@ class RunLoader:
     def load_state_dict(self, state: Mapping[str, Any], *, resumes: bool = True) -> None:
         """Load a saved position, so that the next loop over the data continues from it.
 
-        If ``resumes`` is false or the data of the saved epoch is used up, the next loop starts the
-        epoch after the saved one instead.
+        If ``resumes`` is false or the saved epoch is complete, the next loop starts the following
+        epoch.
         """
         self._epoch, self._requested = state["epoch"], state["given"]
         self._endless = None
@@ -149,8 +148,8 @@ class RunLoader:
     def close(self) -> None:
         """Stop the worker processes that keep running between epochs.
 
-        If this method is not called, the workers stop when Python's garbage collector deletes them.
-        They stop several seconds later if the collector deletes their queues first.
+        Without this call, the workers stop when Python's garbage collector deletes them. The
+        garbage collector can delay the exit by several seconds.
         """
         if getattr(self._batches, "persistent_workers", False):
             self._batches._iterator = None  # noqa: SLF001  # torch has no public way
@@ -160,11 +159,11 @@ class RunLoader:
         self._check_resume = check_resume
 
     def stop_when(self, run_is_over: Callable[[], bool], save_last: Callable[[], None]) -> None:
-        """End the iteration when ``run_is_over`` returns true, and then call ``save_last``."""
+        """End the iteration when ``run_is_over`` returns true, and call ``save_last``."""
         self._run_is_over, self._save_last = run_is_over, save_last
 
     def call_after_epoch(self, end_epoch: Callable[[], None]) -> None:
-        """Register a function to call whenever the data of an epoch is used up."""
+        """Register a function to call at the end of each epoch."""
         self._end_epoch = end_epoch
 
     def __iter__(self) -> Iterator[Any]:
@@ -179,7 +178,7 @@ class RunLoader:
         return self._count_requests(self._start_epoch())
 
     def iterate_forever(self) -> Iterator[Any]:
-        """Return an endless iterator over the batches of all epochs, always the same iterator."""
+        """Return the run's infinite iterator over the batches of all epochs."""
         if self._endless is None:
             self._endless = itertools.chain.from_iterable(itertools.repeat(self))
         return self._endless
@@ -223,8 +222,8 @@ class RunLoader:
         self._empty_epochs += 1
         if self._empty_epochs > _MAX_EMPTY_EPOCHS:
             raise MisuseError(
-                "The run is over, but the training loop continues to iterate over the data. Exit "
-                "the loop when `trainer.run_is_over` is true, or increase `engine.max_duration`."
+                "The run is over, but the training loop requests further batches. Exit the loop "
+                "when `trainer.run_is_over` is true, or increase `engine.max_duration`."
             )
         self._save_last()
         return iter(())

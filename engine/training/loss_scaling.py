@@ -29,15 +29,16 @@ class ScalerState:
 
 
 class LossScaler:
-    """Static or dynamic loss scale, which keeps fp16 gradients from underflowing.
+    """Static or dynamic loss scale that prevents the underflow of fp16 gradients.
 
-    If ``loss_scale`` is above 0, the scale is static. If it is 0, the scale is dynamic and starts
-    at ``2 ** initial_scale_power``. The first ``hysteresis - 1`` overflows do not change the scale.
-    Every later overflow halves the scale, but not below ``min_loss_scale`` or, if this is 0, the
-    smallest positive float16 number. After ``loss_scale_window + 1`` consecutive steps without
-    overflow, the scale doubles. It doubles again after every further ``loss_scale_window`` steps
-    without overflow. Doubling the scale also resets the count of overflows. With
-    ``consecutive_hysteresis``, every step without overflow resets this count.
+    If ``loss_scale`` is above 0, the scale is static. If ``loss_scale`` is 0, the scale is dynamic
+    and starts at ``2 ** initial_scale_power``. The first ``hysteresis - 1`` overflows do not change
+    the scale. Every later overflow halves the scale, down to ``min_loss_scale``. If
+    ``min_loss_scale`` is 0, the minimum is the smallest positive float16 number. After
+    ``loss_scale_window + 1`` consecutive steps without overflow, the scale doubles. The scale
+    doubles again after every further ``loss_scale_window`` steps without overflow. Doubling the
+    scale resets the count of overflows. With ``consecutive_hysteresis``, every step without
+    overflow resets the count.
 
     >>> scaler = LossScaler(LossScaling(0, 4, 2, 1, False, 1))
     >>> for overflow in (True, False, False, False):
@@ -59,21 +60,21 @@ class LossScaler:
         self._clean_steps = 0
 
     def limit_to_float16(self) -> None:
-        """Limit a dynamic scale to the largest power of two that float16 can represent.
+        """Limit a dynamic scale to the largest power of two in float16.
 
-        The backward pass of a float16 loss uses the scale as its first gradient. A larger scale
-        would be infinite in float16, so every step would be skipped.
+        The backward pass of a float16 loss starts with the scale as gradient. A larger scale would
+        be infinite in float16, so every step would be skipped.
         """
         if self._dynamic and self.scale > _MAX_FLOAT16_SCALE:
             self.scale = _MAX_FLOAT16_SCALE
 
     @property
     def max_float16_scale(self) -> float:
-        """The largest loss scale for a float16 loss; a static scale is not limited."""
+        """The largest loss scale for a float16 loss. A static scale is not limited."""
         return _MAX_FLOAT16_SCALE if self._dynamic else math.inf
 
     def find_next_scales(self) -> tuple[float, float]:
-        """Return the scales after a step without and with overflow.
+        """Return the scale after a step without overflow and after a step with overflow.
 
         >>> LossScaler(LossScaling(0, 4, 2, 1, False, 1)).find_next_scales()
         (16.0, 8.0)
@@ -122,7 +123,7 @@ class LossScaler:
             self._hysteresis = settings.hysteresis
 
     def state_dict(self) -> dict[str, float]:
-        """Return the state of the scaler as a dict, for a checkpoint."""
+        """Return the state of the scaler as a dict."""
         return {
             "scale": self.scale,
             "hysteresis": self._hysteresis,

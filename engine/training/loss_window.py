@@ -27,12 +27,11 @@ def check_loss(loss: object) -> None:
 
 
 class LossWindow:
-    """Collects the losses of the micro-batches since the last optimizer step.
+    """Collector of the losses of the micro-batches since the last optimizer step.
 
     Args:
         average: function that averages a number over all ranks.
-        is_kept: whether to keep the losses, which feedback schedules, monitors and LR range tests
-            need.
+        is_kept: whether to keep the losses for feedback schedules, monitors and LR range tests.
     """
 
     def __init__(self, average: Callable[[float], float], *, is_kept: bool) -> None:
@@ -50,7 +49,7 @@ class LossWindow:
     def has_losses(self) -> bool:
         """Whether a loss has been added since the last optimizer step.
 
-        No loss is added if the script calls ``loss.backward()`` itself.
+        If the script calls ``loss.backward()`` itself, no loss is added.
         """
         return bool(self._losses)
 
@@ -75,11 +74,11 @@ class LossWindow:
         return len(self._losses)
 
     def compute_local_mean(self) -> Tensor | None:
-        """Return this rank's mean loss as a tensor on its device; None if there are no losses."""
+        """Return this rank's mean loss as a tensor on its device, or None without losses."""
         return torch.stack(self._losses).float().mean() if self._losses else None
 
     def set_mean(self, mean: float) -> None:
-        """Set the result of `mean`, if it was computed elsewhere."""
+        """Store a mean loss that was computed elsewhere, as the result of `mean`."""
         self._mean = mean
 
     def renew(self) -> LossWindow:

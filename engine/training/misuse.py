@@ -50,7 +50,7 @@ class CheckedBackend(Protocol):
         ...
 
     def has_gradients(self) -> bool:
-        """Return whether a trained parameter has a gradient, or True if this is unknown."""
+        """Return whether any trained parameter has a gradient; True if unknown."""
         ...
 
 
@@ -58,8 +58,8 @@ class MisuseChecks:
     """Checks for mistakes at each backward pass, at each step and at the end of each epoch.
 
     The checks neither synchronize the device nor communicate with other ranks. They add a hook to
-    the optimizer, which counts its steps, and change no other object of the script. An engine and
-    the trial runs of its LR range tests share one instance.
+    the optimizer to count its steps, and change no other object of the script. An engine and the
+    trial runs of its LR range tests share one instance.
 
     Args:
         backend: backend of the engine.
@@ -91,8 +91,8 @@ class MisuseChecks:
     def restart(self) -> None:
         """Discard the recorded step counts of the optimizer and the scheduler.
 
-        Call this method if the engine changes these counts between two steps, for example when it
-        loads a checkpoint.
+        Call this method if the engine changes the counts between two steps, for example by loading
+        a checkpoint.
         """
         self._is_position_known = False
 
@@ -123,10 +123,10 @@ class MisuseChecks:
         if not self._backend.has_gradients():
             done, steps = accumulation.micro_batches, accumulation.steps
             raise MisuseError(
-                f"The gradients of {count_noun(done, 'micro-batch')} were cleared before the "
-                f"optimizer step, which accumulates {count_noun(steps, 'micro-batch')}. Remove the "
-                "call to `zero_grad()`, because `trainer.step()` clears the gradients after each "
-                "optimizer step."
+                f"The optimizer step accumulates {count_noun(steps, 'micro-batch')}, but the "
+                f"gradients of {count_noun(done, 'micro-batch')} were cleared before the step. "
+                "Remove the call to `zero_grad()`. `trainer.step()` clears the gradients after "
+                "each optimizer step."
             )
 
     def check_step(
@@ -222,8 +222,8 @@ class MisuseChecks:
         if stepped:
             calls = " and ".join(stepped)
             raise MisuseError(
-                f"The script calls {calls} in addition to `trainer.step()`, which already steps "
-                f"the optimizer and the scheduler. Remove {calls} from the script."
+                f"The script calls {calls}, but `trainer.step()` already steps the optimizer and "
+                f"the scheduler. Remove {calls} from the script."
             )
 
     def _check_rivals(self) -> None:
@@ -258,10 +258,10 @@ class MisuseChecks:
         names = [f"`{name}`" for name, parameter in unfrozen if id(parameter) not in trained]
         if names:
             self._warn(
-                "Some parameters were frozen when the engine was built. They require gradients "
-                "now, but are not trained, because they are in no param group: "
-                f"{_shorten(names)}. Pass frozen parameters to `initialize` as `model_parameters` "
-                "or, if there is no schedule, call `optimizer.add_param_group`."
+                "These parameters require gradients but are not trained, because they were frozen "
+                f"when the engine was built and are in no param group: {_shorten(names)}. Pass "
+                "frozen parameters to `initialize` as `model_parameters` or, if there is no "
+                "schedule, call `optimizer.add_param_group`."
             )
 
     def _warn(self, text: str) -> None:
@@ -270,7 +270,7 @@ class MisuseChecks:
 
 
 class _Claim:
-    """Records an engine's trained parameters, and the other engines that also train any of them."""
+    """Records an engine's trained parameters, and the other engines that train any of them."""
 
     def __init__(self, parameters: set[Any]) -> None:
         self.parameters = parameters

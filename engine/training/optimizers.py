@@ -57,7 +57,8 @@ def build_optimizer(
 
     Args:
         block: type and hyperparameters of the optimizer.
-        parameters: tensors or param groups. Hyperparameters in a group override those of the block.
+        parameters: tensors or param groups. Hyperparameters in a group override the block's
+            hyperparameters.
         may_fuse: whether to use a fused kernel if there is one. Fused kernels do not support sparse
             gradients.
 
@@ -94,7 +95,7 @@ def build_optimizer(
 
 
 def set_optimizer_mode(optimizer: Optimizer, *, training: bool) -> None:
-    """Call ``train`` or ``eval`` of an optimizer that has both, such as a schedule-free one.
+    """Call ``train`` or ``eval`` of an optimizer with these methods, such as a schedule-free one.
 
     In eval mode, such an optimizer replaces the weights by their average.
     """
@@ -103,20 +104,22 @@ def set_optimizer_mode(optimizer: Optimizer, *, training: bool) -> None:
 
 
 def check_modes(optimizer: Optimizer, wrapper: Optimizer) -> None:
-    """Check that an optimizer that switches the weights holds the weights of the model.
+    """Check that a schedule-free optimizer holds the weights of the model, not copies.
 
     Args:
         optimizer: torch optimizer, unwrapped.
-        wrapper: the backend's optimizer; it is ``optimizer`` itself if nothing wraps it.
+        wrapper: the backend's optimizer; ``optimizer`` itself if the backend does not wrap the
+            optimizer.
 
     Raises:
-        ValueError: DeepSpeed has wrapped the optimizer, so it holds copies of the weights.
+        ValueError: DeepSpeed has wrapped a schedule-free optimizer, so that the optimizer holds
+            copies of the weights.
     """
     if _has_modes(optimizer) and wrapper is not optimizer:
         raise ValueError(
-            f"{type(optimizer).__name__} switches the weights between training and evaluation, "
-            'which DeepSpeed does not support with ZeRO or in 16 bits. Set "engine": {"backend": '
-            '"torch"} in the config.'
+            f"{type(optimizer).__name__} replaces the weights for evaluation, so it does not work "
+            'on DeepSpeed with ZeRO or 16-bit training. Set "engine": {"backend": "torch"} in '
+            "the config."
         )
 
 
@@ -163,9 +166,9 @@ def _construct(
 ) -> Optimizer:
     """Construct an optimizer in time that is linear in the number of param groups.
 
-    `Optimizer.add_param_group` compares each new group with all earlier groups, which takes half a
-    minute for 10,000 groups. While this function runs the constructor, each new group is compared
-    with a set of all earlier parameters instead.
+    `Optimizer.add_param_group` compares each new group with all earlier groups. For 10,000 groups,
+    these comparisons take half a minute. This function compares each new group with a set of all
+    earlier parameters instead.
     """
     optimizer = optimizer_class.__new__(optimizer_class)
     known: set[torch.Tensor] = set()
@@ -198,10 +201,11 @@ def check_shapes(
     Args:
         model: module to train.
         block: the config's optimizer; None if the script passes its own.
-        parameters: parameters or param groups to train; if None, all that require gradients.
+        parameters: parameters or param groups to train. Defaults to all parameters that require
+            gradients.
 
     Raises:
-        ValueError: the optimizer cannot train a parameter; the message names it.
+        ValueError: the optimizer cannot train a parameter. The message names the parameter.
     """
     if block is None or block.type != "Muon":
         return
@@ -215,17 +219,17 @@ def check_shapes(
         )
         raise ValueError(
             f"PyTorch's Muon trains only parameters with two dimensions, but {len(invalid)} of "
-            f"{len(trained)} have another number, such as {shown}. To train them too, use "
-            'DeepSpeed\'s Muon, which trains them with Adam: set "engine": {"backend": '
-            '"deepspeed"}. Otherwise, pass only the matrices as `model_parameters`.'
+            f"{len(trained)} parameters are not matrices, such as {shown}. Pass only matrices as "
+            '`model_parameters`, or set "engine": {"backend": "deepspeed"} so that DeepSpeed '
+            "trains the other parameters with Adam."
         )
 
 
 def is_buildable(block: Mapping[str, Any]) -> bool:
     """Return whether `build_optimizer` can build a block's optimizer for DeepSpeed's engine.
 
-    This is the case if `torch.optim` or a custom module has the type with all params, and DeepSpeed
-    has no other optimizer of the same name.
+    The result is True if `torch.optim` or a custom module has the type with all params, and
+    DeepSpeed has no different optimizer of the same name.
 
     >>> is_buildable({"type": "AdamW"}), is_buildable({"type": "Lamb"})
     (True, False)

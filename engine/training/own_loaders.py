@@ -50,9 +50,9 @@ def prepare_loader(loader: Iterable[Any], config: Config, ranks: Ranks) -> RunLo
     """Prepare a data loader for a run, without changing it. Every rank must call this function.
 
     A `torch.utils.data.DataLoader` is replaced by a new one with the same dataset and settings. The
-    new loader splits the samples across the ranks in a reproducible order. A loader that saves its
-    own position, or whose class overrides how batches are yielded, is used as it is. Such a loader
-    must split its samples across the ranks itself.
+    new loader splits the samples across the ranks in a reproducible order. A loader is used
+    unchanged if it saves its own position or its class overrides how batches are yielded. Such a
+    loader must split its samples across the ranks itself.
 
     Args:
         loader: data loader that yields micro-batches.
@@ -70,7 +70,7 @@ def prepare_loader(loader: Iterable[Any], config: Config, ranks: Ranks) -> RunLo
         )
     _check_settings(loader, config)
     if not isinstance(loader, DataLoader) or has_state(loader) or _overrides_iteration(loader):
-        prepared, description = _use_loader(loader, config, ranks), "is used as it is"
+        prepared, description = _use_loader(loader, config, ranks), "is used unchanged"
     else:
         prepared, description = _rebuild_loader(loader, config, ranks)
     if ranks.rank == 0:
@@ -82,8 +82,8 @@ def _check_settings(loader: Any, config: Config) -> None:
     section = config.raw.get("engine", {}).get("dataloader")
     if section:
         raise ValueError(
-            "`engine.dataloader` is for datasets, but a data loader with its own settings was "
-            f"passed ({type(loader).__name__}). Remove `engine.dataloader`, or pass a dataset."
+            "`engine.dataloader` applies only to a dataset, got a data loader with its own "
+            f"settings ({type(loader).__name__}). Remove `engine.dataloader`, or pass a dataset."
         )
     size, micro = _read_batch_size(loader), config.batch.micro
     if size not in {None, micro}:
@@ -119,8 +119,9 @@ def _use_loader(loader: Any, config: Config, ranks: Ranks) -> RunLoader:
         )
     if not has_state(loader) and ranks.rank == 0:
         log.warning(
-            "%s overrides how batches are yielded, so a resumed run loads and discards the batches "
-            "before the saved position; make sure that the order of each epoch is reproducible",
+            "%s overrides how batches are yielded, so a resumed run loads and discards the "
+            "batches before the saved position. Make sure that the order of each epoch is "
+            "reproducible",
             type(loader).__name__,
         )
     repeats = None if is_sharded or is_map_style else _build_repeat_check(config, ranks, loader)
@@ -145,7 +146,7 @@ def _check_shard(source: Any, ranks: Ranks) -> bool:
         if shard != (ranks.data_rank, ranks.data_ranks):
             raise ValueError(
                 f"The sampler must yield the samples of rank {ranks.data_rank} of "
-                f"{ranks.data_ranks}, got those of rank {shard[0]} of {shard[1]}. Create the "
+                f"{ranks.data_ranks}, got the samples of rank {shard[0]} of {shard[1]}. Create the "
                 f"{type(sampler).__name__} after `engine.initialize`, or use a sampler that does "
                 "not split the samples."
             )

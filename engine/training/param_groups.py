@@ -30,11 +30,11 @@ _REST = "default"
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters with the same hyperparameters.
+    """Param group: parameters with the same hyperparameters.
 
     Args:
         name: unique name of the group.
-        entry: index in ``optimizer.param_groups``; None for the parameters of no entry.
+        entry: index in ``optimizer.param_groups``; None if no entry selects the parameters.
         parameters: dict from the name of each parameter to the parameter.
         hyperparameters: hyperparameters that differ from ``optimizer.params``.
     """
@@ -60,7 +60,7 @@ class ParamGroup:
         """
         shown = [key for key in ("lr", "weight_decay") if key in block.params]
         values = {key: block.params[key] for key in shown} | dict(self.hyperparameters)
-        values.pop("wd_mult", None)  # it repeats that the weight decay is 0
+        values.pop("wd_mult", None)  # redundant: the weight decay is already 0
         return GroupRow(
             name=self.name,
             entry=self.entry,
@@ -79,8 +79,8 @@ def divide_parameters(
     Args:
         model: module to train.
         config: a validated config.
-        parameters: parameters, pairs of names and parameters, or param groups to train; if None,
-            all that require gradients.
+        parameters: parameters, pairs of names and parameters, or param groups to train. Defaults to
+            all parameters that require gradients.
 
     Returns:
         The parameters or param groups for the optimizer, and a description of each group. If the
@@ -104,7 +104,7 @@ def divide_parameters(
 def _list_members(each: Any) -> Any:
     """Copy a param group with its parameters in a list, or return a parameter without its name.
 
-    The list replaces a generator, which could be iterated only once.
+    The list replaces a generator, because a generator can be iterated only once.
     """
     if isinstance(each, dict):
         members = each["params"]
@@ -129,7 +129,7 @@ def build_param_groups(
     Args:
         model: module whose parameters are trained.
         block: optimizer of the config.
-        parameters: parameters to train; if None, all that require gradients.
+        parameters: parameters to train. Defaults to all parameters that require gradients.
         wrap: class names of the blocks for ``layer_decay``; see `find_blocks`.
 
     Raises:
@@ -188,8 +188,9 @@ def _check_are_named(
         if parameter not in names:
             raise ValueError(
                 "`model_parameters` must contain only parameters of `model`, because the config "
-                "divides them into groups by name, got another one of shape "
-                f"{tuple(parameter.shape)}. Register its module in the model."
+                "divides them into groups by name, got a parameter of shape "
+                f"{tuple(parameter.shape)} that is not in the model. Register its module in the "
+                "model."
             )
 
 
@@ -229,7 +230,7 @@ def _assign_entries(
     """Return the index of the first entry that selects each trained parameter.
 
     Raises:
-        ValueError: a pattern selects no trained parameter that no earlier entry selects.
+        ValueError: an entry selects no trained parameters, or only parameters of earlier entries.
     """
     found: dict[nn.Parameter, int] = {}
     for index, entry in enumerate(entries):
@@ -258,16 +259,18 @@ def _explain_empty(
         name, entry = names[taken[0]][0], found[taken[0]]
         return (
             f"{place} matches only parameters of earlier entries, such as `{name}` of "
-            f"`optimizer.param_groups.{entry}`, got {pattern!r}. Move the entry before that one."
+            f"`optimizer.param_groups.{entry}`, got {pattern!r}. Move the entry before "
+            f"`optimizer.param_groups.{entry}`."
         )
     if matched:
         return (
             f"{place} matches only parameters that are not trained, such as "
-            f"`{names[matched[0]][0]}`, got {pattern!r}. Unfreeze them, or remove the entry."
+            f"`{names[matched[0]][0]}`, got {pattern!r}. Unfreeze the parameters, or remove the "
+            "entry."
         )
     near = _find_near_names(pattern, [name for own in names.values() for name in own])
     listed = ", ".join(f"`{name}`" for name in near)
-    fix = f"Names that are near: {listed}." if near else "`onecycle config --model` lists them."
+    fix = f"Similar names: {listed}." if near else "`onecycle config --model` lists all names."
     return f"{place} must match the name of a parameter, got {pattern!r}. {fix}"
 
 
@@ -341,7 +344,7 @@ def _find_layers(
 def _find_outermost_blocks(model: nn.Module, wrap: Sequence[str]) -> list[nn.Module]:
     """Return the blocks that are not inside another block, in the order of their parameters.
 
-    Besides a ModuleList, a Sequential with a usual name also contains blocks, as in timm.
+    By default, blocks are the items of a ModuleList, or of a Sequential named as in timm.
     """
     blocks = find_blocks(model, wrap)
     for name, module in () if wrap else model.named_modules():

@@ -91,7 +91,8 @@ def convert_to_float32(
     A bfloat16 weight has 8 bits of precision, so adding 1e-5 to a weight of 1.0 has no effect.
 
     Args:
-        parameters: parameters of the model. Those that do not require gradients stay unchanged.
+        parameters: parameters of the model. Parameters that do not require gradients stay
+            unchanged.
         optimizer: optimizer whose state for these parameters is also converted.
 
     Returns:
@@ -149,7 +150,7 @@ class _InputCast:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Cast floating-point tensors to a dtype, including those in nested lists, tuples and dicts."""
+    """Cast floating-point tensors to a dtype, also in nested lists, tuples and dicts."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if type(value) in {list, tuple}:

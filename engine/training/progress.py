@@ -12,7 +12,8 @@ from torch import Tensor
 
 from engine.config import Config
 from engine.display.progress_bar import ProgressBar
-from engine.training.monitors import Event, Monitors
+from engine.training.events import Event
+from engine.training.monitors import Monitors
 from engine.training.pass_timer import PassTimer
 from schedules.core.saved_state import OPTIONAL, Count
 
@@ -23,7 +24,7 @@ log = logging.getLogger("onecycle")
 
 @dataclass
 class Counters:
-    """Step counters of a run, which are saved in its checkpoints."""
+    """Step counters of a run. Checkpoints contain these counters."""
 
     micro_steps: Count = 0
     global_steps: Count = 0
@@ -88,7 +89,7 @@ class ProgressReporter:
         config: config with ``steps_per_print``, ``engine.progress_bar`` and the monitors' sections.
         monitors: monitors to write to.
         average: function that averages a number over all ranks.
-        is_first: whether this process is rank 0, which writes the log lines or shows the progress
+        is_first: whether this process is rank 0. Only rank 0 writes log lines or shows the progress
             bar.
     """
 
@@ -101,7 +102,9 @@ class ProgressReporter:
         is_first: bool,
     ) -> None:
         settings = config.progress
-        self.is_monitored = any(section["enabled"] for section in config.monitors.values())
+        self.is_monitored = config.report is not None or any(
+            section["enabled"] for section in config.monitors.values()
+        )
         self.monitors = monitors
         self.timer: PassTimer | None = None
         """Timer whose times are logged with each progress line; rank 0 only."""
@@ -128,18 +131,18 @@ class ProgressReporter:
             self._count += 1
 
     def add_mean(self, loss: float, count: int) -> None:
-        """Include the losses of several micro-batches, whose mean over the ranks is ``loss``."""
+        """Include the mean loss of ``count`` micro-batches in the next log line."""
         if self._is_logged:
             self._sum = self._sum + loss * count
             self._count += count
             self._is_averaged = True
 
     def clear_losses(self) -> None:
-        """Discard the losses since the last log line, for example those of a skipped step."""
+        """Discard the losses since the last log line, for example after a skipped step."""
         self._sum, self._count, self._is_averaged = 0.0, 0, False
 
     def needs_record(self, counters: Counters) -> bool:
-        """Return whether the last step will be logged or monitored, so `report` must be called."""
+        """Return whether `report` must be called to log or monitor the last step."""
         return self.is_monitored or self._is_line_due(counters.global_steps, counters.applied)
 
     def report(self, record: StepRecord) -> None:

@@ -30,7 +30,7 @@ class RepeatCheck:
 
     Args:
         ranks: rank and world size of this process.
-        num_workers: number of worker processes, which yield the loader's batches in turn.
+        num_workers: number of worker processes. They yield the loader's batches in turn.
     """
 
     def __init__(self, ranks: Ranks, num_workers: int) -> None:
@@ -72,7 +72,7 @@ class RepeatCheck:
         if self._ranks.world_size == 1:
             return
         together = hashlib.sha256(b"".join(self._digests)).hexdigest()
-        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  # it has no public name
+        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  # private in torch
         if store.add(f"onecycle/batches/{self._number}/{together}", 1) > 1:
             raise ValueError(
                 f"Rank {self._ranks.rank} and another rank load the same batches. Split the "

@@ -102,9 +102,9 @@ class RunLength:
     def check_is_known(self) -> None:
         """Check that an automatically resumed run does not train too many epochs.
 
-        After a resume, a loop such as ``for epoch in range(n)`` starts at epoch 0 again. This is no
-        problem if the run has a limit, which ends the loop in time, or if the script reads the
-        position of the run to start at the right epoch.
+        After a resume, a loop such as ``for epoch in range(n)`` starts at epoch 0 again. The loop
+        is correct only if a limit of the run ends it, or if the script reads the epoch or the
+        number of steps to choose the first epoch.
 
         Raises:
             RuntimeError: the length of the run is unknown, and the script has read neither the
@@ -112,7 +112,7 @@ class RunLength:
         """
         if not (self.is_position_known or self.is_known):
             raise MisuseError(
-                "The run resumed after its first epoch, but its length is unknown, so a loop such "
-                "as `for epoch in range(n)` would train too many epochs. Loop over "
+                "The run resumed after its first epoch, and its length is unknown. A loop such as "
+                "`for epoch in range(n)` would train too many epochs. Loop over "
                 "`range(trainer.epoch, n)`, or set `engine.max_duration`."
             )

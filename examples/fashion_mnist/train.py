@@ -7,14 +7,10 @@ torchrun --nproc_per_node 2 examples/fashion_mnist/train.py
 from __future__ import annotations
 
 import argparse
-from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
 
 import images
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
@@ -53,69 +49,66 @@ def compute_accuracy(model: nn.Module, data: TensorDataset) -> float:
     return correct / len(data)
 
 
-def build_progress_bar(console: Console) -> Progress:
-    return Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  lr {task.fields[lr]:.2e}"),
-        TextColumn("momentum {task.fields[momentum]:.3f}  {task.fields[speed]:,.0f} samples/s"),
-        TimeRemainingColumn(),
-        console=console,
-    )
+def smooth(values: list[float], count: int = 50) -> list[float]:
+    """Return the mean of up to ``count`` values up to and including each value."""
+    windows = (values[max(0, end - count) : end] for end in range(1, len(values) + 1))
+    return [sum(window) / len(window) for window in windows]
+
+
+def plot(used: dict[str, list[float]], path: Path, title: str) -> None:
+    """Plot the learning rate, the momentum and the loss of each step."""
+    losses = used.pop("loss")
+    columns = used | {"loss.of the batch": losses, "loss.mean of 50 steps": smooth(losses)}
+    figure = draw(columns, path, title)
+    axis = figure.axes[-1]
+    axis.set_yscale("log")
+    axis.lines[0].set(alpha=0.3, linewidth=0.8)  # single batches vary more than the mean
+    axis.legend()
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--config", default=HERE / "ds_config.json", help="path of the config")
     parser.add_argument(
-        "--steps", type=int, default=3000, help="number of optimizer steps (default: 3000)"
+        "--config",
+        type=Path,
+        help="path of the config (default: ds_config.json, or digits.json without Fashion-MNIST)",
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("run"), help="directory for the plot")
-    args = parser.parse_args()
+    args = engine.add_schedule_arguments(parser).parse_args()
 
     torch.manual_seed(args.seed)
     data = images.load()
-    trainer, _, loader, _ = engine.initialize(
-        config=args.config, model=lenet(), training_data=data.train
+    name = "ds_config.json" if data.source.startswith("Fashion-MNIST") else "digits.json"
+    trainer, *_ = engine.initialize(
+        args, config=args.config or HERE / name, model=lenet(), training_data=data.train
     )
-    first = trainer.global_rank == 0
-    console = Console(quiet=not first)
-    console.print(
-        f"Training on {data.source}: {len(data.train):,} training images, "
-        f"{len(data.test):,} test images."
-    )
-
+    if trainer.global_rank == 0:
+        print(
+            f"Training on {data.source}: {len(data.train):,} training images, "
+            f"{len(data.test):,} test images."
+        )
     used: dict[str, list[float]] = {"lr": [], "momentum": [], "loss": []}
     window = 0.0
-    fields: dict[str, Any] = {"loss": float("nan"), "lr": 0.0, "momentum": 0.0, "speed": 0.0}
-    with build_progress_bar(console) as bar:
-        done = trainer.global_steps  # above 0 if the run was resumed
-        task = bar.add_task("training", total=args.steps, completed=done, **fields)
-        for x, y in chain.from_iterable(repeat(loader)):
-            if trainer.global_steps == args.steps:
-                break
-            lr, momentum = trainer.get_lr()[0], (trainer.get_momentum() or [0.0])[0]
-            loss = cross_entropy(trainer(x.to(trainer.device)), y.to(trainer.device))
-            trainer.backward(loss)
-            window += loss.item() / trainer.gradient_accumulation_steps()
-            if trainer.step():
-                for name, value in (("lr", lr), ("momentum", momentum), ("loss", window)):
-                    used[name].append(value)
-                window = 0.0
-                speed = (bar.tasks[task].speed or 0.0) * trainer.train_batch_size()
-                bar.update(
-                    task, advance=1, loss=used["loss"][-1], lr=lr, momentum=momentum, speed=speed
-                )
+    for x, y in trainer.batches():
+        lr, momentum = trainer.get_lr()[0], (trainer.get_momentum() or [0.0])[0]
+        loss = cross_entropy(trainer(x), y)
+        trainer.backward(loss)
+        window += loss.item() / trainer.gradient_accumulation_steps()
+        if trainer.step():
+            for key, value in (("lr", lr), ("momentum", momentum), ("loss", window)):
+                used[key].append(value)
+            window = 0.0
 
     found = compute_accuracy(trainer.module, data.test)  # on all ranks: ZeRO-3 gathers layers
-    if first:
+    if trainer.global_rank == 0:
         picture = args.output / "lr_momentum_loss.png"
-        draw(used, picture, f"LeNet on {data.source.partition(' from')[0].partition(' (')[0]}")
-        console.print(f"Test accuracy: {found:.4f}")
-        console.print(f"Plot of learning rate, momentum and loss: {picture.resolve()}")
+        plot(used, picture, f"LeNet on {data.source.partition(' from')[0].partition(' (')[0]}")
+        print(f"Test accuracy: {found:.4f}")
+        print(f"Plot of learning rate, momentum and loss: {picture.resolve()}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Record the values that schedules write, to distinguish them from those that the script sets."""
+"""Record the values that schedules write, to distinguish them from values that the script sets."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class _Writer(Protocol):
 class Attachment:
     """The schedules that are attached to one optimizer, and the values that they wrote last.
 
-    This object lives as long as the optimizer, even if a schedule is deleted. When a second
-    schedule is attached, this object is used to determine whether the current learning rate comes
-    from the first schedule or from the script.
+    This object exists as long as the optimizer, even if a schedule is deleted. When a second
+    schedule is attached, this object shows whether the current learning rate comes from the first
+    schedule or from the script.
     """
 
     def __init__(self) -> None:
@@ -48,8 +48,9 @@ class Attachment:
         Args:
             writer: the schedule.
             groups: param groups of the optimizer.
-            values: function that returns the values that the schedule wrote last. It must not hold
-                a reference to the schedule, because this would keep the schedule alive.
+            values: function that returns the values that the schedule wrote last. The function must
+                not hold a reference to the schedule, because the reference would prevent its
+                deletion.
         """
         self._last_group = groups[-1]
         self._last_written |= dict.fromkeys(writer.hyperparameters, values)
@@ -61,7 +62,7 @@ class Attachment:
     def has_last_group(self, groups: Sequence[Group]) -> bool:
         """Return whether the optimizer still has the param groups that a schedule last wrote to.
 
-        It does not after its state was loaded, because loading replaces the param groups.
+        Loading the optimizer's state replaces its param groups.
         """
         return any(group is self._last_group for group in groups)
 
@@ -75,9 +76,9 @@ class Attachment:
         initial value is the current value.
 
         Returns:
-            The initial values, and a message that they are uncertain (None if they are certain).
-            They are uncertain if a current value may come from a schedule or from the script, for
-            example after the optimizer's state was loaded, or with another library's scheduler.
+            The initial values, and None or a message that the values are uncertain. The values are
+            uncertain if a current value may come from a schedule or from the script, for example
+            after the optimizer's state was loaded, or with another library's scheduler.
         """
         values, doubt = [], None
         is_known = name in self._last_written and self.has_last_group(groups)
@@ -103,13 +104,13 @@ class Attachment:
 def check_not_chained() -> None:
     """Check that PyTorch's ``ChainedScheduler`` does not call a schedule together with others.
 
-    PyTorch's schedulers multiply the current learning rate by a factor, so each of them continues
-    from the value of the one before it. Schedules of this package set values that depend only on
-    the step, so they would discard the values of the others. The class calls only ``step``, so it
-    is found among the callers.
+    PyTorch's schedulers multiply the current learning rate by a factor, so several of them can be
+    applied one after another. Schedules of this package set the learning rate itself, so the
+    factors of the other schedulers would be lost. ``ChainedScheduler`` calls only ``step``, so this
+    function searches the call stack.
 
     Raises:
-        ValueError: a ``ChainedScheduler`` with several schedulers is among the callers.
+        ValueError: a ``ChainedScheduler`` with several schedulers is in the call stack.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -125,9 +126,9 @@ def check_not_chained() -> None:
 
 
 def describe_other_writer(hyperparameters: Collection[str], *, is_schedule: bool) -> str:
-    """Return a warning that a schedule overwrites values of other code or another schedule."""
+    """Return a warning that a schedule overwrites values set by other code or another schedule."""
     names = " and ".join(hyperparameters)
-    text = f"Other code has set {names} since the schedule did, and the schedule overwrites this."
+    text = f"Other code has changed {names}, but the schedule overwrites the new values."
     if is_schedule:
         text = f"Two schedules set {names} of the same optimizer, and each overwrites the values "
         text += "of the other."

@@ -1,4 +1,4 @@
-"""`ScheduleBinder`, which runs a schedule on an optimizer like a PyTorch scheduler."""
+"""Run a schedule on an optimizer with the interface of PyTorch's schedulers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from schedules.param_groups import (
 )
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 __all__ = ["ScheduleBinder"]
 
@@ -111,14 +111,14 @@ class ScheduleBinder(TorchInterface):
     ) -> None:
         if at and schedule.feedback is not None:
             raise ValueError(
-                f"`at` must be 0 with {schedule.type_name}, which depends on past values of the "
+                f"`at` must be 0, because {schedule.type_name} depends on past values of the "
                 f"{schedule.feedback}, got {at}. To start at a later step, call load_state_dict() "
                 "with a saved state."
             )
         self.schedule = schedule
         self.optimizer = optimizer
         self._horizon = horizon
-        self._position = at  # number of steps; a script can set `last_epoch`, but not this
+        self._position = at  # number of steps; scripts can set only `last_epoch`
         self._prepare()
         self._bind(self._read_base(complete_base(base, len(optimizer.param_groups))))
         self._first_step = FirstStep(optimizer)
@@ -172,14 +172,13 @@ class ScheduleBinder(TorchInterface):
             loss: loss of the step, a number or a scalar tensor. Only feedback schedules accept it.
                 Pass the mean over all ranks, so that all ranks make the same decision.
             metric: metric of the step, a number or a scalar tensor. Schedules that do not depend on
-                a metric ignore it.
+                a metric ignore the value.
 
         Raises:
-            ValueError: the schedule requires the loss, but no loss is passed; the loss is not a
-                single number; a loss (or an epoch, as in PyTorch) is passed to a schedule that does
-                not use the loss; a param group was removed, or the schedule has no values for an
-                added group; or the optimizer's state was loaded without the schedule's, so the
-                initial hyperparameters are uncertain.
+            ValueError: the loss is missing, is not a single number, or is passed to a schedule that
+                does not use the loss. Other causes are a removed param group, an added group
+                without values in the schedule, and an optimizer whose state was loaded without the
+                state of the schedule.
         """
         writer = self._writer
         step = self.last_epoch + 1
@@ -274,7 +273,7 @@ class ScheduleBinder(TorchInterface):
             log.info(text, name, *decision[:3], confidence)
 
     def _is_unchanged_since(self, before: Any) -> bool:
-        """Return whether the schedule's values are the same as in the earlier state ``before``."""
+        """Return whether the schedule's values equal the values in the earlier state ``before``."""
         del before
         return False
 
@@ -297,7 +296,7 @@ class ScheduleBinder(TorchInterface):
         self._attachment.record(self, groups, lambda: values)
 
     def _include_added_groups(self) -> Sequence[Group]:
-        """Bind the schedule to param groups that were added, and return all param groups."""
+        """Bind the schedule to newly added param groups, and return all param groups."""
         groups, known = self.optimizer.param_groups, len(self._base["lr"])
         if len(groups) < known:
             raise ValueError(
@@ -342,7 +341,7 @@ class ScheduleBinder(TorchInterface):
 
     @property
     def decision(self) -> Decision | None:
-        """Latest decision of the feedback schedule; None if it has not made one."""
+        """Latest decision of the feedback schedule; None before the first decision."""
         return self.controller.decision(self.state)
 
     @property

@@ -1,4 +1,4 @@
-"""Use the keys that other libraries put into param groups, such as ``lr_scale`` of timm.
+"""Apply the keys that other libraries add to param groups, such as ``lr_scale`` of timm.
 
 - ``lr_scale`` (timm, fairseq, MAE) and ``lr_mult`` (earlier versions of Megatron-LM) multiply the
   learning rate of every schedule, and ``wd_mult`` (Megatron-LM) multiplies the weight decay.
@@ -50,9 +50,9 @@ def bind_to_groups(
     index, key = _find_factor(schedule.hyperparameters, groups)
     if not isinstance(controller, OpenLoop):
         raise ValueError(  # noqa: TRY004  # it is a value of the optimizer
-            f"{schedule.type_name} does not read the key `{key}` of param groups, but param group "
-            f"{index} has `{key}` {groups[index][key]:g}. Multiply the value of the group by this "
-            "factor, and remove the key."
+            f"{schedule.type_name} does not support the key `{key}` of param groups, but param "
+            f"group {index} has `{key}` {groups[index][key]:g}. Remove the key, and multiply the "
+            "group's initial value by this factor."
         )
     if "lr" in factors:
         _check_not_applied(base["lr"], factors["lr"], groups)
@@ -81,7 +81,7 @@ def _find_factor(names: Sequence[str], groups: Sequence[Group]) -> tuple[int, st
 def _check_not_applied(
     lrs: Sequence[float], factors: Sequence[float], groups: Sequence[Group]
 ) -> None:
-    """Check that the learning rates do not include the factors already.
+    """Check that the learning rates do not already include the factors.
 
     The layer-wise decay of MMDetection writes the product into ``lr`` and keeps ``lr_scale``.
     """
@@ -114,7 +114,7 @@ def _replace_parameters(schedule: Schedule[Any], groups: Sequence[Group]) -> Sch
             ]
         elif key == "max_lr" and not groups[index].keys() >= _WRITTEN_BY_ONE_CYCLE_LR:
             raise ValueError(
-                f"{schedule.type_name} does not read the key `{key}` of param groups, but param "
+                f"{schedule.type_name} does not support the key `{key}` of param groups, but param "
                 f"group {index} has `{key}` {groups[index][key]:g}. Set the learning rates of the "
                 "schedule to lists with one value per param group, and remove the key."
             )

@@ -1,4 +1,4 @@
-"""`MetricBinder`, which runs a schedule that depends on a metric."""
+"""Run a schedule that depends on a metric."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
         return self.controller.values(before) == self.controller.values(self._state)
 
     def _read_base(self, given: Base) -> Base:
-        """Return the current learning rates, which the schedule multiplies by its factor.
+        """Return the current learning rates. The schedule multiplies them by its factor.
 
-        With a warmup, return the initial learning rates, which the warmup ends with.
+        With a warmup, return the initial learning rates. The warmup ends at these values.
         """
         if getattr(self.schedule, "warmup_steps", 0):
             return super()._read_base(given)
@@ -90,12 +90,12 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
 
     @property
     def cooldown_counter(self) -> int:  # type: ignore[override]  # read-only here
-        """Number of further metric values that the cooldown after the last reduction ignores."""
+        """Number of metric values that remain in the cooldown after the last reduction."""
         return int(self._state.plateau.rests)
 
     @property
     def mode_worse(self) -> float:  # type: ignore[override]
-        """The worst possible value of the metric, inf (mode "min") or -inf (mode "max")."""
+        """The worst possible value of the metric: inf in mode "min", -inf in mode "max"."""
         return math.inf if self.mode == "min" else -math.inf
 
 

@@ -115,8 +115,8 @@ def check_origin(state: Mapping[str, Any], type_name: str | None = None) -> None
         )
     if type_name not in (None, state["type"]):
         raise ValueError(
-            f"{type_name} depends on past losses or metrics, which the state of {state['type']} "
-            "does not contain. Attach the schedule without loading this state."
+            f"The saved state of {state['type']} does not contain the past losses or metrics that "
+            f"{type_name} requires. Attach the schedule without loading this state."
         )
     fields = ("type", "params", "step", "base", "state", "is_written")
     restore(_SavedState, {name: state[name] for name in fields if name in state}, "lr_scheduler")
@@ -153,9 +153,9 @@ def check_state(
     changed = [*_compare_schedules(state, identity), *_compare_bases(state["base"], base, compared)]
     if changed:
         raise ValueError(
-            f"The schedule does not match the saved state: {'; '.join(changed)}. Change these back "
-            "to the saved values, or call load_state_dict() with `override=True` to continue from "
-            "the saved step with the current values."
+            f"The schedule does not match the saved state: {'; '.join(changed)}. Restore the saved "
+            "values, or call load_state_dict() with `override=True` to continue from the saved "
+            "step with the current values."
         )
 
 

@@ -1,4 +1,4 @@
-"""The methods and attributes of PyTorch's and DeepSpeed's schedulers, for `ScheduleBinder`."""
+"""Provide the interface of PyTorch's and DeepSpeed's schedulers for `ScheduleBinder`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["BaseLRs", "TorchInterface"]
 
 
 class BaseLRs(list[float | Tensor]):
-    """List of the initial learning rates; assigning to one of its items raises an error."""
+    """List of the initial learning rates. Assigning to one of its items raises an error."""
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise TypeError(
@@ -106,7 +106,7 @@ class TorchInterface(LRScheduler):
 
     @property
     def _step_count(self) -> int:
-        # As in PyTorch, whose constructor takes a step.
+        # PyTorch's constructors also take a step.
         return self.last_epoch + 1 + self._extra_count
 
     @_step_count.setter
@@ -119,7 +119,7 @@ class TorchInterface(LRScheduler):
         return f"{type(self).__name__}({self.schedule!r}, step={self.last_epoch}, lr=[{lrs}])"
 
     def _repr_html_(self) -> str:
-        """Return the repr and small plots of the curves, which notebooks display.
+        """Return the repr and small plots of the curves, for display in notebooks.
 
         A vertical line marks the current step. There is no plot if the schedule depends on the
         loss.
@@ -132,11 +132,11 @@ class TorchInterface(LRScheduler):
         return draw_html(repr(self), self.controller.curves, max(steps, step + 1), step)
 
     def record_loss(self, loss: Tensor | float) -> None:
-        """Record a loss for the next step, which uses the mean of the losses since the last step.
+        """Record a loss. The next step uses the mean of the losses since the last step.
 
         Use this method in a trainer that calls `step` without a loss, such as Hugging Face's. In a
-        custom loop, call ``step(loss)`` instead. A schedule that does not depend on the loss
-        ignores it.
+        custom loop, call ``step(loss)`` instead. The call has no effect if the schedule does not
+        depend on the loss.
 
         Args:
             loss: loss of a micro-batch, a number or a scalar tensor.
@@ -172,7 +172,7 @@ class TorchInterface(LRScheduler):
         """Check that no other code has set the step of a feedback schedule."""
         if self.schedule.feedback is not None and self.last_epoch != self._position:
             raise ValueError(
-                f"`last_epoch` must not be set with {self.schedule.type_name}, which depends on "
+                f"`last_epoch` must not be changed, because {self.schedule.type_name} depends on "
                 f"past values of the {self.schedule.feedback}, got {self.last_epoch} after "
                 f"{self._position} steps. Call step() for each step. To change the step, call "
                 "load_state_dict() with a saved state."
@@ -187,8 +187,8 @@ class TorchInterface(LRScheduler):
         """Return the learning rate of each param group at step `last_epoch`."""
         self._prepare_use()
         self._check_position()
-        # Ignite sets `last_epoch` and then writes what this method returns. As in PyTorch's
-        # schedulers, the method then sets the other hyperparameters.
+        # Ignite sets `last_epoch` and then writes the values that this method returns. As in
+        # PyTorch's schedulers, the method then sets the other hyperparameters.
         if self._get_lr_called_within_step:
             self.write()
         values = self._read_values()

@@ -81,7 +81,8 @@ def join(parts: Iterable[Curve], boundaries: Iterable[float], names: Sequence[st
         parts: curves to concatenate, in order.
         boundaries: steps at which the second and later parts start, in ascending order. A part
             between two equal boundaries is skipped.
-        names: names of the parts, shown in plots. A part that has named phases keeps their names.
+        names: names of the parts, shown in plots. A part with named phases shows the names of its
+            phases instead.
 
     Raises:
         ValueError: the number of boundaries is not one less than the number of parts, or the
@@ -101,7 +102,7 @@ def join(parts: Iterable[Curve], boundaries: Iterable[float], names: Sequence[st
 def decay_after_warmup(
     decay: Callable[[float, float, float], Curve], peak: float, end_value: float, steps: float
 ) -> Curve:
-    """Return the decay that follows a warmup, or the constant peak if no steps remain for it.
+    """Return the decay after a warmup, or the constant peak if no steps remain for the decay.
 
     Args:
         decay: function that builds the decay from its start value, end value and length.
@@ -136,7 +137,7 @@ def linear_warmup(peak: float, steps: float, *, one_based: bool = False) -> Curv
 
 
 def multiply_at(start_value: float, factor: float, boundaries: Iterable[float]) -> Curve:
-    """Return a constant curve whose value is multiplied by a factor at each boundary.
+    """Return a piecewise constant curve that is multiplied by a factor at each boundary.
 
     The boundaries are steps in ascending order.
 
@@ -254,7 +255,7 @@ def repeat(make: Callable[[int, float], Curve], steps: float, growth: float = 1)
             and its length in steps. Each of these curves counts its steps from the start of its
             cycle.
         steps: length of the first cycle, in steps.
-        growth: ratio of the length of each cycle to that of the previous cycle, >= 1. If it is
+        growth: length of each cycle divided by the length of the previous cycle, >= 1. If it is
             greater than 1, the lengths of the later cycles are truncated to whole steps.
 
     >>> from schedules.core.curves import linear

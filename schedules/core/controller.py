@@ -1,4 +1,4 @@
-"""Controllers, which compute a schedule's hyperparameters for each param group at each step."""
+"""Compute a schedule's hyperparameters for each param group at each step."""
 
 from __future__ import annotations
 
@@ -75,10 +75,11 @@ class Evidence(NamedTuple):
 
 
 class Controller(Protocol[S]):
-    """Interface of controllers, which compute the values that a schedule sets at each step.
+    """Interface of the objects that compute a schedule's values at each step.
 
     A controller is built for the initial hyperparameters of one optimizer. The controller does not
-    store its state: the caller passes the state to each method, which never modifies it in place.
+    store its state. The caller passes the state to each method, and no method modifies the state in
+    place.
     """
 
     @abstractmethod
@@ -91,7 +92,7 @@ class Controller(Protocol[S]):
 
         Args:
             state: state before the step.
-            loss: loss (or metric) of the step; None if there is none.
+            loss: loss (or metric) of the step, or None.
         """
 
     @abstractmethod
@@ -100,7 +101,7 @@ class Controller(Protocol[S]):
 
     @abstractmethod
     def decision(self, state: S) -> Decision | None:
-        """Return the latest decision, or None if there is none yet."""
+        """Return the latest decision; None before the first decision."""
 
     @abstractmethod
     def evidence(self, before: S, loss: float, after: S) -> Evidence | None:

@@ -2,8 +2,7 @@
 
 A `Curve` can be evaluated at a single step, without numpy, or at an array of steps. Both give
 bitwise identical values. A curve consists of pieces, each with one formula for a range of steps. A
-ramp starts at step 0 with exactly its start value. From its last step on, it has exactly its end
-value.
+ramp has exactly its start value at step 0, and exactly its end value from its last step on.
 
     >>> warmup = linear(0.0, 1.0, steps=4)
     >>> [warmup(step) for step in range(6)]
@@ -46,7 +45,7 @@ _BLOCK = 8192
 
 
 class Curve(ABC):
-    """Base class of curves, which map a step (0, 1, 2, …) to a value."""
+    """Base class of curves. A curve maps a step (0, 1, 2, …) to a value."""
 
     @abstractmethod
     def piece(self, step: float, origin: float = 0) -> Piece:
@@ -86,7 +85,7 @@ class Curve(ABC):
         """Fill the array ``values`` with the curve's values at consecutive steps from ``start``.
 
         The curve starts at step ``origin``. This method loops over the pieces of the curve.
-        Subclasses whose curves have many pieces override it with a faster method.
+        Subclasses with many pieces per curve override this method with a faster one.
         """
         import numpy as np
 

@@ -2,8 +2,8 @@
 
 Time strings have Composer's format, a number followed by a unit. ``"10ep"`` is 10 epochs,
 ``"500ba"`` is 500 batches (optimizer steps), ``"4096sp"`` is 4096 samples, ``"1e9tok"`` is a
-billion tokens, and ``"0.1dur"`` is a tenth of the run. Epochs, samples, tokens and fractions of the
-run are converted with a `Horizon`, which holds the length of the run.
+billion tokens, and ``"0.1dur"`` is a tenth of the run. A `Horizon` holds the length of the run, to
+convert epochs, samples, tokens and fractions of the run.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class DurationError(ValueError):
 
 
 class FractionalSteps(float):
-    """Fractional number of steps, such as 1.5 steps for 6 samples if a step uses 4 samples."""
+    """Fractional number of steps, such as 1.5 steps for 6 samples with 4 samples per step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +117,9 @@ def is_time_string(value: Any) -> bool:
 def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
     """Convert a duration to optimizer steps.
 
-    Epochs, batches and fractions of the run are truncated to whole steps, as in Composer. A
-    duration in samples or tokens can give a fractional number of steps. So can a fraction of the
-    run if ``horizon.counts_samples`` is true.
+    Epochs, batches and fractions of the run are truncated to whole steps, as in Composer. The
+    result can be fractional if the duration is in samples or tokens, or if it is a fraction of the
+    run and ``horizon.counts_samples`` is true.
 
     Args:
         duration: number of steps, or a time string.
@@ -169,8 +169,8 @@ def _count_per_step(unit: str, horizon: Horizon, text: str) -> float:
     """Return the number of samples or tokens in an optimizer step."""
     if unit == "tok" and horizon.tokens_per_sample is None:
         raise DurationError(
-            f"{text} requires the number of tokens per sample, which must be the same for all "
-            'samples. Set "engine": {"tokens_per_sample": 2048} in the config, pass '
+            f"{text} requires the number of tokens per sample. All samples must have the same "
+            'number. Set "engine": {"tokens_per_sample": 2048} in the config, pass '
             "horizon=Horizon(samples_per_step=…, tokens_per_sample=…) in a custom loop, or specify "
             'a number of steps ("500ba").'
         )
@@ -219,7 +219,7 @@ def _parse(text: str) -> tuple[float, str]:
     value = _check_length(float(match[1]), repr(text))
     if unit != "dur" and value != int(value):
         raise DurationError(
-            f"The number in {text!r} must be whole. Only the unit dur accepts fractions."
+            f"The number in {text!r} must be a whole number. Only the unit dur accepts fractions."
         )
     return value, unit
 

@@ -18,13 +18,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
-from schedules.core.durations import (
-    MAX_STEPS,
-    PATTERN,
-    FractionalSteps,
-    Horizon,
-    convert_to_steps,
-)
+from schedules.core.durations import MAX_STEPS, PATTERN, FractionalSteps, Horizon, convert_to_steps
 
 __all__ = [
     "AnyValue",
@@ -75,7 +69,7 @@ class Range(NamedTuple):
 
 
 class Duration(NamedTuple):
-    """Marks a field as a duration, which can be a time string.
+    """Marks a field as a duration: a number of steps or a time string.
 
     Durations are multiplied by `Horizon.scale_ratio`. The duration of a warmup is multiplied only
     if it is a fraction of the run or if ``scale_warmup`` is true.
@@ -92,7 +86,7 @@ class Items:
 
 
 class AutoValue(NamedTuple):
-    """Marks a field that accepts "auto", which an integration replaces with a value."""
+    """Marks a field that accepts "auto". An integration replaces "auto" with a value."""
 
     integrations: str
     """Names of the integrations, such as "transformers"."""
@@ -257,10 +251,15 @@ class Field:
         """Whether the field accepts a number or a list with one number per param group."""
         return {"number", "array"} <= set(self.schema.get("type", ()))
 
-    def complete(self, description: str) -> str:
-        """Append sentences about the accepted values and the unit to a description."""
+    def complete(self, description: str, *, explain_time: bool = True) -> str:
+        """Append sentences about the accepted values and the unit to a description.
+
+        Args:
+            description: sentences about the meaning of the field.
+            explain_time: whether to explain time strings, if the field accepts them.
+        """
         sentences = [description]
-        if self.duration is not None:
+        if self.duration is not None and explain_time:
             subject = "Each entry" if self._item_schema is not self.schema else "The value"
             sentences.append(f"{subject} is {_DURATION}.")
         if self.per_group:
@@ -361,7 +360,7 @@ def read_fields(schedule: type) -> Mapping[str, Field]:
 
 @dataclasses.dataclass
 class _Annotation:
-    """The types, limits and unit in a field's annotation, from which its schema is built."""
+    """The types, limits and unit that a field's annotation specifies."""
 
     name: str
     types: list[str] = dataclasses.field(default_factory=list)
@@ -392,8 +391,8 @@ class _Annotation:
             self.types.append(_JSON_TYPES[plain])
         else:
             raise TypeError(
-                f"`{self.name}` has the annotation {hint}, which JSON Schema cannot express. Use a "
-                "type from `schedules.core.fields`."
+                f"The annotation of `{self.name}` must be a type that JSON Schema can express, got "
+                f"{hint}. Use a type from `schedules.core.fields`."
             )
         return self
 

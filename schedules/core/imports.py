@@ -2,7 +2,7 @@
 
 Importing a module runs its code. A training run imports the modules that its config names. Commands
 that only read a config forbid these imports with ``imports_allowed(False)``, because the config may
-come from somebody else.
+come from an untrusted source.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Convert a field's value, which is a number or a list, to one value per param group."""
+"""Convert a field's number or list to one value per param group."""
 
 from __future__ import annotations
 

@@ -55,15 +55,15 @@ def constant_piece(value: float, start: float, end: float) -> Piece:
 
 
 def shorten(piece: Piece, end: float) -> Piece:
-    """Return the piece, truncated at step ``end`` if it ends later."""
+    """Return the piece, truncated at step ``end``."""
     return piece if piece.end <= end else Piece(piece.start, end, *piece[2:])
 
 
 def find_next_step(piece: Piece, step: int, end: int) -> int:
     """Return the first whole step after the piece that contains ``step``, but at most ``end``.
 
-    Because of rounding, the end of the piece can be ``step`` itself. The result is nevertheless
-    greater than ``step``, so that a loop over pieces always advances.
+    The result is always greater than ``step``, so that a loop over pieces advances even if rounding
+    makes ``step`` the end of the piece.
     """
     return max(step + 1, math.ceil(piece.end)) if piece.end < end else end
 

@@ -15,7 +15,7 @@ from schedules.core.imports import import_attribute, require_imports
 from schedules.core.schedule import ParameterProblem, Schedule, ScheduleError
 from schedules.core.spelling import find_nearest, suggest_fraction
 
-__all__ = ["SCHEDULES", "build", "find", "from_config", "register", "to_class"]
+__all__ = ["SCHEDULES", "build", "find", "from_config", "register", "suggest", "to_class"]
 
 FAMILIES = (
     "families.deepspeed",
@@ -53,7 +53,7 @@ _OTHER_NAMES = {
 
 
 class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
-    """Mapping from names to schedule classes, which imports a schedule's module on first use.
+    """Mapping from names to schedule classes. A schedule's module is imported on first use.
 
     A config usually needs only one of these modules, and importing all of them would take longer
     than validating the config.
@@ -168,7 +168,7 @@ def find(name: str) -> type[Schedule[Any]]:
     'exp'
     """
     if ":" in name:
-        require_imports(name)  # also if it is imported already: it must not run
+        require_imports(name)  # even if imported already: it must not run
         return _load(name)
     if name not in SCHEDULES:
         from importlib.metadata import entry_points
@@ -180,10 +180,19 @@ def find(name: str) -> type[Schedule[Any]]:
             require_imports(name)
             custom = importlib.import_module(_CUSTOM)
             return _load(f"{custom.TORCH_MODULE}:{name}")
-        near = _OTHER_NAMES.get(name.lower()) or find_nearest(name, SCHEDULES)
+        near = suggest(name)
         fix = f"Did you mean `{near}`?" if near else "Run `onecycle schedules` for a list."
         raise ValueError(f"`scheduler.type` must be the name of a schedule, got {name!r}. {fix}")
     return SCHEDULES[name]
+
+
+def suggest(name: str) -> str | None:
+    """Return the schedule that an unknown name most likely means, or None if there is none.
+
+    >>> suggest("OneCicle"), suggest("cosine"), suggest("nonsense")
+    ('OneCycle', 'cosine_schedule_with_warmup', None)
+    """
+    return _OTHER_NAMES.get(name.lower()) or find_nearest(name, SCHEDULES)
 
 
 def read_torch_parameters(name: str) -> dict[str, bool] | None:
@@ -285,7 +294,7 @@ def to_class(path: str, found: Any) -> type[Schedule[Any]]:
             function that maps the step to a learning rate factor.
 
     Raises:
-        ValueError: ``found`` is none of these.
+        ValueError: ``found`` has a different type.
     """
     if isinstance(found, type) and issubclass(found, Schedule):
         _check_class(found)

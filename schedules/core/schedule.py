@@ -1,6 +1,6 @@
-"""`Schedule`, the base class of all schedules, which validates their parameters.
+"""Define `Schedule`, the base class of all schedules. It validates their parameters.
 
-`Schedule.bind` returns a `schedules.core.controller.Controller`, which computes the scheduled
+`Schedule.bind` returns a `schedules.core.controller.Controller` that computes the scheduled
 hyperparameters for an optimizer.
 """
 
@@ -33,8 +33,10 @@ from schedules.core.html import draw_html
 from schedules.core.per_group import broadcast, build_curve_per_group
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from numpy.typing import ArrayLike, NDArray
-    from typing_extensions import Self, dataclass_transform
+    from typing_extensions import dataclass_transform
 
 __all__ = [
     "Joint",
@@ -171,7 +173,7 @@ class Schedule(ABC, Generic[S]):
         return f"{self.type_name}({format_arguments(self.params())})"
 
     def _repr_html_(self) -> str:
-        """Return the repr and small plots of the curves, which notebooks display.
+        """Return the repr and small plots of the curves, for display in notebooks.
 
         Fractions of the run are shown for a run of 1,000 steps. There is no plot if the schedule
         depends on the loss, or on the length of an epoch.
@@ -191,7 +193,7 @@ class Schedule(ABC, Generic[S]):
         for name, field in read_fields(type(self)).items():
             try:
                 object.__setattr__(self, name, field.convert(getattr(self, name)))
-            except ValueError as error:  # noqa: PERF203  # one error per field
+            except ValueError as error:  # one error per field
                 yield ParameterProblem(name, str(error))
         lists = self.lists_per_group
         if len(set(map(len, lists.values()))) > 1:
@@ -237,7 +239,7 @@ class Schedule(ABC, Generic[S]):
             try:
                 changes[name] = in_steps()
                 self._check_minimum(name, changes[name])
-            except ValueError as error:  # noqa: PERF203  # one error per duration
+            except ValueError as error:  # one error per duration
                 problems.append(ParameterProblem(name, f"`{name}`: {error}"))
         if problems:
             raise ScheduleError(self.type_name, problems)
@@ -281,7 +283,7 @@ class Schedule(ABC, Generic[S]):
         yield from ()
 
     def joints(self) -> Iterator[Joint]:
-        """Yield the steps at which a parameter allows a hyperparameter to jump to another value.
+        """Yield the steps at which parameters can make a hyperparameter jump.
 
         Call `resolve` first if a duration is a time string.
         """
@@ -303,7 +305,7 @@ class Schedule(ABC, Generic[S]):
 
     @property
     def span(self) -> int:
-        """Number of steps that a plot should show. Call `resolve` first, as for `length`."""
+        """Number of steps to plot. Call `resolve` first if a duration is a time string."""
         steps = [
             each
             for name, field in read_fields(type(self)).items()
@@ -408,7 +410,7 @@ class Schedule(ABC, Generic[S]):
 
     @property
     def num_groups(self) -> int | None:
-        """Number of param groups that the lists are for; None if there are no lists."""
+        """Length of the lists with one number per param group; None if there are no lists."""
         return next(map(len, self.lists_per_group.values()), None)
 
     @property

@@ -15,11 +15,10 @@ _WARMUPS = ("warmup_num_steps", "warmup_steps", "lr_warmup_steps", "t_warmup", "
 
 
 def find_nearest(name: str, known: Collection[str]) -> str | None:
-    """Return the known name that a misspelled name most likely means, or None if there is none.
+    """Return the known name with the most similar spelling, or None if no name is similar.
 
-    This is the known name with the most similar spelling. If no spelling is similar and exactly one
-    known name adds a word before ``name``, this known name is returned. For example,
-    ``warmup_num_steps`` adds a word before ``num_steps``.
+    If no spelling is similar and exactly one known name adds a word before ``name``, return this
+    known name. For example, ``warmup_num_steps`` adds a word before ``num_steps``.
 
     >>> find_nearest("stge", ["stage", "type"])
     'stage'

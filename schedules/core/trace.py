@@ -69,7 +69,7 @@ def trace(
 
 
 def complete_base(base: Mapping[str, float | Iterable[float]] | None) -> Base:
-    """Return initial hyperparameters, with `DEFAULT_BASE` for those that are not given.
+    """Return initial hyperparameters, with the missing ones taken from `DEFAULT_BASE`.
 
     Args:
         base: initial hyperparameters, each a number or a list with one number per param group. The

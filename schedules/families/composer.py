@@ -71,13 +71,14 @@ class _WithWarmup(_Scheduler):
     """Mixin that adds a linear warmup before the curve of the other base class."""
 
     t_warmup: WarmupStepsOrZero
-    """Length of the linear warmup from 0. `engine.scale_schedule_ratio` scales it only if it is a
-    fraction of the run (such as "0.1dur") or if `scale_warmup` is true."""
+    """Length of the linear warmup from 0. `engine.scale_schedule_ratio` scales the warmup only if
+    its length is a fraction of the run (such as "0.1dur") or `scale_warmup` is true."""
     scale_warmup: bool = False
     """Whether `engine.scale_schedule_ratio` also scales the warmup."""
     one_based_warmup: bool = False
     """Whether the warmup counts its steps from 1, as (k + 1) / t_warmup. The learning rate of the
-    first step is then not 0, and the warmup ends one step earlier. Not in Composer."""
+    first step is then not 0, and the warmup ends one step earlier. Composer does not have this
+    parameter."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         yield from super().find_problems()
@@ -112,7 +113,7 @@ class ConstantScheduler(_Scheduler, example={"alpha": 0.5, "t_max": "0.5dur"}):
     alpha: Factor = 1.0
     """Factor by which the learning rate is multiplied until `t_max`."""
     t_max: Steps = "1dur"
-    """Step from which the learning rate is no longer multiplied by `alpha`."""
+    """Step at which the multiplication by `alpha` ends."""
 
     def _body(self, lr: float, start: float) -> Curve:
         end = as_number(self.t_max) - start
@@ -127,7 +128,7 @@ class ConstantWithWarmupScheduler(_WithWarmup, example={"t_warmup": "0.2dur", "a
 
         lr(k) = lr * alpha * min(1, k / t_warmup)
 
-    Composer's parameter ``t_max`` is not available, because it has no effect in Composer.
+    Composer's parameter ``t_max`` is not available, because Composer does not use it.
 
     Source: ``ConstantWithWarmupScheduler`` in composer/optim/scheduler.py.
     """
@@ -246,8 +247,8 @@ class LinearWithWarmupScheduler(_WithWarmup, LinearScheduler, example={"t_warmup
 
     ::
 
-        lr(k) = lr * alpha_i * k / t_warmup                               k < t_warmup
-                lr * (alpha_i + (alpha_f - alpha_i) * min(1, x))          k >= t_warmup,
+        lr(k) = lr * alpha_i * k / t_warmup                        k < t_warmup
+                lr * (alpha_i + (alpha_f - alpha_i) * min(1, x))   k >= t_warmup,
                 x = (k - t_warmup) / (t_max - t_warmup)
 
     Source: ``LinearWithWarmupScheduler`` in composer/optim/scheduler.py.
@@ -279,9 +280,9 @@ class ExponentialScheduler(_Scheduler, example={"gamma": 0.8}):
 class CosineAnnealingScheduler(_Scheduler, example={"alpha_f": 0.1}):
     """Cosine decay to ``alpha_f`` times the initial learning rate in ``t_max`` steps.
 
-    ::
+    With x = min(1, k / t_max)::
 
-        lr(k) = lr * (alpha_f + (1 - alpha_f) * (1 + cos(pi * min(1, k / t_max))) / 2)
+        lr(k) = lr * (alpha_f + (1 - alpha_f) * (1 + cos(pi * x)) / 2)
 
     Source: ``CosineAnnealingScheduler`` in composer/optim/scheduler.py.
     """
@@ -302,11 +303,10 @@ class CosineAnnealingWithWarmupScheduler(
 ):
     """Linear warmup followed by `CosineAnnealingScheduler`.
 
-    ::
+    With x = min(1, (k - t_warmup) / (t_max - t_warmup)) and c = (1 + cos(pi * x)) / 2::
 
-        lr(k) = lr * k / t_warmup                                             k < t_warmup
-                lr * (alpha_f + (1 - alpha_f) * (1 + cos(pi * min(1, x))) / 2)        k >= t_warmup,
-                x = (k - t_warmup) / (t_max - t_warmup)
+        lr(k) = lr * k / t_warmup                    k < t_warmup
+                lr * (alpha_f + (1 - alpha_f) * c)   k >= t_warmup
 
     Source: ``CosineAnnealingWithWarmupScheduler`` in composer/optim/scheduler.py.
     """
@@ -365,13 +365,12 @@ class PolynomialScheduler(_Scheduler, example={"power": 2.0}):
 class PolynomialWithWarmupScheduler(
     _WithWarmup, PolynomialScheduler, example={"t_warmup": "0.2dur"}
 ):
-    """Linear warmup followed by the decay of `PolynomialScheduler`, which is quadratic by default.
+    """Linear warmup followed by the decay of `PolynomialScheduler`, by default quadratic.
 
-    ::
+    With x = min(1, (k - t_warmup) / (t_max - t_warmup))::
 
-        lr(k) = lr * k / t_warmup                                             k < t_warmup
-                lr * (alpha_f + (1 - alpha_f) * (1 - min(1, x)) ** power)     k >= t_warmup,
-                x = (k - t_warmup) / (t_max - t_warmup)
+        lr(k) = lr * k / t_warmup                                   k < t_warmup
+                lr * (alpha_f + (1 - alpha_f) * (1 - x) ** power)   k >= t_warmup
 
     Source: ``PolynomialWithWarmupScheduler`` in composer/optim/scheduler.py.
     """

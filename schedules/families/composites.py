@@ -62,7 +62,7 @@ class _Composite(Schedule[int]):
         if count > _MAX_SCHEDULES:
             message = (
                 f"`schedulers` must contain at most {_MAX_SCHEDULES} schedules, including nested "
-                f"ones, got {count}. Remove some of them."
+                f"ones, got {count}. Remove some schedules."
             )
             yield ParameterProblem("schedulers", message)
             return
@@ -162,17 +162,18 @@ class SequentialLR(
     example={
         "schedulers": [
             {"type": "LinearLR", "params": {"start_factor": 0.1, "total_iters": 20}},
-            {"type": "CosineAnnealingLR", "params": {"T_max": 60}},
-            {"type": "ConstantLR", "params": {"factor": 0.2, "total_iters": "1dur"}},
+            {"type": "ConstantLR", "params": {"factor": 1.0, "total_iters": 50}},
+            {"type": "PolynomialLR", "params": {"total_iters": "0.3dur"}},
         ],
-        "milestones": [20, 80],
+        "milestones": [20, 70],
     },
 ):
     """Run several schedules one after another. At each milestone, the next schedule starts.
 
     Each schedule counts its steps from its own start. If the active schedule does not set a
-    hyperparameter that another schedule sets, its initial value is used. The initial values are
-    those of the param group or, with ``from_previous``, the last values of the previous schedule.
+    hyperparameter that another schedule sets, the hyperparameter has its initial value. With
+    ``from_previous``, the initial values are the last values of the previous schedule. By default,
+    they are the initial values of the param group.
 
     >>> blocks = [
     ...     {"type": "PolynomialLR", "params": {"total_iters": 4}},
@@ -190,9 +191,9 @@ class SequentialLR(
     milestones: Milestones
     """Steps at which the second and later schedules start, in ascending order."""
     from_previous: bool = False
-    """Whether the initial values of each schedule are the values that the previous one has reached
-    at the milestone. If false, as in PyTorch, they are those of the param group. Absolute values,
-    such as `cycle_max_lr`, do not depend on them."""
+    """Whether each schedule starts from the values that the previous schedule reached at the
+    milestone. If false, as in PyTorch, each schedule starts from the initial values of the param
+    group. Absolute values, such as `cycle_max_lr`, are not affected."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if list(self.milestones) != sorted(self.milestones):
@@ -284,7 +285,7 @@ class ChainedScheduler(
 
 
 def _suggest_warmup(part: Schedule[Any]) -> str:
-    """Return how to add a warmup to a schedule that cannot be a part of another one."""
+    """Return advice for adding a warmup to a schedule that cannot be combined with others."""
     return ", with `warmup_steps` for a warmup" if hasattr(part, "warmup_steps") else ""
 
 
@@ -296,7 +297,7 @@ def _to_block(schedule: Any) -> Any:
 
 
 def _count_blocks(blocks: Any) -> int:
-    """Return the number of schedules in a list of blocks, including those nested in their params.
+    """Return the number of schedules in a list of blocks, including nested schedules.
 
     Return 0 for a value that is not a list, because another check reports it.
     """
@@ -308,7 +309,7 @@ def _count_blocks(blocks: Any) -> int:
 
 
 def _evaluate(curve: Curve, step: float) -> float:
-    """Return the value of a curve at a step, which can be fractional."""
+    """Return the value of a curve at a step that can be fractional."""
     value: float = curve.piece(step).formula(step)
     return value
 
@@ -339,7 +340,9 @@ class Combined(
 
         {"type": "Combined", "params": {"schedulers": [
             {"type": "OneCycle", "params": {…}},
-            {"type": "Phases", "params": {"weight_decay": [{"to": 0.1, "duration": "1dur"}]}}
+            {"type": "Phases", "params": {
+                "weight_decay": [{"to": 0.1, "duration": "1dur"}]
+            }}
         ]}}
     """
 

@@ -1,4 +1,4 @@
-"""Custom schedules, which a config specifies as ``module:attribute``.
+"""Custom schedules, specified in a config as ``module:attribute``.
 
 The attribute can be one of the following:
 
@@ -12,7 +12,7 @@ schedule.
 
 A PyTorch scheduler runs on a dummy optimizer, and its values are recorded, so that the schedule can
 be previewed and resumed. There are two limitations. To compute the value at a step, the scheduler
-must run all previous steps. Its durations are numbers of steps, which cannot be scaled.
+must run all previous steps. Its durations are numbers of steps that cannot be scaled.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def adapt(found: Any, path: str) -> type[Schedule[Any]]:
         return FunctionSchedule.make_class(path, found)
     raise ValueError(
         "`scheduler.type` must be the import path of a scheduler class or of a function of the "
-        f"step, got {path!r}, which is {found!r}. Set it to the path of such a class or function."
+        f"step, got {path!r} ({found!r}). Set it to the path of such a class or function."
     )
 
 
@@ -154,8 +154,8 @@ def wrap_scheduler(cls: Any, name: str) -> type[WrappedScheduler]:
     if required:
         raise ValueError(
             "`scheduler.type` must be a scheduler that depends only on the step, but the `step` "
-            f"method of {name!r} requires the argument `{required[0]}`. Use a scheduler whose "
-            "`step` method requires no arguments."
+            f"method of {name!r} requires the argument `{required[0]}`. Use a scheduler with a "
+            "`step` method that requires no arguments."
         )
     parameters = [each for each in _parameters(cls) if each.name not in _NOT_IN_CONFIGS]
     namespace = {

@@ -106,11 +106,11 @@ class SquareRootScheduler(_WithWarmup, example={}):
 class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.02}):
     """Decay of the learning rate by a factor at regular intervals, down to a minimum.
 
-    The factor is applied every ``step`` steps, as in MXNet. If ``step`` is null, the factor is
-    applied before every step, including the first, as in the book::
+    As in MXNet, the factor is applied every ``step`` steps. If ``step`` is null, the factor is
+    applied before every step, including the first. This matches the book::
 
-        lr(k) = max(stop_factor_lr, base_lr * factor ** floor(k / step))    step is set
-        lr(k) = max(stop_factor_lr, base_lr * factor ** (k + 1))            step is null
+        lr(k) = max(stop_factor_lr, base_lr * factor ** floor(k / step))  if step
+        lr(k) = max(stop_factor_lr, base_lr * factor ** (k + 1))          otherwise
 
     Source: ``FactorScheduler`` in "Dive into Deep Learning" and in python/mxnet/lr_scheduler.py.
     """
@@ -164,7 +164,7 @@ class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5
             yield ParameterProblem(
                 "step",
                 f"`step` must be in ascending order without duplicates, got {list(self.step)}. "
-                "Sort it and remove duplicates.",
+                "Sort the list and remove duplicates.",
             )
 
     def _body(self, lr: float) -> Curve:
@@ -173,11 +173,11 @@ class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5
 
 @schedule_class
 class PolyScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10}):
-    """Polynomial decay to ``final_lr``, which is reached at step ``max_update``.
+    """Polynomial decay to ``final_lr`` at step ``max_update``.
 
-    After the warmup, with W = ``warmup_steps``::
+    After the warmup, with x = min(1, (k - warmup_steps) / (max_update - warmup_steps))::
 
-        lr(k) = final_lr + (base_lr - final_lr) * (1 - min(1, (k - W) / (max_update - W))) ** pwr
+        lr(k) = final_lr + (base_lr - final_lr) * (1 - x) ** pwr
 
     Source: ``PolyScheduler`` in python/mxnet/lr_scheduler.py.
     """
@@ -197,7 +197,7 @@ class PolyScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10})
 
 @schedule_class
 class CosineScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10}):
-    """Cosine decay to ``final_lr``, which is reached at step ``max_update``.
+    """Cosine decay to ``final_lr`` at step ``max_update``.
 
     After the warmup, with W = ``warmup_steps`` and x = min(1, (k - W) / (max_update - W))::
 

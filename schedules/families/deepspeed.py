@@ -49,7 +49,8 @@ class _DeepSpeedSchedule(Schedule[int]):
     """Base class of the DeepSpeed schedules, with the parameter ``last_batch_iteration``."""
 
     last_batch_iteration: LastBatch = -1
-    """Index of the last completed step. The run starts at the next step: with -1, at step 0."""
+    """Index of the last completed step. The run starts at the next step. With -1, it starts at step
+    0."""
 
     def curves(self, base: Base) -> Curves:
         done = self.last_batch_iteration + 1
@@ -72,12 +73,12 @@ class OneCycle(
 
     A factor s rises from 0 to 1 in ``first = cycle_first_step_size`` steps and falls back to 0 in
     ``second = cycle_second_step_size`` steps, continuously or in equal stairs. With
-    ``T = first + second``::
+    ``T = first + second`` and ``n = (k - T) / decay_step_size``::
 
-        lr(k)       = cycle_min_lr + (cycle_max_lr - cycle_min_lr) * s(k)                 k <= T
-                      cycle_min_lr / (1 + decay_lr_rate * (k - T) / decay_step_size)      k > T
-        momentum(k) = cycle_max_mom - (cycle_max_mom - cycle_min_mom) * s(k)              k <= T
-                      cycle_max_mom / (1 + decay_mom_rate * (k - T) / decay_step_size)    k > T
+        lr(k)       = cycle_min_lr + (cycle_max_lr - cycle_min_lr) * s(k)     k <= T
+                      cycle_min_lr / (1 + decay_lr_rate * n)                  k > T
+        momentum(k) = cycle_max_mom - (cycle_max_mom - cycle_min_mom) * s(k)  k <= T
+                      cycle_max_mom / (1 + decay_mom_rate * n)                k > T
 
     The peak is exactly ``cycle_max_lr``, at k = first. Momentum starts at ``cycle_max_mom`` and
     decreases after the cycle. In DeepSpeed, momentum is ``cycle_min_mom`` at the first step and
@@ -97,8 +98,8 @@ class OneCycle(
     cycle_min_lr: LearningRate
     """Learning rate at the start and at the end of the cycle."""
     cycle_max_lr: LearningRate | None
-    """Learning rate at the peak, which is reached after exactly `cycle_first_step_size` steps; null
-    uses each param group's initial learning rate."""
+    """Learning rate at the peak, after exactly `cycle_first_step_size` steps; null uses each param
+    group's initial learning rate."""
     decay_lr_rate: Rate = 0.0
     """Decay rate of the learning rate after the cycle. The divisor of the learning rate starts at 1
     and increases by this rate every `decay_step_size` steps."""
@@ -115,7 +116,7 @@ class OneCycle(
     """Length, in steps, of the intervals after the cycle. Every interval increases the divisors of
     the learning rate and of momentum by their decay rates. 0 or null disables the decay."""
     post_cycle_decay_step_size: StepsOrZero | None = None
-    """Alias of `decay_step_size` that DeepSpeed's tutorial uses. Set only one of the two."""
+    """Alias of `decay_step_size`, used in DeepSpeed's tutorial. Set only one of the two keys."""
     cycle_momentum: bool = True
     """Whether to cycle momentum (betas[0] if the optimizer has betas) inversely to the learning
     rate."""
@@ -148,14 +149,14 @@ class OneCycle(
         for name, count, steps in invalid:
             yield ParameterProblem(
                 name,
-                f"`{name}` must be at most {steps}, the number of steps in that half of the cycle, "
+                f"`{name}` must be at most {steps}, the number of steps in this half of the cycle, "
                 f"got {count}. Set it to 0 to disable the staircase.",
             )
         if self.decay_step_size is not None and self.post_cycle_decay_step_size is not None:
             yield ParameterProblem(
                 "post_cycle_decay_step_size",
                 "`post_cycle_decay_step_size` is an alias of `decay_step_size`, but both are set. "
-                "Remove one of them.",
+                "Remove one of the two keys.",
             )
 
     @property
@@ -343,12 +344,12 @@ class WarmupDecayLR(
     """Warmup, then linear decay to the minimum at step ``total_num_steps``.
 
     The warmup is the same as in `WarmupLR`. With N = ``warmup_num_steps`` and
-    T = ``total_num_steps``, the decay is::
+    T = ``total_num_steps``, the decay at step N <= k <= T is::
 
-        lr(k) = warmup_max_lr + (warmup_min_lr - warmup_max_lr) * (k - N) / (T - N),   N <= k <= T
+        lr(k) = warmup_max_lr + (warmup_min_lr - warmup_max_lr) * (k - N) / (T - N)
 
     After step T, the learning rate stays at the minimum. If ``warmup_max_lr`` is null, the maximum
-    is the param group's initial learning rate; in DeepSpeed, it is 0.001.
+    is the param group's initial learning rate. In DeepSpeed, the maximum is then 0.001.
 
     >>> decay = WarmupDecayLR(total_num_steps=6, warmup_num_steps=2, warmup_type="linear")
     >>> list(decay.curves({"lr": (1.0,)})["lr"][0].values(8))
@@ -385,8 +386,8 @@ class WarmupCosineLR(
     With N = ``warmup_num_steps``, T = ``total_num_steps``, c = ``cos_min_ratio`` and the function
     g(k) of `WarmupLR`, each param group's initial learning rate is multiplied by::
 
-        ratio(k) = warmup_min_ratio + (1 - warmup_min_ratio) * g(k)              k <= N
-                   c + (1 - c) * (1 + cos(pi * (k - N) / (T - N))) / 2           N <= k <= T
+        ratio(k) = warmup_min_ratio + (1 - warmup_min_ratio) * g(k)      k <= N
+                   c + (1 - c) * (1 + cos(pi * (k - N) / (T - N))) / 2   N <= k <= T
 
     The peak (ratio 1) is reached at k = N. DeepSpeed never reaches the peak with a linear warmup,
     and uses ratio 0 instead of ``warmup_min_ratio`` at the first step.
@@ -401,11 +402,11 @@ class WarmupCosineLR(
     total_num_steps: Annotated[Steps, _AUTO]
     """Length of the run, including the warmup."""
     warmup_min_ratio: Ratio = 0.0
-    """Learning rate at the first step, as a fraction of the param group's initial learning rate."""
+    """Learning rate at the first step as a fraction of the param group's initial learning rate."""
     warmup_num_steps: Annotated[WarmupSteps, _AUTO] = 1000
     """Length of the warmup."""
     cos_min_ratio: Ratio = 0.0001
-    """Learning rate at and after the end of the run, as a fraction of the param group's initial
+    """Learning rate at and after the end of the run as a fraction of the param group's initial
     learning rate."""
     warmup_type: WarmupType = "log"
     """Shape of the warmup; with "log", the learning rate rises fastest in the first steps."""

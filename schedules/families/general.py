@@ -186,7 +186,8 @@ class Phases(
         if name == "momentum" and not self.relative and any(end >= 1 for end in ends):
             yield ParameterProblem(
                 name,
-                f"`from` and `to` of `{path}` must be less than 1, got {max(ends):g}. Lower them.",
+                f"`from` and `to` of `{path}` must be less than 1, got {max(ends):g}. Use smaller "
+                "values.",
             )
         if phase.get("shape") in _NEVER_ZERO and 0 in ends:
             yield ParameterProblem(
@@ -279,7 +280,7 @@ class WarmupStableDecay(
     decay_type: Literal["linear", "cosine", "1-sqrt", "half-life"] = "linear"
     """Shape of the decay at the end of the run."""
     min_lr_ratio: Ratio = 0.0
-    """Learning rate at the end of the decay, as a fraction of the initial learning rate."""
+    """Learning rate at the end of the decay as a fraction of the initial learning rate."""
     one_based_warmup: bool = False
     """Whether the warmup counts its steps from 1, as (k + 1) / warmup_steps. The learning rate of
     the first step is then not 0, and the warmup ends one step earlier."""
@@ -289,8 +290,8 @@ class WarmupStableDecay(
         if needed > total:
             yield ParameterProblem(
                 "decay_steps",
-                "`warmup_steps` plus `decay_steps` must be at most `total_steps` "
-                f"({total:g}), got {needed:g}. Shorten one of them.",
+                f"`warmup_steps` plus `decay_steps` must be at most `total_steps` ({total:g}), got "
+                f"{needed:g}. Shorten the warmup or the decay.",
             )
 
     @property
@@ -320,11 +321,11 @@ class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
 
     ::
 
-        lr(k) = lr * k / warmup_steps                                k < warmup_steps
-                lr / sqrt(1 + (k - warmup_steps) / timescale)        k >= warmup_steps
+        lr(k) = lr * k / warmup_steps                           k < warmup_steps
+                lr / sqrt(1 + (k - warmup_steps) / timescale)   k >= warmup_steps
 
     Source: Zhai et al., Scaling vision transformers, https://arxiv.org/abs/2106.04560; Vaswani et
-    al., https://arxiv.org/abs/1706.03762, whose timescale is the length of the warmup.
+    al., https://arxiv.org/abs/1706.03762 (the timescale is the length of the warmup).
     """
 
     warmup_steps: WarmupStepsOrZero = 0

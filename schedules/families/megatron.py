@@ -46,8 +46,8 @@ class OptimizerParamScheduler(
 ):
     """Megatron-LM's scheduler: learning rate warmup and decay, and an increasing weight decay.
 
-    Durations are in optimizer steps; in Megatron-LM, they are in samples. The decay ends at step
-    ``lr_decay_steps`` of the run, and the learning rate stays at ``min_lr`` afterwards. With
+    Durations are in optimizer steps. In Megatron-LM, durations are in samples. The decay ends at
+    step ``lr_decay_steps`` of the run, and the learning rate stays at ``min_lr`` afterwards. With
     ``lr_decay_style`` "WSD", the learning rate is constant after the warmup and decays in the last
     ``wsd_decay_steps`` steps. With "constant", it does not decay.
 
@@ -73,7 +73,7 @@ class OptimizerParamScheduler(
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
     """Shape of the decay after the warmup."""
     wsd_decay_steps: Steps | None = None
-    """Length of the decay if `lr_decay_style` is "WSD"; otherwise null."""
+    """Length of the decay. Must be set if and only if `lr_decay_style` is "WSD"."""
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
     """Shape of the decay if `lr_decay_style` is "WSD"."""
     start_wd: WeightDecay | None = None
@@ -112,14 +112,22 @@ class OptimizerParamScheduler(
         if exceeds(self.init_lr, self.max_lr) or exceeds(self.min_lr, self.max_lr):
             yield ParameterProblem(
                 "max_lr",
-                "`max_lr` must be at least `init_lr` and at least `min_lr`. "
-                "Increase `max_lr` or lower the other two.",
+                f"`max_lr` must be at least `init_lr` ({self.init_lr}) and `min_lr` "
+                f"({self.min_lr}), got {self.max_lr}. Increase `max_lr` or lower the others.",
             )
         yield from self._find_weight_decay_problems()
-        if (self.wsd_decay_steps is not None) != (self.lr_decay_style == "WSD"):
+        is_wsd = self.lr_decay_style == "WSD"
+        if is_wsd and self.wsd_decay_steps is None:
             yield ParameterProblem(
                 "wsd_decay_steps",
-                '`wsd_decay_steps` must be set if `lr_decay_style` is "WSD", and null otherwise.',
+                '`wsd_decay_steps` must be set if `lr_decay_style` is "WSD", got null. '
+                "Set it to the length of the decay.",
+            )
+        elif self.wsd_decay_steps is not None and not is_wsd:
+            yield ParameterProblem(
+                "wsd_decay_steps",
+                f'`wsd_decay_steps` must be null unless `lr_decay_style` is "WSD", got '
+                f'{self.wsd_decay_steps}. Remove the key, or set "lr_decay_style": "WSD".',
             )
         elif (anneal := as_number(self.wsd_decay_steps or 0)) and anneal > end - warmup:
             yield ParameterProblem(
@@ -140,7 +148,8 @@ class OptimizerParamScheduler(
         start, end = self._weight_decays
         if exceeds(start, end):
             yield ParameterProblem(
-                "end_wd", "`end_wd` must be at least `start_wd`. Swap the two values."
+                "end_wd",
+                f"`end_wd` must be at least `start_wd` ({start}), got {end}. Swap the two values.",
             )
         if self.wd_incr_style == "constant" and start != end:
             yield ParameterProblem(

@@ -19,9 +19,9 @@ class PerGroup(Schedule[int]):
     """Run a different schedule in each param group.
 
     `schedules.attach` builds this schedule from a mapping of param groups, and `engine.initialize`
-    from the entries of ``optimizer.param_groups``. Groups with equal schedules are passed to one
-    schedule together, so that a single learning rate for groups with different ones is an error, as
-    without this class. If a group's schedule does not set a hyperparameter that the schedule of
+    from the entries of ``optimizer.param_groups``. Param groups with equal schedules share one
+    schedule. A single learning rate in this schedule is an error if the groups have different
+    initial learning rates. If a group's schedule does not set a hyperparameter that the schedule of
     another group sets, the group keeps its initial value.
 
     >>> import schedules
@@ -47,7 +47,7 @@ class PerGroup(Schedule[int]):
 
     @property
     def parts(self) -> tuple[Schedule[Any], ...]:
-        """The different schedules, each once."""
+        """The distinct schedules, without duplicates."""
         found: list[Schedule[Any]] = []
         for part in self.schedulers:
             if part is not None and part not in found:
@@ -97,7 +97,7 @@ class PerGroup(Schedule[int]):
         return self._build(base, lambda part, own: part.build_curves(own, horizon))
 
     def _build(self, base: Base, build: Callable[[Schedule[Any], Base], Curves]) -> Curves:
-        """Return the curves of all groups, given a function that builds those of a schedule."""
+        """Return the curves of all groups. ``build`` returns the curves of one schedule."""
         count = len(base["lr"])
         if len(self.schedulers) != count:
             raise ValueError(

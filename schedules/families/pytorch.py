@@ -2,7 +2,7 @@
 
 Formulas and defaults match torch/optim/lr_scheduler.py (2.13). PyTorch computes most values from
 the previous value. Here, each value depends only on the step k. After the end of a schedule, the
-last value is kept, whereas PyTorch's CosineAnnealingLR rises again; see
+last value is kept. PyTorch's CosineAnnealingLR rises again. The differences are described in
 docs/decisions/0006-pytorch-schedules.md.
 """
 
@@ -80,8 +80,8 @@ class MultiStepLR(LearningRateSchedule, example={"milestones": [30, 60, 80], "ga
     """
 
     milestones: Milestones
-    """Steps at which the learning rate is multiplied by `gamma`, in any order. If a step occurs
-    twice, it is multiplied twice."""
+    """Steps at which the learning rate is multiplied by `gamma`, in any order. A step that occurs
+    twice multiplies the learning rate twice."""
     gamma: Factor = 0.1
     """Factor applied to the learning rate at each milestone."""
 
@@ -115,9 +115,9 @@ class ConstantLR(LearningRateSchedule, example={"factor": 0.5, "total_iters": 40
 class LinearLR(LearningRateSchedule, example={"total_iters": 60}):
     """Multiply the learning rate by a factor that changes linearly in ``total_iters`` steps.
 
-    ::
+    With x = min(1, k / total_iters)::
 
-        lr(k) = lr * (start_factor + (end_factor - start_factor) * min(1, k / total_iters))
+        lr(k) = lr * (start_factor + (end_factor - start_factor) * x)
 
     Source: ``LinearLR`` in torch/optim/lr_scheduler.py.
     """
@@ -212,7 +212,7 @@ class CosineAnnealingWarmRestarts(LearningRateSchedule, example={"T_0": 15, "T_m
     T_mult: Annotated[int, Range(at_least=1)] = 1
     """Length of each cycle divided by the length of the previous one."""
     eta_min: LearningRate = 0.0
-    """Minimum learning rate, which is reached at the end of each cycle."""
+    """Minimum learning rate, reached at the end of each cycle."""
 
     def curve(self, lr: float) -> Curve:
         low, first = as_number(self.eta_min), as_number(self.T_0)
@@ -225,10 +225,10 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
 
     With n = ``total_steps``, the learning rate rises from ``max_lr / div_factor`` to ``max_lr``
     until step ``pct_start * n - 1``, then falls to ``max_lr / div_factor / final_div_factor`` until
-    step ``n - 1``. With ``three_phase``, it first falls back to ``max_lr / div_factor`` in as many
-    steps as the rise takes. Each phase is a cosine or a line. Momentum goes from
-    ``max_momentum`` to ``base_momentum`` and back. After the end, the last value is kept,
-    whereas PyTorch raises an error.
+    step ``n - 1``. With ``three_phase``, it first falls back to ``max_lr / div_factor`` in the same
+    number of steps as the rise. Each phase is a cosine or a line. Momentum goes from
+    ``max_momentum`` to ``base_momentum`` and back. After the end, the last value is kept. PyTorch
+    raises an error instead.
 
     Source: ``OneCycleLR`` in torch/optim/lr_scheduler.py; Smith and Topin, Super-convergence,
     https://arxiv.org/abs/1708.07120.
@@ -241,11 +241,12 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     total_steps: Steps | None = None
     """Length of the cycle; null uses `epochs` times `steps_per_epoch`."""
     epochs: Annotated[int, Range(at_least=1)] | None = None
-    """Number of epochs. Required if `total_steps` is null; otherwise it must be null."""
+    """Number of epochs. Required if `total_steps` is null. Must be null if `total_steps` is set."""
     steps_per_epoch: Steps | None = None
-    """Number of steps per epoch. Required if `total_steps` is null; otherwise it must be null."""
+    """Number of steps per epoch. Required if `total_steps` is null. Must be null if `total_steps`
+    is set."""
     pct_start: Annotated[float, Range(above=0, below=1)] = 0.3
-    """Length of the phase in which the learning rate rises, as a fraction of the cycle."""
+    """Fraction of the cycle in which the learning rate rises."""
     anneal_strategy: Literal["cos", "linear"] = "cos"
     """Shape of the curve in each phase: a cosine or a straight line."""
     cycle_momentum: bool = True
@@ -271,7 +272,8 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
         if by_epochs != (2 if self.total_steps is None else 0):
             yield ParameterProblem(
                 "total_steps",
-                "Set either `total_steps` or both `epochs` and `steps_per_epoch`. "
+                "Either `total_steps`, or both `epochs` and `steps_per_epoch` must be set, got "
+                f"{self.total_steps}, {self.epochs} and {self.steps_per_epoch}. "
                 'Set `total_steps` to "1dur" to use the length of the run.',
             )
             return

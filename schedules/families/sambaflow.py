@@ -49,7 +49,7 @@ class _WarmupAndDecay(_PeakSchedule):
     max_steps: Steps
     """Length of the run, including the warmup. The schedule does not stop training."""
     end_lr_ratio: Ratio = 0.1
-    """Learning rate at and after the end of the run, as a fraction of the peak learning rate."""
+    """Learning rate at and after the end of the run as a fraction of the peak learning rate."""
     one_based_warmup: bool = False
     """Whether the warmup counts its steps from 1, as (k + 1) / warmup_steps. The learning rate of
     the first step is then not 0, and the warmup ends one step earlier."""
@@ -81,10 +81,10 @@ class CosineScheduleWithWarmup(
 ):
     """Linear warmup, then cosine decay to ``end_lr_ratio`` times the peak learning rate.
 
-    With x = (k - warmup_steps) / (max_steps - warmup_steps) and r = end_lr_ratio::
+    With x = min(1, (k - warmup_steps) / (max_steps - warmup_steps)) and r = end_lr_ratio::
 
-        lr(k) = lr * k / warmup_steps                                       k < warmup_steps
-                lr * (r + (1 - r) * (1 + cos(pi * min(1, x))) / 2)          k >= warmup_steps
+        lr(k) = lr * k / warmup_steps                        k < warmup_steps
+                lr * (r + (1 - r) * (1 + cos(pi * x)) / 2)   k >= warmup_steps
 
     Source: SambaFlow's documentation, "Learning rate schedules".
     """
@@ -112,7 +112,7 @@ class PolynomialDecayScheduleWithWarmup(
     """
 
     end_lr_ratio: Ratio = 0.0
-    """Learning rate at and after the end of the run, as a fraction of the peak learning rate."""
+    """Learning rate at and after the end of the run as a fraction of the peak learning rate."""
 
     def _decay(self, lr: float, end: float, steps: float) -> Curve:
         return decay_after_warmup(linear, lr, end, steps)
@@ -139,8 +139,8 @@ class StepSchedule(
 
         lr(k) = lr * gamma ** floor(k / decay_steps)
 
-    Source: the example of a custom schedule in SambaFlow's documentation, which halves the learning
-    rate every 100 steps.
+    Source: SambaFlow's documentation, example of a custom schedule that halves the learning rate
+    every 100 steps.
     """
 
     decay_steps: Steps = 100

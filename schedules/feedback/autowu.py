@@ -33,23 +33,25 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     constant unless ``immediate_cooldown`` is true, and decays in the cooldown at the end of the
     run::
 
-        warmup    lr(k) = min_lr * (max_lr / min_lr) ** (k / W),   W = int(max_warmup_fraction * T)
-        cooldown  lr(k) = peak * (1 + cos(pi * n / D)) / 2         after n of D cooldown steps
+        warmup    lr(k) = min_lr * (max_lr / min_lr) ** (k / W)
+        cooldown  lr(k) = peak * (1 + cos(pi * n / D)) / 2   after n of D steps
 
-    T is ``steps_per_epoch * total_epochs``. Without enough confident estimates, the warmup ends
-    after W steps. After T steps, the learning rate stays constant. The formulas give the learning
-    rate of the first param group; the other groups keep their initial ratios to it.
+    W is ``int(max_warmup_fraction * T)``, T is ``steps_per_epoch * total_epochs``, and D is the
+    length of the cooldown. Without enough confident estimates, the warmup ends after W steps. After
+    T steps, the learning rate stays constant. The formulas give the learning rate of the first
+    param group. The learning rates of the other groups keep their initial ratios to the first
+    group.
 
     The parameter ``test`` selects the test that makes these estimates and ends the warmup. The test
-    "reference" is that of the published code. It runs once per epoch, needs about thirty epochs,
-    and depends on the scale of the loss. The test "robust" runs about sixty times per warmup, does
-    not depend on the scale of the loss, tolerates loss spikes, and starts the decay exactly at the
-    peak.
+    "reference" is the test of the published code. It runs once per epoch, needs about thirty
+    epochs, and depends on the scale of the loss. The test "robust" runs about sixty times per
+    warmup, does not depend on the scale of the loss, tolerates loss spikes, and starts the decay
+    exactly at the peak.
 
-    If ``rollback`` is true, the weights and the optimizer state are restored when the warmup ends:
-    to their values at the end of the test interval with the lowest mean loss. A test interval is
-    the steps from one test to the next. A rollback helps models without normalization layers,
-    which can diverge at high learning rates.
+    If ``rollback`` is true, the weights and the optimizer state are restored when the warmup ends.
+    The restored values are those at the end of the test interval with the lowest mean loss. A test
+    interval consists of the steps from one test to the next. A rollback helps models that diverge
+    at high learning rates, for example without normalization layers.
 
     The engine passes the loss of ``trainer.backward(loss)`` to the schedule. In a custom loop, call
     ``step(loss=loss)``. Previews show a run on a synthetic loss.
@@ -77,7 +79,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     """Learning rate that the warmup reaches if it runs for its maximum length. A warmup that ends
     earlier reaches a lower learning rate."""
     max_warmup_fraction: Annotated[float, Range(at_least=0, at_most=1)] = 0.5
-    """Maximum length of the warmup, as a fraction of the run."""
+    """Maximum length of the warmup as a fraction of the run."""
     warmup_unit: Literal["step", "epoch"] = "step"
     """Whether the learning rate increases at every step or at the end of every epoch during
     warmup."""
@@ -91,20 +93,20 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     `decay_phase_factor` whenever the mean loss per epoch has not improved for more than five
     epochs."""
     decay_phase_factor: Annotated[float, Range(above=0, at_most=1)] = 1.0
-    """Factor applied to the learning rate in the constant phase. If `decay_phase_stat` is null, it
-    is applied once, when a test ends the warmup; otherwise, it is applied at each plateau of the
-    loss."""
+    """Factor applied to the learning rate in the constant phase. If `decay_phase_stat` is null, the
+    factor is applied once, when a test ends the warmup. If `decay_phase_stat` is "loss", the factor
+    is applied at each plateau of the loss."""
     cooldown_fraction: Fraction = 0.2
-    """Length of the decay at the end of the run, as a fraction of the run. The decay starts even if
+    """Length of the decay at the end of the run as a fraction of the run. The decay starts even if
     the warmup has not ended."""
     cooldown_type: Literal["cosine", "half_cosine"] = "cosine"
     """Shape of the decay; "half_cosine" starts at half of the peak learning rate."""
     test: Literal["reference", "robust"] = "reference"
-    """Test that ends the warmup: that of the published code ("reference"), or one that does not
-    depend on the scale of the loss ("robust")."""
+    """Test that ends the warmup: the test of the published code ("reference"), or a test that does
+    not depend on the scale of the loss ("robust")."""
     rollback: bool = False
-    """Whether to restore the weights and the optimizer state when the warmup ends, to their values
-    after the test interval with the lowest mean loss."""
+    """Whether to restore the weights and the optimizer state when the warmup ends. The restored
+    values are those at the end of the test interval with the lowest mean loss."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.min_lr >= self.max_lr:
@@ -170,7 +172,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
         return dataclasses.replace(self, steps_per_epoch=steps, total_epochs=epochs)
 
     def bind(self, base: Base, horizon: Horizon | None = None) -> AutoWUController:
-        """Return the controller for an optimizer whose initial hyperparameters are ``base``.
+        """Return the controller for an optimizer with the initial hyperparameters ``base``.
 
         Raises:
             ScheduleError: neither the parameters nor ``horizon`` specify the length of the run.
@@ -179,9 +181,9 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
         for name in ("steps_per_epoch", "total_epochs"):
             if getattr(resolved, name) is None:
                 message = (
-                    f"`{name}` must be set if the length of the run is unknown. Set it, or pass "
-                    '`training_data` to `initialize` and set "engine": {"max_duration": "30ep"} '
-                    "in the config."
+                    f"`{name}` must be set if the length of the run is unknown. Set this key, or "
+                    'pass `training_data` to `initialize` and set "engine": {"max_duration": '
+                    '"30ep"} in the config.'
                 )
                 raise ScheduleError(self.type_name, [ParameterProblem(name, message)])
         return resolved.controller(base)

@@ -1,4 +1,4 @@
-"""The controller of `AutoWU`, which runs the warmup, the tests that end it, and the decay."""
+"""Define the controller of `AutoWU`. It runs the warmup, its tests, and the decay."""
 
 from __future__ import annotations
 
@@ -88,10 +88,9 @@ class AutoWUController(FeedbackController[AutoWUState]):
     def update(self, state: AutoWUState, loss: float | None) -> AutoWUState:
         if loss is None:
             raise ValueError(
-                "AutoWU requires the loss of every step. "
-                "Pass the loss to `step(loss=loss)` or, with the engine, to "
-                "`trainer.backward(loss)`. If a trainer calls `step()` without it, call "
-                "`scheduler.record_loss(loss)` before."
+                "AutoWU requires the loss of every step. Pass the loss to `step(loss=loss)` or, "
+                "with the engine, to `trainer.backward(loss)`. If a trainer calls `step()` "
+                "without the loss, call `scheduler.record_loss(loss)` before each step."
             )
         state = dataclasses.replace(state, step=state.step + 1, is_lowest=False)
         if self._must_cool_down(state):

@@ -1,4 +1,4 @@
-"""Base classes of feedback schedules, which depend on the loss or on a metric."""
+"""Base classes of schedules that depend on the loss or on a metric."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class PublishedResult(NamedTuple):
     def is_positive(self) -> bool:
         """Whether most samples show that the loss has passed its minimum.
 
-        A sample shows this if its probability exceeds `CONFIDENCE`.
+        In these samples, the probability exceeds `CONFIDENCE`.
         """
         votes = sum(probability > CONFIDENCE for probability in self.probabilities)
         return votes > REDRAWS / 2
@@ -79,7 +79,7 @@ class PublishedResult(NamedTuple):
 
 
 def run_published_test(losses: Array, fit: Hyperparameters, sample: Sampler) -> PublishedResult:
-    """Run AutoWU's published test, which checks whether the loss has passed its minimum.
+    """Run AutoWU's published test of whether the loss has passed its minimum.
 
     The test sets the mean of the Gaussian process to the mean of the losses. It then fits the
     hyperparameters to at most 100 losses with 100 steps of Adam, starting from the previous fit.
@@ -147,7 +147,7 @@ class RobustResult(NamedTuple):
 
 
 def run_robust_test(losses: Array) -> RobustResult:
-    """Run the robust test, which checks whether the loss has passed its minimum.
+    """Run the robust test of whether the loss has passed its minimum.
 
     The test tolerates noise and loss spikes, and does not depend on the scale of the loss. It clips
     losses that differ from the lowest loss by more than twice the decrease of the loss so far.

@@ -21,7 +21,7 @@ MetricCount = Annotated[int, Range(at_least=0)]
 
 
 class PlateauState(NamedTuple):
-    """The state of the rule `Plateau` after the metric values that it has received so far."""
+    """State of the rule `Plateau`, updated with each metric value."""
 
     best: float | None = None
     bad: Count = 0
@@ -36,7 +36,7 @@ class PlateauState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plateau:
-    """The rule of `ReduceLROnPlateau`, which computes a learning rate factor from metric values.
+    """The rule of `ReduceLROnPlateau`: a learning rate factor computed from metric values.
 
     >>> rule = Plateau(factor=0.5, patience=1)
     >>> state = rule.init()
@@ -93,8 +93,8 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     """Reduce the learning rate when a metric has stopped improving.
 
     A value of the metric is an improvement if it is better than the best value so far by more than
-    ``threshold``, which by default is a fraction of the best value. After more than ``patience``
-    consecutive values without an improvement::
+    ``threshold``. By default, ``threshold`` is a fraction of the best value. After more than
+    ``patience`` consecutive values without an improvement::
 
         lr = max(lr * factor, min_lr)
 
@@ -102,8 +102,8 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     ``trainer.step(metric=…)`` or, in a custom loop, to ``step(metric)``. Steps without a value do
     not change the learning rate, except in the warmup. Previews show a run on a synthetic metric.
 
-    The warmup counts the calls of ``step``. A trainer that calls it only with a metric, such as
-    Hugging Face's, needs a warmup of as many evaluations.
+    The warmup counts the calls of ``step``. If a trainer calls ``step`` only after an evaluation,
+    as Hugging Face's does, the length of the warmup is a number of evaluations.
 
     >>> import torch, schedules
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)

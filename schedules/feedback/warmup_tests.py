@@ -77,13 +77,13 @@ class WarmupTest(ABC):
 
     @abstractmethod
     def warning(self) -> str | None:
-        """Return a warning if the warmup is too short for the test, and None otherwise."""
+        """Return a warning if the warmup is too short for the test; None if it is long enough."""
 
 
 class PublishedTest(WarmupTest):
     """AutoWU's published test of whether the loss has passed its minimum.
 
-    It runs once per epoch and ends the warmup after three confident results in a row.
+    The test runs once per epoch and ends the warmup after three confident results in a row.
     """
 
     dtype = np.float32
@@ -129,8 +129,9 @@ class PublishedTest(WarmupTest):
 class RobustTest(WarmupTest):
     """Robust test of whether the loss has passed its minimum.
 
-    It does not depend on the scale of the loss. It runs about sixty times if the warmup reaches its
-    maximum length. At least five confident results in a row are needed to end the warmup.
+    The test does not depend on the scale of the loss. It runs about sixty times if the warmup
+    reaches its maximum length. At least five confident results in a row are needed to end the
+    warmup.
     """
 
     dtype = np.float64
@@ -174,7 +175,7 @@ class RobustTest(WarmupTest):
 
 
 class TorchSampler:
-    """Sampler of indices without replacement, which draws the same indices as AutoWU's own code.
+    """Sampler of indices without replacement. Draws the same indices as AutoWU's own code.
 
     The random numbers come from a PyTorch generator.
 

@@ -119,7 +119,7 @@ def test_step_after_a_direct_loss_backward_divides_by_the_accumulation():
 def test_step_after_an_unscaled_backward_under_a_loss_scale_raises():
     trainer = build_engine(FakeBackend(loss_scale=256.0))
     trainer(X).mean().backward()
-    with pytest.raises(RuntimeError, match="fp16 needs a scaled loss"):
+    with pytest.raises(RuntimeError, match="fp16 requires a scaled loss"):
         trainer.step()
 
 

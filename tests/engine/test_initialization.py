@@ -441,5 +441,5 @@ def test_model_on_the_meta_device_is_an_error():
     with torch.device("meta"):
         model = torch.nn.Linear(2, 1)
     config = {"train_batch_size": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
-    with pytest.raises(ValueError, match="`weight` is on the meta device"):
+    with pytest.raises(ValueError, match="`weight` must not be on the meta device"):
         engine.initialize(config=config, model=model)

@@ -67,7 +67,7 @@ def test_batches_without_a_length_are_an_error(scheduler):
 def test_batches_without_data_are_an_error():
     config = {"train_batch_size": 4, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
     trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(2, 1))
-    with pytest.raises(MisuseError, match="needs training data"):
+    with pytest.raises(MisuseError, match="requires training data"):
         trainer.batches()
 
 

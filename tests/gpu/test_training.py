@@ -13,8 +13,6 @@ from tests.testing.gpu import OPTIMIZER, Machine, copy_weights, train
 FP16 = {"enabled": True, "initial_scale_power": 8}
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}, "fp16": {"fp16": FP16}}
 TOLERANCE = {"fp32": 0.01, "bf16": 0.1, "fp16": 0.05}
-MAX_SYNCS = 1
-"""Allowed number of synchronizations per step: one host read of the gradients' norm."""
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -101,7 +99,7 @@ def test_copies_from_pinned_memory_do_not_synchronize(machine):
 
 @pytest.mark.parametrize("clipping", [0.0, 1.0])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_step_synchronizes_at_most_once(machine, precision, clipping):
+def test_step_does_not_wait_for_the_device(machine, precision, clipping):
     trainer = machine.start(gradient_clipping=clipping, **PRECISIONS[precision])
     batches = machine.draw_batches(2)
     train(trainer, batches)
@@ -110,7 +108,8 @@ def test_step_synchronizes_at_most_once(machine, precision, clipping):
         for batch in itertools.islice(itertools.cycle(batches), steps):
             trainer.backward(trainer(*batch))
             trainer.step()
-    assert found.total() <= MAX_SYNCS * steps, found
+    # The dry run is on the CPU, where steps are not deferred: each reads the gradients' norm.
+    assert found.total() <= (steps if machine.is_dry else 0), found
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])

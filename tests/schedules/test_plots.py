@@ -78,6 +78,37 @@ def test_plot_log_has_a_logarithmic_axis_for_the_lr_only():
     assert zero.axes[0].get_yscale() == "linear"
 
 
+def test_plot_axis_is_logarithmic_by_default_for_an_exponential_sweep_only():
+    sweep = Phases(lr=[{"from": 1e-4, "to": 1.0, "duration": 50, "shape": "exponential"}])
+    decay = Phases(lr=[{"from": 1.0, "to": 1e-4, "duration": 50, "shape": "exponential"}])
+    assert plot(sweep, steps=50).axes[0].get_yscale() == "log"
+    assert plot(sweep, steps=50, log=False).axes[0].get_yscale() == "linear"
+    assert plot(decay, steps=50).axes[0].get_yscale() == "linear"
+
+
+def count_vertical_edges(figure):
+    steps = figure.axes[0].get_lines()[0].get_xdata()
+    return len(steps) - len(set(steps))
+
+
+def test_plot_draws_ramps_as_lines_and_stairs_with_vertical_edges():
+    assert count_vertical_edges(plot(LinearLR(total_iters=30), steps=40)) == 0
+    assert count_vertical_edges(plot(CYCLE)) == 0
+    assert count_vertical_edges(plot(StepLR(step_size=10), steps=40)) == 3
+
+
+def test_plot_names_of_short_phases_do_not_overlap():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    lengths = (2, 2, 2, 40)
+    shapes = [{"shape": "constant", "duration": length} for length in lengths]
+    figure = plot(Phases(lr=shapes), steps=46)
+    FigureCanvasAgg(figure).draw()
+    names = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(names) == 4
+    assert not [a for i, a in enumerate(names) for b in names[:i] if a.overlaps(b)]
+
+
 def test_plot_length_is_that_of_the_run():
     decay = WarmupDecayLR(total_num_steps="1dur", warmup_num_steps="0.1dur", warmup_type="linear")
     ((values, _),) = read_lines(plot(decay, horizon=Horizon(total_steps=30))).values()

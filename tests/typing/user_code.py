@@ -1,10 +1,11 @@
 """A user's script that a type checker must accept; `test_typing` also runs it."""
 
+from typing import assert_type
+
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, Dataset
-from typing_extensions import assert_type
 
 import engine
 import onecycle

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["add_allow_imports", "parse_positive_int"]
+if TYPE_CHECKING:
+    from schedules import Schedule
+
+__all__ = [
+    "SET_HELP",
+    "add_allow_imports",
+    "add_examples",
+    "add_set",
+    "find_schedule",
+    "find_schedule_name",
+    "parse_positive_int",
+]
 
 _LARGEST = 2**53
+
+SET_HELP = (
+    "override a config value, such as optimizer.params.lr=0.01; can be repeated. VALUE is JSON, or "
+    "a string without quotes"
+)
 
 
 def parse_positive_int(text: str) -> int:
@@ -28,3 +45,49 @@ def add_allow_imports(parser: argparse.ArgumentParser) -> None:
         help="import and run the code that the config names, such as a custom schedule. Use this "
         "option only if you trust the config",
     )
+
+
+def add_set(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--set`` to a parser."""
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
+
+
+def add_examples(parser: argparse.ArgumentParser, *examples: str) -> None:
+    """Add command lines to the end of a parser's help. A test runs each of them.
+
+    They use the files ds_config.json, other.json, train.py, hostfile and losses.csv, and the
+    directory checkpoints.
+    """
+    lines = "".join(f"\n  {example}" for example in examples)
+    parser.epilog = f"{parser.epilog or ''}\n\nexamples:{lines}"
+
+
+def find_schedule_name(name: str) -> str | None:
+    """Return the name of a built-in or registered schedule, given in lower or upper case.
+
+    Return None if the name is unknown.
+    """
+    from schedules import SCHEDULES
+
+    if name in SCHEDULES:
+        return name
+    return {known.lower(): known for known in SCHEDULES}.get(name.lower())
+
+
+def find_schedule(name: str) -> type[Schedule[Any]]:
+    """Return the schedule class with a name, in lower or upper case, or with an import path.
+
+    Raises:
+        ValueError: the name is unknown; the message suggests a similar one. Or the imported object
+            is not a schedule.
+    """
+    from schedules.core.registry import find, suggest
+
+    try:
+        return find(find_schedule_name(name) or name)
+    except ValueError as error:
+        if ":" in name:
+            raise
+        near = suggest(name)
+        fix = f"Did you mean `{near}`?" if near else "Run `onecycle schedules` for a list."
+        raise ValueError(f"Unknown schedule `{name}`. {fix}") from error

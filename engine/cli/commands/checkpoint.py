@@ -10,7 +10,9 @@ from typing import TextIO
 
 from engine.checkpoint import storage
 from engine.checkpoint.manifest import read_manifest
+from engine.cli.commands.arguments import add_examples
 from engine.config.wording import count_noun
+from engine.display.terminal import format_rows, get_width
 from engine.distributed.environment import INVALID, OK
 from engine.errors import CheckpointError, escape
 
@@ -24,7 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint (show), or export its weights to one safetensors file (export), also from a "
         "checkpoint that DeepSpeed wrote. Only export requires torch."
     )
-    parser.add_argument("action", choices=["ls", "verify", "show", "export"])
+    add_examples(
+        parser,
+        "onecycle checkpoint ls checkpoints",
+        "onecycle checkpoint verify checkpoints",
+        "onecycle checkpoint export checkpoints -o weights.safetensors",
+    )
+    parser.add_argument(
+        "action",
+        type=str.lower,
+        choices=["ls", "verify", "show", "export"],
+        help="what to do with the checkpoints",
+    )
     parser.add_argument("dir", metavar="DIR", type=Path, help="checkpoint directory of the run")
     parser.add_argument(
         "--tag",
@@ -53,13 +66,15 @@ def _list(args: argparse.Namespace, out: TextIO) -> int:
             "the directory contains no complete checkpoint; pass the checkpoint directory of a run",
             str(args.dir),
         )
-    width = max(len(path.name) for path, _ in complete)
+    rows = []
     for path, manifest in complete:
         ranks = count_noun(manifest.world_size, "rank")
         size = f"{manifest.size / 2**20:,.1f} MiB"
-        row = (f"{path.name:{width}}", f"step {manifest.step}", manifest.backend, ranks, size)
-        note = () if manifest.frozen else ("without frozen parameters",)
-        print(escape("  ".join((*row, manifest.created[:19], *note))), file=out)
+        note = "" if manifest.frozen else "  without frozen parameters"
+        row = (path.name, f"step {manifest.step}", manifest.backend, ranks, size)
+        rows.append(tuple(map(escape, (*row, f"{manifest.created[:19]}{note}"))))
+    for line in format_rows(rows, get_width(out)):
+        print(line, file=out)
     return OK
 
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TextIO
 
-from engine.cli.commands.arguments import add_allow_imports, parse_positive_int
+from engine.cli.commands.arguments import (
+    add_allow_imports,
+    add_examples,
+    add_set,
+    parse_positive_int,
+)
+from engine.cli.commands.models import build_model
+from engine.display.terminal import format_rows, get_width, wrap
 from engine.distributed.environment import OK
 from engine.errors import escape
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from engine.config.provenance import Entry
     from engine.config.rules import RuleContext
 
 __all__ = ["add_arguments", "run"]
+
+_WIDEST_CELL = 45
+"""Width to which names and values are padded, so that a long list does not push all rows right."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,14 +59,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models. The module is imported, from the current directory if it is there. The model is "
         "built on the meta device, without memory for its weights, if it supports that",
     )
+    add_set(parser)
     add_allow_imports(parser)
+    add_examples(
+        parser,
+        "onecycle config ds_config.json --world-size 8",
+        "onecycle config ds_config.json --set fp16.enabled=true --diff ds_config.json",
+        "onecycle config ds_config.json --json > complete.json",
+        "onecycle config ds_config.json --model train:build_model",
+    )
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """Print the resolved config, or its differences from another config (``--diff``)."""
     from engine.config.provenance import as_config
 
-    entries, context = _resolve(args.file, args)
+    entries, context = _resolve(args.file, args, args.set)
     groups = () if args.model is None else ("", *_list_param_groups(context, args.model))
     if args.diff is not None:
         _print_differences(entries, _resolve(args.diff, args)[0], out)
@@ -70,18 +83,22 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     else:
         rows = [(entry.name, json.dumps(entry.value), entry.origin) for entry in entries]
         _print_table(rows, out)
-    for line in groups:
-        print(escape(line), file=out)
+    for group in groups:
+        for line in wrap(escape(group), get_width(out)):
+            print(line, file=out)
     return OK
 
 
-def _resolve(name: str, args: argparse.Namespace) -> tuple[list[Entry], RuleContext]:
+def _resolve(
+    name: str, args: argparse.Namespace, assignments: Sequence[str] = ()
+) -> tuple[list[Entry], RuleContext]:
     from engine.config import ConfigError, load_document
+    from engine.config.overrides import apply_assignments
     from engine.config.provenance import trace_origins
     from engine.config.validate import examine
     from schedules.core.imports import imports_allowed
 
-    document = load_document(name)
+    document, _ = apply_assignments(load_document(name), assignments)
     problems, context = examine(document, args.world_size, allow_imports=args.allow_imports)
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors or context is None:
@@ -108,57 +125,12 @@ def _list_param_groups(context: RuleContext, path: str) -> list[str]:
             "`--model` requires a config with the section `optimizer`, which describes the param "
             "groups. Add the section, or omit the option."
         )
-    model = _build_model(path)
+    model = build_model(path)
     wrap = context.get_section("engine").get("wrap", ())
     types = {index: each["type"] for index, _, each in find_group_schedulers(config)}
     groups = build_param_groups(model, block, wrap=wrap)
     rows = [group.describe(block, types) for group in groups]
     return [f"param group {line}" for line in format_param_groups(rows)]
-
-
-def _build_model(path: str) -> nn.Module:
-    """Import a function or a class, and build its model on the meta device if that is possible."""
-    import torch
-    from torch import nn
-
-    from schedules.core.imports import import_attribute
-
-    with _current_directory_on_path():
-        found: Any = import_attribute(path)
-        if not isinstance(found, nn.Module):
-            build = found
-            try:
-                with torch.device("meta"):
-                    found = build()
-            except Exception:  # noqa: BLE001  # such as a model that reads values of its weights
-                found = _call(path, build)
-    if not isinstance(found, nn.Module):
-        raise ValueError(  # noqa: TRY004  # it is a value of the command line
-            f"`--model` must name a function or a class that returns a torch.nn.Module, got "
-            f"{path!r}, which returns a value of type {type(found).__name__}."
-        )
-    return found
-
-
-def _call(path: str, build: Any) -> Any:
-    try:
-        return build()
-    except Exception as error:
-        raise ValueError(
-            f"`--model` must name a function without required arguments that builds a model, got "
-            f"{path!r}, which failed with {type(error).__name__}: {error}."
-        ) from error
-
-
-@contextlib.contextmanager
-def _current_directory_on_path() -> Iterator[None]:
-    """Search the current directory for modules, as Python does for a script."""
-    directory = str(Path.cwd())
-    sys.path.insert(0, directory)
-    try:
-        yield
-    finally:
-        sys.path.remove(directory)
 
 
 def _print_differences(first: Sequence[Entry], second: Sequence[Entry], out: TextIO) -> None:
@@ -171,7 +143,6 @@ def _print_differences(first: Sequence[Entry], second: Sequence[Entry], out: Tex
 
 
 def _print_table(rows: Sequence[tuple[str, str, str]], out: TextIO) -> None:
-    first = max((len(row[0]) for row in rows), default=0)
-    second = min(40, max((len(row[1]) for row in rows), default=0))
-    for name, value, last in rows:
-        print(escape(f"{name:{first}}  {value:{second}}  {last}"), file=out)
+    escaped = [tuple(map(escape, row)) for row in rows]
+    for line in format_rows(escaped, get_width(out), widest=_WIDEST_CELL):
+        print(line, file=out)

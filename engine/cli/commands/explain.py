@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TextIO
 
+from engine.cli.commands.arguments import add_examples
+from engine.display.terminal import format_rows, get_width, wrap
 from engine.distributed.environment import OK
 
 __all__ = ["add_arguments", "run"]
@@ -17,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "rules. `onecycle validate` prints the rule of each problem in brackets."
     )
     parser.add_argument("rule", metavar="RULE", nargs="?", help="rule name, such as unknown-key")
+    add_examples(parser, "onecycle explain", "onecycle explain unknown-key")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -24,16 +27,18 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from engine.config.rules.pages import RULEBOOK
     from schedules.core.spelling import find_nearest
 
+    width = get_width(out)
     if args.rule is None:
-        width = max(map(len, RULEBOOK))
-        for name, page in RULEBOOK.items():
-            print(f"{name:{width}}  {page.summary}", file=out)
+        rows = [(name, page.summary) for name, page in RULEBOOK.items()]
+        print(*format_rows(rows, width), sep="\n", file=out)
         return OK
-    if args.rule not in RULEBOOK:
-        near = find_nearest(args.rule, RULEBOOK)
+    name = args.rule.lower()
+    if name not in RULEBOOK:
+        near = find_nearest(name, RULEBOOK)
         fix = f"Did you mean `{near}`?" if near else "Run `onecycle explain` to list all rules."
         raise ValueError(f"Unknown rule `{args.rule}`. {fix}")
-    page = RULEBOOK[args.rule]
-    example = f"\n\nFor example:\n  {page.example}" if page.example else ""
-    print(f"{args.rule}: {page.summary}\n\n{page.reason}{example}\n\n{page.fix}", file=out)
+    page = RULEBOOK[name]
+    example = f"For example:  {page.example}" if page.example else ""
+    shown = [text for text in (f"{name}: {page.summary}", page.reason, example, page.fix) if text]
+    print("\n\n".join("\n".join(wrap(text, width, indent=0)) for text in shown), file=out)
     return OK

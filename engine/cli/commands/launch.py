@@ -10,12 +10,14 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from engine.cli.commands.launch_options import EPILOG, add_options
-from engine.distributed.environment import INVALID, OK, UNREACHABLE, USAGE
+from engine.cli.commands.arguments import add_examples
+from engine.cli.commands.launch_options import EPILOG, EXAMPLES, add_options
+from engine.display.terminal import get_width, wrap
+from engine.distributed.environment import INVALID, OK, SET, UNREACHABLE, USAGE
 from engine.errors import LaunchError
 from engine.launch.hosts import (
     Host,
@@ -82,12 +84,12 @@ _SUPPORTED_BY: dict[str, tuple[set[str], str]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``onecycle launch`` to a parser."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = (
-        "Start a script on this machine, on the hosts of a hostfile over ssh, or as a Slurm job.\n"
+        "Start a script on this machine, on the hosts of a hostfile over ssh, or as a Slurm job. "
         "torchrun provides ranks, rendezvous and restarts. If one rank fails, all others stop."
     )
     parser.epilog = EPILOG
+    add_examples(parser, *EXAMPLES)
     add_options(parser)
 
 
@@ -98,7 +100,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     _check_options(args)
     config = args.config or find_config(script, args.cwd)
     request = _build_request(args, script)
-    if config and not _is_valid(config, sum(host.size for host in request.hosts), out):
+    ranks = sum(host.size for host in request.hosts)
+    if config and not _is_valid(config, args.set, ranks, out):
         return INVALID
     if _is_slurm(args):
         return _launch_by_slurm(args, request, out)
@@ -181,7 +184,7 @@ def _build_request(args: argparse.Namespace, script: tuple[str, ...]) -> LaunchR
         address=args.master_addr,
         port=args.port,
         interface=args.iface,
-        env=read_variables(args.env_file, args.env),
+        env=read_variables(args.env_file, args.env) | _build_set_variable(args.set),
         pass_env=tuple(args.pass_env),
         cwd=str(Path(args.cwd).resolve()),
         python=args.python,
@@ -190,6 +193,14 @@ def _build_request(args: argparse.Namespace, script: tuple[str, ...]) -> LaunchR
         ssh_options=(*args.ssh_opt, *([f"Port={args.ssh_port}"] if args.ssh_port else [])),
         job=f"onecycle-{os.getpid()}-{int(time.time())}",
     )
+
+
+def _build_set_variable(assignments: Sequence[str]) -> dict[str, str]:
+    """Return the environment variable that passes `--set` to `engine.initialize`."""
+    from engine.config.overrides import parse_assignments
+
+    parse_assignments(assignments)  # raises an error here instead of on each rank
+    return {SET: json.dumps(assignments)} if assignments else {}
 
 
 def _build_hosts(args: argparse.Namespace, nnodes: int | None) -> tuple[Host, ...]:
@@ -224,12 +235,15 @@ def _find_port(port: int) -> int:
     return found
 
 
-def _is_valid(config: str, world_size: int, out: TextIO) -> bool:
-    from engine.config import validate
+def _is_valid(config: str, assignments: Sequence[str], world_size: int, out: TextIO) -> bool:
+    from engine.config import load_document
+    from engine.config.overrides import apply_assignments
+    from engine.config.validate import check
     from engine.display.problem_reports import write_error
     from engine.errors import ConfigError
 
-    errors = [each for each in validate(config, world_size=world_size) if each.severity == "error"]
+    document, _ = apply_assignments(load_document(config), assignments)
+    errors = [each for each in check(document, world_size) if each.severity == "error"]
     if errors:
         write_error(ConfigError(config, errors), out)
     return not errors
@@ -247,7 +261,7 @@ def _run_preflight(
     checks = check_hosts(request, config and str(Path(config).resolve()))
     failed = [check for check in checks if check.problem]
     for check in failed:
-        print(f"{check.host}: {check.problem}", file=out)
+        print(*wrap(f"{check.host}: {check.problem}", get_width(out)), sep="\n", file=out)
     if failed:
         summary = f"{len(failed)} of {len(checks)} hosts cannot be used; nothing was started"
         print(summary, file=out)

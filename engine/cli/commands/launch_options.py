@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine.cli.commands.arguments import parse_positive_int
+from engine.cli.commands.arguments import SET_HELP, parse_positive_int
 from engine.distributed.environment import USAGE
 
-__all__ = ["EPILOG", "add_options"]
+__all__ = ["EPILOG", "EXAMPLES", "add_options"]
 
 EPILOG = """\
 Times S are in seconds. Options that torchrun or deepspeed call by another name, such as
@@ -20,15 +20,17 @@ exit status: 0 all ranks succeeded; the status of the first failed rank (128 + n
 128 + n: the launcher received signal n; 1 the config is invalid; 2 wrong usage; 69 a host is
 unreachable or has different package versions; 75 a host was lost, or the run saved and exited
 after a signal; 124 the rendezvous timed out
-
-examples:
-  onecycle launch --nproc 2 train.py --epochs 3
-  onecycle launch --hostfile hostfile --include node0@node1:0,1 train.py
-  onecycle launch --hostfile hostfile --dry-run train.py
-  onecycle launch --hostfile hostfile --nnodes 1:2 --max-restarts 3 train.py
-  onecycle launch --hostfile hostfile --max-restarts 3 --rejoin train.py
-  onecycle launch --nnodes 2 --nproc 8 --write-sbatch job.sbatch train.py
 """
+
+EXAMPLES = (
+    "onecycle launch --nproc 2 train.py ds_config.json",
+    "onecycle launch --nproc 2 --set train_batch_size=64 train.py ds_config.json",
+    "onecycle launch --hostfile hostfile --include node0@node1:0,1 train.py",
+    "onecycle launch --hostfile hostfile --dry-run train.py",
+    "onecycle launch --hostfile hostfile --nnodes 1:2 --max-restarts 3 train.py",
+    "onecycle launch --hostfile hostfile --max-restarts 3 --rejoin train.py",
+    "onecycle launch --nnodes 2 --nproc 8 --write-sbatch job.sbatch train.py",
+)
 
 _UNSUPPORTED = {
     "is not needed: `onecycle launch` starts all hosts from one machine. Use `--hostfile` or "
@@ -106,7 +108,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="add --local_rank=N to the arguments of SCRIPT, as deepspeed does",
     )
-    script.add("script", nargs=argparse.REMAINDER, metavar="SCRIPT ARGS")
+    script_help = "training script and its arguments"
+    script.add("script", nargs=argparse.REMAINDER, metavar="SCRIPT ARGS", help=script_help)
     _add_hidden_options(script)
 
 
@@ -195,6 +198,8 @@ def _add_launcher_options(group: _Group) -> None:
         metavar="F",
         help="config to validate before launch (default: the .json file in ARGS)",
     )
+    set_help = f"{SET_HELP}. It changes each config that SCRIPT passes to engine.initialize"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=set_help)
     rejoin_help = "reconnect to a lost host for up to --rdzv-timeout seconds"
     add("--rejoin", action="store_true", help=rejoin_help)
     rendezvous_help = "timeout of the rendezvous (default: 300)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import shutil
@@ -16,8 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from engine.cli.commands.arguments import parse_positive_int
-from engine.distributed.environment import INVALID, OK
+from engine.cli.commands.arguments import SET_HELP, add_examples, parse_positive_int
+from engine.distributed.environment import INVALID, OK, SET
+from schedules.core.extras import require_package
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,19 +38,20 @@ _GRACE = 30.0  # seconds to wait after the test before the script is killed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``onecycle lr-test`` to a parser."""
     parser.description = (
-        "Run an unmodified training script while increasing the learning rate from --min to\n"
-        "--max, and suggest learning-rate bounds for OneCycle. During the test, the sweep\n"
-        "replaces the schedule, and no checkpoints are written. The script is stopped when the\n"
+        "Run an unmodified training script while increasing the learning rate from --min to "
+        "--max, and suggest learning-rate bounds for OneCycle. During the test, the sweep "
+        "replaces the schedule, and no checkpoints are written. The script is stopped when the "
         "loss diverges or the sweep ends."
     )
-    parser.epilog = (
-        "exit status: 0 a suggestion was found; 1 no suggestion; 2 wrong usage\n\nexamples:\n"
-        "  onecycle lr-test -- train.py --epochs 1\n"
-        "  onecycle lr-test --repeat 3 --write ds_config.json -- train.py\n"
-        "  onecycle lr-test --refine --training-steps 20000 -- train.py\n"
-        "  onecycle lr-test --nproc 2 --min 1e-5 --max 1 --steps 300 -- train.py"
+    parser.epilog = "exit status: 0 a suggestion was found; 1 no suggestion; 2 wrong usage"
+    add_examples(
+        parser,
+        "onecycle lr-test -- train.py ds_config.json",
+        "onecycle lr-test --repeat 3 --write ds_config.json -- train.py ds_config.json",
+        "onecycle lr-test --refine --training-steps 20000 -- train.py ds_config.json",
+        "onecycle lr-test --nproc 2 --max 1 --steps 300 -- train.py ds_config.json",
+        "onecycle lr-test --set train_batch_size=64 -- train.py ds_config.json",
     )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     _add_sweep_arguments(parser)
     _add_repetition_arguments(parser)
     _add_script_arguments(parser)
@@ -131,6 +134,14 @@ def _add_repetition_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_script_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"{SET_HELP}. It changes each config that the script passes to engine.initialize, and "
+        "FILE of --config and --write during the test",
+    )
+    parser.add_argument(
         "--engine",
         type=parse_positive_int,
         metavar="N",
@@ -174,6 +185,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from engine.range_test.report import LRRangeReport
     from engine.range_test.sweep import Sweep
 
+    require_package("matplotlib", "`onecycle lr-test`")
+    require_package("plotext", "`onecycle lr-test`")
     command = _build_command(args)
     check_training_steps(args.refine, args.training_steps)
     sweep = Sweep(
@@ -182,15 +195,15 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         args.steps,
         args.shape,
         tuple(args.momentum) if args.momentum else None,
-        _read_range_test_block(args.config, args.nproc),
+        _read_range_test_block(args),
         args.divergence,
         config=args.config and str(Path(args.config).resolve()),
         engine=args.engine,
     )
     target = args.write or args.config
     # Read the config before the test, so that an unreadable file is reported immediately.
-    current = _read_block(Path(target), args.nproc) if target else None
-    console = Console(file=out, soft_wrap=True)
+    current = _read_block(Path(target), args.nproc, args.set) if target else None
+    console = Console(file=out, soft_wrap=not out.isatty())
     args.output.mkdir(parents=True, exist_ok=True)
 
     def sweep_once(repeat: int) -> Run:
@@ -242,6 +255,8 @@ def _train(
     with tempfile.TemporaryDirectory(prefix="onecycle-") as directory:
         record = Path(directory, RECORD)
         environment = replace(sweep, directory=directory).to_environment()
+        if args.set:
+            environment[SET] = json.dumps(args.set)
         status = _run_with_progress(command, environment, record, log, name, args, console)
         run = Run.read(record) if record.is_file() else Run()
     problem = _find_problem(status, run, log, args)
@@ -266,16 +281,17 @@ def _build_command(args: argparse.Namespace) -> list[str]:
     return [*torchrun, "--standalone", "--nproc-per-node", str(args.nproc), *flags, *script]
 
 
-def _read_range_test_block(config: str | None, nproc: int) -> Any:
-    """Return the config's scheduler block if its type is LRRangeTest, and None otherwise."""
-    block = _read_block(Path(config), nproc) if config else None
+def _read_range_test_block(args: argparse.Namespace) -> Any:
+    """Return the scheduler block of `--config` if its type is LRRangeTest, and None otherwise."""
+    block = _read_block(Path(args.config), args.nproc, args.set) if args.config else None
     return block if block and block.get("type") == "LRRangeTest" else None
 
 
-def _read_block(path: Path, nproc: int) -> dict[str, Any] | None:
+def _read_block(path: Path, nproc: int, assignments: Sequence[str] = ()) -> dict[str, Any] | None:
     from engine.config import load_config
 
-    block = load_config(path, world_size=nproc).raw.get("scheduler")
+    config = load_config(path, world_size=nproc, assignments=assignments)
+    block = config.raw.get("scheduler")
     return None if block is None else dict(block)
 
 
@@ -381,8 +397,6 @@ def _print_result(
     args: argparse.Namespace,
     console: Console,
 ) -> int:
-    import json
-
     from engine.config.edits import write_scheduler
     from engine.display.terminal import supports_color
 

@@ -11,11 +11,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from engine.cli.commands.arguments import add_allow_imports, parse_positive_int
+from engine.cli.commands.arguments import (
+    add_allow_imports,
+    add_examples,
+    add_set,
+    find_schedule,
+    find_schedule_name,
+    parse_positive_int,
+)
+from engine.display.terminal import get_width, supports_color, wrap
 from engine.distributed.environment import OK
 from engine.errors import escape
 
 if TYPE_CHECKING:
+    from engine.display.preview import Preview
     from schedules.core.controller import Evidence
     from schedules.core.curves import Curve
 
@@ -92,9 +101,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         type=Path,
-        metavar="PNG",
-        help="image file to write; the suffix selects the format. Without --csv and -t, the "
-        "default is FILE with the suffix .png, in the current directory",
+        metavar="IMAGE",
+        help="image file to write; the suffix selects the format. The suffix .html selects a page "
+        "with interactive charts. Without --csv and -t, the default is FILE with the suffix .png, "
+        "in the current directory",
     )
     parser.add_argument(
         "-t",
@@ -102,7 +112,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="plot in the terminal. To write an image as well, add --output",
     )
+    add_set(parser)
     add_allow_imports(parser)
+    add_examples(
+        parser,
+        "onecycle plot ds_config.json",
+        "onecycle plot ds_config.json -t",
+        "onecycle plot ds_config.json --csv - | head",
+        "onecycle plot ds_config.json --compare other.json WarmupLR -o compared.png",
+        "onecycle plot ds_config.json --set scheduler.params.cycle_max_lr=0.01 -t",
+        "onecycle plot autowu.json --losses losses.csv -o autowu.png",
+    )
 
 
 class _PlotData(NamedTuple):
@@ -171,28 +191,57 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if args.terminal:
         _draw_on_terminal(data, out, log=args.log)
     if args.output or not (args.csv or args.terminal):
-        from engine.display.plots import draw
-
         path = args.output or Path(Path(args.file).name).with_suffix(".png")
-        steps, columns = data.sample(_MAX_EXACT)
-        draw(
+        count = _write_image(data, path, log=args.log or None)
+        if args.csv != "-":
+            note = "" if count == data.steps else f", drawn at {count:,} of them"
+            for line in wrap(escape(f"{path}: {data.summary}{note}"), get_width(out)):
+                print(line, file=out)
+    for path, values in data.auto_values.items():
+        shown = ", ".join(f"{name} {value}" for name, value in values.items())
+        note = f'{path}: for "auto", the plot shows {shown}'
+        stream = sys.stderr if args.csv == "-" else out
+        for line in wrap(escape(note), get_width(stream)):
+            print(line, file=stream)
+    return OK
+
+
+def _write_image(data: _PlotData, path: Path, *, log: bool | None) -> int:
+    """Write an image or an HTML page, as the suffix of the path selects.
+
+    Returns:
+        The number of steps that are drawn.
+    """
+    if path.suffix.lower() in {".html", ".htm"}:
+        from engine.display.curve_pages import build_curve_page
+        from engine.display.html_charts import write_html
+
+        steps, columns = data.sample(_SAMPLES)
+        page = build_curve_page(
             columns,
-            path,
             data.title,
             steps=steps,
             curves=data.curves,
             sources=data.sources,
-            log=args.log,
+            log=log,
             evidence=data.evidence,
         )
-        if args.csv != "-":
-            note = "" if len(steps) == data.steps else f", drawn at {len(steps):,} of them"
-            print(escape(f"{path}: {data.summary}{note}"), file=out)
-    for path, values in data.auto_values.items():
-        shown = ", ".join(f"{name} {value}" for name, value in values.items())
-        note = f'{path}: for "auto", the plot shows {shown}'
-        print(escape(note), file=sys.stderr if args.csv == "-" else out)
-    return OK
+        write_html(path, page)
+        return len(steps)
+    from engine.display.plots import draw
+
+    steps, columns = data.sample(_MAX_EXACT)
+    draw(
+        columns,
+        path,
+        data.title,
+        steps=steps,
+        curves=data.curves,
+        sources=data.sources,
+        log=log,
+        evidence=data.evidence,
+    )
+    return len(steps)
 
 
 def _preview_configs(args: argparse.Namespace) -> _PlotData:
@@ -203,38 +252,62 @@ def _preview_configs(args: argparse.Namespace) -> _PlotData:
     from schedules import SCHEDULES
     from schedules.plots import name_columns
 
-    paths = [args.file, *(name for name in args.compare if name not in SCHEDULES)]
+    compared = [_find_source(name) for name in args.compare]
     auto = AutoValues(args.learning_rate, args.steps, args.warmup_steps)
-    previews = {
-        path: preview(
+
+    def preview_config(path: str, assignments: Sequence[str] = ()) -> Preview:
+        return preview(
             path,
+            assignments=assignments,
             steps_per_epoch=args.steps_per_epoch,
             allow_imports=args.allow_imports,
             auto=auto,
         )
-        for path in paths
-    }
-    first = previews[args.file]
-    steps = args.steps or max(each.span for each in previews.values())
-    for each in previews.values():
+
+    first = preview_config(args.file, args.set)
+    others = {name: preview_config(name) for name in compared if name not in SCHEDULES}
+    steps = args.steps or max(each.span for each in (first, *others.values()))
+    for each in (first, *others.values()):
         each.check_length(steps)
+    label = Path(args.file).name + "".join(f" {each}" for each in args.set)
+    shown = {label: first.curves}
+    for name in compared:
+        shown[name] = others[name].curves if name in others else fit_example(name, first, steps)
     curves: dict[str, Curve] = {}
     sources: dict[str, str] = {}
-    for source in dict.fromkeys((args.file, *args.compare)):
-        own = previews[source].curves if source in previews else fit_example(source, first, steps)
-        label = Path(source).name if source == args.file else source
-        columns = name_columns(own, label if args.compare else "")
+    for source, own in shown.items():
+        columns = name_columns(own, source if compared else "")
         curves |= columns
-        sources |= dict.fromkeys(columns, label)
+        sources |= dict.fromkeys(columns, source)
     if len(curves) > _MAX_CURVES:
         raise ValueError(
             f"A plot can have at most {_MAX_CURVES} curves, got {len(curves):,}. Use fewer configs "
             "or param groups."
         )
-    title = " and ".join((f"{first.title} of {args.file}", *args.compare))
+    changed = f" with {', '.join(args.set)}" if args.set else ""
+    title = " and ".join((f"{first.title} of {args.file}{changed}", *compared))
     summary = f"{steps} steps of {first.schedule.type_name}"
-    autos = {path: each.auto_values for path, each in previews.items() if each.auto_values}
+    autos = {
+        path: each.auto_values
+        for path, each in {**others, args.file: first}.items()
+        if each.auto_values
+    }
     return _PlotData(title, steps, curves, {}, None, summary, sources, autos)
+
+
+def _find_source(name: str) -> str:
+    """Return the path of a config, or the name of a schedule, that ``--compare`` specifies.
+
+    Raises:
+        ValueError: the name is neither a file nor a schedule.
+    """
+    if Path(name).is_file():
+        return name
+    if found := find_schedule_name(name):
+        return found
+    if not Path(name).suffix and ":" not in name:
+        find_schedule(name)  # raises an error that suggests a schedule
+    return name
 
 
 def _replay_losses(args: argparse.Namespace) -> _PlotData:
@@ -242,7 +315,10 @@ def _replay_losses(args: argparse.Namespace) -> _PlotData:
     from engine.display.preview import preview
 
     data = preview(
-        args.file, steps_per_epoch=args.steps_per_epoch, allow_imports=args.allow_imports
+        args.file,
+        assignments=args.set,
+        steps_per_epoch=args.steps_per_epoch,
+        allow_imports=args.allow_imports,
     )
     losses = _read_losses(args.losses)
     values, evidence = data.replay_losses(losses)
@@ -263,8 +339,7 @@ def _write_csv(data: _PlotData, file: TextIO) -> None:
 
 
 def _draw_on_terminal(data: _PlotData, out: TextIO, *, log: bool) -> None:
-    from engine.display.plots import draw_on_terminal
-    from engine.display.terminal import supports_color
+    from engine.display.terminal_plots import draw_on_terminal
 
     steps, columns = data.sample(_SAMPLES)
     drawn = draw_on_terminal(

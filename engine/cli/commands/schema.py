@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import TextIO
 
+from engine.cli.commands.arguments import add_examples, find_schedule
 from engine.distributed.environment import OK
 
 __all__ = ["add_arguments", "run"]
@@ -18,6 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "schedule's `params`."
     )
     parser.add_argument("type", metavar="TYPE", nargs="?", help="schedule type, such as OneCycle")
+    add_examples(
+        parser,
+        "onecycle schema OneCycle",
+        "onecycle schema --editor > ds_config.draft-07.json",
+    )
     parser.add_argument(
         "--editor",
         action="store_true",
@@ -31,10 +37,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     """Print the JSON Schema of configs, or of one schedule's ``params``."""
     import schemas
     from engine.config.schema import SCHEMA, schedule_schema
-    from schedules.core.registry import find
 
     schema = schemas.read(schemas.EDITOR if args.editor else SCHEMA)
     if args.type:
-        schema = schedule_schema(find(args.type))
+        schema = schedule_schema(find_schedule(args.type))
     print(json.dumps(schema, indent=2), file=out)
     return OK

@@ -9,8 +9,10 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from engine.cli.commands.arguments import add_examples
 from engine.distributed.environment import OK
 from engine.errors import escape
+from schedules.core.extras import require_package
 
 if TYPE_CHECKING:
     from engine.ui.server import Page
@@ -45,10 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the address of the page, but do not open it",
     )
+    add_examples(
+        parser,
+        "onecycle ui ds_config.json",
+        "onecycle ui runs/first runs/second",
+        "onecycle ui ds_config.json --no-browser --port 8000",
+    )
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """Serve the page until the user presses Ctrl+C."""
+    require_package("werkzeug", "`onecycle ui`")
     from engine.ui.server import start_server
 
     server, address = start_server(_choose_page([Path(path) for path in args.paths]), args.port)

@@ -5,19 +5,28 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from engine.cli.commands.arguments import add_allow_imports, parse_positive_int
+from engine.cli.commands.arguments import (
+    add_allow_imports,
+    add_examples,
+    add_set,
+    parse_positive_int,
+)
 from engine.config import ConfigError, Problem, load_document
 from engine.config.edits import apply_fixes
+from engine.config.overrides import apply_assignments
 from engine.config.parser import Document, parse
+from engine.config.pointers import get_last_key
 from engine.config.validate import check
 from engine.config.wording import count_noun
 from engine.display.problem_reports import FORMATS, Report
-from engine.display.terminal import supports_color
+from engine.display.terminal import get_width, supports_color
 from engine.distributed.environment import INVALID, OK, USAGE
+from engine.errors import escape
 
 __all__ = ["add_arguments", "run"]
 
@@ -29,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'Values that Hugging Face or another integration fills in may be "auto".'
     )
     parser.epilog = "`onecycle explain RULE` explains the rule that a problem names in brackets."
+    add_examples(
+        parser,
+        "onecycle validate ds_config.json --world-size 8",
+        "onecycle validate ds_config.json --set train_batch_size=64",
+        "onecycle validate --fix --yes ds_config.json",
+        "onecycle validate --format sarif ds_config.json other.json > problems.sarif",
+    )
     parser.add_argument(
         "files", metavar="FILE", nargs="+", help="path of a ds_config.json; - for standard input"
     )
@@ -54,28 +70,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fix",
         action="store_true",
-        help="fix the file automatically where possible, for example by renaming deprecated keys",
+        help="fix the file: rename deprecated keys, correct types and remove trailing commas. In a "
+        "terminal, ask whether to replace a misspelled name with the suggested one",
+    )
+    parser.add_argument(
+        "--yes",
+        action="store_true",
+        help="with --fix or --diff: accept every suggested name without asking",
     )
     parser.add_argument(
         "--diff",
         action="store_true",
-        help="print the automatic fixes as a diff and leave the file unchanged",
+        help="print the fixes as a diff and leave the file unchanged",
     )
+    add_set(parser)
     add_allow_imports(parser)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """Validate each file, report its problems, and return the highest exit status."""
+    if args.yes and not (args.fix or args.diff):
+        raise ValueError("`--yes` requires `--fix` or `--diff`. Add one of them.")
     return max(_validate(name, args, out) for name in args.files)
 
 
 def _validate(name: str, args: argparse.Namespace, out: TextIO) -> int:
-    color = supports_color(out)
+    color, width = supports_color(out), get_width(out)
     try:
         document = load_document(name)
         problems = _check(document, args)
-    except ConfigError as error:  # raised only if the file cannot be read
-        for line in FORMATS[args.format](Report(Document(name, None), error.problems, color)):
+    except ConfigError as error:  # the file cannot be read, or a value of `--set` is not finite
+        report = Report(Document(name, None), error.problems, color, width)
+        for line in FORMATS[args.format](report):
             print(line, file=out)
         return USAGE
     if args.fix or args.diff:
@@ -84,7 +110,7 @@ def _validate(name: str, args: argparse.Namespace, out: TextIO) -> int:
         problems = [_as_error(problem) for problem in problems]
     if args.quiet:
         problems = [problem for problem in problems if problem.severity != "note"]
-    for line in FORMATS[args.format](Report(document, problems, color)):
+    for line in FORMATS[args.format](Report(document, problems, color, width)):
         print(line, file=out)
     if args.format == "text" and not args.quiet:
         print(f"{name}: {_build_summary(problems, args.world_size)}", file=out)
@@ -94,9 +120,26 @@ def _validate(name: str, args: argparse.Namespace, out: TextIO) -> int:
 def _apply_fixes(
     document: Document, problems: list[Problem], args: argparse.Namespace, out: TextIO
 ) -> tuple[Document, list[Problem]]:
-    text, fixes = apply_fixes(document, problems)
+    """Fix a config, or print the fixes (``--diff``).
+
+    Returns:
+        The config that is to be reported, and its problems.
+    """
     name = document.name
-    if not fixes:
+    can_ask = name != "-" and not args.diff and sys.stdin.isatty() and out.isatty()
+    refused = []
+
+    def accept(problem: Problem) -> bool:
+        is_accepted = args.yes or (can_ask and _ask(document, problem, out))
+        if not is_accepted:
+            refused.append(problem)
+        return is_accepted
+
+    text = apply_fixes(document, problems, accept)
+    if refused and not can_ask and args.format == "text":
+        suggestions = count_noun(len(refused), "suggested name")
+        print(f"{name}: {suggestions} not applied. Use `--yes` to accept them.", file=out)
+    if text == document.text:
         return document, problems
     if args.diff:
         before, after = document.text.splitlines(keepends=True), text.splitlines(keepends=True)
@@ -108,9 +151,21 @@ def _apply_fixes(
     return document, _check(document, args)
 
 
+def _ask(document: Document, problem: Problem, out: TextIO) -> bool:
+    """Ask in the terminal whether to apply a fix."""
+    assert problem.fix is not None
+    if problem.fix.key:
+        old, new = get_last_key(problem.pointer), problem.fix.key
+    else:
+        old, new = document.get_value(problem.pointer), problem.fix.value
+    where = f"{document.name}:{problem.line}:{problem.column}"
+    print(escape(f"{where}: Replace `{old}` with `{new}`? [y/N] "), end="", file=out, flush=True)
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}
+
+
 def _check(document: Document, args: argparse.Namespace) -> list[Problem]:
     return check(
-        document,
+        apply_assignments(document, args.set)[0],
         args.world_size,
         reject_auto=args.no_auto,
         allow_imports=args.allow_imports,

@@ -1,7 +1,7 @@
-"""Rules that check combinations of values in a config. Each module contains the rules of one topic.
+"""Rules that check combinations of config values. Each module contains the rules for one topic.
 
-A rule is a function that receives a `RuleContext` and yields problems. Each value in the context is
-valid on its own, so a rule only checks combinations of values.
+A rule is a function that receives a `RuleContext` and yields problems. The context contains only
+individually valid values, so a rule checks only their combinations.
 """
 
 from engine.config.rules.activation_checkpointing import RULES as _ACTIVATION_CHECKPOINTING

@@ -1,4 +1,4 @@
-"""Rules for keys that the backend, or its installed version, does not support."""
+"""Rules for keys that the backend or its installed version does not support."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def _check_support(context: RuleContext) -> Iterator[Problem]:
 def _find_torch_only(context: RuleContext) -> Iterator[Problem]:
     """Yield an error for each key that the DeepSpeed backend does not support.
 
-    A key that is set to its default value, or that does not affect the results, is accepted.
+    A key with its default value and a key that does not affect the results are accepted.
     """
     for member in context.members:
         torch_only = member.schema.get("x-backend") == "torch"
-        # The rollback of AutoWU copies the training state. This is not possible with DeepSpeed.
+        # The rollback of AutoWU copies the training state, but DeepSpeed does not support a copy.
         torch_only |= member.pointer == "/scheduler/params/rollback"
         torch_only &= find_reason_for_no_effect(member, "deepspeed") is None
         if torch_only and member.value not in (member.schema.get("default"), None):

@@ -1,4 +1,4 @@
-"""The input of the validation rules: the valid values of a config, and derived values."""
+"""Input of the validation rules: the valid values of a config and derived values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["Rule", "RuleContext"]
 
 @dataclass(frozen=True)
 class RuleContext:
-    """The config values that passed validation, and values derived from them.
+    """The individually valid config values, and values derived from them.
 
     ``world_size`` is None if the number of ranks is unknown.
     """
@@ -38,7 +38,7 @@ class RuleContext:
     structure: Structure
     world_size: int | None
     needs_deepspeed: str | None = None
-    """Part of the model that only DeepSpeed supports; None if there is none, or if unknown."""
+    """Part of the model that only DeepSpeed supports, or None."""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -52,17 +52,17 @@ class RuleContext:
 
     @property
     def unresolved(self) -> Collection[str]:
-        """JSON pointers of invalid values, "auto" values, and keys that are probably misspelled."""
+        """JSON pointers of invalid values, "auto" values and probably misspelled keys."""
         return self.structure.unresolved
 
     @property
     def schedule(self) -> Schedule[Any] | None:
-        """The config's schedule without invalid parameters, or None if it cannot be constructed."""
+        """The config's schedule, or None if it cannot be constructed."""
         return self.structure.schedule
 
     @property
     def group_schedules(self) -> Mapping[int, Schedule[Any]]:
-        """The own schedules of param groups, by index in ``optimizer.param_groups``."""
+        """The schedules of individual param groups, by index in ``optimizer.param_groups``."""
         return self.structure.group_schedules
 
     @property
@@ -72,7 +72,7 @@ class RuleContext:
 
     @cached_property
     def backend(self) -> BackendChoice:
-        """The backend that is chosen for the config, and the reason for this choice."""
+        """The chosen backend and the reason for the choice."""
         return choose_backend(self.config, self.members, self.needs_deepspeed)
 
     @cached_property
@@ -83,7 +83,7 @@ class RuleContext:
 
     @property
     def is_run_resolved(self) -> bool:
-        """Whether all settings that determine the schedule's values are valid and not "auto".
+        """Whether the settings that the schedule depends on are all valid and not "auto".
 
         These settings are the optimizer, the schedule, and the length of the run.
         """
@@ -93,8 +93,7 @@ class RuleContext:
     def find_incompatibility(self) -> str | None:
         """Return the reason why the schedule cannot run with the config's optimizer.
 
-        Return None if the schedule can run, or if its compatibility cannot be determined before the
-        run.
+        Return None if the schedule can run, or if the result is unknown before launch.
         """
         schedule, config = self.schedule, self.config
         if schedule is None or not self.is_run_resolved:
@@ -109,7 +108,8 @@ class RuleContext:
         Args:
             schedule: schedule to check.
             base: initial hyperparameters of the param groups.
-            block: config block of the schedule. If it names code, the schedule is not checked.
+            block: config block of the schedule. If the block names code, the schedule is not
+                checked.
         """
         error = None
         if schedule.feedback is not None or any(find_named_code(block)):
@@ -117,7 +117,7 @@ class RuleContext:
         for horizon in list_possible_horizons(schedule, self.config, self.data_ranks):
             try:
                 schedule.build_curves(base, horizon)
-            except ScheduleError:  # noqa: PERF203  # reported with the schedule's parameters
+            except ScheduleError:  # reported with the schedule's parameters
                 return None
             except ValueError as incompatible:
                 error = str(incompatible)
@@ -127,7 +127,7 @@ class RuleContext:
 
     @cached_property
     def evaluated_schedule(self) -> EvaluatedSchedule | None:
-        """The schedule and its curves, or None if the curves cannot be computed before launch."""
+        """The schedule with its curves, or None if the curves cannot be computed before launch."""
         if self.schedule is None or not self.is_run_resolved:
             return None
         if not _is_built_in(self.schedule):  # it may import torch or run user code
@@ -152,8 +152,7 @@ class RuleContext:
     def is_absent(self, pointer: str) -> bool:
         """Return whether a key is absent.
 
-        A key is not considered absent if its value is invalid or "auto", or if the config probably
-        contains a misspelling of the key.
+        A key with an invalid value, the value "auto" or a probable misspelling is not absent.
         """
         if is_within(pointer, self.unresolved):
             return False
@@ -165,15 +164,15 @@ class RuleContext:
         return False
 
     def error(self, rule: str, pointer: str, message: str, hint: str = "", **more: Any) -> Problem:
-        """Build a problem of severity "error", which prevents the run from starting."""
+        """Build an error: a problem that prevents the run from starting."""
         return self.document.build_problem(rule, pointer, message, hint, **more)
 
     def warning(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Build a problem of severity "warning" for a likely mistake. The run can still start."""
+        """Build a warning: a likely mistake that does not prevent the run from starting."""
         return self.document.build_problem(rule, pointer, message, hint, severity="warning")
 
     def note(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Build a problem of severity "note" for an unusual setting that may be intended."""
+        """Build a note: an unusual setting that may be intended."""
         return self.document.build_problem(rule, pointer, message, hint, severity="note")
 
 

@@ -1,4 +1,4 @@
-"""The documentation of the validation rules, printed by `onecycle explain`."""
+"""Documentation of the validation rules for `onecycle explain`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class RulePage:
     """The documentation of one rule.
 
     ``summary`` describes the problem, ``reason`` explains why the rule exists, and ``fix``
-    describes how to fix the problem. ``example`` is a config that violates only this rule, or an
-    empty string.
+    describes how to fix the problem. ``example`` is a config that violates only this rule; it can
+    be empty.
     """
 
     summary: str

@@ -1,6 +1,6 @@
 """Rules for the param groups of the optimizer.
 
-They report schedules that do not fit a group, and weight decays that have no effect.
+The rules report schedules that do not fit a group and a ``no_decay`` without effect.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HYPERPARAMETERS = {"momentum": {"momentum", "betas"}, "weight_decay": {"weight_
 
 
 def _read_entries(context: RuleContext) -> list[Mapping[str, Any]]:
-    """Return the entries of ``optimizer.param_groups``; none if one of them is invalid."""
+    """Return the entries of ``optimizer.param_groups``, or [] if an entry is invalid."""
     pointer = "/optimizer"
     if any(each.startswith(pointer) for each in context.unresolved):
         return []
@@ -33,7 +33,7 @@ def _read_entries(context: RuleContext) -> list[Mapping[str, Any]]:
 
 
 def _check_own_schedules(context: RuleContext) -> Iterator[Problem]:
-    """Yield an error for each own schedule that does not fit the optimizer."""
+    """Yield an error for each param group with a schedule that does not fit the optimizer."""
     entries = _read_entries(context)
     if not entries or not context.is_run_resolved:
         return
@@ -75,7 +75,7 @@ def _check_own_schedules(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_shared_schedule(context: RuleContext) -> Iterator[Problem]:
-    """Yield an error if a schedule would give groups with different learning rates the same one.
+    """Yield an error if a schedule would set different learning rates of groups to one value.
 
     Only the entries of ``param_groups`` are compared, because the default group may be empty.
     """

@@ -38,10 +38,10 @@ def _check_single_precision(context: RuleContext) -> Iterator[Problem]:
 
 
 def _is_autocast_of_16_bits(context: RuleContext, on: list[str]) -> bool:
-    """Return whether ``torch_autocast`` uses the same 16-bit dtype as the other enabled precision.
+    """Return whether ``torch_autocast`` has the same dtype as the enabled ``fp16`` or ``bf16``.
 
-    If so, both precisions can be enabled together. For fp16 without ZeRO, return False, because
-    DeepSpeed would scale the loss twice.
+    Sections with the same dtype can be enabled together. For fp16 without ZeRO, return False,
+    because DeepSpeed would scale the loss twice.
     """
     if len(on) != 2 or "torch_autocast" not in on:
         return False
@@ -89,7 +89,7 @@ def _check_master_weights(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_accumulation_dtype(context: RuleContext) -> Iterator[Problem]:
-    """Yield a warning if gradients are to be accumulated in float32, but may have 16 bits.
+    """Yield a warning if float32 accumulation is requested for possibly 16-bit gradients.
 
     On the PyTorch backend, a gradient has the data type of its parameter. The data type of the
     model is unknown before the run.

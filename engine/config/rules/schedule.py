@@ -1,6 +1,6 @@
 """Rules for the schedule.
 
-They report conflicts with the optimizer or the run length, and keys that have no effect.
+The rules report conflicts with the optimizer or the run length, and keys without effect.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_end(context: RuleContext) -> Iterator[Problem]:
-    """Yield a problem if the schedule ends well before or after the end of the run.
+    """Yield a problem if the schedule is much shorter or longer than the run.
 
     Yield nothing if the length of the schedule or of the run is unknown before launch.
     """
@@ -137,7 +137,7 @@ def _check_values(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_jumps(context: RuleContext) -> Iterator[Problem]:
-    """Yield a note for each step at which a value jumps between two parts of the schedule."""
+    """Yield a note for each jump of a value between two parts of the schedule."""
     evaluated = context.evaluated_schedule
     for joint, before, after in evaluated.find_jumps() if evaluated else ():
         message = (
@@ -205,18 +205,10 @@ def _get_onecycle_default(name: str) -> Any:
 
 
 def _format_first_step_size(cycle: Mapping[str, Any]) -> str:
-    """Return the value of ``cycle_first_step_size``, or its default value, as JSON."""
+    """Return the value or the default of ``cycle_first_step_size``, as JSON."""
     return json.dumps(
         cycle.get("cycle_first_step_size", _get_onecycle_default("cycle_first_step_size"))
     )
-
-
-def _check_report(context: RuleContext) -> Iterator[Problem]:
-    kind = context.get_section("scheduler").get("type")
-    wanted = context.get_section("engine").get("report")
-    if wanted is not None and kind not in {"AutoWU", "LRRangeTest"}:
-        message = "`engine.report` has an effect only with AutoWU and LRRangeTest."
-        yield context.note("no-effect", "/engine/report", message, "Remove the key.")
 
 
 def _check_tokens(context: RuleContext) -> Iterator[Problem]:
@@ -238,6 +230,5 @@ RULES: tuple[Rule, ...] = (
     _check_log_warmup,
     _check_stair_count,
     _check_decay_interval,
-    _check_report,
     _check_tokens,
 )

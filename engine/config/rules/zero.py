@@ -1,6 +1,6 @@
 """Rules for ZeRO.
 
-They report keys that conflict with the stage or the optimizer, and keys that have no effect.
+The rules report keys that conflict with the stage or the optimizer, and keys without effect.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _check_offload(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
-    """Yield a warning if CPU offloading is configured, but the torch backend ignores it.
+    """Yield a warning if the torch backend ignores the configured CPU offloading.
 
     The torch backend ignores CPU offloading if the run has only one rank.
     """

@@ -1,4 +1,7 @@
 // Requests to the local server.
+import { element } from "./element.js";
+
+export { element };
 
 // Send a request, and return the JSON object of the reply.
 export async function request(action, body = {}) {
@@ -68,18 +71,6 @@ export function coalesce(task) {
       isRunning = false;
     }
   };
-}
-
-// Create an element with properties and children.
-export function element(tag, properties = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (name === "dataset") Object.assign(node.dataset, value);
-    else if (name in node) node[name] = value;
-    else node.setAttribute(name, value);
-  }
-  node.append(...children);
-  return node;
 }
 
 // Return the nodes of a text in which `names` or ``names`` are shown as code.

@@ -139,7 +139,7 @@ def test_client_state_of_common_types_is_returned_as_it_was_saved(tmp_path):
         "accuracy": np.float64(0.5),
         "counts": np.arange(3),
         "args": argparse.Namespace(lr=0.1, files=[Path("/a/b")]),
-        "start": dt.datetime(2026, 1, 2, tzinfo=dt.timezone.utc),
+        "start": dt.datetime(2026, 1, 2, tzinfo=dt.UTC),
         "words": collections.Counter("abb"),
         ("a", 1): {1, 2},
     }

@@ -170,7 +170,7 @@ DAMAGE = [
         "OneCycle",
         "shard.0.safetensors",
         edit_tensors(overlap, {"parts": PARTS}),
-        "do not cover its shape",
+        "parts that cover its shape",
     ),
     (
         "OneCycle",

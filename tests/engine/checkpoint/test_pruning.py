@@ -35,7 +35,7 @@ def list_tags(directory):
 def test_checkpoints_are_ordered_by_their_number_when_the_clock_is_set_back(tmp_path):
     trainer = train(start(tmp_path), 4)
     clock = mock.Mock()
-    clock.now.return_value = dt.datetime.now(dt.timezone.utc) - dt.timedelta(hours=1)
+    clock.now.return_value = dt.datetime.now(dt.UTC) - dt.timedelta(hours=1)
     with mock.patch.object(manager.dt, "datetime", clock):
         train(trainer, 6)
     assert list_tags(tmp_path) == ["global_step10"]

@@ -52,7 +52,7 @@ def test_write_tensors_data_of_each_tensor_is_aligned_to_its_items(tmp_path):
 
 def test_write_tensors_unsupported_dtype_raises_before_the_file_exists(tmp_path):
     tensors = {"x": torch.ones(1), "y": torch.ones(1, dtype=torch.complex128)}
-    with pytest.raises(ValueError, match=r"`y` has the dtype torch\.complex128"):
+    with pytest.raises(ValueError, match=r"safetensors supports, got torch\.complex128"):
         write_tensors(tmp_path / "file", tensors)
     assert not (tmp_path / "file").exists()
 

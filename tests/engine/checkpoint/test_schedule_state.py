@@ -56,7 +56,7 @@ def test_deepspeed_state_of_another_scheduler_is_rejected():
     scheduler = halve_every_second_step(torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
     assert convert_deepspeed_state(Path("x"), scheduler.state_dict(), scheduler)
     for saved in (None, {"last_batch_iteration": 3}):
-        with pytest.raises(CheckpointError, match="no state that `StepLR` can .*_states=False"):
+        with pytest.raises(CheckpointError, match="a state that `StepLR` can .*_states=False"):
             convert_deepspeed_state(Path("x"), saved, scheduler)
 
 

@@ -112,7 +112,7 @@ def test_config_with_a_pattern_that_matches_nothing_names_near_parameters(model_
     config.write_text(config.read_text().replace('"head"', '"haed"'))
     status, out, err = run("config", config, "--model", f"{model_file}:Net")
     assert (status, out) == (USAGE, "")
-    assert "Names that are near: `head`" in err
+    assert "Similar names: `head`" in err
 
 
 def test_config_with_a_model_but_without_an_optimizer_is_wrong_usage(model_file, tmp_path):

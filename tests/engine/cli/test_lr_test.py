@@ -190,7 +190,7 @@ def test_lr_test_script_with_two_engines_must_select_one(directory):
     Path("train.py").write_text(TWO_ENGINES)
     status, out, _ = lr_test("--", "train.py")
     assert status == 1
-    assert "`--engine 1` tests the first one" in out
+    assert "`--engine 1` tests the first engine" in out
 
 
 def test_lr_test_engine_tests_only_the_selected_one(directory):
@@ -351,6 +351,15 @@ def test_lr_test_suggestion_is_the_same_on_backends_and_ranks(directory, monkeyp
         found.append(read_report()["suggestion"]["max_lr"])
     assert found == pytest.approx([found[0]] * 4)
     assert list((directory / "tmp").glob("torchelastic_*")) == []
+
+
+@pytest.mark.slow
+def test_lr_test_set_overrides_the_config_of_the_script(directory):
+    script = write_script(directory)
+    arguments = ("--set", "train_batch_size=4", "--set", "bf16.enabled=true", "--steps", 60)
+    lr_test(*arguments, "--", script, 1000)
+    facts = read_report()["runs"][0]["facts"]
+    assert (facts["train_batch_size"], facts["precision"]) == (4, "bf16")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from engine.cli.main import main
+from engine.cli.parser import COMMANDS
 from engine.distributed.environment import INVALID, OK, USAGE
 from schedules import SCHEDULES, trace
 from tests.testing.schedule_instances import TUTORIAL
@@ -107,10 +108,9 @@ def test_plot_writes_an_image(tutorial, tmp_path, monkeypatch):
 def test_plot_terminal_names_the_phases(tutorial):
     status, out, _ = run("plot", tutorial, "--terminal")
     assert status == OK
-    assert out.startswith(f"OneCycle of {tutorial}\n")
     assert "learning rate" in out
-    phases = "0: first half  1000: second half  2000: after the cycle"
-    assert out.splitlines().count(phases) == 2
+    phases = "first half from step 0, second half from step 1,000, after the cycle from step 2,000"
+    assert " ".join(out.split()).endswith(phases)
     assert "\x1b" not in out
 
 
@@ -141,6 +141,14 @@ def test_plot_compare_draws_all_configs(tutorial, tmp_path, monkeypatch):
     peak = max(drawn["lr.ds_config.json"])
     assert drawn["lr.LinearScheduler"] == pytest.approx([peak, peak * 0.7, peak * 0.4])
     assert run("plot", tutorial, "--compare", "nonsense.json")[0] == USAGE
+    drawn.clear()
+    assert run("plot", tutorial, "--steps", 3, "--compare", "linearscheduler")[0] == OK
+    assert "lr.LinearScheduler" in drawn
+    assert run("plot", tutorial, "--compare", "LinearSchedular") == (
+        USAGE,
+        "",
+        "onecycle: Unknown schedule `LinearSchedular`. Did you mean `LinearScheduler`?\n",
+    )
 
 
 @pytest.mark.parametrize(
@@ -259,11 +267,13 @@ def test_plot_combined_with_lists_draws_equal_groups_once(tmp_path):
 
 def test_schedules_lists_every_type_with_a_plot():
     status, out, _ = run("schedules")
-    lines = out.splitlines()
+    groups = [group.splitlines() for group in out.split("\n\n")[:-1]]
+    rows = [line.split() for group in groups for line in group[1:]]
     assert status == OK
-    assert [line.split()[0] for line in lines] == list(SCHEDULES)
-    assert len(lines) >= 35
-    curves = {line.split()[0]: line.split()[1] for line in lines}
+    assert [group[0] for group in groups][:3] == ["DeepSpeed:", "Composer (MosaicML):", "PyTorch:"]
+    assert sorted(row[0] for row in rows) == sorted(SCHEDULES)
+    assert [row[0] for row in rows if row[0].startswith("OneCycle")] == ["OneCycle", "OneCycleLR"]
+    curves = {row[0]: row[1] for row in rows}
     assert curves["fixed_lr"] == "█" * 24
     assert (curves["WarmupLR"][0], curves["WarmupLR"][-1]) == ("▁", "█")
 
@@ -278,9 +288,10 @@ def test_schedules_type_prints_its_documentation():
     assert json.loads(block) == {
         "scheduler": {"type": "StepLR", "params": {"step_size": 20, "gamma": 0.5}}
     }
-    status, out, err = run("schedules", "StepLr")
+    assert run("schedules", "steplr") == (OK, run("schedules", "StepLR")[1], "")
+    status, out, err = run("schedules", "StepLRR")
     assert (status, out) == (USAGE, "")
-    assert "Did you mean `StepLR`?" in err
+    assert err == "onecycle: Unknown schedule `StepLRR`. Did you mean `StepLR`?\n"
 
 
 DURATIONS = {
@@ -318,12 +329,33 @@ def test_schema_prints_the_schema_of_configs_and_schedules(tmp_path):
     assert "Did you mean `OneCycle`?" in err
 
 
-@pytest.mark.parametrize("arguments", [["plot", "f", "--steps", "0"], ["nonsense"], []])
-def test_main_wrong_usage_exits_with_2(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plot", "f", "--steps", "0"], "usage: onecycle plot"),
+        (["--nonsense"], "usage: onecycle"),
+        (["validate", "f", "--word-size", "2"], "Did you mean `--world-size`?"),
+    ],
+)
+def test_main_wrong_usage_exits_with_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as error:
         main(arguments)
     assert error.value.code == USAGE
-    assert "usage: onecycle" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_main_without_arguments_prints_the_help():
+    status, out, err = run()
+    assert (status, err) == (OK, "")
+    assert out.startswith("usage: onecycle")
+    assert all(f"\n    {name} " in out for name in COMMANDS)
+
+
+def test_main_command_accepts_upper_case_and_suggests_a_spelling():
+    assert run("Schedules", "OneCycle") == run("schedules", "OneCycle")
+    message = "onecycle: Unknown command `schedles`. Did you mean `schedules`?\n"
+    assert run("schedles") == (USAGE, "", message)
+    assert run("frobnicate")[2].endswith("Run `onecycle` to list the commands.\n")
 
 
 def test_plot_terminal_and_output_writes_both(tutorial, tmp_path):

@@ -119,6 +119,90 @@ def test_validate_fix_does_not_overwrite_an_existing_key(file):
     assert path.read_text() == text
 
 
+MISSPELLED = """{
+  "train_batch_size": 8,
+  "Gradient_Clipping": 1.0, // "a,]" is no trailing comma
+  "optimizer": {"type": "AdamW", "params": {"lrr": 0.1, "betas": [0.9, 0.99, ]}},
+  "scheduler": {"type": "onecycle", "params": {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2,}},
+}
+"""
+SPELLED = """{
+  "train_batch_size": 8,
+  "gradient_clipping": 1.0, // "a,]" is no trailing comma
+  "optimizer": {"type": "AdamW", "params": {"lr": 0.1, "betas": [0.9, 0.99 ]}},
+  "scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2}}
+}
+"""
+
+
+def test_validate_suggests_names_for_a_wrong_case(file):
+    _, out = run("validate", file(MISSPELLED))
+    assert "Did you mean `gradient_clipping`?" in out
+    assert "Did you mean `OneCycle`?" in out
+
+
+def test_validate_fix_without_terminal_applies_suggested_names_only_with_yes(file):
+    path = file(MISSPELLED)
+    status, out = run("validate", "--fix", path)
+    assert status == 1
+    assert out.startswith(f"{path}: 3 suggested names not applied. Use `--yes` to accept them.\n")
+    only_commas = MISSPELLED.replace(", ]", " ]").replace(",}", "}").replace("}},\n}", "}}\n}")
+    assert path.read_text() == only_commas
+    assert '\n+  "gradient_clipping": 1.0' in run("validate", "--diff", "--yes", path)[1]
+    assert path.read_text() == only_commas
+    assert run("validate", "--fix", "--yes", path)[0] == 0
+    assert path.read_text() == SPELLED
+    assert run("validate", "--yes", path)[0] == 2
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_validate_fix_in_a_terminal_asks_for_each_suggested_name(file, monkeypatch):
+    path, out = file(MISSPELLED), Terminal()
+    monkeypatch.setattr(sys, "stdin", Terminal("y\nn\n\n"))
+    assert main(["validate", "--fix", str(path)], out, out) == 1
+    assert f"{path}:3:3: Replace `Gradient_Clipping` with `gradient_clipping`? [y/N]" in (
+        out.getvalue()
+    )
+    assert "Replace `onecycle` with `OneCycle`?" in out.getvalue()
+    text = path.read_text()
+    assert '"gradient_clipping"' in text
+    assert '"lrr"' in text
+    assert '"onecycle"' in text
+
+
+def test_validate_and_config_set_override_values_of_the_file(file):
+    path = file(MISSPELLED.replace("Gradient_Clipping", "gradient_clipping").replace("lrr", "lr"))
+    text = path.read_text()
+    name = ("--set", "scheduler.type=OneCycle")
+    assert run("validate", path)[0] == 1
+    assert run("validate", path, *name)[0] == 0
+    assert path.read_text() == text
+    status, out = run("validate", path, *name, "--set", "optimizer.params.lr=-1")
+    assert status == 1
+    assert "got -1. The value was set by --set." in out
+    status, out = run("config", path, *name, "--set", "fp16.enabled=true", "--diff", path, *name)
+    assert status == 1  # the other config is read as it is
+    lines = run("config", path, *name, "--set", "engine.max_duration=10ep")[1].splitlines()
+    assert ["engine.max_duration", '"10ep"', "--set"] in [line.split() for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("train_batch_size", "must have the form KEY=VALUE, got 'train_batch_size'"),
+        ("train_batch_size.x=1", "a section of `train_batch_size.x` is not an object"),
+    ],
+)
+def test_validate_set_that_cannot_be_applied_is_wrong_usage(file, assignment, message):
+    status, out = run("validate", file('{"train_batch_size": 8}'), "--set", assignment)
+    assert status == 2
+    assert message in out
+
+
 def test_validate_strict_treats_warnings_as_errors(file):
     flat = {"warmup_min_lr": 0.1, "warmup_max_lr": 0.1, "warmup_type": "linear"}
     scheduler = {"type": "WarmupLR", "params": flat}
@@ -141,6 +225,7 @@ def test_explain_prints_the_rule_and_suggests_names():
     assert status == 0
     assert out.startswith("unknown-key: ")
     assert "unquoted " in run("explain")[1]
+    assert run("explain", "Unknown-Key") == run("explain", "unknown-key")
     assert run("explain", "unknwon-key") == (
         2,
         "onecycle: Unknown rule `unknwon-key`. Did you mean `unknown-key`?\n",

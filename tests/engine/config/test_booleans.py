@@ -65,6 +65,5 @@ def test_enabled_section_with_a_number_has_the_effect_of_true():
 
 def test_fix_replaces_the_number():
     document = parse('{"train_batch_size": 8, "bf16": {"enabled": 1, "x-note": 1}}', "f")
-    text, fixed = apply_fixes(document, check(document, None))
+    text = apply_fixes(document, check(document, None), accept=lambda _: False)
     assert text == '{"train_batch_size": 8, "bf16": {"enabled": true, "x-note": 1}}'
-    assert [problem.rule for problem in fixed] == ["number-as-boolean"]

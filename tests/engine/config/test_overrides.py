@@ -81,6 +81,40 @@ def test_invalid_argument_is_named_in_the_error(path, arguments, message):
     assert message in str(raised.value)
 
 
+def test_assignments_override_the_file_and_the_arguments(path):
+    assignments = [
+        *("optimizer.params.lr=0.3", "/scheduler/params/max_steps=30", "bf16.enabled=true"),
+        'optimizer.param_groups=[{"params": "bias$", "lr": 1}]',
+        "optimizer.param_groups.0.lr=0.2",
+        "engine.max_duration=30ba",
+    ]
+    args = parse("--learning_rate", "0.5")
+    config = load_config(path, args=args, assignments=assignments)
+    assert config.optimizer.params["lr"] == 0.3
+    assert config.schedule.max_steps == 30
+    assert config.precision == "bf16"
+    assert config.raw["optimizer"]["param_groups"] == [{"params": "bias$", "lr": 0.2}]
+    lines = [str(override) for override in config.overrides]
+    assert lines[:2] == [
+        f"`/optimizer/params/lr` is set to 0.5 by --learning_rate, overriding 0.1 at {path}:6:13",
+        "`/optimizer/params/lr` is set to 0.3 by --set, overriding 0.5 of --learning_rate",
+    ]
+    assert json.loads(path.read_text()) == CONFIG
+
+
+def test_assignment_that_is_not_finite_is_an_error(path):
+    with pytest.raises(engine.ConfigError, match="must be a finite number"):
+        load_config(path, assignments=["optimizer.params.lr=NaN"])
+
+
+def test_initialize_applies_the_assignments_of_the_environment(path, monkeypatch, caplog):
+    monkeypatch.setenv("ONECYCLE_SET", json.dumps(["optimizer.params.lr=0.25"]))
+    with caplog.at_level("INFO", logger="onecycle"):
+        trainer, *_ = engine.initialize(config=path, model=torch.nn.Linear(2, 1))
+    assert trainer.optimizer.param_groups[0]["initial_lr"] == 0.25
+    assert "`/optimizer/params/lr` is set to 0.25 by --set" in caplog.text
+
+
 def test_add_config_arguments_adds_only_deepspeeds_flags():
     args = engine.add_config_arguments(argparse.ArgumentParser()).parse_args([])
     assert vars(args) == {"deepspeed": False, "deepspeed_config": None}

@@ -186,9 +186,9 @@ def save_while_rank_1_is_busy(directory):
     if trainer.global_rank == 1:
         time.sleep(1.5)
     trainer.save_checkpoint(directory)
-    waits = [line for line in logged if "waiting in save_checkpoint" in line]
+    waits = [line for line in logged if "is waiting for rank" in line]
     assert len(waits) == (trainer.global_rank == 0)
-    assert all("for rank 1, up to 600 seconds" in line for line in waits)
+    assert all("for rank 1 (timeout: 600 seconds)" in line for line in waits)
 
 
 def test_save_waits_for_a_rank_that_is_busy_and_logs_it(tmp_path):

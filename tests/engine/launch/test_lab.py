@@ -39,7 +39,7 @@ def example(directory, backend):
     config["csv_monitor"] = {"enabled": True, "output_path": str(directory / "monitor")}
     config["engine"] = {"backend": backend}
     path.write_text(json.dumps(config))
-    return "example/train.py --steps 12 --output run --config example/ds_config.json"
+    return "example/train.py --max_steps 12 --output run --config example/ds_config.json"
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_launch_late_restarted_rank_connects(directory):
 def test_example_two_hosts_script_succeeds(directory):
     done = lab(
         f"""export HOSTFILE=$PWD/hosts PATH={Path(sys.executable).parent}:$PATH
-        {ROOT}/examples/launch/two_hosts.sh --steps 4 --output $PWD/run""",
+        {ROOT}/examples/launch/two_hosts.sh --max_steps 4 --output $PWD/run""",
         directory,
     )
     assert done.status == 0, done.out

@@ -37,6 +37,7 @@ from tests.engine.launch.test_plan import launch
             "one line of the form NAME=VALUE",
         ),
         (["--slurm", "--slurm-opt", "a b=c", __file__], "the long name of an sbatch option"),
+        (["--set", "fp16", __file__], "`--set` must have the form KEY=VALUE, got 'fp16'"),
         (["--nproc", "none", __file__], "`auto`, `gpu` or `cpu`, got 'none'"),
     ],
 )
@@ -44,6 +45,19 @@ def test_launch_wrong_usage_exits_with_2(arguments, message):
     status, output = launch("--dry-run", *arguments)
     assert status == 2
     assert message in output
+
+
+def test_launch_set_changes_the_config_that_is_validated_and_reaches_the_ranks(tmp_path):
+    path = tmp_path / "ds_config.json"
+    path.write_text('{"train_batch_size": 8}')
+    arguments = ("--dry-run", "--json", "--nproc", 2, "--set", "fp16.loss_scale=2")
+    status, output = launch(*arguments, "--set", "train_batch_size=16", __file__, path)
+    assert status == 0, output
+    variables = json.loads(output)["nodes"][0]["env"]
+    assert json.loads(variables["ONECYCLE_SET"]) == ["fp16.loss_scale=2", "train_batch_size=16"]
+    status, output = launch(*arguments, "--set", "train_batch_size=7", __file__, path)
+    assert status == 1
+    assert "The value was set by --set." in output
 
 
 def test_launch_json_without_dry_run_exits_with_2():

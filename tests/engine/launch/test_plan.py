@@ -421,7 +421,7 @@ def test_example_scripts_of_one_host_succeed(tmp_path, name):
     script = ROOT / "examples" / "launch" / name
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        [script, "--steps", "4", "--output", tmp_path], capture_output=True, text=True,
+        [script, "--max_steps", "4", "--output", tmp_path], capture_output=True, text=True,
         check=False, env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "TMPDIR": tmp_path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

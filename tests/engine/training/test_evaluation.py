@@ -127,13 +127,13 @@ def test_evaluate_of_a_nan_loss_returns_nan():
 @pytest.mark.parametrize(
     ("loader", "fn", "message"),
     [
-        ([], compute_mean, "`loader` must yield at least one sample, got none. Check its dataset"),
+        ([], compute_mean, "`loader` must yield at least one sample, got 0. Check the dataset"),
         ([torch.ones(3)], lambda x: x, "one number for the loss, got a tensor of shape (3,)"),
         ([torch.ones(3)], lambda x: {"loss": x}, "one number for `loss`, got a tensor of shape"),
         ([torch.ones(3)], lambda x: None, "one number for the loss, got None. Return the mean"),
         ([torch.ones(3)], lambda x: (1.0, x), "one number for the number of samples, got"),
         ([torch.ones(3)], lambda x: (1.0, -1), "a number of samples >= 0, got -1"),
-        ([["text"]], lambda x: 1.0, "contains no tensor. Return `(metrics, number_of_samples)`"),
+        ([["text"]], lambda x: 1.0, "not contain a tensor. Return `(metrics, number_of_samples)`"),
     ],
 )
 def test_evaluate_with_invalid_results_raises(loader, fn, message):

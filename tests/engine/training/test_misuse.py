@@ -130,7 +130,10 @@ def test_step_without_a_backward_pass_raises_and_changes_nothing():
 
 @pytest.mark.parametrize(
     ("accumulation", "message"),
-    [(1, "found no gradients"), (2, "were cleared before the optimizer step, which accumulates 2")],
+    [
+        (1, "found no gradients"),
+        (2, "accumulates 2 micro-batches, but the gradients of 1 micro-batch were cleared"),
+    ],
 )
 def test_step_after_zero_grad_raises(accumulation, message):
     trainer = build_engine(gradient_accumulation_steps=accumulation)
@@ -285,7 +288,7 @@ def test_engine_on_a_dataset_smaller_than_a_batch_warns(caplog):
     assert not read_warnings(caplog)
     start(torch.nn.Linear(2, 1), training_data=dataset(1))
     (message,) = read_warnings(caplog)
-    assert "`len(training_data)` is 1, less than the `train_batch_size` of 2" in message
+    assert "`len(training_data)` (1) is smaller than `train_batch_size` (2)" in message
 
 
 @pytest.mark.parametrize("steps_before", [1, 50])

@@ -308,7 +308,7 @@ def _prepare(trainer, loader):
     ("kind", "message"),
     [
         ("order", "in the same order on all ranks"),
-        ("shard", "must yield the samples of rank 1 of 2, got those of rank 0 of 3"),
+        ("shard", "must yield the samples of rank 1 of 2, got the samples of rank 0 of 3"),
         ("stateful", "Create it with `sampler=DistributedSampler(dataset)`"),
         ("stream", "and another rank load the same batches"),
     ],
@@ -356,7 +356,7 @@ def test_prepare_of_an_unsuitable_loader_raises(loader, message):
 
 
 def test_own_loader_with_settings_for_a_dataset_raises():
-    with pytest.raises(ValueError, match=r"`engine\.dataloader` is for datasets"):
+    with pytest.raises(ValueError, match=r"`engine\.dataloader` applies only to a dataset"):
         start(shuffled(), dataloader={"num_workers": 1})
     config = {"train_batch_size": MICRO, "optimizer": {"type": "SGD"}}
     with pytest.raises(ValueError, match="`collate_fn` applies only to a dataset"):

@@ -73,10 +73,10 @@ def test_groups_have_unique_names():
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("haed", "Names that are near: `head`"),
-        ("^layer\\.0\\.", "Names that are near: `layers.0"),
+        ("haed", "Similar names: `head`"),
+        ("^layer\\.0\\.", "Similar names: `layers.0"),
         ("^heads\\.weight$", "`head.weight`"),
-        ("zzzz", "Names that are near: `embed.weight`, "),
+        ("zzzz", "Similar names: `embed.weight`, "),
     ],
 )
 def test_groups_pattern_that_matches_nothing_is_an_error_with_near_names(pattern, message):
@@ -116,7 +116,9 @@ def test_groups_of_param_groups_or_strangers_are_rejected():
     model, key = Net(), {"param_groups": [{"params": "bias"}]}
     with pytest.raises(ValueError, match="the config has `optimizer.param_groups`. Pass the param"):
         divide(model, [{"params": list(model.parameters())}], **key)
-    with pytest.raises(ValueError, match=r"got another one of shape \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"got a parameter of shape \(2,\) that is not in the model"
+    ):
         divide(model, [torch.nn.Parameter(torch.ones(2))], **key)
 
 

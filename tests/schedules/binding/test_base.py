@@ -111,7 +111,7 @@ def test_attach_at_a_step_to_a_loaded_optimizer_continues_it():
 
 
 def test_attach_at_a_step_with_feedback_is_rejected():
-    with pytest.raises(ValueError, match="`at` must be 0 with ReduceLROnPlateau"):
+    with pytest.raises(ValueError, match="`at` must be 0, because ReduceLROnPlateau"):
         attach("ReduceLROnPlateau", sgd(), at=3)
 
 
@@ -160,7 +160,7 @@ def test_load_state_dict_override_of_another_feedback_schedule_is_rejected():
     state = attach("ReduceLROnPlateau", sgd()).state_dict()
     other = attach("AutoWU", sgd(), steps_per_epoch=5, total_epochs=9)
     with pytest.raises(
-        ValueError, match="AutoWU depends on past losses or metrics, which the state of Red"
+        ValueError, match="state of ReduceLROnPlateau does not contain the past loss"
     ):
         other.load_state_dict(state, override=True)
 

@@ -81,7 +81,9 @@ def test_attach_lrs_that_include_the_factor_already_is_rejected():
 def test_attach_a_feedback_schedule_to_a_group_with_a_factor_is_rejected(name):
     params = {"steps_per_epoch": 5, "total_epochs": 9} if name == "AutoWU" else {}
     optimizer = build({}, {"lr_scale": 0.5}, lr=0.1)
-    with pytest.raises(ValueError, match="param group 1 has `lr_scale` 0.5. Multiply the value"):
+    with pytest.raises(
+        ValueError, match="param group 1 has `lr_scale` 0.5. Remove the key, and multiply"
+    ):
         attach(name, optimizer, **params)
 
 

@@ -56,7 +56,9 @@ def test_last_epoch_of_a_feedback_schedule_is_rejected():
     optimizer.step()
     binder.step(1.0)
     binder.last_epoch = 5
-    with pytest.raises(ValueError, match="must not be set with AutoWU, .* got 5 after 1 step"):
+    with pytest.raises(
+        ValueError, match="must not be changed, because AutoWU .* got 5 after 1 step"
+    ):
         binder.step(1.0)
 
 
@@ -315,5 +317,7 @@ def test_get_lr_of_a_feedback_schedule_at_a_step_that_other_code_has_set_is_an_e
     """In ignite's LRScheduler, its learning rate would never change."""
     binder = make_autowu()
     binder.last_epoch += 1
-    with pytest.raises(ValueError, match="must not be set with AutoWU, .* got 1 after 0 steps"):
+    with pytest.raises(
+        ValueError, match="must not be changed, because AutoWU .* got 1 after 0 steps"
+    ):
         binder.get_lr()

@@ -44,7 +44,7 @@ def test_convert_to_steps_unscaled_duration_scales_only_a_fraction_of_the_run():
     ("duration", "message"),
     [
         ("10tok", "requires the number of tokens per sample"),
-        ("1.5ep", "must be whole. Only the unit dur"),
+        ("1.5ep", "must be a whole number. Only the unit dur"),
         ("10s", "got '10s'"),
         ("", "got ''"),
         ("0.5dur", 'requires the length of the run. Set "engine": {"max_duration"'),

@@ -32,6 +32,7 @@ REQUIRED_PARAMS = {
     ("OneCycle", "decay_mom_rate"): {"decay_step_size": 4},
     ("OneCycle", "post_cycle_decay_step_size"): {"decay_step_size": None, "decay_lr_rate": 1.0},
     ("OneCycleLR", "epochs"): {"total_steps": None, "epochs": 4, "steps_per_epoch": 10},
+    ("SequentialLR", "from_previous"): {"milestones": [10, 70]},
     ("OneCycleLR", "steps_per_epoch"): {"total_steps": None, "epochs": 4, "steps_per_epoch": 10},
     ("OptimizerParamScheduler", "lr_wsd_decay_style"): {
         "lr_decay_style": "WSD",

@@ -1,0 +1,144 @@
+"""The documentation site, in headless Chromium: links, console, network and search."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+IS_REQUIRED = os.environ.get("REQUIRE_LAB") == "1"  # as in tests/engine/launch
+WIDTH = 800  # of the window, in pixels
+PATIENCE = 30.0  # seconds for the search to start and answer
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (CHROMIUM and DRIVER) and not IS_REQUIRED,
+        reason="NO BROWSER (Debian: chromium, chromium-driver)",
+    ),
+]
+if not IS_REQUIRED:
+    for package in ("selenium", "zensical"):
+        pytest.importorskip(package, reason=f"{package} is not installed; `make docs` installs it")
+
+READ_PAGE = """
+return [
+  [...document.images].filter(image => !image.naturalWidth).map(image => image.src),
+  performance.getEntriesByType("resource").map(entry => entry.name),
+  document.documentElement.scrollWidth - document.documentElement.clientWidth,
+];
+"""
+READ_RESULTS = """
+return [...document.querySelectorAll("*")]
+  .flatMap(element => element.shadowRoot ? [...element.shadowRoot.querySelectorAll("a")] : [])
+  .map(link => link.href);
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Build the site once, and return its directory."""
+    directory = tmp_path_factory.mktemp("site") / "build"
+    command = [sys.executable, ROOT / "tools" / "build_site.py", "--output", directory]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return directory / "html"
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    """Serve the site, and return the address of its home page."""
+    command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, cwd=site, **pipes) as server:
+        port = re.search(r"port (\d+)", server.stdout.readline())[1]
+        yield f"http://127.0.0.1:{port}/"
+        server.terminate()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+class PageParser(HTMLParser):
+    """Collects the links and the ids of a page."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.ids = set(), set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, _, attrs):
+        for name, value in attrs:
+            if name == "id":
+                self.ids.add(value)
+            elif name in {"href", "src"}:
+                self.links.add(value)
+
+
+def test_links_lead_to_existing_pages_and_anchors(site):
+    pages = {path.resolve(): PageParser(path) for path in site.rglob("*.html")}
+    assert len(pages) > 50
+    dead = []
+    for path, page in pages.items():
+        for link in page.links:
+            target, anchor = urldefrag(link)
+            if urlsplit(target).scheme or target.startswith("/"):  # 404.html has absolute links
+                continue
+            found = (path.parent / unquote(target)).resolve() if target else path
+            found = found / "index.html" if found.is_dir() else found
+            is_dead = anchor and found in pages and unquote(anchor) not in pages[found].ids
+            if is_dead or not found.is_file():
+                dead.append(f"{path.relative_to(site)}: {link}")
+    assert dead == []
+
+
+def test_pages_load_without_messages_and_fit_the_window(site, address, browser):
+    browser.set_window_size(WIDTH, 900)
+    found = []
+    for path in sorted(site.rglob("*.html")):
+        name = path.relative_to(site).as_posix()
+        browser.get(address + name)
+        images, requests, overflow = browser.execute_script(READ_PAGE)
+        found += [f"{name}: {entry['message']}" for entry in browser.get_log("browser")]
+        found += [f"{name}: broken image {image}" for image in images]
+        external = (url for url in requests if not url.startswith((address, "data:", "blob:")))
+        found += [f"{name}: request to {url}" for url in external]
+        if overflow > 0:
+            found.append(f"{name}: {overflow} pixels wider than the window")
+    assert found == []
+
+
+def test_search_finds_a_schedule(address, browser):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    wait = WebDriverWait(browser, PATIENCE)
+    browser.get(address)
+    body = browser.find_element(By.TAG_NAME, "body")
+    body.send_keys(Keys.CONTROL, "k")
+    wait.until(lambda driver: driver.switch_to.active_element != body)
+    browser.switch_to.active_element.send_keys("OneCycle")
+    found = wait.until(lambda driver: driver.execute_script(READ_RESULTS))
+    assert any(link.startswith(address + "schedules/deepspeed.html") for link in found), found
+    assert browser.get_log("browser") == []

@@ -1,0 +1,157 @@
+"""Build the Markdown reference of all schedules, one page per family, and draw their plots."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+from docstrings import to_markdown
+
+from engine.display.catalog import EXAMPLE_RUN, EXAMPLE_STEPS, example_curves, get_summary
+from schedules import SCHEDULES, Schedule
+from schedules.core.descriptions import read_descriptions
+from schedules.core.fields import Field, describe_schema, read_fields
+from schedules.core.registry import FAMILIES, import_family
+from schedules.plots import build_figure
+
+__all__ = ["build_schedule_pages", "draw_schedules"]
+
+
+class Page(NamedTuple):
+    """A page of the reference: its title, its first sentence, and the families it documents."""
+
+    title: str
+    sentence: str
+    families: tuple[str, ...]
+
+    def list_classes(self) -> Mapping[str, type[Schedule[Any]]]:
+        """Return the class of each schedule, by name."""
+        families = map(import_family, self.families)
+        return {name: cls for family in families for name, cls in family.items()}
+
+
+_PAGES = {
+    "deepspeed": Page(
+        "DeepSpeed",
+        "DeepSpeed's schedules, with DeepSpeed's names and parameters.",
+        ("families.deepspeed",),
+    ),
+    "composer": Page(
+        "Composer",
+        "The schedulers of MosaicML's Composer, with Composer's names and parameters.",
+        ("families.composer",),
+    ),
+    "pytorch": Page(
+        "PyTorch",
+        "PyTorch's schedulers, with PyTorch's names and parameters.",
+        ("families.pytorch",),
+    ),
+    "d2l": Page(
+        "Dive into Deep Learning",
+        'The schedulers of the book "Dive into Deep Learning", with MXNet\'s warmup.',
+        ("families.d2l",),
+    ),
+    "sambaflow": Page(
+        "SambaFlow",
+        "SambaFlow's schedules, with parameters named after its command-line arguments.",
+        ("families.sambaflow",),
+    ),
+    "general": Page(
+        "General",
+        "Schedules for any framework: a list of phases, and common shapes with a warmup.",
+        ("families.general",),
+    ),
+    "megatron": Page(
+        "Megatron-LM",
+        "Megatron-LM's scheduler, with Megatron-LM's parameter names.",
+        ("families.megatron",),
+    ),
+    "composites": Page(
+        "Composites",
+        "Schedules that combine other schedules: in sequence, by multiplication, or in parallel.",
+        ("families.composites",),
+    ),
+    "feedback": Page(
+        "Feedback",
+        "Schedules that depend on the loss or on a metric.",
+        ("feedback.autowu", "feedback.plateau"),
+    ),
+}
+"""The pages by name, in the order of the overview."""
+
+_INTRODUCTION = """\
+# Schedules
+
+{count} schedules, by their origin. Set one in the config as
+`"scheduler": {{"type": …, "params": {{…}}}}`, or pass it to `schedules.attach` in your own training
+loop. `onecycle schedules TYPE` prints the same documentation in the terminal, and `onecycle plot`
+draws the schedule of a config. `make generate` writes this page and the pages that it links to, and
+`make pictures` draws their plots. Each plot shows the example in a run of 100 steps, and 20 steps
+after its end.
+
+## Durations
+
+A parameter that accepts a time is a number of optimizer steps or a time string: "10ep" (epochs),
+"500ba" (steps), "4096sp" (samples), "1e9tok" (tokens) or "0.1dur" (fraction of the run)."""
+
+
+def build_schedule_pages() -> dict[str, str]:
+    """Return the text of each page, by its path below ``docs``."""
+    families = [family for page in _PAGES.values() for family in page.families]
+    assert sorted(families) == sorted(FAMILIES), "each family has a page"
+    pages = {"schedules.md": "\n".join(_build_overview()) + "\n"}
+    for name, page in _PAGES.items():
+        pages[f"schedules/{name}.md"] = "\n".join(_build_page(page)) + "\n"
+    return pages
+
+
+def draw_schedules(directory: Path) -> None:
+    """Plot the example of each schedule, and save the plots as SVG files."""
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "onecycle"}  # text stays text
+    for name, cls in SCHEDULES.items():
+        curves = example_curves(cls)
+        values = {key: list(curve.values(EXAMPLE_STEPS)) for key, curve in curves.items()}
+        figure, _ = build_figure(values, name, curves=curves)
+        with mpl.rc_context(settings):
+            figure.savefig(directory / f"{name}.svg", metadata={"Date": None})
+
+
+def _build_overview() -> Iterator[str]:
+    yield _INTRODUCTION.format(count=len(SCHEDULES))
+    for location, page in _PAGES.items():
+        yield f"\n## {page.title}\n\n{page.sentence}\n\n| type | summary |\n|---|---|"
+        for name, cls in page.list_classes().items():
+            summary = to_markdown(get_summary(cls))
+            yield f"| [{name}](schedules/{location}.md#{name.lower()}) | {summary} |"
+
+
+def _build_page(page: Page) -> Iterator[str]:
+    yield f"# {page.title}\n\n{page.sentence} [Schedules](../schedules.md) lists all schedules."
+    for name, cls in page.list_classes().items():
+        yield f"\n## {name}\n\n![Plot of {name}](../pictures/{name}.svg)\n"
+        yield to_markdown(inspect.getdoc(cls) or "")
+        yield f"\nExample:\n\n```json\n{json.dumps(_build_example(cls), indent=2)}\n```"
+        fields = read_fields(cls)
+        if fields:
+            yield "\n| parameter | accepts | default | meaning |\n|---|---|---|---|"
+        descriptions = read_descriptions(cls)
+        for key, field in fields.items():
+            yield _format_row(field, field.complete(descriptions[key], explain_time=False))
+
+
+def _build_example(cls: type[Schedule[Any]]) -> dict[str, Any]:
+    """Return the example as a part of a config, with the length of the run if it is needed."""
+    config: dict[str, Any] = {"scheduler": {"type": cls.type_name, "params": dict(cls.example)}}
+    if cls(**cls.example).unresolved_fields:
+        config["engine"] = {"max_duration": f"{EXAMPLE_RUN.total_steps:.0f}ba"}
+    return config
+
+
+def _format_row(field: Field, meaning: str) -> str:
+    default = "required" if field.required else f"`{json.dumps(field.default)}`"
+    cells = (f"`{field.name}`", describe_schema(field.schema), default, to_markdown(meaning))
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
