@@ -37,6 +37,19 @@ def test_config_in_documentation_is_valid(block):
     assert [problem for problem in validate(whole) if problem.severity != "note"] == []
 
 
+def test_every_page_with_code_is_run_by_a_test():
+    run_by_tests_docs = {"guides", "from"}
+    doctests = {"schedules"}  # generated from docstrings, which `make check` runs
+    missing = [
+        page
+        for page in PAGES
+        if re.search(r"^ *```(python|console|pycon)", page.read_text(), re.MULTILINE)
+        and page != ROOT / "README.md"
+        and page.parent.name not in run_by_tests_docs | doctests
+    ]
+    assert missing == []
+
+
 def test_every_statement_on_security_names_an_existing_test():
     rows = [line for line in (ROOT / "SECURITY.md").read_text().splitlines() if "::" in line]
     assert len(rows) > 10

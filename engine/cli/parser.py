@@ -91,7 +91,7 @@ def find_command(name: str) -> str:
     """Return the subcommand with a name, in lower or upper case.
 
     Raises:
-        ValueError: there is no such subcommand; the message suggests a similar one.
+        ValueError: the name is unknown; the message suggests a similar one.
     """
     if name.lower() in COMMANDS:
         return name.lower()

@@ -19,7 +19,7 @@ def require_package(name: str, feature: str) -> None:
 
     Args:
         name: name of the package, a key of `EXTRAS`.
-        feature: what needs the package, as the subject of the error message.
+        feature: subject of the error message, such as "A plot".
 
     Raises:
         MissingExtraError: the package is not installed; the message names the extra.

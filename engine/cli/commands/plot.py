@@ -272,7 +272,7 @@ def _find_source(name: str) -> str:
     """Return the path of a config, or the name of a schedule, that ``--compare`` specifies.
 
     Raises:
-        ValueError: there is no file of this name, and no schedule either.
+        ValueError: the name is neither a file nor a schedule.
     """
     if Path(name).is_file():
         return name
