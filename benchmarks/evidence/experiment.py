@@ -304,5 +304,5 @@ def describe_machine() -> str:
     device = torch.cuda.get_device_name() if gpu else f"one of {os.cpu_count()} CPU cores"
     return (
         f"{device} ({platform.machine()}), Python {platform.python_version()}, "
-        f"torch {torch.__version__}, {dt.datetime.now(tz=dt.timezone.utc):%Y-%m-%d}"
+        f"torch {torch.__version__}, {dt.datetime.now(tz=dt.UTC):%Y-%m-%d}"
     )

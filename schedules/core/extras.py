@@ -6,7 +6,12 @@ import importlib.util
 
 __all__ = ["EXTRAS", "MissingExtraError", "require_package"]
 
-EXTRAS = {"matplotlib": "plot", "plotext": "plot", "tensorboard": "tensorboard"}
+EXTRAS = {
+    "matplotlib": "plot",
+    "plotext": "plot",
+    "tensorboard": "tensorboard",
+    "werkzeug": "ui",
+}
 """Maps each optional package to the extra in pyproject.toml that installs it."""
 
 
