@@ -1,4 +1,4 @@
-"""Take the screenshots of docs/ui.md.
+"""Take the screenshots of docs/guides/ui.md.
 
     python benchmarks/ui_screenshots.py
 
