@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 import engine
 import onecycle
@@ -145,7 +146,18 @@ def test_extras_in_the_code_are_those_of_pyproject():
     assert required.isdisjoint(EXTRAS)
 
 
-def test_supported_python_is_the_tested_one():
+def test_lower_bounds_are_the_oldest_tested_versions():
+    extras = PYPROJECT["optional-dependencies"]
+    bounds = [*PYPROJECT["dependencies"], *extras["plot"], *extras["tensorboard"]]
+    required = dict(re.match(r"([\w-]+)>=([\d.]+)", each).groups() for each in bounds)
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {name: Version(bound) for name, bound in required.items()} == {
+        name: Version(version) for name, version in tested.items()
+    }
+
+
+def test_oldest_supported_python_is_the_tested_one():
     oldest = PYPROJECT["requires-python"].removeprefix(">=")
     assert f"Programming Language :: Python :: {oldest}" in PYPROJECT["classifiers"]
     python = ROOT / "tools" / "check_python.py"

@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from engine.display.html_charts import Decision, Line, Mark, Page, Panel
 from schedules.core.controller import Evidence
 from schedules.core.curves import Curve
-from schedules.plots import LABELS, choose_styles, find_phases, group_by_panel, is_log_panel
+from schedules.plots import (
+    LABELS,
+    choose_styles,
+    find_phases,
+    group_by_panel,
+    is_log_panel,
+    is_sweep,
+)
 
 __all__ = ["build_curve_page", "build_decision"]
 
@@ -23,13 +30,14 @@ def build_curve_page(
     steps: Sequence[int],
     curves: Mapping[str, Curve] | None = None,
     sources: Mapping[str, str] | None = None,
-    log: bool = False,
+    log: bool | None = None,
     evidence: Evidence | None = None,
 ) -> Page:
     """Return a page with one chart per hyperparameter; see `engine.display.plots.draw`."""
     styles = choose_styles(columns, sources)
     panels = []
     marks: dict[int, str] = {}
+    is_exponential = False
     for name, members in group_by_panel(columns).items():
         shown = [columns[each] for each in members]
         count = min(len(steps), max(map(len, shown)))
@@ -44,14 +52,16 @@ def build_curve_page(
             )
             for each in members
         ]
-        is_log = name == _LOSS or is_log_panel(name, shown)
+        has_lr = is_log_panel(name, shown)
+        is_exponential |= has_lr and all(map(is_sweep, shown))
+        is_log = name == _LOSS or has_lr
         panels.append(Panel(name, LABELS.get(name, name), steps[:count], lines, is_log=is_log))
     return Page(
         title,
         panels,
         marks=[Mark(step, name) for step, name in marks.items()],
         decision=None if evidence is None else build_decision(evidence),
-        is_log=log,
+        is_log=is_exponential if log is None else log,
     )
 
 

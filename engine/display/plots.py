@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from schedules.core.controller import Evidence
 from schedules.core.curves import Curve
+from schedules.core.extras import require_package
 from schedules.plots import (
     STYLE,
     build_figure,
@@ -53,6 +54,7 @@ def draw(
             losses.
         dpi: resolution of the image in dots per inch.
     """
+    require_package("matplotlib", "A plot")
     import matplotlib as mpl
 
     shown = {name: columns[name] for name in columns if evidence is None or name != _LOSS}

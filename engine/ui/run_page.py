@@ -33,6 +33,9 @@ _LABELS = {
     "skipped_steps": "skipped steps",
 }
 """The panels in their order. Other metrics follow."""
+_NOTE = (
+    "The event files are not shown: tensorboard is not installed. Run `pip install tensorboard`."
+)
 _OPTIONAL = {"weight_decay"}
 """Metrics that are not shown if they are always 0."""
 _STEP = "step"
@@ -90,6 +93,7 @@ class RunPage:
             "title": ", ".join(root.resolve().name for root in self._roots),
             "path": ", ".join(str(root.absolute()) for root in self._roots),
             "runs": [run.name for run in self._runs],
+            "note": _NOTE if any(run.has_unreadable_events for run in self._runs) else "",
             "checkpoints": [
                 {
                     "run": name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,22 @@ class Run:
         self.root = root
         self.progress = 0.0
         """Fraction of the metrics that has been read."""
+        self.has_unreadable_events = False
+        """Whether the run has event files, but the package tensorboard is not installed."""
         self._sources: dict[Path, MetricSource] = {}
         self.add_directories(directories)
 
     def add_directories(self, directories: Sequence[Path]) -> None:
         """Read the metrics of more directories."""
         for directory in directories:
-            if directory not in self._sources:
-                kind = CSVMetrics if _has_csv_metrics(directory) else EventMetrics
-                self._sources[directory] = kind(directory)
+            if directory in self._sources:
+                continue
+            if _has_csv_metrics(directory):
+                self._sources[directory] = CSVMetrics(directory)
+            elif find_spec("tensorboard") is None:
+                self.has_unreadable_events = True
+            else:
+                self._sources[directory] = EventMetrics(directory)
 
     def update(self) -> None:
         """Read what has been written since the last call."""

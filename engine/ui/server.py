@@ -14,6 +14,7 @@ from werkzeug.wrappers import Request, Response
 
 from engine.ui.access import LOCAL_ADDRESS, add_security_headers, create_token, find_refusal
 from engine.ui.replies import Download, Numbers, build_response
+from schedules.core.extras import MissingExtraError
 from schedules.core.imports import imports_allowed
 
 __all__ = ["Action", "Application", "Page", "start_server"]
@@ -82,7 +83,7 @@ class Application:
                 return self._serve_file(self._page.html if path == "/" else path[1:])
         except HTTPException as error:
             return _build_error(error.code or 500, error.description or str(error))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MissingExtraError) as error:
             return _build_error(422, str(error))
         except Exception:  # the page shows the error and remains usable
             log.exception("the request %s failed", path)

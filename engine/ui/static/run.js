@@ -143,6 +143,8 @@ const readSummary = coalesce(async () => {
   find("name").textContent = title;
   find("name").title = path;
   document.title = `${title} · onecycle`;
+  find("note").textContent = state.summary.note;
+  find("note").hidden = !state.summary.note;
   showRuns(runs);
   showCheckpoints();
   showSettings();

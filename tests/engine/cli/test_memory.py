@@ -98,7 +98,7 @@ def test_memory_of_an_invalid_config_prints_its_problems(config):
 
 
 def test_documentation_shows_the_output_of_the_command(tmp_path, monkeypatch):
-    page = (Path(__file__).parents[3] / "docs/memory.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/guides/memory.md").read_text()
     config = re.search(r"```json\n(.*?)```", page, re.DOTALL)[1]
     command, shown = re.search(r"```console\n\$ onecycle (.*?)\n(.*?)```", page, re.DOTALL).groups()
     (tmp_path / "ds_config.json").write_text(config)

@@ -1,5 +1,6 @@
 """The local server answers only its own page, and reads and writes only the file it was given."""
 
+import importlib.util
 import socket
 import sys
 
@@ -110,6 +111,17 @@ def test_internal_error_is_not_shown_to_the_client(path, monkeypatch, caplog):
     assert reply.status_code == 500
     assert "ZeroDivisionError" not in reply.text
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_export_without_matplotlib_names_the_extra(client, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    scheduler = '{"scheduler": {"type": "WarmupLR", "params": {}}}'
+    reply = post(client, "export", {"text": scheduler, "format": "png", "settings": {}})
+    assert reply.status_code == 422
+    assert "with the extra `plot`" in reply.json["error"]
 
 
 def test_server_listens_only_on_the_local_address(path):

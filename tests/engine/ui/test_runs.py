@@ -53,6 +53,14 @@ def test_csv_and_event_files_of_a_job_are_one_run(tmp_path):
     assert run.series["Validation_loss"].values.tolist() == [7.0]
 
 
+def test_event_files_without_tensorboard_are_a_note(tmp_path, monkeypatch):
+    (tmp_path / "events.out.tfevents.1.host").write_bytes(b"")
+    monkeypatch.setattr("engine.ui.runs.find_spec", lambda _: None)
+    page = RunPage([tmp_path])
+    assert "tensorboard is not installed" in page.actions["summary"]({})["note"]
+    assert page.actions["metrics"]({}).header["panels"] == []
+
+
 def test_new_metrics_of_a_known_directory_are_added_to_its_run(tmp_path):
     page = RunPage([tmp_path])
     assert page.actions["metrics"]({}).header["panels"] == []
