@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 GPU_VENV := .venv-gpu
 GPU_READY := $(GPU_VENV)/ready
 
-.PHONY: demo test test-all test-long test-gpu benchmark-gpu check docs format generate pictures tutorial clean help
+.PHONY: demo test test-all test-long test-gpu bench evidence benchmark-gpu check docs format generate pictures tutorial ui-bundle clean help
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 12
@@ -35,6 +35,12 @@ test-long: $(READY)  ## run the tests that take hours: 200 kills, fuzzing with 2
 
 test-gpu: $(GPU_READY)  ## run the tests that need a GPU, with this machine's PyTorch (CPU: make test-gpu DRY_RUN=1)
 	$(GPU_VENV)/bin/python -m pytest tests/gpu $(if $(DRY_RUN),--dry-run)
+
+bench: $(READY)  ## rerun the speed benchmarks and print how long each takes (at most 30 minutes)
+	$(BIN)/python benchmarks/run.py speed
+
+evidence: $(READY)  ## rerun the trainings of docs/results and print how long each takes (hours on a CPU)
+	$(BIN)/python benchmarks/run.py evidence
 
 benchmark-gpu: $(GPU_READY)  ## measure speed and memory on a GPU (8 minutes; CPU: make benchmark-gpu DRY_RUN=1)
 	$(GPU_VENV)/bin/python benchmarks/gpu.py $(if $(DRY_RUN),--dry-run)
@@ -65,6 +71,9 @@ pictures: $(READY)  ## draw the pictures of the schedule reference
 tutorial: $(READY)  ## execute docs/tutorial.ipynb and store its outputs
 	$(BIN)/python tools/run_tutorial.py
 
+ui-bundle:  ## bundle the JavaScript libraries of `onecycle ui` and of HTML reports (needs Node.js)
+	cd engine/ui/source && npm ci --no-audit --no-fund && npm run build
+
 clean:  ## remove the virtual environment and the output of runs
 	rm -rf $(VENV) $(GPU_VENV) build run *.egg-info
 
@@ -79,7 +88,7 @@ $(DEMO_READY): pyproject.toml constraints.txt setup.py
 
 $(READY): $(DEMO_READY)
 	@echo "Installing the packages of the tests ..."
-	$(INSTALL) --quiet -e '.[dev,examples,plot,tensorboard]'
+	$(INSTALL) --quiet -e '.[dev,examples,plot,tensorboard,ui]'
 	touch $(READY)
 
 $(DOCS_READY): $(READY)

@@ -10,8 +10,13 @@ with batch sizes of 256, 2,048 and 8,192. The methods are
 - scaled: the fixed learning rate times batch size / 256;
 - cosine: warmup to the scaled learning rate in a tenth of the run, then cosine decay to 0;
 - 1Cycle: OneCycle between the bounds that an LR range test suggests for the batch size;
+- refined: the same 1Cycle, with a maximum that short cycles refined, as ``lr-test --refine`` does;
 - AutoWU: AutoWU with its robust test for a minimum of the loss, and with rollback to the weights at
-  that minimum; no hyperparameter is tuned.
+  that minimum; no hyperparameter is tuned;
+- AutoWU 1/4: the same, with a warmup of at most a quarter of the run instead of half.
+
+"refined" and "AutoWU 1/4" are meant to improve on 1Cycle and AutoWU for large batches, and are not
+trained with batch size 256.
 
 The results are saved in a JSON file next to the plot. Results that already exist are reused.
 """
@@ -19,6 +24,7 @@ The results are saved in a JSON file next to the plot. Results that already exis
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import statistics
@@ -41,9 +47,14 @@ sys.path.insert(0, str(ROOT / "examples" / "fashion_mnist"))
 import images
 
 import engine
+from engine.range_test.recorder import Run
+from engine.range_test.refinement import build_short_cycle, refine
 
 BATCHES = (256, 2048, 8192)
-METHODS = ("fixed", "scaled", "cosine", "1Cycle", "AutoWU")
+METHODS = ("fixed", "scaled", "cosine", "1Cycle", "refined", "AutoWU", "AutoWU 1/4")
+ONLY_LARGE = ("refined", "AutoWU 1/4")
+CYCLE_STEPS = 32
+"""Number of steps of each short cycle that refines a maximum: a third of the shortest run."""
 CANDIDATES = (1e-3, 2e-3, 4e-3)
 
 
@@ -88,11 +99,14 @@ def loss_fn(trainer: engine.Engine, batch: tuple[Tensor, Tensor]) -> Tensor:
 class Experiment:
     """The data set of the benchmark, and methods that train models on this data set."""
 
-    def __init__(self, epochs: int) -> None:
+    def __init__(self, epochs: int, samples: int | None) -> None:
         found = images.load()
         self.epochs = epochs
         self.source = found.source.split(" from")[0]
-        parts = [(avg_pool2d(x, 2) - 0.29, y) for x, y in (found.train.tensors, found.test.tensors)]
+        parts = [
+            (avg_pool2d(x[:samples], 2) - 0.29, y[:samples])
+            for x, y in (found.train.tensors, found.test.tensors)
+        ]
         (x, y), self.test = parts
         held_out = len(x) // 12
         self.valid, self.train = (x[:held_out], y[:held_out]), (x[held_out:], y[held_out:])
@@ -151,23 +165,51 @@ class Experiment:
         assert report.suggestion.max_lr is not None, report.suggestion.reason
         return report.suggestion.max_lr
 
+    def refine_max_lr(self, net: str, size: int, max_lr: float) -> float:
+        """Return the best maximum of short cycles around a suggested one, for the whole run."""
+
+        def train_cycle(block: dict[str, Any], repeat: int) -> Run:
+            trainer = self.build_engine(net, 100 + repeat, 1e-3, block)
+            losses = []
+            for batch in itertools.islice(self.iterate_batches(size), CYCLE_STEPS):
+                loss = loss_fn(trainer, batch)
+                losses.append(loss.item())
+                trainer.backward(loss)
+                trainer.step()
+            return Run(losses=losses)
+
+        steps = self.epochs * self.count_steps(size)
+        block = self.build_block("1Cycle", size, max_lr)
+        found = refine(
+            lambda max_lr, repeat: train_cycle(
+                build_short_cycle(block, max_lr, CYCLE_STEPS), repeat
+            ),
+            max_lr,
+            repeats=1,
+            steps=CYCLE_STEPS,
+            training_steps=steps,
+        )
+        return found.max_lr
+
     def build_block(self, method: str, size: int, lr: float) -> dict[str, Any] | None:
         steps = self.epochs * self.count_steps(size)
         if method == "cosine":
             params: dict[str, Any] = {"total_num_steps": steps, "warmup_num_steps": steps // 10}
             params |= {"warmup_type": "linear", "cos_min_ratio": 0.0, "warmup_min_ratio": 0.0}
             return {"type": "WarmupCosineLR", "params": params}
-        if method == "1Cycle":
+        if method in ("1Cycle", "refined"):
             first = steps * 3 // 10
             params = {"cycle_min_lr": lr / 10, "cycle_max_lr": lr, "cycle_first_step_size": first}
             params["cycle_second_step_size"] = steps - first
             return {"type": "OneCycle", "params": params}
-        if method == "AutoWU":
+        if method in ("AutoWU", "AutoWU 1/4"):
             params = {
                 "steps_per_epoch": self.count_steps(size),
                 "total_epochs": self.epochs,
             }
             params |= {"test": "robust", "rollback": True, "immediate_cooldown": True}
+            if method == "AutoWU 1/4":
+                params["max_warmup_fraction"] = 0.25
             return {"type": "AutoWU", "params": params}
         return None
 
@@ -182,20 +224,27 @@ def choose_learning_rate(
         }
         rows[key] = max(tried, key=tried.__getitem__)
     tuned = float(rows[key])
-    if method == "1Cycle":
+    if method in ("1Cycle", "refined"):
         key = f"{net} {size} suggested"
         if key not in rows:
             rows[key] = found.suggest_max_lr(net, size)
-        return float(rows[key])
+        if method == "1Cycle":
+            return float(rows[key])
+        refined = f"{net} {size} refined"
+        if refined not in rows:
+            rows[refined] = found.refine_max_lr(net, size, rows[key])
+        return float(rows[refined])
     return tuned if method == "fixed" else tuned * size / 256
 
 
-def report_results(rows: dict[str, Any], seeds: int, path: Path, console: Console) -> None:
+def report_results(
+    rows: dict[str, Any], nets: list[str], seeds: int, path: Path, console: Console
+) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots(1, len(NETS))
-    for axis, net in zip(axes, NETS, strict=True):
+    figure = Figure(figsize=(5 * len(nets), 4), layout="constrained")
+    axes = figure.subplots(1, len(nets), squeeze=False)[0]
+    for axis, net in zip(axes, nets, strict=True):
         table = Table(net, *map(str, BATCHES))
         for method in METHODS:
             cells = []
@@ -212,7 +261,7 @@ def report_results(rows: dict[str, Any], seeds: int, path: Path, console: Consol
         axis.set(xscale="log", xlabel="batch", ylabel="test accuracy %", title=net)
         axis.set_xticks(BATCHES, [f"{size:,}" for size in BATCHES])
         axis.minorticks_off()
-        axis.set_ylim(bottom=75)
+        axis.set_ylim(bottom=max(axis.get_ylim()[0], 75))
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     figure.savefig(path, dpi=110)
@@ -225,19 +274,23 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("autowu_large_batch.png"))
+    parser.add_argument("--smoke", action="store_true", help="use few samples, one network")
     args = parser.parse_args()
+    if args.smoke:
+        args.epochs = 40
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    found, console = Experiment(args.epochs), Console(width=110)
+    found, console = Experiment(args.epochs, 128 if args.smoke else None), Console(width=110)
+    nets = ["LeNet"] if args.smoke else list(NETS)
     path = args.output.with_suffix(".json")
     rows: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    for net in NETS:
+    for net in nets:
         for seed in range(args.seeds):
             for size in BATCHES:
                 for method in METHODS:
                     key = f"{net} {size} {method} {seed}"
-                    if key in rows:
+                    if key in rows or (method in ONLY_LARGE and size == BATCHES[0]):
                         continue
                     start = time.monotonic()
                     lr = choose_learning_rate(found, rows, net, method, size)
@@ -247,7 +300,7 @@ def main() -> None:
                     console.print(
                         key, f"lr {lr:.2g}", *rows[key], f"{time.monotonic() - start:.0f} s"
                     )
-    report_results(rows, args.seeds, args.output, console)
+    report_results(rows, nets, args.seeds, args.output, console)
 
 
 if __name__ == "__main__":

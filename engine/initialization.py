@@ -189,23 +189,25 @@ def initialize(
     schedule = _choose_schedule(resolved, param_groups, backend)
     scheduler = _bind_schedule(resolved, schedule, lr_scheduler, backend, loader)
     identity = build_identity(resolved, scheduler, settings)
-    monitors = build_monitors(resolved.monitors, ranks)
+    monitors = build_monitors(resolved, ranks)
     engine = Engine(resolved, backend, scheduler, loader, identity, monitors)
     engine._run.is_trial = lr_test is not None  # noqa: SLF001  # private to the package
     if sweep is not None or lr_test is None:
         attach_recorder(engine, sweep)
     if ranks.rank == 0:
         how, precision = backend.describe()
-        log_setup(
-            resolved,
-            backend=how,
-            device=str(ranks.device),
-            precision=precision,
-            optimizer=_get_name(backend.basic_optimizer),
-            num_parameters=backend.num_parameters,
-            scheduler=scheduler,
-            replacements=replacements,
-            param_groups=param_groups,
+        monitors.note_setup(
+            log_setup(
+                resolved,
+                backend=how,
+                device=str(ranks.device),
+                precision=precision,
+                optimizer=_get_name(backend.basic_optimizer),
+                num_parameters=backend.num_parameters,
+                scheduler=scheduler,
+                replacements=replacements,
+                param_groups=param_groups,
+            )
         )
         _warn_of_repeated_samples(training_data, resolved)
     run = engine._run  # noqa: SLF001  # private to the package

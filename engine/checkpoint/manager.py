@@ -108,6 +108,7 @@ class Checkpointer:
             self._discard(directory / f".{tag}.partial")
             raise
         self._saved[directory.resolve()] = _get_position(run)
+        run.progress.monitors.note_checkpoint(tag, run.counters.global_steps)
 
     def lock(self, directory: Path) -> None:
         """Lock a directory until `close` is called, and delete incomplete checkpoints in it.

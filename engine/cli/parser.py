@@ -16,9 +16,11 @@ COMMANDS = {
     "explain": "print what a validation rule checks, why, and how to fix it",
     "config": "print every config value that a run would use, and its origin",
     "plot": "plot the learning rate and momentum at every step",
+    "memory": "estimate the memory of the model states on each rank, for each ZeRO stage",
     "schedules": "list every schedule, or print the documentation of one",
     "lr-test": "run an LR range test on a script and suggest learning-rate bounds",
     "launch": "start a script on one host or several, and stop all ranks if one fails",
+    "ui": "open a page in the browser that edits a config or shows a run",
     "doctor": "report which features work on this machine, and why the others do not",
     "checkpoint": "list, verify, show or export the checkpoints of a run",
     "schema": "print the JSON Schema of configs, or of one schedule's params",
@@ -91,7 +93,7 @@ def find_command(name: str) -> str:
     """Return the subcommand with a name, in lower or upper case.
 
     Raises:
-        ValueError: there is no such subcommand; the message suggests a similar one.
+        ValueError: the name is unknown; the message suggests a similar one.
     """
     if name.lower() in COMMANDS:
         return name.lower()

@@ -6,22 +6,19 @@ All other text is preserved, including comments, whitespace and the order of key
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from json import JSONDecoder
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.config.parser import Document
 from engine.config.pointers import get_parent, join_pointer
 from engine.config.source import load_document
+from engine.config.text_edits import replace_values, set_value
 from engine.errors import Problem
 
-__all__ = ["apply_fixes", "replace_scheduler", "write_scheduler"]
-
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n]*|#[^\n]*|/\*.*?\*/|[{}\[\],]', re.DOTALL)
-_INDENT = 2
+__all__ = ["FixEdit", "apply_fixes", "find_fix_edits", "replace_scheduler", "write_scheduler"]
 
 
 def apply_fixes(
@@ -37,10 +34,32 @@ def apply_fixes(
         accept: function that returns whether to apply the fix of a problem if it is not certain.
 
     Returns:
-        The fixed text, and the problems that were fixed.
+        The fixed text.
     """
     text = document.text
     edits = [(comma, comma + 1, "") for comma in document.trailing_commas]
+    edits += [edit[1:] for edit in find_fix_edits(document, problems, accept)]
+    for start, end, replacement in sorted(edits, reverse=True):
+        text = text[:start] + replacement + text[end:]
+    return text
+
+
+class FixEdit(NamedTuple):
+    """The automatic fix of a problem: text to replace, from offset ``start`` to ``end``."""
+
+    problem: Problem
+    start: int
+    end: int
+    text: str
+
+
+def find_fix_edits(
+    document: Document,
+    problems: Sequence[Problem],
+    accept: Callable[[Problem], bool] = lambda problem: True,
+) -> Iterator[FixEdit]:
+    """Yield the edit of each problem that has an automatic fix; see `apply_fixes`."""
+    text = document.text
     taken = set(document.locations)
     for problem in problems:
         location = document.locations.get(problem.pointer)
@@ -57,10 +76,7 @@ def apply_fixes(
             continue
         if problem.fix.is_certain or accept(problem):
             taken |= {renamed} if renamed else set()
-            edits.append((start, end, json.dumps(key or problem.fix.value)))
-    for start, end, replacement in sorted(edits, reverse=True):
-        text = text[:start] + replacement + text[end:]
-    return text
+            yield FixEdit(problem, start, end, json.dumps(key or problem.fix.value))
 
 
 def write_scheduler(path: Path, block: Mapping[str, Any]) -> Path:
@@ -95,62 +111,14 @@ def replace_scheduler(document: Document, block: Mapping[str, Any]) -> str:
     """
     old = document.value.get("scheduler")
     if old is None:
-        return _insert_block(document, block)
+        return set_value(document, "/scheduler", block)
     params = old.get("params", {})
     same = old.get("type") == block["type"] and params.keys() == block["params"].keys()
     if not same:
-        return _replace_values(document, {"/scheduler": block})
+        return replace_values(document, {"/scheduler": block})
     changed = {
         f"/scheduler/params/{key}": value
         for key, value in block["params"].items()
         if params[key] != value
     }
-    return _replace_values(document, changed)
-
-
-def _replace_values(document: Document, values: Mapping[str, Any]) -> str:
-    text = document.text
-    spans = [(*_find_span(document, pointer), value) for pointer, value in values.items()]
-    for start, end, value in sorted(spans, key=lambda span: span[0], reverse=True):
-        text = text[:start] + _format_json(value, _INDENT) + text[end:]
-    return text
-
-
-def _insert_block(document: Document, block: Mapping[str, Any]) -> str:
-    """Return the text of a config with the scheduler block added after the last key."""
-    text = document.text
-    tokens = [token for token in _TOKEN.finditer(text) if not _is_comment(token.group())]
-    close = tokens[-1].start()
-    member = f'"scheduler": {_format_json(block, _INDENT)}'
-    if not document.value:
-        return f"{text[:close]}{member}{text[close:]}"
-    members = (join_pointer("", key) for key in document.value)
-    last = max(members, key=lambda at: _find_span(document, at)[1])
-    end = _find_span(document, last)[1]
-    comma = tokens[-2].start() if tokens[-2].group() == "," else None  # trailing comma
-    at = end if comma is None else comma + 1
-    return f"{text[:at]}{',' if comma is None else ''}\n{' ' * _INDENT}{member}{text[at:]}"
-
-
-def _find_span(document: Document, pointer: str) -> tuple[int, int]:
-    """Return the start and the end of the value at a JSON pointer, as offsets in the text."""
-    text = document.text
-    start = document.get_offset(document.locations[pointer].value)
-    if text[start] not in "{[":
-        plain = re.compile(r'"(?:[^"\\]|\\.)*"|[-+.\w]+').match(text, start)
-        assert plain is not None
-        return start, plain.end()
-    depth = 0
-    for token in _TOKEN.finditer(text, start):
-        depth += (token.group() in "{[") - (token.group() in "}]")
-        if depth == 0:
-            return start, token.end()
-    raise AssertionError("unbalanced brackets in a config that was parsed without an error")
-
-
-def _is_comment(token: str) -> bool:
-    return token.startswith(("//", "#", "/*"))
-
-
-def _format_json(value: Any, indent: int) -> str:
-    return json.dumps(value, indent=_INDENT).replace("\n", "\n" + " " * indent)
+    return replace_values(document, changed)

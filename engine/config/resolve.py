@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import schemas
@@ -92,6 +93,16 @@ class CheckpointPlan:
     trust_pickle: bool
     """Whether objects of any class may be unpickled from a checkpoint in DeepSpeed's format."""
     best: BestSettings | None
+
+
+@dataclass(frozen=True)
+class ReportPaths:
+    """Where rank 0 writes the report of a run (``engine.report``)."""
+
+    page: str
+    """HTML file with the charts of the run."""
+    directory: str
+    """Directory for plots of AutoWU or LRRangeTest results."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +196,8 @@ class Config(Mapping[str, Any]):
     progress: ProgressSettings
     diagnostics: Diagnostics
     data: DataSettings
-    report: str | None
-    """Directory for plots of AutoWU or LRRangeTest results; None for the default directory."""
+    report: ReportPaths | None
+    """The files of the report; None if the run writes none."""
     checkpoint: CheckpointPlan
     monitors: Mapping[str, Mapping[str, Any]]
     """The sections ``tensorboard``, ``csv_monitor`` and ``wandb``."""
@@ -210,7 +221,7 @@ class Config(Mapping[str, Any]):
     def copy_for_trial_run(self, schedule: Schedule[Any] | None) -> Config:
         """Return a copy of the config for a trial run of the LR finder.
 
-        The copy disables checkpoints, monitors, progress reports, diagnostics, plots of results
+        The copy disables checkpoints, monitors, progress reports, diagnostics, the report
         (``engine.report``) and ``engine.steps_this_run``.
 
         Args:
@@ -365,7 +376,7 @@ def _resolve(
             value["wall_clock_breakdown"], value["dump_state"], value["flops_profiler"]
         ),
         data=DataSettings(engine["seed"], value["dataloader_drop_last"], **engine["dataloader"]),
-        report=engine["report"],
+        report=_find_report_paths(engine["report"]),
         overrides=tuple(overrides),
         warnings=tuple(each for each in problems if each.severity == "warning"),
         keys_without_effect=tuple(
@@ -392,6 +403,16 @@ def _build_checkpoint_plan(section: Mapping[str, Any]) -> CheckpointPlan:
         best=None if best is None else BestSettings(**best),
         **plan,
     )
+
+
+def _find_report_paths(value: str | None) -> ReportPaths | None:
+    """Return the paths for a value of ``engine.report``: an HTML file, or a directory."""
+    if value is None:
+        return None
+    path = Path(value)
+    if path.suffix.lower() in {".html", ".htm"}:
+        return ReportPaths(value, str(path.parent))
+    return ReportPaths(str(path / "report.html"), value)
 
 
 def _get_input_storage(section: Mapping[str, Any] | None) -> Literal["device", "host"] | None:

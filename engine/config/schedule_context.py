@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import re
@@ -208,11 +209,18 @@ class EvaluatedSchedule:
         To save time, each piece of the curve, such as the warmup, is evaluated only at its first
         and last step.
         """
-        curve = self.curves[name][0]
-        span = max(int(self.schedule.span), 1)
-        pieces = itertools.islice(curve.pieces(0, span + 1), _MAX_PIECES)
-        values = [value for p in pieces for value in (p.formula(p.start), p.formula(p.end - 1))]
-        return min(values), max(values)
+        if name not in self._ranges:
+            curve = self.curves[name][0]
+            span = max(int(self.schedule.span), 1)
+            pieces = itertools.islice(curve.pieces(0, span + 1), _MAX_PIECES)
+            values = [value for p in pieces for value in (p.formula(p.start), p.formula(p.end - 1))]
+            self._ranges[name] = min(values), max(values)
+        return self._ranges[name]
+
+    @functools.cached_property
+    def _ranges(self) -> dict[str, tuple[float, float]]:
+        """The ranges that `get_range` has computed; a schedule can have thousands of stairs."""
+        return {}
 
     def find_infinite(self) -> tuple[str, int, float] | None:
         """Return the hyperparameter, step and value of the first non-finite value in the run.

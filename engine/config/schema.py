@@ -22,6 +22,7 @@ __all__ = [
     "add_defaults",
     "add_optimizer_defaults",
     "get_default",
+    "get_member_schema",
     "is_ignored",
     "is_import_path",
     "means_default",
@@ -151,7 +152,7 @@ def walk(
         if is_ignored(key) or (key in replaced and not is_given):
             continue
         below = join_pointer(pointer, key)
-        schema_of_key = _get_member_schema(properties.get(key, {}), below, value)
+        schema_of_key = get_member_schema(properties.get(key, {}), below, value)
         filled = value[key] if is_given else fill(schema_of_key) if fill else ABSENT
         if filled is ABSENT:
             continue
@@ -171,7 +172,7 @@ def _find_replaced_keys(value: Mapping[str, Any], properties: Mapping[str, Any])
     return {schema.get(word) for schema in given for word in ("x-alias-of", "x-instead")}
 
 
-def _get_member_schema(
+def get_member_schema(
     schema: Mapping[str, Any], pointer: str, around: Mapping[str, Any]
 ) -> Mapping[str, Any]:
     """Return the schema of a key, with references resolved.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.config import ConfigError, Problem, Source, load_document
 from engine.config.named_code import find_named_code
+from engine.config.param_groups import read_hyperparameters
+from engine.config.parser import Document
 from engine.config.pointers import split_pointer
 from engine.config.rules import RuleContext
 from engine.config.schedule_context import build_base_values, build_horizon, get_train_batch_size
@@ -16,14 +19,16 @@ from engine.config.wording import quote_value
 from engine.display.auto_values import AutoValues, replace_auto_values
 from schedules import Horizon, Schedule
 from schedules.core.controller import Base, Curves, Evidence
+from schedules.core.curves import constant
 from schedules.core.imports import imports_allowed
 from schedules.core.trace import replay
 from schedules.plots import name_columns
 
-__all__ = ["Preview", "preview"]
+__all__ = ["Preview", "preview", "preview_document"]
 
 _MAX_SYNTHETIC_STEPS = 100_000
 _MAX_RUN_STEPS = 1_000_000
+_OTHERS = "other parameters"
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Preview:
     curves: Curves
     horizon: Horizon
     base: Base
+    groups: Sequence[str] = ()
+    """The names of the param groups; empty if the config has no ``optimizer.param_groups``."""
     auto_values: Mapping[str, Any] = field(default_factory=dict)
     """The values that replaced "auto", by param name."""
 
@@ -143,16 +150,45 @@ def preview(
     >>> list(preview({"scheduler": warmup}).rows(3))
     [(0, 0.0), (1, 0.0005), (2, 0.001)]
     """
-    document = load_document(config)
-    if assignments:
-        from engine.config.overrides import apply_assignments
+    from engine.config.overrides import apply_assignments
 
-        document, _ = apply_assignments(document, assignments)
+    document, _ = apply_assignments(load_document(config), assignments)
+    return preview_document(
+        document, steps_per_epoch=steps_per_epoch, allow_imports=allow_imports, auto=auto
+    )
+
+
+def preview_document(
+    document: Document,
+    *,
+    world_size: int | None = None,
+    steps_per_epoch: int | None = None,
+    allow_imports: bool = False,
+    auto: AutoValues | None = None,
+    examined: tuple[Sequence[Problem], RuleContext | None] | None = None,
+) -> Preview:
+    """Validate the schedule of a parsed config, and return a preview of it.
+
+    Args:
+        document: parsed config.
+        world_size: number of ranks, from which the batch size is derived if the config does not
+            set it.
+        steps_per_epoch: see `preview`.
+        allow_imports: see `preview`.
+        auto: see `preview`.
+        examined: result of `examine` for the document, to avoid a second validation. Omit this
+            argument if the config contains "auto".
+
+    Raises:
+        ConfigError: see `preview`.
+    """
     replaced: Mapping[str, Any] = {}
     if auto is not None:
         document, replaced = replace_auto_values(document, auto)
-    problems, context = examine(document, None, reject_auto=True, allow_imports=allow_imports)
-    problems = [problem for problem in problems if _prevents_curve(problem)]
+    found, context = examined or examine(
+        document, world_size, reject_auto=True, allow_imports=allow_imports
+    )
+    problems = [problem for problem in found if _prevents_curve(problem)]
     if problems or context is None:
         raise ConfigError(document.name, problems)
     if context.schedule is None:
@@ -167,7 +203,7 @@ def preview(
     try:
         horizon = build_horizon(
             context.get_section("engine"),
-            samples_per_step=get_train_batch_size(context.config),
+            samples_per_step=get_train_batch_size(context.config, context.data_ranks),
             steps_per_epoch=steps_per_epoch,
         )
         with imports_allowed(allow_imports):
@@ -188,8 +224,59 @@ def _build_preview(
             f"{_MAX_SYNTHETIC_STEPS:,} steps, got {resolved.span:,}. To preview the schedule, "
             "shorten the run in a copy of the config."
         )
-    base = build_base_values(context.config, schedule)
-    return Preview(name, schedule, resolved, schedule.build_curves(base, horizon), horizon, base)
+    base, curves, groups = _build_curves(context, schedule, horizon)
+    return Preview(name, schedule, resolved, curves, horizon, base, groups)
+
+
+def _build_curves(
+    context: RuleContext, schedule: Schedule[Any], horizon: Horizon
+) -> tuple[Base, Curves, tuple[str, ...]]:
+    """Return the initial hyperparameters, the curves and the names of the param groups.
+
+    The last group has the parameters that no entry of ``optimizer.param_groups`` selects.
+    """
+    config = context.config
+    entries = context.get_section("optimizer").get("param_groups", [])
+    shared = build_base_values(config, schedule)
+    if not entries or schedule.lists_per_group:
+        return shared, schedule.build_curves(shared, horizon), ()
+    names = [*(entry.get("name") or _get_first(entry["params"]) for entry in entries), _OTHERS]
+    settings = [*(read_hyperparameters(entry) for entry in entries), {}]
+    rows = [build_base_values(config, schedule, each) for each in settings]
+    sharing = [index for index in range(len(rows)) if index not in context.group_schedules]
+    try:
+        of_shared = schedule.build_curves(_select(rows, sharing), horizon)
+    except ValueError:
+        if len(sharing) == 1:
+            raise
+        # The last group does not fit the schedule, but the model may have no such parameters.
+        del sharing[-1], rows[-1], names[-1]
+        of_shared = schedule.build_curves(_select(rows, sharing), horizon)
+    of_groups = {
+        group: {name: curves[position] for name, curves in of_shared.items()}
+        for position, group in enumerate(sharing)
+    }
+    for group, own in context.group_schedules.items():
+        of_own = own.build_curves(rows[group], horizon)
+        of_groups[group] = {name: curves[0] for name, curves in of_own.items()}
+    curves = {
+        name: tuple(
+            of_groups[group].get(name) or constant(rows[group][name][0])
+            for group in range(len(rows))
+        )
+        for name in dict.fromkeys(itertools.chain.from_iterable(of_groups.values()))
+    }
+    return _select(rows, range(len(rows))), curves, tuple(names)
+
+
+def _select(rows: Sequence[Base], groups: Iterable[int]) -> Base:
+    """Merge the initial hyperparameters of some param groups."""
+    chosen = [rows[group] for group in groups]
+    return {name: tuple(row[name][0] for row in chosen) for name in rows[0]}
+
+
+def _get_first(patterns: str | Sequence[str]) -> str:
+    return patterns if isinstance(patterns, str) else patterns[0]
 
 
 def _prevents_curve(problem: Problem) -> bool:

@@ -64,7 +64,7 @@ def format_rows(
     """Yield the lines of a table without borders, with aligned columns.
 
     If a row does not fit, its last cell is wrapped. If too little space is left next to the other
-    cells, the last cell starts on a line of its own.
+    cells, the last cell starts on a new line.
 
     Args:
         rows: rows with the same number of cells.

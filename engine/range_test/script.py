@@ -99,7 +99,8 @@ def attach_recorder(engine: Engine, sweep: Sweep | None) -> None:
         recorder = Recorder(None, math.inf, facts={"steps": None})
         engine._run.record_steps(recorder, is_trial=False)  # noqa: SLF001  # private to the package
         if is_first:
-            directory = Path(engine.config.report or "lr_test")
+            report = engine.config.report
+            directory = Path("lr_test" if report is None else report.directory)
             atexit.register(_write_report, recorder, _find_own_directory(directory))
 
 

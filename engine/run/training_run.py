@@ -83,8 +83,9 @@ class TrainingRun:
     ) -> TrainingRun:
         """Build a run at step 0. For a trial run, ``misuse`` must be the checks of the main run."""
         is_first = backend.ranks.rank == 0
-        driver = ScheduleDriver(scheduler, config.report if is_first else None)
         monitors = monitors or Monitors()
+        directory = config.report.directory if config.report is not None and is_first else None
+        driver = ScheduleDriver(scheduler, directory, monitors.note_decision)
         progress = ProgressReporter(config, monitors, backend.mean, is_first=is_first)
         is_needed = driver.feedback == "loss" or progress.is_monitored
         window = LossWindow(backend.mean, is_kept=is_needed)

@@ -9,14 +9,17 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
+from engine.config import Config
 from engine.distributed.ranks import Ranks
+from engine.training.events import Event
+from engine.training.run_report import RunReport
+from schedules.core.controller import Evidence
 from schedules.core.extras import require_package
 
 __all__ = [
     "CSVMonitor",
-    "Event",
     "Monitor",
     "Monitors",
     "RunDirectories",
@@ -26,14 +29,6 @@ __all__ = [
 ]
 
 log = logging.getLogger("onecycle")
-
-
-class Event(NamedTuple):
-    """A metric's name in DeepSpeed, its value, and the number of training samples so far."""
-
-    name: str
-    value: float
-    samples: int
 
 
 class Monitor(Protocol):
@@ -232,12 +227,17 @@ class Monitors:
     Args:
         monitors: monitors that receive the events of each step.
         directories: object that chooses the directories of this run. By default, a new one is used.
+        report: report of the run, which is one more monitor; None if the run has no report.
     """
 
     def __init__(
-        self, monitors: Sequence[Monitor] = (), directories: RunDirectories | None = None
+        self,
+        monitors: Sequence[Monitor] = (),
+        directories: RunDirectories | None = None,
+        report: RunReport | None = None,
     ) -> None:
-        self._monitors = tuple(monitors)
+        self._monitors = (*monitors, *(() if report is None else (report,)))
+        self._report = report
         self._directories = directories or RunDirectories()
         self._resumes_after: int | None = None
 
@@ -261,6 +261,21 @@ class Monitors:
                 monitor.rewind(samples)
         for monitor in self._monitors:
             monitor.write_events(each_event)
+
+    def note_setup(self, setup: Mapping[str, str]) -> None:
+        """Show the training setup in the report of the run."""
+        if self._report is not None:
+            self._report.note_setup(setup)
+
+    def note_checkpoint(self, tag: str, step: int) -> None:
+        """Show a checkpoint in the report of the run."""
+        if self._report is not None:
+            self._report.note_checkpoint(tag, step)
+
+    def note_decision(self, evidence: Evidence) -> None:
+        """Show the decision of a feedback schedule in the report of the run."""
+        if self._report is not None:
+            self._report.note_decision(evidence)
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of this run's directory for each output directory of the config.
@@ -290,18 +305,17 @@ _FILE_MONITORS: Mapping[str, tuple[Callable[[str, RunDirectories], Monitor], str
 """The class of each monitor that writes files, and its default ``output_path``."""
 
 
-def build_monitors(sections: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> Monitors:
+def build_monitors(config: Config, ranks: Ranks) -> Monitors:
     """Build the monitors that the config enables on rank 0, and no monitors on other ranks.
 
     Args:
-        sections: config sections ``tensorboard``, ``csv_monitor`` and ``wandb``, with defaults
-            filled in.
+        config: config with the monitors' sections and ``engine.report``.
         ranks: rank, world size and device of this process.
 
     Raises:
         ValueError: ``wandb`` is enabled, but the package is not installed.
     """
-    enabled = {name: section for name, section in sections.items() if section["enabled"]}
+    enabled = {name: each for name, each in config.monitors.items() if each["enabled"]}
     if ranks.rank != 0:
         return Monitors()
     directories = RunDirectories()
@@ -312,4 +326,7 @@ def build_monitors(sections: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> M
             monitors.append(kind(str(Path(parent, job)), directories))
     if "wandb" in enabled:
         monitors.append(WandbMonitor(enabled["wandb"]))
-    return Monitors(monitors, directories)
+    report = None
+    if config.report is not None:
+        report = RunReport(Path(config.report.page), config.raw, config.name)
+    return Monitors(monitors, directories, report)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from engine.config import Config
 from engine.display.progress_bar import ProgressBar
-from engine.training.monitors import Event, Monitors
+from engine.training.events import Event
+from engine.training.monitors import Monitors
 from engine.training.pass_timer import PassTimer
 from schedules.core.saved_state import OPTIONAL, Count
 
@@ -101,7 +102,9 @@ class ProgressReporter:
         is_first: bool,
     ) -> None:
         settings = config.progress
-        self.is_monitored = any(section["enabled"] for section in config.monitors.values())
+        self.is_monitored = config.report is not None or any(
+            section["enabled"] for section in config.monitors.values()
+        )
         self.monitors = monitors
         self.timer: PassTimer | None = None
         """Timer whose times are logged with each progress line; rank 0 only."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from engine.training.loss_window import LossWindow
 from schedules import ScheduleBinder
+from schedules.core.controller import Evidence
 from schedules.core.extras import require_package
 
 __all__ = ["ScheduleDriver"]
@@ -26,22 +28,25 @@ class ScheduleDriver:
         scheduler: any object with a ``step`` method, such as a PyTorch scheduler, or None.
         report: directory for plots of a feedback schedule's decisions, such as the decision to end
             the warmup. If None, no plots are saved.
+        note: function that receives the evidence of such a decision, if plots are saved.
 
     Raises:
-        MissingExtraError: ``report`` is set, but matplotlib is not installed.
+        MissingExtraError: plots of decisions are requested, but matplotlib is not installed.
     """
 
     def __init__(
         self,
         scheduler: LRScheduler | None,
         report: str | None = None,
+        note: Callable[[Evidence], None] = lambda evidence: None,
     ) -> None:
         self.scheduler = scheduler
         self.metric: float | None = None
         """Last metric, averaged over the ranks, kept until the scheduler receives it."""
         self._report = report
-        if report is not None:
-            require_package("matplotlib", "`engine.report`")
+        self._note = note
+        if report is not None and self.feedback is not None:
+            require_package("matplotlib", "`engine.report` with a feedback schedule")
 
     @property
     def feedback(self) -> Literal["loss", "metric"] | None:
@@ -82,6 +87,7 @@ class ScheduleDriver:
         name = binder.schedule.type_name
         path = directory / f"{name.lower()}.png"
         try:
+            self._note(binder.evidence)
             draw_decision(binder.evidence, path, name)
         except Exception as error:  # noqa: BLE001  # a failed plot must not stop training
             log.warning("training continues, but the plot %s could not be saved: %s", path, error)

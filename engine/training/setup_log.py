@@ -34,7 +34,7 @@ def log_setup(
     scheduler: LRScheduler | None,
     replacements: Sequence[str] = (),
     param_groups: Sequence[GroupRow] = (),
-) -> None:
+) -> dict[str, str]:
     """Log the config's overrides and warnings, and a table of the training setup.
 
     Args:
@@ -47,6 +47,9 @@ def log_setup(
         scheduler: scheduler of the run; None if it has none.
         replacements: messages about config sections that arguments of `initialize` replace.
         param_groups: param groups that the config describes. They are logged below the table.
+
+    Returns:
+        The names and texts in the table.
     """
     _enable_logging()
     codes = [*find_optimizer_code(config.raw.get("optimizer"))]
@@ -81,6 +84,7 @@ def log_setup(
             log.info("%-*s %s", _NAME_WIDTH, "", line)
     for line in format_param_groups(param_groups):
         log.info("param group %s", line)
+    return setup
 
 
 def _enable_logging() -> None:

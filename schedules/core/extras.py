@@ -6,7 +6,12 @@ import importlib.util
 
 __all__ = ["EXTRAS", "MissingExtraError", "require_package"]
 
-EXTRAS = {"matplotlib": "plot", "plotext": "plot", "tensorboard": "tensorboard"}
+EXTRAS = {
+    "matplotlib": "plot",
+    "plotext": "plot",
+    "tensorboard": "tensorboard",
+    "werkzeug": "ui",
+}
 """Maps each optional package to the extra in pyproject.toml that installs it."""
 
 
@@ -19,7 +24,7 @@ def require_package(name: str, feature: str) -> None:
 
     Args:
         name: name of the package, a key of `EXTRAS`.
-        feature: what needs the package, as the subject of the error message.
+        feature: subject of the error message, such as "A plot".
 
     Raises:
         MissingExtraError: the package is not installed; the message names the extra.

@@ -18,13 +18,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
-from schedules.core.durations import (
-    MAX_STEPS,
-    PATTERN,
-    FractionalSteps,
-    Horizon,
-    convert_to_steps,
-)
+from schedules.core.durations import MAX_STEPS, PATTERN, FractionalSteps, Horizon, convert_to_steps
 
 __all__ = [
     "AnyValue",

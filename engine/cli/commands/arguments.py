@@ -65,7 +65,7 @@ def add_examples(parser: argparse.ArgumentParser, *examples: str) -> None:
 def find_schedule_name(name: str) -> str | None:
     """Return the name of a built-in or registered schedule, given in lower or upper case.
 
-    Return None if there is no such schedule.
+    Return None if the name is unknown.
     """
     from schedules import SCHEDULES
 

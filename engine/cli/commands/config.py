@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TextIO
 
 from engine.cli.commands.arguments import (
     add_allow_imports,
@@ -16,13 +13,12 @@ from engine.cli.commands.arguments import (
     add_set,
     parse_positive_int,
 )
+from engine.cli.commands.models import build_model
 from engine.display.terminal import format_rows, get_width, wrap
 from engine.distributed.environment import OK
 from engine.errors import escape
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from engine.config.provenance import Entry
     from engine.config.rules import RuleContext
 
@@ -129,57 +125,12 @@ def _list_param_groups(context: RuleContext, path: str) -> list[str]:
             "`--model` requires a config with the section `optimizer`, which describes the param "
             "groups. Add the section, or omit the option."
         )
-    model = _build_model(path)
+    model = build_model(path)
     wrap = context.get_section("engine").get("wrap", ())
     types = {index: each["type"] for index, _, each in find_group_schedulers(config)}
     groups = build_param_groups(model, block, wrap=wrap)
     rows = [group.describe(block, types) for group in groups]
     return [f"param group {line}" for line in format_param_groups(rows)]
-
-
-def _build_model(path: str) -> nn.Module:
-    """Import a function or a class, and build its model on the meta device if that is possible."""
-    import torch
-    from torch import nn
-
-    from schedules.core.imports import import_attribute
-
-    with _current_directory_on_path():
-        found: Any = import_attribute(path)
-        if not isinstance(found, nn.Module):
-            build = found
-            try:
-                with torch.device("meta"):
-                    found = build()
-            except Exception:  # noqa: BLE001  # such as a model that reads values of its weights
-                found = _call(path, build)
-    if not isinstance(found, nn.Module):
-        raise ValueError(  # noqa: TRY004  # it is a value of the command line
-            f"`--model` must name a function or a class that returns a torch.nn.Module, got "
-            f"{path!r}, which returns a value of type {type(found).__name__}."
-        )
-    return found
-
-
-def _call(path: str, build: Any) -> Any:
-    try:
-        return build()
-    except Exception as error:
-        raise ValueError(
-            f"`--model` must name a function without required arguments that builds a model, got "
-            f"{path!r}, which failed with {type(error).__name__}: {error}."
-        ) from error
-
-
-@contextlib.contextmanager
-def _current_directory_on_path() -> Iterator[None]:
-    """Search the current directory for modules, as Python does for a script."""
-    directory = str(Path.cwd())
-    sys.path.insert(0, directory)
-    try:
-        yield
-    finally:
-        sys.path.remove(directory)
 
 
 def _print_differences(first: Sequence[Entry], second: Sequence[Entry], out: TextIO) -> None:

@@ -101,9 +101,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         type=Path,
-        metavar="PNG",
-        help="image file to write; the suffix selects the format. Without --csv and -t, the "
-        "default is FILE with the suffix .png, in the current directory",
+        metavar="IMAGE",
+        help="image file to write; the suffix selects the format. The suffix .html selects a page "
+        "with interactive charts. Without --csv and -t, the default is FILE with the suffix .png, "
+        "in the current directory",
     )
     parser.add_argument(
         "-t",
@@ -190,22 +191,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if args.terminal:
         _draw_on_terminal(data, out, log=args.log)
     if args.output or not (args.csv or args.terminal):
-        from engine.display.plots import draw
-
         path = args.output or Path(Path(args.file).name).with_suffix(".png")
-        steps, columns = data.sample(_MAX_EXACT)
-        draw(
-            columns,
-            path,
-            data.title,
-            steps=steps,
-            curves=data.curves,
-            sources=data.sources,
-            log=args.log or None,
-            evidence=data.evidence,
-        )
+        count = _write_image(data, path, log=args.log or None)
         if args.csv != "-":
-            note = "" if len(steps) == data.steps else f", drawn at {len(steps):,} of them"
+            note = "" if count == data.steps else f", drawn at {count:,} of them"
             for line in wrap(escape(f"{path}: {data.summary}{note}"), get_width(out)):
                 print(line, file=out)
     for path, values in data.auto_values.items():
@@ -215,6 +204,44 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         for line in wrap(escape(note), get_width(stream)):
             print(line, file=stream)
     return OK
+
+
+def _write_image(data: _PlotData, path: Path, *, log: bool | None) -> int:
+    """Write an image or an HTML page, as the suffix of the path selects.
+
+    Returns:
+        The number of steps that are drawn.
+    """
+    if path.suffix.lower() in {".html", ".htm"}:
+        from engine.display.curve_pages import build_curve_page
+        from engine.display.html_charts import write_html
+
+        steps, columns = data.sample(_SAMPLES)
+        page = build_curve_page(
+            columns,
+            data.title,
+            steps=steps,
+            curves=data.curves,
+            sources=data.sources,
+            log=log,
+            evidence=data.evidence,
+        )
+        write_html(path, page)
+        return len(steps)
+    from engine.display.plots import draw
+
+    steps, columns = data.sample(_MAX_EXACT)
+    draw(
+        columns,
+        path,
+        data.title,
+        steps=steps,
+        curves=data.curves,
+        sources=data.sources,
+        log=log,
+        evidence=data.evidence,
+    )
+    return len(steps)
 
 
 def _preview_configs(args: argparse.Namespace) -> _PlotData:
@@ -272,7 +299,7 @@ def _find_source(name: str) -> str:
     """Return the path of a config, or the name of a schedule, that ``--compare`` specifies.
 
     Raises:
-        ValueError: there is no file of this name, and no schedule either.
+        ValueError: the name is neither a file nor a schedule.
     """
     if Path(name).is_file():
         return name

@@ -211,14 +211,6 @@ def _format_first_step_size(cycle: Mapping[str, Any]) -> str:
     )
 
 
-def _check_report(context: RuleContext) -> Iterator[Problem]:
-    kind = context.get_section("scheduler").get("type")
-    wanted = context.get_section("engine").get("report")
-    if wanted is not None and kind not in {"AutoWU", "LRRangeTest"}:
-        message = "`engine.report` has an effect only with AutoWU and LRRangeTest."
-        yield context.note("no-effect", "/engine/report", message, "Remove the key.")
-
-
 def _check_tokens(context: RuleContext) -> Iterator[Problem]:
     run = context.get_section("engine")
     params = context.get_section("scheduler").get("params")
@@ -238,6 +230,5 @@ RULES: tuple[Rule, ...] = (
     _check_log_warmup,
     _check_stair_count,
     _check_decay_interval,
-    _check_report,
     _check_tokens,
 )

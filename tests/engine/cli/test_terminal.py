@@ -1,4 +1,4 @@
-"""What the commands print in a terminal: lines that fit, examples that run, and completion."""
+"""Output of the commands in a terminal: lines that fit, examples that run, and completion."""
 
 import io
 import json
@@ -27,7 +27,7 @@ MISTAKES = """{
 
 
 class Terminal(io.StringIO):
-    """A text stream that says that it is a terminal."""
+    """A text stream with the interface of a terminal."""
 
     def isatty(self):
         return True
@@ -211,7 +211,7 @@ def test_example_in_the_help_runs(project, example):
 @pytest.mark.slow
 @pytest.mark.parametrize("example", list_examples("launch", "lr-test", "doctor"))
 def test_example_that_trains_runs(project, example):
-    """There are no hosts here, so launches on hosts are dry runs; LR range tests are shorter."""
+    """Launches on hosts are dry runs, because they need hosts; LR range tests are shorter."""
     if "hostfile" in example:
         example = example.replace("launch", "launch --dry-run")
     done = run_in_shell(example.replace("lr-test", "lr-test --steps 80"), project)
@@ -220,7 +220,8 @@ def test_example_that_trains_runs(project, example):
 
 @pytest.mark.slow
 def test_examples_of_checkpoint_run(project):
-    assert run_in_shell("python train.py", project).returncode == 0
+    train = run_in_shell(f"{shlex.quote(sys.executable)} train.py", project)
+    assert train.returncode == 0, train.stderr
     for example in list_examples("checkpoint"):
         done = run_in_shell(example, project)
         assert done.returncode == 0, done.stderr

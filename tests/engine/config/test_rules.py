@@ -121,7 +121,7 @@ PAIRS = [
     ),
     (
         {"engine": {"report": "run"}} | schedule_config("OneCycle", **CYCLE),
-        [("no-effect", "note", "/engine/report")],
+        [],
     ),
     (
         {"engine": {"report": "run"}} | schedule_config("LRRangeTest"),

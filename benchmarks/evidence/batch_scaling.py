@@ -1,0 +1,137 @@
+"""Count the samples that a run needs to reach a target, if its batch is eight times as large.
+
+    python benchmarks/evidence/batch_scaling.py
+
+The script repeats the "Batch Scaling Example" of DeepSpeed's 1Cycle tutorial with a small model: an
+MLP on Fashion-MNIST, with images averaged to 14 x 14, that has to reach a test accuracy of 0.84. It
+tunes a fixed learning rate for a batch size of 64, by the number of samples to the target. Then it
+trains with a batch size of 512:
+
+- Fixed: the tuned learning rate;
+- LinearScale: eight times the tuned learning rate;
+- 1Cycle: a cycle between the bounds that the LR range test suggests for the batch size of 512.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from experiment import Config, Experiment, Row, Task, train
+from pages import (
+    build_figure,
+    format_mean,
+    format_table,
+    plot_history,
+    plot_lr,
+    save_figure,
+    write_page,
+)
+from torch import nn
+
+SMALL, FACTOR = 64, 8
+CANDIDATES = (0.01, 0.02, 0.04, 0.08)
+TARGET = 0.84
+INTERVAL = 6144
+"""Number of samples between two evaluations."""
+TUNING_SEED = 100
+
+
+def build_mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(196, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+
+
+def set_batch(config: Config, size: int, lr: float) -> Config:
+    changed = copy.deepcopy(config)
+    changed["train_batch_size"] = size
+    changed["optimizer"]["params"]["lr"] = lr
+    return changed
+
+
+def train_to_target(config: Config, task: Task, seed: int) -> Row:
+    """Train a model to the target, and add the number of samples to its row, or None."""
+    size = config["train_batch_size"]
+    row = train(
+        config,
+        task,
+        seed,
+        every=max(1, INTERVAL // size),
+        stop=lambda entry: entry["test_accuracy"] >= TARGET,
+    )
+    reached = (e["step"] * size for e in row["history"] if e["test_accuracy"] >= TARGET)
+    return row | {"batch": size, "samples": next(reached, None)}
+
+
+def run_all(experiment: Experiment) -> None:
+    results = experiment.results
+    task = experiment.load_images(build_mlp, pooling=2)
+    fixed, one_cycle = (experiment.read_config(name) for name in ("fixed", "one_cycle"))
+    large = fixed["train_batch_size"]
+    small = large // FACTOR
+
+    def tune() -> Row:
+        configs = [set_batch(fixed, small, lr) for lr in CANDIDATES]
+        samples = [train_to_target(config, task, TUNING_SEED)["samples"] for config in configs]
+        fewest = min((count for count in samples if count), default=None)
+        best = [lr for lr, count in zip(CANDIDATES, samples, strict=True) if count == fewest]
+        # Several candidates can be equally good. The middle one is the safest choice.
+        return {"lr": best[len(best) // 2], "candidates": CANDIDATES, "samples": samples}
+
+    tuned = results.get("tuned", tune)["lr"]
+    bounds = results.get("bounds", lambda: experiment.suggest_bounds(one_cycle, task))
+    one_cycle["scheduler"] = bounds["scheduler"]
+    configs = {
+        "small batch": set_batch(fixed, small, tuned),
+        "Fixed": set_batch(fixed, large, tuned),
+        "LinearScale": set_batch(fixed, large, FACTOR * tuned),
+        "1Cycle": one_cycle,
+    }
+    for seed in experiment.seeds:
+        for name, config in configs.items():
+
+            def run(config: Config = config, seed: int = seed) -> Row:
+                return train_to_target(config, task, seed)
+
+            results.get(f"{name} {seed}", run)
+
+
+def report(experiment: Experiment) -> None:
+    results = experiment.results
+    figure, (accuracies, lrs) = build_figure(2)
+    table = []
+    for number, name in enumerate(("small batch", "Fixed", "LinearScale", "1Cycle")):
+        rows = results.select(name)
+        size = rows[0]["batch"]
+        reached = [row["samples"] for row in rows if row["samples"]]
+        final = [max(entry["test_accuracy"] for entry in row["history"]) for row in rows]
+        table.append([
+            name,
+            str(size),
+            f"{rows[0]['lr'][0]:.3g} to {max(rows[0]['lr']):.3g}",
+            f"{len(reached)} of {len(rows)}",
+            format_mean(reached, digits=0),
+            format_mean(final),
+        ])  # fmt: skip
+        style = {"color": f"C{number}", "label": f"{name}, batch {size}"}
+        plot_history(accuracies, rows, scale=size / 1000, **style)
+        plot_lr(lrs, rows[0], scale=size / 1000, **style)
+    accuracies.axhline(TARGET, color="black", linestyle=":", linewidth=1)
+    accuracies.set(xlabel="thousand samples", ylabel="test accuracy")
+    lrs.set(xlabel="thousand samples", ylabel="learning rate", yscale="log")
+    lrs.legend(fontsize="small")
+    save_figure(figure, experiment.output / f"{experiment.name}.png")
+    header = ("run", "batch", "learning rate", "runs that reach the target")
+    write_page(
+        experiment, format_table((*header, "samples to the target", "highest accuracy"), table)
+    )
+
+
+def main() -> None:
+    experiment = Experiment.from_arguments("batch_scaling", __doc__)
+    run_all(experiment)
+    report(experiment)
+
+
+if __name__ == "__main__":
+    main()

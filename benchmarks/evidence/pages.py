@@ -1,0 +1,94 @@
+"""Write tables into pages of docs/results, and plot results."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiment import Experiment, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+START, END = "<!-- Written by the command above. -->\n", "<!-- End of the results. -->\n"
+
+
+def write_page(experiment: Experiment, *tables: str) -> None:
+    """Write the tables into the experiment's page, in place of those of an earlier call.
+
+    The tables follow the machine, the versions, the date and the CPU time. If the page does not
+    exist, it is created without any other text.
+    """
+    path = experiment.output / f"{experiment.name}.md"
+    results = experiment.results
+    source = next((row["data"] for row in results.rows.values() if "data" in row), "")
+    facts = f"{source}; {results.machine}; {results.minutes:.0f} minutes of CPU time in all."
+    block = "\n".join([START, facts, "", *(f"{table}\n" for table in tables), END])
+    page = path.read_text(encoding="utf-8") if path.is_file() else START + END
+    pattern = re.escape(START) + ".*?" + re.escape(END)
+    path.write_text(re.sub(pattern, lambda _: block, page, flags=re.DOTALL), encoding="utf-8")
+    print(block)
+
+
+def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def format_mean(values: Iterable[float], digits: int = 3) -> str:
+    """Format the mean of the values and, if there are several, their standard deviation."""
+    numbers = list(values)
+    if not numbers:
+        return ""
+    mean = f"{statistics.mean(numbers):,.{digits}f}"
+    return f"{mean} ± {statistics.stdev(numbers):,.{digits}f}" if len(numbers) > 1 else mean
+
+
+def get_last(rows: Iterable[Row], name: str) -> list[float]:
+    """Return a value of the last entry of each row's history."""
+    return [row["history"][-1][name] for row in rows]
+
+
+def build_figure(panels: int) -> tuple[Figure, list[Axes]]:
+    """Build a figure with panels side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * panels, 4.2), layout="constrained")
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    return figure, axes
+
+
+def plot_lr(axis: Axes, row: Row, *, scale: float = 1, **style: str | None) -> None:
+    """Plot the learning rate of a run. ``scale`` is the factor by which the step is multiplied."""
+    stride = row["lr_stride"] * scale
+    axis.plot([stride * index for index in range(len(row["lr"]))], row["lr"], **style)
+
+
+def plot_history(axis: Axes, rows: Sequence[Row], *, scale: float = 1, **style: str) -> None:
+    """Plot the mean test accuracy of several runs after each evaluation, and its range.
+
+    Args:
+        axis: panel of a figure.
+        rows: runs with different seeds. Shorter runs limit the length of the plotted curve.
+        scale: factor by which the step is multiplied for the horizontal axis.
+        style: color and label.
+    """
+    columns = list(zip(*(row["history"] for row in rows), strict=False))
+    steps = [scale * column[0]["step"] for column in columns]
+    values = [[entry["test_accuracy"] for entry in column] for column in columns]
+    axis.plot(steps, [statistics.mean(each) for each in values], **style)
+    low, high = ([pick(each) for each in values] for pick in (min, max))
+    axis.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Save a figure as an image with 150 dots per inch."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

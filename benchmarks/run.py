@@ -1,0 +1,93 @@
+"""Run a group of benchmarks one after the other, and print how long each takes.
+
+    python benchmarks/run.py speed       # as `make bench`
+    python benchmarks/run.py evidence    # as `make evidence`
+
+The group "evidence" trains models, and writes the results to the directory ``run/evidence``, where
+you can compare them with docs/results. If the group is interrupted, a second call continues with
+the first run that is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parent.parent
+OUTPUT = Path("run") / "evidence"
+
+GROUPS = {
+    "speed": (
+        "python benchmarks/validate_cost.py --rounds 9",
+        "python benchmarks/start_up.py --rounds 3",
+        "python benchmarks/scheduler_speed.py --rounds 9",
+        "python benchmarks/training_speed.py --rounds 5",
+        "torchrun --standalone --nproc_per_node 2 benchmarks/training_speed_ranks.py",
+        "python benchmarks/checkpoint_speed.py --rounds 3",
+        "python benchmarks/autowu_decision.py --rounds 100",
+        "python benchmarks/growth.py --steps 20000 --largest 1e7",
+    ),
+    "evidence": (
+        f"python benchmarks/evidence/batch_scaling.py --output {OUTPUT}",
+        f"python benchmarks/evidence/scale_schedule.py --output {OUTPUT}",
+        f"python benchmarks/evidence/command_line.py --output {OUTPUT}",
+        f"python benchmarks/evidence/lr_scheduling_chapter.py --output {OUTPUT}",
+        f"python benchmarks/autowu_large_batch.py --output {OUTPUT}/autowu_large_batch.png",
+    ),
+}
+
+
+def run(command: str) -> tuple[float, int]:
+    """Run a command, and return its duration in seconds and its exit status."""
+    program, *arguments = shlex.split(command)
+    python = {
+        "python": [sys.executable],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+    }
+    started = time.monotonic()
+    done = subprocess.run(
+        [*python[program], *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    return time.monotonic() - started, done.returncode
+
+
+def main() -> int:
+    """Run the group, and return 1 if a command fails."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument(
+        "--smoke", action="store_true", help="use a few samples and steps (evidence only)"
+    )
+    args = parser.parse_args()
+    if args.smoke and args.group != "evidence":
+        parser.error("--smoke requires the group `evidence`.")
+    (ROOT / OUTPUT).mkdir(parents=True, exist_ok=True)
+    console = Console()
+    table = Table("command", "seconds", "result")
+    failures = 0
+    for command in GROUPS[args.group]:
+        console.rule(command)
+        seconds, status = run(command + " --smoke" * args.smoke)
+        failures += status != 0
+        table.add_row(
+            command, f"{seconds:,.0f}", f"failed with status {status}" if status else "ok"
+        )
+    console.print(table)
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Measure the time from a keystroke in `onecycle ui` to the redrawn problems and curves.
+
+    python benchmarks/ui_latency.py
+
+Headless Chromium types digits into a config. The time starts at the timestamp of the key event, and
+ends after the browser has painted the reply of the server. Requires chromium and chromedriver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from selenium.webdriver import ActionChains, Keys
+from selenium.webdriver.common.by import By
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from engine.ui.config_file import ConfigFile
+from engine.ui.config_page import ConfigPage
+from tests.testing.browser import open_browser, serve, wait_for
+
+TUTORIAL = {
+    "train_batch_size": 32,
+    "optimizer": {"type": "Adam", "params": {"lr": 0.001}},
+    "scheduler": {
+        "type": "OneCycle",
+        "params": {
+            "cycle_first_step_size": 1000,
+            "cycle_first_stair_count": 500,
+            "cycle_second_step_size": 1000,
+            "cycle_second_stair_count": 500,
+            "decay_step_size": 1000,
+            "cycle_min_lr": 0.0001,
+            "cycle_max_lr": 0.0010,
+            "decay_lr_rate": 0.001,
+            "cycle_min_mom": 0.85,
+            "cycle_max_mom": 0.99,
+            "decay_mom_rate": 0.0,
+        },
+    },
+}
+"""The block of DeepSpeed's 1Cycle tutorial."""
+CORPUS = ROOT / "tests" / "corpus"
+WARM_UP = 5
+LISTEN = "addEventListener('keydown', (event) => { window.pressed = event.timeStamp; }, true)"
+ELAPSED = """
+const entry = performance.getEntriesByName('redraw').at(-1);
+return entry.startTime + entry.duration - window.pressed;
+"""
+COUNT = "performance.getEntriesByName('redraw').length"
+
+
+def find_largest() -> Path:
+    """Return the largest config of the corpus that has a schedule."""
+    paths = sorted(CORPUS.glob("*/*.json"), key=lambda path: path.stat().st_size, reverse=True)
+    return next(path for path in paths if '"scheduler"' in path.read_text())
+
+
+def measure(text: str, steps: int | None, rounds: int) -> Iterator[float]:
+    """Yield the time of each keystroke in milliseconds."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "ds_config.json")
+        path.write_text(text)
+        with serve(ConfigPage(ConfigFile(path))) as address, open_browser() as browser:
+            browser.get(address)
+            wait_for(browser, "document.querySelector('.plot canvas')")
+            if steps:
+                browser.find_element(By.ID, "steps").send_keys(str(steps))
+                wait_for(browser, f"document.querySelector('#steps').placeholder === '{steps:,}'")
+            line = browser.find_element(By.CSS_SELECTOR, ".cm-line:nth-child(2)")
+            line.click()
+            ActionChains(browser).send_keys(Keys.END, Keys.ARROW_LEFT).perform()
+            browser.execute_script(LISTEN)
+            for index in range(rounds):
+                before = browser.execute_script(f"return {COUNT}")
+                ActionChains(browser).send_keys(Keys.BACKSPACE if index % 2 else "0").perform()
+                wait_for(browser, f"{COUNT} > {before}")
+                yield browser.execute_script(ELAPSED)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=40)
+    args = parser.parse_args()
+    largest = find_largest()
+    cases = [
+        ("DeepSpeed's tutorial", json.dumps(TUTORIAL, indent=2), None),
+        ("DeepSpeed's tutorial", json.dumps(TUTORIAL, indent=2), 100_000),
+        (f"largest of the corpus ({largest.name})", largest.read_text(), 100_000),
+    ]
+    print("| config | steps | median ms | 95 % below ms |")
+    print("|---|---|---|---|")
+    for name, text, steps in cases:
+        # The first keystrokes load modules and compile JavaScript.
+        times = sorted(list(measure(text, steps, args.rounds + WARM_UP))[WARM_UP:])
+        shown = f"{steps:,}" if steps else "default"
+        high = times[int(0.95 * (len(times) - 1))]
+        print(f"| {name} | {shown} | {statistics.median(times):.0f} | {high:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

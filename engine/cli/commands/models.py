@@ -1,0 +1,66 @@
+"""Build the model that the command-line option ``--model`` names."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["build_model"]
+
+
+def build_model(path: str) -> nn.Module:
+    """Import a function or a class, and build its model on the meta device if that is possible.
+
+    Args:
+        path: import path, such as "my_module:build_model".
+
+    Raises:
+        ValueError: the path cannot be imported, or does not build a model.
+    """
+    import torch
+    from torch import nn
+
+    from schedules.core.imports import import_attribute
+
+    with _current_directory_on_path():
+        found: Any = import_attribute(path)
+        if not isinstance(found, nn.Module):
+            build = found
+            try:
+                with torch.device("meta"):
+                    found = build()
+            except Exception:  # noqa: BLE001  # such as a model that reads values of its weights
+                found = _call(path, build)
+    if not isinstance(found, nn.Module):
+        raise ValueError(  # noqa: TRY004  # it is a value of the command line
+            f"`--model` must name a function or a class that returns a torch.nn.Module, got "
+            f"{path!r}, which returns a value of type {type(found).__name__}."
+        )
+    return found
+
+
+def _call(path: str, build: Any) -> Any:
+    try:
+        return build()
+    except Exception as error:
+        raise ValueError(
+            f"`--model` must name a function without required arguments that builds a model, got "
+            f"{path!r}, which failed with {type(error).__name__}: {error}."
+        ) from error
+
+
+@contextlib.contextmanager
+def _current_directory_on_path() -> Iterator[None]:
+    """Search the current directory for modules, as Python does for a script."""
+    directory = str(Path.cwd())
+    sys.path.insert(0, directory)
+    try:
+        yield
+    finally:
+        sys.path.remove(directory)

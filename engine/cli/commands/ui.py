@@ -1,0 +1,86 @@
+"""``onecycle ui``: open a local page that edits a config or shows a run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from engine.cli.commands.arguments import add_examples
+from engine.distributed.environment import OK
+from engine.errors import escape
+from schedules.core.extras import require_package
+
+if TYPE_CHECKING:
+    from engine.ui.server import Page
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``onecycle ui`` to a parser."""
+    parser.description = (
+        "Open a page in the browser that edits a config, with problems and curves as you type, or "
+        "that shows the metrics and checkpoints of runs. The page is served only on this machine, "
+        "and reads and writes only the files on the command line."
+    )
+    parser.add_argument(
+        "paths",
+        metavar="FILE|DIR",
+        nargs="*",
+        default=["ds_config.json"],
+        help="a ds_config.json to edit, or the directories of one or more runs (default: "
+        "ds_config.json, which is created when you save it)",
+    )
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=0,
+        metavar="N",
+        help="port of the page (default: any free port)",
+    )
+    parser.add_argument(
+        "--no-browser",
+        action="store_true",
+        help="print the address of the page, but do not open it",
+    )
+    add_examples(
+        parser,
+        "onecycle ui ds_config.json",
+        "onecycle ui runs/first runs/second",
+        "onecycle ui ds_config.json --no-browser --port 8000",
+    )
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    """Serve the page until the user presses Ctrl+C."""
+    require_package("werkzeug", "`onecycle ui`")
+    from engine.ui.server import start_server
+
+    server, address = start_server(_choose_page([Path(path) for path in args.paths]), args.port)
+    shown = escape(", ".join(args.paths))
+    print(f"{shown}: {address}\nPress Ctrl+C to stop.", file=out, flush=True)
+    if not args.no_browser:
+        webbrowser.open(address)
+    gc.enable()  # The command line disables garbage collection, but the server runs for hours.
+    with server, contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
+    return OK
+
+
+def _choose_page(paths: list[Path]) -> Page:
+    from engine.ui.config_file import ConfigFile
+    from engine.ui.config_page import TEMPLATE, ConfigPage
+
+    if all(path.is_dir() for path in paths):
+        from engine.ui.run_page import RunPage
+
+        return RunPage(paths)
+    if len(paths) > 1:
+        raise ValueError("Pass one config, or one or more directories of runs.")
+    file = ConfigFile(paths[0], TEMPLATE)
+    file.read()  # An unreadable file is an error of the command.
+    return ConfigPage(file)

@@ -1,0 +1,82 @@
+"""Count the elements that an optimizer stores for a parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["count_state_elements", "has_known_states"]
+
+_STATES = {
+    "Adadelta": 2,
+    "Adagrad": 1,
+    "Adam": 2,
+    "AdamW": 2,
+    "Adamax": 2,
+    "ASGD": 1,
+    "Lamb": 2,
+    "Lion": 1,
+    "MuAdam": 2,
+    "MuAdamW": 2,
+    "Muon": 1,
+    "MuSGD": 0,
+    "NAdam": 2,
+    "RAdam": 2,
+    "RMSprop": 1,
+    "Rprop": 2,
+    "SGD": 0,
+}
+"""Number of states of the parameter's size that each optimizer keeps with its default params."""
+
+_OPTIONAL_STATES = {
+    "Adam": ("amsgrad",),
+    "AdamW": ("amsgrad",),
+    "MuAdam": ("amsgrad",),
+    "MuAdamW": ("amsgrad",),
+    "MuSGD": ("momentum",),
+    "RMSprop": ("momentum", "centered"),
+    "SGD": ("momentum",),
+}
+"""The params that add one state each if they are not 0 or false."""
+
+_UNKNOWN = 2
+
+
+def has_known_states(optimizer: str) -> bool:
+    """Return whether the states of an optimizer are known, which those of a custom class are not.
+
+    >>> has_known_states("AdamW"), has_known_states("my_module:MyOptimizer")
+    (True, False)
+    """
+    return optimizer in _STATES or optimizer == "Adafactor"
+
+
+def count_state_elements(
+    optimizer: str, params: Mapping[str, Any], shape: tuple[int, ...], *, has_adam: bool = False
+) -> int:
+    """Return the number of elements that an optimizer stores for a parameter.
+
+    A custom optimizer is assumed to store as much as Adam.
+
+    Args:
+        optimizer: canonical name of the optimizer.
+        params: hyperparameters, with defaults.
+        shape: shape of the parameter.
+        has_adam: whether the optimizer trains parameters that are not matrices with Adam, as
+            DeepSpeed's Muon does.
+
+    >>> count_state_elements("SGD", {"momentum": 0.9}, (4, 5))
+    20
+    >>> count_state_elements("Adafactor", {}, (4, 5))
+    9
+    """
+    count = math.prod(shape)
+    if optimizer == "Adafactor":
+        if len(shape) < 2:
+            return count
+        return count // shape[-1] + count // shape[-2]
+    if optimizer == "Muon" and has_adam and len(shape) != 2:
+        return 2 * count
+    optional = _OPTIONAL_STATES.get(optimizer, ())
+    return count * (_STATES.get(optimizer, _UNKNOWN) + sum(bool(params.get(n)) for n in optional))

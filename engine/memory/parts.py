@@ -1,0 +1,83 @@
+"""The input and the result of an estimate: the sizes of parameters, and the parts of the memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+__all__ = ["MOMENTS", "Device", "MemoryEstimate", "ParameterSize", "Part"]
+
+Device = Literal["GPU", "CPU", "NVMe"]
+
+MOMENTS = ("forward", "backward", "step")
+"""The moments of a training step: the end of the last forward pass, the end of the last backward
+pass, and the optimizer step. Memory is largest at one of them."""
+
+
+@dataclass(frozen=True)
+class ParameterSize:
+    """The size of one parameter of a model, or of several that are treated as one.
+
+    Args:
+        shape: shape of the tensor.
+        itemsize: bytes per element in the user's model, before the backend converts it.
+        is_trained: whether the optimizer trains the parameter.
+        in_block: whether the parameter belongs to a block of the model that FSDP2 gathers
+            separately, such as a layer of a transformer.
+
+    >>> ParameterSize((3, 4)).count, ParameterSize((3, 4)).count_shard(2)
+    (12, 8)
+    """
+
+    shape: tuple[int, ...]
+    itemsize: int = 4
+    is_trained: bool = True
+    in_block: bool = True
+
+    @property
+    def count(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    def count_shard(self, ranks: int) -> int:
+        """Return the number of elements on each rank if FSDP2 shards the first dimension."""
+        if not self.shape:
+            return 1
+        return math.ceil(self.shape[0] / ranks) * math.prod(self.shape[1:])
+
+
+class Part(NamedTuple):
+    """A part of the model states: its name, its device, and its bytes at each of the moments."""
+
+    name: str
+    device: Device
+    forward: int
+    backward: int
+    step: int
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """The memory that the model states of a run need on one rank."""
+
+    parts: Sequence[Part]
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The devices that hold a part of the model states."""
+        return tuple(dict.fromkeys(part.device for part in self.parts))
+
+    def total(self, device: Device) -> tuple[int, int, int]:
+        """Return the bytes on a device at each of the moments."""
+        parts = [part for part in self.parts if part.device == device]
+        return (
+            sum(part.forward for part in parts),
+            sum(part.backward for part in parts),
+            sum(part.step for part in parts),
+        )
+
+    def peak(self, device: Device) -> int:
+        """Return the largest number of bytes on a device."""
+        return max(self.total(device))

@@ -1,0 +1,202 @@
+"""Validate the text of the editor, and compute all that the config page shows for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from engine.config import ConfigError, Problem
+from engine.config.edits import find_fix_edits
+from engine.config.parser import Document, parse
+from engine.config.pointers import get_parent
+from engine.config.rules import RuleContext
+from engine.config.suggestions import suggest_optimizer
+from engine.config.validate import examine
+from engine.config.wording import count_noun
+from engine.errors import Fix
+from engine.ui.cursor import to_utf16
+from engine.ui.curves import CurveSet, compute_curves
+from engine.ui.form import build_form
+from engine.ui.replies import Numbers
+from engine.ui.settings import RunSettings, find_batch_sizes
+from schedules import SCHEDULES
+from schedules.core.spelling import find_nearest
+
+__all__ = ["analyze", "compute_for_text"]
+
+_TOKEN = re.compile(r'"(?:[^"\\\n]|\\.)*"?|[^\s{}\[\],:"]+')
+_MAX_PROBLEMS = 200
+
+
+def analyze(
+    text: str,
+    name: str,
+    settings: RunSettings,
+    compared: Sequence[Mapping[str, Any]] = (),
+    window: tuple[int, int] | None = None,
+) -> Numbers:
+    """Validate a config and compute its curves, form and derived values.
+
+    Args:
+        text: text of the editor.
+        name: file name, for messages.
+        settings: facts that the user entered.
+        compared: configs and schedules to compare with; see `compute_curves`.
+        window: first and last step to draw; None for all steps.
+    """
+    document = parse(text, name)
+    problems, context = examined = examine(document, settings.world_size)
+    steps_per_epoch = _count_steps_per_epoch(context, settings)
+    facts = [] if context is None else _list_facts(context)
+    header: dict[str, Any] = {
+        "problems": _describe_problems(document, problems),
+        "summary": _summarize(problems, settings.world_size),
+        "facts": facts,
+        "form": build_form(document),
+        "stepsPerEpoch": steps_per_epoch,
+        "curves": None,
+        "curvesError": "",
+    }
+    try:
+        curves = compute_curves(
+            document,
+            settings,
+            examined=examined,
+            steps_per_epoch=steps_per_epoch,
+            compared=compared,
+        )
+    except ConfigError as error:
+        messages = [str(problem) for problem in error.problems]
+        prefix = "" if error.name == name else f"{error.name}: "
+        return Numbers({**header, "curvesError": prefix + " ".join(messages[:1])})
+    except ValueError as error:
+        return Numbers({**header, "curvesError": str(error)})
+    steps = curves.select_steps(window)
+    facts += _describe_auto_values(curves)
+    header["curves"] = curves.to_json(steps)
+    values = list(curves.evaluate(steps))
+    return Numbers(header, [steps, *values] if header["curves"]["isSampled"] else values)
+
+
+def compute_for_text(
+    text: str, name: str, settings: RunSettings, compared: Sequence[Mapping[str, Any]]
+) -> CurveSet:
+    """Compute the curves of a text, for an export.
+
+    Raises:
+        ConfigError: the schedule is invalid.
+    """
+    document = parse(text, name)
+    examined = examine(document, settings.world_size)
+    return compute_curves(
+        document,
+        settings,
+        examined=examined,
+        steps_per_epoch=_count_steps_per_epoch(examined[1], settings),
+        compared=compared,
+    )
+
+
+def _count_steps_per_epoch(context: RuleContext | None, settings: RunSettings) -> int | None:
+    if context is None:
+        return settings.steps_per_epoch
+    batch = find_batch_sizes(context.config, context.data_ranks)
+    return settings.count_steps_per_epoch(context.config, batch)
+
+
+def _describe_problems(document: Document, problems: Sequence[Problem]) -> list[dict[str, Any]]:
+    """Return the problems with their positions in the editor and the edits of their fixes."""
+    text = document.text
+    offered = [_offer_fix(document, problem) for problem in problems[:_MAX_PROBLEMS]]
+    edits = {id(edit.problem): edit for edit in find_fix_edits(document, offered)}
+    described = []
+    for problem in offered:
+        start, end = _find_range(document, problem)
+        edit = edits.get(id(problem))
+        fix = None
+        if edit is not None:
+            verb = "Rename to" if problem.fix is not None and problem.fix.key else "Change to"
+            fix = {
+                "label": f"{verb} {edit.text}",
+                "from": to_utf16(text, edit.start),
+                "to": to_utf16(text, edit.end),
+                "insert": edit.text,
+            }
+        described.append(
+            {
+                "rule": problem.rule,
+                "severity": problem.severity,
+                "line": problem.line,
+                "column": problem.column,
+                "message": problem.message,
+                "hint": problem.hint,
+                "from": to_utf16(text, start),
+                "to": to_utf16(text, end),
+                "fix": fix,
+            }
+        )
+    return described
+
+
+def _offer_fix(document: Document, problem: Problem) -> Problem:
+    """Return a problem with a fix that the user must confirm, if it has no automatic fix.
+
+    The fix replaces a misspelled name with the most similar known one.
+    """
+    if problem.fix is not None or problem.pointer not in document.locations:
+        return problem
+    if problem.rule == "unknown-key":
+        is_key = problem.suggestion and not problem.suggestion.startswith("/")
+        return replace(problem, fix=Fix(key=problem.suggestion)) if is_key else problem
+    near = None
+    if problem.rule in {"unknown-optimizer", "unknown-scheduler"}:
+        name = str(document.get_value(problem.pointer))
+        is_optimizer = problem.rule == "unknown-optimizer"
+        near = suggest_optimizer(name) if is_optimizer else find_nearest(name, SCHEDULES)
+    return problem if near is None else replace(problem, fix=Fix(value=near))
+
+
+def _find_range(document: Document, problem: Problem) -> tuple[int, int]:
+    """Return the range of the token to underline. For a section, this is the key of the section."""
+    text = document.text
+    if not problem.line:
+        return 0, min(1, len(text))
+    start = min(document.get_offset((problem.line, problem.column)), len(text))
+    if text[start : start + 1] in {"{", "["}:
+        around = problem.pointer
+        while around and around not in document.locations:
+            around = get_parent(around)
+        if around:
+            start = document.get_offset(document.locations[around].key)
+    token = _TOKEN.match(text, start)
+    return start, token.end() if token else min(start + 1, len(text))
+
+
+def _summarize(problems: Sequence[Problem], world_size: int | None) -> str:
+    counts = [
+        count_noun(number, severity)
+        for severity in ("error", "warning", "note")
+        if (number := sum(problem.severity == severity for problem in problems))
+    ]
+    if any(problem.severity == "error" for problem in problems):
+        return ", ".join(counts)
+    ranks = f" for {count_noun(world_size, 'rank')}" if world_size else ""
+    return ", ".join((f"Valid{ranks}", *counts))
+
+
+def _list_facts(context: RuleContext) -> list[dict[str, str]]:
+    backend = context.backend
+    facts = [{"label": "Backend", "value": backend.name, "detail": backend.reason}]
+    batch = find_batch_sizes(context.config, context.data_ranks)
+    if batch is not None:
+        facts.append({"label": "Batch", "value": str(batch.train), "detail": str(batch)})
+    return facts
+
+
+def _describe_auto_values(curves: CurveSet) -> list[dict[str, str]]:
+    values = curves.preview.auto_values
+    shown = ", ".join(f"{name} {value}" for name, value in values.items())
+    detail = "The curves use these values instead of auto."
+    return [{"label": "auto", "value": shown, "detail": detail}] if shown else []

@@ -1,0 +1,206 @@
+"""Compute the curves that the config page draws: of the config, and of others to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from engine.config.parser import Document, parse
+from engine.config.rules import RuleContext
+from engine.display.auto_values import AutoValues
+from engine.display.catalog import fit_example
+from engine.display.preview import Preview, preview_document
+from engine.errors import Problem
+from engine.ui.settings import RunSettings
+from schedules import SCHEDULES
+from schedules.core.controller import Curves
+from schedules.core.curves import Curve
+from schedules.plots import LABELS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["CurveSet", "compute_curves"]
+
+MAX_EXACT = 200_000
+"""Number of steps up to which the page receives the value at each step."""
+_SAMPLES = 20_000
+"""Number of steps that the page receives of a longer range."""
+_MAX_STEPS = 10**9
+_MAX_CURVES = 200
+_MAX_COMPARED = 8
+
+
+class Column(NamedTuple):
+    """A curve of one hyperparameter, with the labels for its legend."""
+
+    hyperparameter: str
+    group: str
+    """Name of the param group; empty if all groups share the curve."""
+    source: str
+    """File or schedule type that the curve is compared with; empty for the config itself."""
+    curve: Curve
+
+    @property
+    def label(self) -> str:
+        """The text for a legend."""
+        return " · ".join(filter(None, (self.source or "this config", self.group)))
+
+
+@dataclass(frozen=True)
+class CurveSet:
+    """The preview of a config, and the curves to draw."""
+
+    preview: Preview
+    columns: Sequence[Column]
+    steps: int
+
+    def select_steps(self, window: tuple[int, int] | None) -> NDArray[np.float64]:
+        """Return the steps to draw.
+
+        Args:
+            window: first and last step; None for all steps.
+        """
+        import numpy as np
+
+        first, last = (0, self.steps - 1) if window is None else window
+        first = max(0, min(first, self.steps - 1))
+        last = max(first, min(last, self.steps - 1))
+        count = last - first + 1
+        if count <= MAX_EXACT:
+            return np.arange(first, last + 1, dtype=float)
+        return np.unique(np.linspace(first, last, _SAMPLES).round())
+
+    def evaluate(self, steps: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
+        """Yield the values of each column at the given steps, which are in ascending order."""
+        import numpy as np
+
+        is_contiguous = _is_contiguous(steps)
+        known: dict[Curve, NDArray[np.float64]] = {}
+        for column in self.columns:
+            if column.curve not in known:
+                values = np.empty(len(steps))
+                if is_contiguous:
+                    column.curve.fill(values, int(steps[0]))
+                else:
+                    values[:] = column.curve(steps.astype(np.int64))
+                known[column.curve] = values
+            yield known[column.curve]
+
+    def to_json(self, steps: NDArray[np.float64]) -> dict[str, Any]:
+        """Describe the panels, for the page.
+
+        Args:
+            steps: steps that the page draws.
+        """
+        panels: dict[str, dict[str, Any]] = {}
+        for column in self.columns:
+            name = column.hyperparameter
+            panel = panels.setdefault(name, {"name": name, "label": LABELS[name], "columns": []})
+            panel["columns"].append({"label": column.label, "isCompared": bool(column.source)})
+        return {
+            "steps": self.steps,
+            "first": int(steps[0]),
+            "count": len(steps),
+            "isSampled": not _is_contiguous(steps),
+            "panels": list(panels.values()),
+            "phases": self._find_phases(),
+            "constants": self._list_constants(),
+        }
+
+    def _find_phases(self) -> list[dict[str, Any]]:
+        first = self.columns[0] if self.columns else None
+        phases = first.curve.phases() if first is not None else ()
+        return [
+            {"step": int(phase.start), "name": phase.name}
+            for phase in phases
+            if 0 <= phase.start < self.steps
+        ]
+
+    def _list_constants(self) -> list[dict[str, Any]]:
+        """Return the hyperparameters that the schedule does not change, with their values."""
+        return [
+            {"label": LABELS[name], "values": sorted(set(values))}
+            for name, values in self.preview.base.items()
+            if name not in self.preview.curves and any(values)
+        ]
+
+
+def _is_contiguous(steps: NDArray[np.float64]) -> bool:
+    return bool(len(steps) == steps[-1] - steps[0] + 1)
+
+
+Examined = tuple[Sequence[Problem], RuleContext | None]
+"""What `examine` returns."""
+
+
+def compute_curves(
+    document: Document,
+    settings: RunSettings,
+    *,
+    examined: Examined,
+    steps_per_epoch: int | None,
+    compared: Sequence[Mapping[str, Any]] = (),
+) -> CurveSet:
+    """Compute the curves of a config and of the configs and schedules to compare it with.
+
+    Args:
+        document: parsed config.
+        settings: facts that the user entered.
+        examined: problems and context of the config.
+        steps_per_epoch: number of optimizer steps per epoch; None if unknown.
+        compared: what to compare with: each has a ``label`` and either the ``text`` of a config or
+            the ``type`` of a schedule.
+
+    Raises:
+        ConfigError: the schedule of the config is invalid, or one to compare with.
+        ValueError: there are too many steps or curves.
+    """
+
+    def build(document: Document, examined: Examined | None = None) -> Preview:
+        return preview_document(
+            document,
+            world_size=settings.world_size,
+            steps_per_epoch=steps_per_epoch,
+            auto=AutoValues(total_steps=settings.steps),
+            examined=examined,
+        )
+
+    # "auto" is replaced for the curves, so the config must be validated again.
+    own = build(document, None if '"auto"' in document.text else examined)
+    others: list[tuple[str, Preview | str]] = []
+    for each in compared[:_MAX_COMPARED]:
+        label = str(each.get("label", ""))
+        if each.get("type") in SCHEDULES:
+            others.append((label, str(each["type"])))
+        elif isinstance(each.get("text"), str):
+            others.append((label, build(parse(each["text"], label))))
+    previews = [own, *(other for _, other in others if isinstance(other, Preview))]
+    steps = settings.steps or max(each.span for each in previews)
+    if steps > _MAX_STEPS:
+        raise ValueError(f"The page can draw at most {_MAX_STEPS:,} steps, got {steps:,}.")
+    for each_preview in previews:
+        each_preview.check_length(steps)
+    columns = [*_list_columns(own.curves, own.groups, "")]
+    for label, other in others:
+        if isinstance(other, Preview):
+            columns += _list_columns(other.curves, other.groups, label)
+        else:
+            columns += _list_columns(fit_example(other, own, steps), (), label)
+    if len(columns) > _MAX_CURVES:
+        raise ValueError(f"The page can draw at most {_MAX_CURVES} curves, got {len(columns)}.")
+    order = list(LABELS)
+    columns.sort(key=lambda column: order.index(column.hyperparameter))
+    return CurveSet(own, columns, steps)
+
+
+def _list_columns(curves: Curves, groups: Sequence[str], source: str) -> Iterator[Column]:
+    for name, of_groups in curves.items():
+        if len(set(of_groups)) == 1:
+            yield Column(name, "", source, of_groups[0])
+            continue
+        for index, curve in enumerate(of_groups):
+            group = groups[index] if index < len(groups) else f"group {index}"
+            yield Column(name, group, source, curve)

@@ -1,0 +1,65 @@
+"""Recompute AutoWU's decision to end the warmup from the losses that a run has recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from engine.ui.metrics import Series
+from schedules.core.imports import imports_allowed
+from schedules.core.registry import from_config
+from schedules.core.trace import complete_base, replay
+
+__all__ = ["recompute_decision"]
+
+_NAME = "AutoWU"
+_MAX_STEPS = 20_000
+
+
+def recompute_decision(
+    settings: Mapping[str, Any], series: Mapping[str, Series]
+) -> dict[str, Any] | None:
+    """Return the losses and the Gaussian process that led to the end of the warmup.
+
+    Args:
+        settings: config of the run, or the settings in its checkpoint.
+        series: metrics of the run.
+
+    Returns:
+        The decision as JSON; None if the run does not use AutoWU or has not ended its warmup.
+    """
+    block = settings.get("scheduler")
+    losses = series.get("train_loss")
+    if not isinstance(block, Mapping) or block.get("type") != _NAME or losses is None:
+        return None
+    values = losses.values[:_MAX_STEPS]
+    if not np.isfinite(values).all():  # the schedule has not seen the losses of skipped steps
+        values = values[np.isfinite(values)]
+    try:
+        with imports_allowed(False):
+            schedule = from_config({"type": _NAME, "params": dict(block.get("params", {}))})
+            evidence = replay(schedule, values.tolist(), base=_read_base(settings)).evidence
+    except (ValueError, TypeError):
+        return None
+    if evidence is None:
+        return None
+    band = evidence.band
+    return {
+        "step": evidence.decision.step,
+        "lr": evidence.decision.lr,
+        "reason": evidence.decision.reason,
+        "probability": evidence.decision.probability,
+        "losses": list(evidence.losses),
+        "band": None
+        if band is None
+        else {key: list(map(float, part)) for key, part in band._asdict().items()},
+    }
+
+
+def _read_base(settings: Mapping[str, Any]) -> Any:
+    optimizer = settings.get("optimizer")
+    params = optimizer.get("params", {}) if isinstance(optimizer, Mapping) else {}
+    lr = params.get("lr") if isinstance(params, Mapping) else None
+    return complete_base({"lr": lr} if isinstance(lr, int | float) else None)
