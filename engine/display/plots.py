@@ -53,8 +53,6 @@ def draw(
             losses.
         dpi: resolution of the image in dots per inch.
     """
-    import matplotlib as mpl
-
     shown = {name: columns[name] for name in columns if evidence is None or name != _LOSS}
     figure, axes = build_figure(
         shown,
@@ -65,6 +63,8 @@ def draw(
         log=log,
         extra_panels=0 if evidence is None else 1,
     )
+    import matplotlib as mpl  # `build_figure` reports a missing package
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
         if evidence is not None:
