@@ -26,7 +26,7 @@ def write_page(experiment: Experiment, *tables: str) -> None:
     path = experiment.output / f"{experiment.name}.md"
     results = experiment.results
     source = next((row["data"] for row in results.rows.values() if "data" in row), "")
-    facts = f"{source}; {results.machine}; {results.minutes:.0f} minutes of CPU time in all."
+    facts = f"{source}; {results.machine}; {results.minutes:.1f} minutes of CPU time."
     block = "\n".join([START, facts, "", *(f"{table}\n" for table in tables), END])
     page = path.read_text(encoding="utf-8") if path.is_file() else START + END
     pattern = re.escape(START) + ".*?" + re.escape(END)
