@@ -61,7 +61,7 @@ def shoot(page: Page, name: str, theme: str, size: tuple[int, int], panels: int)
         wait_for(browser, f"document.querySelectorAll('.plot canvas').length >= {panels}")
         time.sleep(2)
         browser.save_screenshot(str(path))
-    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def main() -> None:
@@ -76,7 +76,7 @@ def main() -> None:
             root.mkdir()
             command = [sys.executable, "-c", TRAINING, str(root), lr]
             subprocess.run(command, check=True, cwd=ROOT)
-        shoot(RunPage(roots), "ui_run.png", "dark", (1280, 1000), 6)
+        shoot(RunPage(roots), "ui_run.png", "dark", (1280, 1240), 6)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def _describe_problems(document: Document, problems: Sequence[Problem]) -> list[
 
 
 def _offer_fix(document: Document, problem: Problem) -> Problem:
-    """Return a problem with a fix that the user must confirm, if it has no automatic fix.
+    """Add a fix that the user must confirm to a problem without an automatic fix.
 
     The fix replaces a misspelled name with the most similar known one.
     """

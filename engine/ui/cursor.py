@@ -46,7 +46,7 @@ class Frame:
 
     is_object: bool
     expects: str
-    """What the next token must be: "key", "colon", "value" or "comma"."""
+    """Kind of the next token: "key", "colon", "value" or "comma"."""
     key: str = ""
     """Key or index of the member that is read."""
     keys: list[str] = field(default_factory=list)
@@ -56,13 +56,13 @@ class Frame:
 
 @dataclass(frozen=True)
 class Cursor:
-    """The token at the cursor, or the place for a new one.
+    """The token at the cursor, or the position of a new one.
 
     Args:
         role: "key", "value" or "" if neither can be written here.
         frames: objects and arrays around the token, outermost first.
         start: offset of the start of the token.
-        end: offset of its end; equal to ``start`` if there is no token.
+        end: offset of its end; equal to ``start`` without a token.
         text: the token, such as ``"lr"`` with its quotes.
         key: key of the token or, for a value, the key that it belongs to.
         path: keys and indices of the objects and arrays around the token.
@@ -98,7 +98,7 @@ def locate(text: str, offset: int) -> Cursor:
 def _build(stack: Sequence[Frame], start: int, end: int, text: str | None) -> Cursor:
     """Build the cursor for a token that has not been read yet; None stands for a comment."""
     frames = tuple(stack[1:])
-    # The path starts at the top of the config, which has no key.
+    # The path starts at the top of the config, which is not the value of a key.
     path = tuple(frame.key for frame in frames[:-1])
     if text is None or not frames:
         return Cursor("", frames, start, end, text or "", "", path)

@@ -69,7 +69,7 @@ def _list_fields(schema: Mapping[str, Any], params: Mapping[str, Any]) -> Iterat
 
 
 def _choose_range(schema: Mapping[str, Any], value: Any) -> dict[str, Any] | None:
-    """Return the range of a field's slider, or None if the field is no single number.
+    """Return the range of a field's slider, or None if the field is not a single number.
 
     Numbers without an upper limit get a logarithmic slider around the current value.
     """

@@ -174,7 +174,7 @@ class RunPage:
                 saved = read_saved_settings(checkpoints)
                 settings = saved or run.read_settings(checkpoints)
                 return {"decision": recompute_decision(settings, run.series)}
-        raise ValueError("There is no such run.")
+        raise ValueError("Unknown run. Reload the page.")
 
     def _list_plots(self) -> list[tuple[Run, Path]]:
         return [(run, path) for run in self._runs for path in run.find_plots()]
@@ -183,7 +183,7 @@ class RunPage:
         """Return one of the images that `_summarize` has listed."""
         index, plots = body.get("index"), self._list_plots()
         if type(index) is not int or not 0 <= index < len(plots):
-            raise ValueError("There is no such image.")
+            raise ValueError("Unknown image. Reload the page.")
         path = plots[index][1]
         return Download(path.name, "image/png", path.read_bytes())
 
@@ -235,7 +235,7 @@ def _find_last(values: NDArray[np.float64]) -> float | None:
 
 
 def _reduce_range_test(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the page draws of the report of an LR range test."""
+    """Return the part of the report of an LR range test that the page draws."""
     suggestion = report["suggestion"] if isinstance(report["suggestion"], Mapping) else {}
     sweeps = []
     for sweep in report["runs"] if isinstance(report["runs"], list) else []:

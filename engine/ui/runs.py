@@ -144,7 +144,7 @@ def _group_directories(root: Path) -> dict[tuple[Path, str], list[Path]]:
             return {(root, names.pop()): both}
     roots = [own_root for own_root, _ in groups]
     if len(names) < len(groups) and len(set(roots)) == len(groups):
-        # The jobs have the same name, so the directories around them tell them apart.
+        # The jobs have the same name, so the parent directories name the runs.
         return {(own, own.name): directories for (own, _), directories in groups.items()}
     return groups or {(root, ""): []}
 
@@ -213,7 +213,7 @@ def _scan(directory: Path) -> list[os.DirEntry[str]]:
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
-    """Return the content of a config, or an empty dict if the file is no config."""
+    """Return the content of a config, or an empty dict if the file is not a config."""
     text = _read_text(path, _MAX_CONFIG)
     value = None if text is None else parse(text, path.name).value
     return value if isinstance(value, Mapping) else {}

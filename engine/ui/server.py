@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ log = logging.getLogger("onecycle")
 
 _MAX_BODY = 8_000_000
 """A config has at most 1 MB, and a request contains at most a few of them."""
+_MAX_PORT = 65535
 _HERE = Path(__file__).parent
 _STATIC = (_HERE / "static", _HERE.parent / "display" / "static")
 _MEDIA_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript"}
@@ -131,10 +133,27 @@ def start_server(page: Page, port: int) -> tuple[BaseWSGIServer, str]:
         port: port to use; 0 for any free port.
 
     Raises:
-        OSError: the port is already in use.
+        ValueError: the port is not available.
     """
+    if not 0 <= port <= _MAX_PORT:
+        raise ValueError(f"`--port` must be from 0 to {_MAX_PORT}, got {port}.")
     application = Application(page, create_token())
-    server = make_server(
-        LOCAL_ADDRESS, port, application, threaded=True, request_handler=_SilentHandler
-    )
+    # werkzeug exits if it cannot bind the socket itself.
+    with socket.socket() as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind((LOCAL_ADDRESS, port))
+        except OSError as error:
+            raise ValueError(
+                f"Port {port} cannot be used: {error.strerror}. Choose another with `--port`."
+            ) from None
+        bound.listen()
+        server = make_server(
+            LOCAL_ADDRESS,
+            port,
+            application,
+            threaded=True,
+            request_handler=_SilentHandler,
+            fd=bound.fileno(),
+        )
     return server, f"http://{LOCAL_ADDRESS}:{server.port}/{application.token}/"

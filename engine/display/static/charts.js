@@ -24,7 +24,7 @@ function readColor(name) {
 // A stack of charts.
 //
 // A panel has a `name`, a `label`, a `height`, whether its axis is logarithmic (`isLog`), optionally
-// its own positions `x`, and `columns`. A column has a `label` and `values`, and optionally a `color`
+// its own positions `x` and the `range` of its vertical axis, and `columns`. A column has a `label` and `values`, and optionally a `color`
 // (an index), whether it is drawn with a dashed line (`isCompared`), as a thin line without a value in
 // the legend (`isFaint`), or as points (`hasPoints`).
 //
@@ -140,7 +140,7 @@ class Panel {
         drag: { x: true, y: false, setScale: false },
         bind: { dblclick: () => () => this.stack.zoom(null) },
       },
-      scales: { x: { time: false, distr: options.isLogX ? 3 : 1 }, y: { distr: panel.isLog ? 3 : 1, log: 10, range: panel.isLog ? undefined : chooseRange } },
+      scales: { x: { time: false, distr: options.isLogX ? 3 : 1 }, y: { distr: panel.isLog ? 3 : 1, log: 10, range: panel.isLog ? undefined : (panel.range ?? chooseRange) } },
       axes: [
         {
           ...axis,
@@ -149,7 +149,7 @@ class Panel {
           labelSize: 16,
           labelFont: axis.font,
           labelGap: 0,
-          values: (_, splits) => splits.map((value) => (options.hasAxis ? formatNumber(value) : "")),
+          values: (_, splits) => splits.map((value) => (options.hasAxis && value !== null ? formatNumber(value) : "")),
         },
         {
           ...axis,
@@ -258,8 +258,10 @@ class Panel {
         ctx.stroke();
       }
       if (!name || left < free || this.panel !== this.stack.shown[0]) continue;
-      ctx.fillText(name, left + 4 * ratio, bbox.top + 11 * ratio);
-      free = left + ctx.measureText(name).width + 8 * ratio;
+      const width = ctx.measureText(name).width + 4 * ratio;
+      const isAtEdge = left + width > bbox.left + bbox.width;
+      ctx.fillText(name, isAtEdge ? left - width : left + 4 * ratio, bbox.top + 11 * ratio);
+      free = left + width + 4 * ratio;
     }
     ctx.restore();
   }

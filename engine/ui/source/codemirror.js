@@ -4,29 +4,25 @@ export {
   closeBrackets,
   closeBracketsKeymap,
   completionKeymap,
-  startCompletion,
 } from "@codemirror/autocomplete";
-export { defaultKeymap, history, historyKeymap, indentWithTab } from "@codemirror/commands";
+export { defaultKeymap, history, historyKeymap } from "@codemirror/commands";
 export {
   bracketMatching,
-  ensureSyntaxTree,
   foldGutter,
   foldKeymap,
   HighlightStyle,
   indentOnInput,
   indentUnit,
   syntaxHighlighting,
-  syntaxTree,
 } from "@codemirror/language";
 export { forEachDiagnostic, lintGutter, lintKeymap, setDiagnostics } from "@codemirror/lint";
 export { highlightSelectionMatches, search, searchKeymap } from "@codemirror/search";
-export { Annotation, Compartment, EditorSelection, EditorState } from "@codemirror/state";
+export { EditorState } from "@codemirror/state";
 export {
   drawSelection,
   EditorView,
   highlightActiveLine,
   highlightActiveLineGutter,
-  highlightSpecialChars,
   hoverTooltip,
   keymap,
   lineNumbers,

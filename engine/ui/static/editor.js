@@ -101,7 +101,6 @@ export function createEditor(parent, { onChange, onSave, complete, describe }) {
     highlightActiveLineGutter(),
     highlightSelectionMatches(),
     search({ top: true }),
-    EditorState.phrases.of({}),
     indentUnit.of("  "),
     config(),
     appearance,

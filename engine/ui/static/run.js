@@ -226,8 +226,19 @@ function drawRangeTests() {
     name: "loss",
     label: "loss",
     height: 260,
+    range: chooseLossRange(values),
     columns: values.map((column, index) => ({ label: `sweep ${index + 1}`, values: column, hasGaps: tables.length > 1 })),
   }], { xLabel: "learning rate", isLogX: true, marks: marks.filter(([, lr]) => lr).map(([name, position]) => ({ position, name })) });
+}
+
+// Return the range of the losses without the divergence at the end, which would hide the rest.
+function chooseLossRange(columns) {
+  const losses = columns.flat().filter((loss) => Number.isFinite(loss));
+  const low = Math.min(...losses);
+  const starts = columns.map((column) => column.find((loss) => Number.isFinite(loss)) ?? low);
+  const high = Math.min(Math.max(...losses), low + 2 * (Math.max(...starts) - low || Infinity));
+  const margin = (high - low) / 20 || 1;
+  return [low - margin, high + margin];
 }
 
 function sortTable(x, y) {
@@ -278,7 +289,7 @@ function drawDecision({ step, lr, reason, probability, losses, band }) {
     label: "loss",
     height: 240,
     columns: columns.map((column, index) => ({ ...column, values: values[index], hasGaps: true })),
-  }], { xLabel: "step", marks: [{ position: step, name: "decision" }] });
+  }], { xLabel: "step", bounds: [0, step], marks: [{ position: step, name: "end of warmup" }] });
 }
 
 function showNotice(message) {
@@ -322,6 +333,7 @@ async function start() {
   await readSummary();
   await readMetrics();
   await readDecisions();
+  if (state.reply) drawMetrics();
   setInterval(() => document.hidden || readMetrics(), METRICS_EVERY);
   setInterval(() => document.hidden || readSummary(), SUMMARY_EVERY);
 }

@@ -86,9 +86,15 @@ def test_misspelled_names_have_a_fix_that_makes_the_config_valid():
         start, end = 2 * fixes[0]["from"], 2 * fixes[0]["to"]
         units = units[:start] + fixes[0]["insert"].encode("utf-16-le") + units[end:]
         text = units.decode("utf-16-le")
-    assert text == broken.replace("OneCycl", "OneCycle").replace("SGDD", "SGD").replace(
-        "cliping", "clipping"
-    ).replace("mn_lr", "min_lr").replace('"train_batch_size"', '/* 😀 */ "train_batch_size"')
+    for wrong, right in (
+        ("OneCycl", "OneCycle"),
+        ("SGDD", "SGD"),
+        ("gradient_cliping", "gradient_clipping"),
+        ("cycle_mn_lr", "cycle_min_lr"),
+        ('"train_batch_size"', '/* 😀 */ "train_batch_size"'),
+    ):
+        broken = broken.replace(wrong, right)
+    assert text == broken
     assert not [each for each in run(text).header["problems"] if each["severity"] == "error"]
 
 

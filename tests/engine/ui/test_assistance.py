@@ -101,7 +101,7 @@ def test_every_param_of_a_schedule_has_help(name):
 
 
 def test_every_position_of_a_broken_text_can_be_located():
-    text = '{"a": [1, {"b": "x\\"y", // c\n "d": }], "e" 3, /* f */ tru, "g'
+    text = '{"a": [1, {"b": "x\\"y", // c\n "d": }], "e" 3, /* f */ nul, "g'
     for offset in range(len(text) + 1):
         cursor = locate(text, offset)
         assert cursor.start <= offset <= max(cursor.end, offset)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -169,7 +170,9 @@ def test_keyboard_alone_completes_fixes_and_saves(browser, open_config):
     path = open_config()
     place_cursor(browser, 2)
     type_keys(browser, "\n", '"gradient_clip')
-    wait_for(browser, "document.querySelector('.cm-tooltip-autocomplete')")
+    selected = "document.querySelector('.cm-tooltip-autocomplete [aria-selected]')?.innerText"
+    wait_for(browser, f"({selected} ?? '').startsWith('gradient_clipping')")
+    time.sleep(0.3)  # CodeMirror ignores Enter just after the list appears
     type_keys(browser, Keys.ENTER)
     wait_for(browser, f"{TEXT}.includes('\"gradient_clipping\": 1.0,')")
     type_keys(browser, "\n", '"prescale_gradient": false,')
@@ -260,6 +263,34 @@ def test_run_that_is_trained_grows_on_the_page(browser, tmp_path):
             wait_for(browser, f"({COUNT}) > {first + 20}")
         finally:
             training.kill()
+        assert read_console(browser) == []
+        browser.get("about:blank")
+
+
+def test_run_page_shows_the_decision_of_autowu_and_the_range_test(browser, tmp_path):
+    losses = [*np.linspace(4, 1, 150), *np.linspace(1, 6, 150)]
+    for name, values in (("train_loss", losses), ("step", range(1, 301))):
+        rows = [f"{8 * (index + 1)},{value}\n" for index, value in enumerate(values)]
+        (tmp_path / f"Train_Samples_{name}.csv").write_text(f"step,{name}\n{''.join(rows)}")
+    config = {
+        "scheduler": {"type": "AutoWU", "params": {"steps_per_epoch": 20, "total_epochs": 20}}
+    }
+    (tmp_path / "ds_config.json").write_text(json.dumps(config))
+    (tmp_path / "lr_test").mkdir()
+    sweep = {"lr": [1e-4, 1e-3, 1e-2, 0.1, 1.0], "loss": [2.0, 1.5, 1.0, 9.0, None]}
+    suggestion = {"max_lr": 0.01, "min_lr": 0.001, "rules": {"steepest": 0.001}}
+    report = {"suggestion": suggestion, "runs": [sweep]}
+    (tmp_path / "lr_test" / "report.json").write_text(json.dumps(report))
+    with serve(RunPage([tmp_path])) as address:
+        browser.get(address)
+        wait_for(browser, "document.querySelector('#decision canvas')")
+        text = browser.execute_script("return document.querySelector('#decision-text').innerText")
+        assert "The warmup ended after step" in text
+        assert browser.execute_script(
+            "return document.querySelector('#range-test canvas') !== null"
+        )
+        text = browser.execute_script("return document.querySelector('#range-test-text').innerText")
+        assert "Suggested range: 0.001 to 0.01" in text
         assert read_console(browser) == []
         browser.get("about:blank")
 

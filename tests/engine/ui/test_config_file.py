@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.ui.config_file import ConfigFile, FileChangedError
@@ -12,6 +12,7 @@ TEXTS = st.sampled_from(["", "a", "{}", "é😀", "a b"])
 LINES = st.lists(st.tuples(TEXTS, st.sampled_from(["\n", "\r\n", "\r"])), max_size=8)
 
 
+@settings(deadline=None)  # it writes files
 @given(lines=LINES, last=TEXTS, mark=st.booleans(), data=st.data())
 def test_save_restores_line_ends_and_changes_only_the_edited_line(
     tmp_path_factory, lines, last, mark, data
