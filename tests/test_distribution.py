@@ -148,7 +148,7 @@ def test_extras_in_the_code_are_those_of_pyproject():
 
 def test_lower_bounds_are_the_oldest_tested_versions():
     extras = PYPROJECT["optional-dependencies"]
-    bounds = [*PYPROJECT["dependencies"], *extras["plot"], *extras["tensorboard"]]
+    bounds = [*PYPROJECT["dependencies"], *extras["plot"], *extras["tensorboard"], *extras["ui"]]
     required = dict(re.match(r"([\w-]+)>=([\d.]+)", each).groups() for each in bounds)
     lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
     tested = dict(line.split("==") for line in lines if not line.startswith("#"))

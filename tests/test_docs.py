@@ -38,7 +38,7 @@ def test_config_in_documentation_is_valid(block):
 
 
 def test_every_page_with_code_is_run_by_a_test():
-    run_by_tests_docs = {"guides", "from"}
+    run_by_tests_docs = {"guides", "from"}  # and README.md
     doctests = {"schedules"}  # generated from docstrings, which `make check` runs
     missing = [
         page

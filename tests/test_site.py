@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -11,21 +10,13 @@ from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-DRIVER = shutil.which("chromedriver")
-IS_REQUIRED = os.environ.get("REQUIRE_LAB") == "1"  # as in tests/engine/launch
-WIDTH = 800  # of the window, in pixels
-PATIENCE = 30.0  # seconds for the search to start and answer
+from tests.testing.browser import needs_browser, open_browser, read_console, wait_for
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (CHROMIUM and DRIVER) and not IS_REQUIRED,
-        reason="NO BROWSER (Debian: chromium, chromium-driver)",
-    ),
-]
-if not IS_REQUIRED:
+ROOT = Path(__file__).parents[1]
+WIDTH = 800  # of the window, in pixels
+
+pytestmark = [pytest.mark.slow, needs_browser()]
+if os.environ.get("REQUIRE_LAB") != "1":
     for package in ("selenium", "zensical"):
         pytest.importorskip(package, reason=f"{package} is not installed; `make docs` installs it")
 
@@ -36,11 +27,11 @@ return [
   document.documentElement.scrollWidth - document.documentElement.clientWidth,
 ];
 """
-READ_RESULTS = """
-return [...document.querySelectorAll("*")]
-  .flatMap(element => element.shadowRoot ? [...element.shadowRoot.querySelectorAll("a")] : [])
-  .map(link => link.href);
-"""
+FIND_RESULT = """
+[...document.querySelectorAll("*")].some(
+  element => element.shadowRoot?.querySelector('a[href*="schedules/deepspeed.html"]')
+)
+""".strip()
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +58,8 @@ def address(site):
 
 @pytest.fixture(scope="module")
 def browser():
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    with open_browser(WIDTH) as opened:
+        yield opened
 
 
 class PageParser(HTMLParser):
@@ -113,13 +96,12 @@ def test_links_lead_to_existing_pages_and_anchors(site):
 
 
 def test_pages_load_without_messages_and_fit_the_window(site, address, browser):
-    browser.set_window_size(WIDTH, 900)
     found = []
     for path in sorted(site.rglob("*.html")):
         name = path.relative_to(site).as_posix()
         browser.get(address + name)
         images, requests, overflow = browser.execute_script(READ_PAGE)
-        found += [f"{name}: {entry['message']}" for entry in browser.get_log("browser")]
+        found += [f"{name}: {message}" for message in read_console(browser)]
         found += [f"{name}: broken image {image}" for image in images]
         external = (url for url in requests if not url.startswith((address, "data:", "blob:")))
         found += [f"{name}: request to {url}" for url in external]
@@ -131,14 +113,10 @@ def test_pages_load_without_messages_and_fit_the_window(site, address, browser):
 def test_search_finds_a_schedule(address, browser):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.wait import WebDriverWait
 
-    wait = WebDriverWait(browser, PATIENCE)
     browser.get(address)
-    body = browser.find_element(By.TAG_NAME, "body")
-    body.send_keys(Keys.CONTROL, "k")
-    wait.until(lambda driver: driver.switch_to.active_element != body)
+    browser.find_element(By.TAG_NAME, "body").send_keys(Keys.CONTROL, "k")
+    wait_for(browser, "document.activeElement !== document.body")
     browser.switch_to.active_element.send_keys("OneCycle")
-    found = wait.until(lambda driver: driver.execute_script(READ_RESULTS))
-    assert any(link.startswith(address + "schedules/deepspeed.html") for link in found), found
-    assert browser.get_log("browser") == []
+    wait_for(browser, FIND_RESULT)
+    assert read_console(browser) == []

@@ -32,9 +32,10 @@ TOP_PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "RELEASE.md": "release.md",
     "SECURITY.md": "security.md",
 }
-NOT_SEARCHED = ("changelog.md", "contributing.md", "decisions/")
+NOT_SEARCHED = ("changelog.md", "contributing.md", "release.md", "decisions/")
 ASSETS = {".css", ".png", ".svg"}
 _FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2\s*?$", re.MULTILINE | re.DOTALL)
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")

@@ -11,77 +11,55 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 from docstrings import to_markdown
 
-from engine.display.catalog import EXAMPLE_RUN, EXAMPLE_STEPS, example_curves, get_summary
+from engine.display.catalog import (
+    EXAMPLE_RUN,
+    EXAMPLE_STEPS,
+    example_curves,
+    get_summary,
+    group_by_source,
+)
 from schedules import SCHEDULES, Schedule
 from schedules.core.descriptions import read_descriptions
 from schedules.core.fields import Field, describe_schema, read_fields
-from schedules.core.registry import FAMILIES, import_family
 from schedules.plots import build_figure
 
 __all__ = ["build_schedule_pages", "draw_schedules"]
 
 
 class Page(NamedTuple):
-    """A page of the reference: its title, its first sentence, and the families it documents."""
+    """A page of the reference: its file name and its first sentence."""
 
-    title: str
+    name: str
     sentence: str
-    families: tuple[str, ...]
-
-    def list_classes(self) -> Mapping[str, type[Schedule[Any]]]:
-        """Return the class of each schedule, by name."""
-        families = map(import_family, self.families)
-        return {name: cls for family in families for name, cls in family.items()}
 
 
 _PAGES = {
-    "deepspeed": Page(
-        "DeepSpeed",
-        "DeepSpeed's schedules, with DeepSpeed's names and parameters.",
-        ("families.deepspeed",),
+    "DeepSpeed": Page("deepspeed", "DeepSpeed's schedules, with DeepSpeed's names and parameters."),
+    "Composer (MosaicML)": Page(
+        "composer", "The schedulers of MosaicML's Composer, with Composer's names and parameters."
     ),
-    "composer": Page(
-        "Composer",
-        "The schedulers of MosaicML's Composer, with Composer's names and parameters.",
-        ("families.composer",),
+    "PyTorch": Page("pytorch", "PyTorch's schedulers, with PyTorch's names and parameters."),
+    "Dive into Deep Learning": Page(
+        "d2l", 'The schedulers of the book "Dive into Deep Learning", with MXNet\'s warmup.'
     ),
-    "pytorch": Page(
-        "PyTorch",
-        "PyTorch's schedulers, with PyTorch's names and parameters.",
-        ("families.pytorch",),
-    ),
-    "d2l": Page(
-        "Dive into Deep Learning",
-        'The schedulers of the book "Dive into Deep Learning", with MXNet\'s warmup.',
-        ("families.d2l",),
-    ),
-    "sambaflow": Page(
-        "SambaFlow",
+    "SambaFlow (SambaNova)": Page(
+        "sambaflow",
         "SambaFlow's schedules, with parameters named after its command-line arguments.",
-        ("families.sambaflow",),
     ),
-    "general": Page(
-        "General",
+    "Megatron-LM": Page("megatron", "Megatron-LM's scheduler, with Megatron-LM's parameter names."),
+    "General": Page(
+        "general",
         "Schedules for any framework: a list of phases, and common shapes with a warmup.",
-        ("families.general",),
     ),
-    "megatron": Page(
-        "Megatron-LM",
-        "Megatron-LM's scheduler, with Megatron-LM's parameter names.",
-        ("families.megatron",),
-    ),
-    "composites": Page(
-        "Composites",
+    "Built from other schedules": Page(
+        "composites",
         "Schedules that combine other schedules: in sequence, by multiplication, or in parallel.",
-        ("families.composites",),
     ),
-    "feedback": Page(
-        "Feedback",
-        "Schedules that depend on the loss or on a metric.",
-        ("feedback.autowu", "feedback.plateau"),
+    "Driven by the loss or a metric": Page(
+        "feedback", "Schedules that depend on the loss or on a metric."
     ),
 }
-"""The pages by name, in the order of the overview."""
+"""Maps each heading of `onecycle schedules` to its page."""
 
 _INTRODUCTION = """\
 # Schedules
@@ -101,11 +79,10 @@ A parameter that accepts a time is a number of optimizer steps or a time string:
 
 def build_schedule_pages() -> dict[str, str]:
     """Return the text of each page, by its path below ``docs``."""
-    families = [family for page in _PAGES.values() for family in page.families]
-    assert sorted(families) == sorted(FAMILIES), "each family has a page"
     pages = {"schedules.md": "\n".join(_build_overview()) + "\n"}
-    for name, page in _PAGES.items():
-        pages[f"schedules/{name}.md"] = "\n".join(_build_page(page)) + "\n"
+    for title, classes in group_by_source().items():
+        lines = _build_page(title, classes)
+        pages[f"schedules/{_PAGES[title].name}.md"] = "\n".join(lines) + "\n"
     return pages
 
 
@@ -122,16 +99,18 @@ def draw_schedules(directory: Path) -> None:
 
 def _build_overview() -> Iterator[str]:
     yield _INTRODUCTION.format(count=len(SCHEDULES))
-    for location, page in _PAGES.items():
-        yield f"\n## {page.title}\n\n{page.sentence}\n\n| type | summary |\n|---|---|"
-        for name, cls in page.list_classes().items():
+    for title, classes in group_by_source().items():
+        page = _PAGES[title]
+        yield f"\n## {title}\n\n{page.sentence}\n\n| type | summary |\n|---|---|"
+        for name, cls in classes.items():
             summary = to_markdown(get_summary(cls))
-            yield f"| [{name}](schedules/{location}.md#{name.lower()}) | {summary} |"
+            yield f"| [{name}](schedules/{page.name}.md#{name.lower()}) | {summary} |"
 
 
-def _build_page(page: Page) -> Iterator[str]:
-    yield f"# {page.title}\n\n{page.sentence} [Schedules](../schedules.md) lists all schedules."
-    for name, cls in page.list_classes().items():
+def _build_page(title: str, classes: Mapping[str, type[Schedule[Any]]]) -> Iterator[str]:
+    yield f"# {title}\n"
+    yield f"{_PAGES[title].sentence} [Schedules](../schedules.md) lists all schedules."
+    for name, cls in classes.items():
         yield f"\n## {name}\n\n![Plot of {name}](../pictures/{name}.svg)\n"
         yield to_markdown(inspect.getdoc(cls) or "")
         yield f"\nExample:\n\n```json\n{json.dumps(_build_example(cls), indent=2)}\n```"

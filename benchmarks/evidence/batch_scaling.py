@@ -9,7 +9,9 @@ trains with a batch size of 512:
 
 - Fixed: the tuned learning rate;
 - LinearScale: eight times the tuned learning rate;
-- 1Cycle: a cycle between the bounds that the LR range test suggests for the batch size of 512.
+- 1Cycle: a cycle between the bounds that the LR range test suggests for the batch size of 512;
+- 1Cycle above Fixed: a cycle whose learning rate is at least that of Fixed and briefly larger than
+  that of LinearScale, as in the tutorial's plot.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ TARGET = 0.84
 INTERVAL = 6144
 """Number of samples between two evaluations."""
 TUNING_SEED = 100
+RUNS = ("small batch", "Fixed", "LinearScale", "1Cycle", "1Cycle above Fixed")
 
 
 def build_mlp() -> nn.Module:
@@ -81,14 +84,20 @@ def run_all(experiment: Experiment) -> None:
     tuned = results.get("tuned", tune)["lr"]
     bounds = results.get("bounds", lambda: experiment.suggest_bounds(one_cycle, task))
     one_cycle["scheduler"] = bounds["scheduler"]
-    configs = {
-        "small batch": set_batch(fixed, small, tuned),
-        "Fixed": set_batch(fixed, large, tuned),
-        "LinearScale": set_batch(fixed, large, FACTOR * tuned),
-        "1Cycle": one_cycle,
+    above = copy.deepcopy(one_cycle)
+    above["scheduler"]["params"] |= {
+        "cycle_min_lr": tuned,
+        "cycle_max_lr": 1.25 * FACTOR * tuned,
     }
+    configs = (
+        set_batch(fixed, small, tuned),
+        set_batch(fixed, large, tuned),
+        set_batch(fixed, large, FACTOR * tuned),
+        one_cycle,
+        above,
+    )
     for seed in experiment.seeds:
-        for name, config in configs.items():
+        for name, config in zip(RUNS, configs, strict=True):
 
             def run(config: Config = config, seed: int = seed) -> Row:
                 return train_to_target(config, task, seed)
@@ -100,15 +109,15 @@ def report(experiment: Experiment) -> None:
     results = experiment.results
     figure, (accuracies, lrs) = build_figure(2)
     table = []
-    for number, name in enumerate(("small batch", "Fixed", "LinearScale", "1Cycle")):
+    for number, name in enumerate(RUNS):
         rows = results.select(name)
-        size = rows[0]["batch"]
+        size, used = rows[0]["batch"], rows[0]["lr"]
         reached = [row["samples"] for row in rows if row["samples"]]
         final = [max(entry["test_accuracy"] for entry in row["history"]) for row in rows]
         table.append([
             name,
             str(size),
-            f"{rows[0]['lr'][0]:.3g} to {max(rows[0]['lr']):.3g}",
+            " to ".join(f"{rate:.3g}" for rate in sorted({min(used), max(used)})),
             f"{len(reached)} of {len(rows)}",
             format_mean(reached, digits=0),
             format_mean(final),
@@ -118,6 +127,8 @@ def report(experiment: Experiment) -> None:
         plot_lr(lrs, rows[0], scale=size / 1000, **style)
     accuracies.axhline(TARGET, color="black", linestyle=":", linewidth=1)
     accuracies.set(xlabel="thousand samples", ylabel="test accuracy")
+    if not experiment.is_smoke:
+        accuracies.set_ylim(0.7, None)
     lrs.set(xlabel="thousand samples", ylabel="learning rate", yscale="log")
     lrs.legend(fontsize="small")
     save_figure(figure, experiment.output / f"{experiment.name}.png")

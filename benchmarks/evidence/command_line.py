@@ -89,6 +89,8 @@ def report(experiment: Experiment) -> None:
     lrs.set(xlabel="step", ylabel="learning rate")
     losses.set(xlabel="step", ylabel="training loss")
     lrs.legend(fontsize="small")
+    if not experiment.is_smoke:
+        losses.set_ylim(None, 3)
     save_figure(figure, experiment.output / f"{experiment.name}.png")
     halves = results.rows["halves"]
     header = ("arguments", "peak", "last learning rate / peak", "loss on held-out text")

@@ -208,6 +208,12 @@ class Results:
         return [row for key, row in self.rows.items() if re.fullmatch(f"{prefix} \\d+", key)]
 
     @property
+    def seeds(self) -> list[int]:
+        """The seeds of the rows, in ascending order."""
+        found = (re.search(r" (\d+)$", key) for key in self.rows)
+        return sorted({int(match[1]) for match in found if match})
+
+    @property
     def minutes(self) -> float:
         """CPU time of all rows in minutes."""
         seconds: float = sum(row["seconds"] for row in self.rows.values())

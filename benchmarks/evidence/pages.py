@@ -20,13 +20,16 @@ START, END = "<!-- Written by the command above. -->\n", "<!-- End of the result
 def write_page(experiment: Experiment, *tables: str) -> None:
     """Write the tables into the experiment's page, in place of those of an earlier call.
 
-    The tables follow the machine, the versions, the date and the CPU time. If the page does not
-    exist, it is created without any other text.
+    A line with the data, the seeds, the machine, the versions, the date and the CPU time precedes
+    the tables. If the page does not exist, it is created without any other text.
     """
     path = experiment.output / f"{experiment.name}.md"
     results = experiment.results
     source = next((row["data"] for row in results.rows.values() if "data" in row), "")
-    facts = f"{source}; {results.machine}; {results.minutes:.0f} minutes of CPU time in all."
+    seeds = ", ".join(map(str, results.seeds))
+    facts = (
+        f"{source}; seeds {seeds}; {results.machine}; {results.minutes:.1f} minutes of CPU time."
+    )
     block = "\n".join([START, facts, "", *(f"{table}\n" for table in tables), END])
     page = path.read_text(encoding="utf-8") if path.is_file() else START + END
     pattern = re.escape(START) + ".*?" + re.escape(END)
@@ -47,6 +50,15 @@ def format_mean(values: Iterable[float], digits: int = 3) -> str:
         return ""
     mean = f"{statistics.mean(numbers):,.{digits}f}"
     return f"{mean} ± {statistics.stdev(numbers):,.{digits}f}" if len(numbers) > 1 else mean
+
+
+def format_median(values: Iterable[float], digits: int = 3) -> str:
+    """Format the median of the values and, if there are several, the smallest and the largest."""
+    numbers = sorted(values)
+    median = f"{statistics.median(numbers):.{digits}f}"
+    if len(numbers) == 1:
+        return median
+    return f"{median} ({numbers[0]:.{digits}f} to {numbers[-1]:.{digits}f})"
 
 
 def get_last(rows: Iterable[Row], name: str) -> list[float]:
@@ -72,7 +84,7 @@ def plot_lr(axis: Axes, row: Row, *, scale: float = 1, **style: str | None) -> N
 
 
 def plot_history(axis: Axes, rows: Sequence[Row], *, scale: float = 1, **style: str) -> None:
-    """Plot the mean test accuracy of several runs after each evaluation, and its range.
+    """Plot the median test accuracy of several runs after each evaluation, and its range.
 
     Args:
         axis: panel of a figure.
@@ -83,7 +95,7 @@ def plot_history(axis: Axes, rows: Sequence[Row], *, scale: float = 1, **style: 
     columns = list(zip(*(row["history"] for row in rows), strict=False))
     steps = [scale * column[0]["step"] for column in columns]
     values = [[entry["test_accuracy"] for entry in column] for column in columns]
-    axis.plot(steps, [statistics.mean(each) for each in values], **style)
+    axis.plot(steps, [statistics.median(each) for each in values], **style)
     low, high = ([pick(each) for each in values] for pick in (min, max))
     axis.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
 

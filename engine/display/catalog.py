@@ -27,6 +27,7 @@ __all__ = [
     "fit_example",
     "format_page",
     "get_summary",
+    "group_by_source",
     "list_schedules",
 ]
 
@@ -95,7 +96,7 @@ def list_schedules(width: int | None = None) -> Iterator[str]:
     Args:
         width: number of columns of the terminal; None to print each schedule on one line.
     """
-    for title, schedules in _group_by_source().items():
+    for title, schedules in group_by_source().items():
         yield f"{title}:"
         rows = [
             (name, _draw_sparkline(example_curves(cls)["lr"]), get_summary(cls).replace("``", ""))
@@ -106,7 +107,7 @@ def list_schedules(width: int | None = None) -> Iterator[str]:
     yield "`onecycle schedules TYPE` prints the formula, the parameters and an example."
 
 
-def _group_by_source() -> dict[str, dict[str, type[Schedule[Any]]]]:
+def group_by_source() -> dict[str, dict[str, type[Schedule[Any]]]]:
     """Group the schedules by where they come from, in the order of `_SOURCES`."""
     modules = {f"schedules.{module}": title for module, title in _SOURCES.items()}
     groups: dict[str, dict[str, type[Schedule[Any]]]] = {title: {} for title in modules.values()}

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from schedules.core.controller import Evidence
 from schedules.core.curves import Curve
-from schedules.core.extras import require_package
 from schedules.plots import (
     STYLE,
     build_figure,
@@ -54,9 +53,6 @@ def draw(
             losses.
         dpi: resolution of the image in dots per inch.
     """
-    require_package("matplotlib", "A plot")
-    import matplotlib as mpl
-
     shown = {name: columns[name] for name in columns if evidence is None or name != _LOSS}
     figure, axes = build_figure(
         shown,
@@ -67,6 +63,8 @@ def draw(
         log=log,
         extra_panels=0 if evidence is None else 1,
     )
+    import matplotlib as mpl  # `build_figure` reports a missing package
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
         if evidence is not None:
