@@ -61,7 +61,7 @@ def test_every_statement_on_security_names_an_existing_test():
 def test_first_example_of_the_readme_trains_to_the_end_of_its_schedule(tmp_path):
     text = (ROOT / "README.md").read_text()
     config, code = (
-        re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)[1]
+        re.search(rf"```{language} title.*?\n(.*?)```", text, re.DOTALL)[1]
         for language in ("json", "python")
     )
     assert '"cycle_first_step_size": 1000' in config
