@@ -46,7 +46,7 @@ def apply_fixes(
 
 
 class FixEdit(NamedTuple):
-    """The automatic fix for a problem: ``text`` replaces offsets ``start`` to ``end`` of the config."""
+    """The automatic fix for a problem: ``text`` replaces the text from ``start`` to ``end``."""
 
     problem: Problem
     start: int
