@@ -62,8 +62,8 @@ def _check_packages() -> None:
         found = spec and [*(spec.submodule_search_locations or ()), spec.origin][0]
         if found != __path__[0].removesuffix("engine") + name:
             raise ImportError(
-                f"`{name}` must be a package of onecycle, but Python imports {found}. Rename this "
-                f"file or directory, for example to `my_{name}`."
+                f"Python imports {found} instead of onecycle's package `{name}`. Rename this file "
+                f"or directory, for example to `my_{name}`."
             )
 
 

@@ -43,7 +43,10 @@ class DeepSpeedAccessors(nn.Module):
 
     @property
     def lr_scheduler(self) -> LRScheduler | None:
-        """The learning-rate scheduler, or None. It advances after each applied optimizer step."""
+        """The learning-rate scheduler, or None if the run has none.
+
+        It advances after each applied optimizer step.
+        """
         return self._run.scheduler
 
     @lr_scheduler.setter
@@ -203,14 +206,16 @@ class DeepSpeedAccessors(nn.Module):
     def get_mom(self) -> list[float | tuple[float, ...]] | None:
         """Return the momentum of each param group, or all betas for Adam.
 
-        The result is None if the optimizer has no momentum. A group without momentum has 0.
+        The result is None if the optimizer has no momentum. The value for a group without momentum
+        is 0.
         """
         return read_momenta(self._run.settled_backend.optimizer)
 
     def get_momentum(self) -> list[float] | None:
         """Return the momentum of each param group, or the first beta for Adam.
 
-        The result is None if the optimizer has no momentum. A group without momentum has 0.
+        The result is None if the optimizer has no momentum. The value for a group without momentum
+        is 0.
         """
         return read_momentum(self._run.settled_backend.optimizer)
 
@@ -223,7 +228,7 @@ class DeepSpeedAccessors(nn.Module):
         return self._run.settled_backend.grad_norm
 
     def was_step_applied(self) -> bool:
-        """Return whether the last call of `step` applied an optimizer step."""
+        """Return whether the last call to `step` applied an optimizer step."""
         return self._run.counters.applied
 
     @property
@@ -266,7 +271,7 @@ class DeepSpeedAccessors(nn.Module):
         collate_fn: Callable[[list[Any]], Any] | None = None,
         num_local_io_workers: int | None = None,
     ) -> DataLoader[Any]:
-        """Build a data loader for this rank's part of a dataset.
+        """Build a data loader for this rank's shard of a dataset.
 
         Args:
             dataset: dataset to load. An iterable dataset must split its samples across ranks.
@@ -290,7 +295,7 @@ class DeepSpeedAccessors(nn.Module):
         )
 
     def allreduce_gradients(self, bucket_size: int | None = None) -> None:
-        """Average the gradients across ranks, if the next call of `step` runs the optimizer.
+        """Average the gradients across ranks, if the next call to `step` runs the optimizer.
 
         `step` averages the gradients automatically. Call this method only to read or change the
         averaged gradients before `step`.

@@ -23,8 +23,8 @@ def import_engine() -> ModuleType:
     found = spec and [*(spec.submodule_search_locations or ()), spec.origin][0]
     if found != os.path.join(ROOT, "engine"):  # noqa: PTH118
         raise ImportError(
-            f"`engine` must be a package of onecycle, but Python imports {found}. Rename this file "
-            "or directory, for example to `my_engine`."
+            f"Python imports {found} instead of onecycle's package `engine`. Rename this file or "
+            "directory, for example to `my_engine`."
         )
     import engine
 

@@ -85,8 +85,8 @@ def test_import_names_the_module_that_has_the_name_of_a_package(project, importe
     done = run_python("train.py", cwd=project)
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1] == (
-        f"ImportError: `{name}` must be a package of onecycle, but Python imports {own}. Rename "
-        f"this file or directory, for example to `my_{name}`."
+        f"ImportError: Python imports {own} instead of onecycle's package `{name}`. Rename this "
+        f"file or directory, for example to `my_{name}`."
     )
     rename(own)
     assert run_python("train.py", cwd=project).returncode == 0
@@ -95,7 +95,7 @@ def test_import_names_the_module_that_has_the_name_of_a_package(project, importe
 def test_import_after_the_users_module_of_the_same_name_is_an_error(project):
     (project / "train.py").write_text("import engine\nimport onecycle\n")
     done = run_python("train.py", cwd=project)
-    assert f"but Python imports {project / 'engine.py'}" in done.stderr
+    assert f"Python imports {project / 'engine.py'} instead of" in done.stderr
 
 
 DEEPSPEED_NAMES = """

@@ -22,11 +22,10 @@ __all__ = ["build", "find_data_shard", "find_deepspeed_need"]
 
 
 def find_deepspeed_need(model: nn.Module, **arguments: Any) -> str | None:
-    """Return a description of a feature that requires DeepSpeed, or None.
+    """Return a description of the feature that requires DeepSpeed, or None if there is none.
 
     The feature is the first argument in ``arguments`` that is not None. If all arguments are None,
-    the feature is a part of the model that only DeepSpeed supports. If the model does not contain
-    such a part, return None.
+    it is a form of model parallelism in the model, such as MoE layers.
     """
     given = [f"the argument `{name}`" for name, value in arguments.items() if value is not None]
     return given[0] if given else find_model_parallelism(model)

@@ -101,7 +101,7 @@ class Backend(ABC):
         """
 
     def _move_inputs(self, *inputs: Any) -> Any:
-        """Move a model's inputs to this rank's device, like DDP and FSDP."""
+        """Move a model's inputs to this rank's device, as DDP and FSDP do."""
         if self.ranks.device.type == "cpu":
             return inputs
         return move_to_device(inputs, self.ranks.device)
@@ -123,7 +123,7 @@ class Backend(ABC):
             loss: scalar tensor that requires grad.
             accumulation: number of micro-batches per step. The loss is divided by this number.
             is_last: whether this pass is the last backward pass before the optimizer step. If true,
-                gradients should be averaged across ranks during this pass.
+                the gradients are averaged across ranks during this pass.
             retain_graph: whether to keep the graph for another backward pass.
         """
 
@@ -157,7 +157,8 @@ class Backend(ABC):
             trains: whether to take an optimizer step.
 
         Returns:
-            The mean loss, and whether a step was applied; None if the model is not a pipeline.
+            A tuple of the mean loss and whether a step was applied; None if the model is not a
+            pipeline.
         """
         del batches, trains
         return None
@@ -262,7 +263,7 @@ class Backend(ABC):
 
         Args:
             snapshot: return value of `snapshot`, possibly read from a checkpoint.
-            only_check: whether to check that the snapshot fits this run without restoring it.
+            only_check: whether to only check that the snapshot fits this run, without restoring it.
 
         Raises:
             ValueError: ``only_check`` is true, and a value in the snapshot is missing or has the
@@ -271,7 +272,7 @@ class Backend(ABC):
 
     @abstractmethod
     def describe(self) -> tuple[str, str]:
-        """Return a description of the parallelism and one of the precision, for the log."""
+        """Return descriptions of the parallelism and of the precision, for the log."""
 
     def get_attribute(self, name: str) -> Any:
         """Return an attribute that the training engine does not define itself.
@@ -296,12 +297,12 @@ class DeferringBackend(Backend):
 
     @abstractmethod
     def start_step(self, loss: Tensor | None, *, divide_by: int = 1) -> None:
-        """Start a step without waiting for its result. `deferred` must not be None.
+        """Start a step without waiting for its result.
 
-        Call `finish_step` to get the result.
+        Call `finish_step` to get the result. Call this method only if `deferred` is not None.
 
         Args:
-            loss: mean loss of the step on this rank, or None.
+            loss: mean loss of the step on this rank; None if it is not needed.
             divide_by: number to divide the gradients by, as in `step`.
         """
 
@@ -312,7 +313,7 @@ class DeferringBackend(Backend):
         This method does not communicate, so the ranks may call it at different times.
 
         Returns:
-            Whether the step was applied, and its mean loss over the ranks.
+            A tuple of whether the step was applied and its mean loss over all ranks.
 
         Raises:
             FloatingPointError: the gradients overflow at the minimum loss scale.

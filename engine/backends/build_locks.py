@@ -63,7 +63,7 @@ def log_build_locks() -> None:
 
 
 def _find_holder(path: Path) -> int | None:
-    """Return the ID of a process of this user that holds a file open, or None."""
+    """Return the ID of a process of this user that holds a file open, or None if there is none."""
     wanted = path.resolve()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):  # the file was closed, or its process ended

@@ -132,9 +132,9 @@ class DeepSpeedBackend(Backend):
             self.engine.set_gradient_accumulation_boundary(is_last)
 
     def _start_backward(self, *, is_last: bool) -> None:
-        """Check the order of the passes, and mark the last backward pass of a step.
+        """Check the order of the passes of a step, and mark the last backward pass.
 
-        The mark has an effect only if DeepSpeed manages gradient accumulation. If not, DeepSpeed
+        The mark has an effect only if DeepSpeed manages gradient accumulation. Otherwise, DeepSpeed
         reduces all gradients in the optimizer step.
         """
         self._order.check(is_last=is_last and self._is_managed)

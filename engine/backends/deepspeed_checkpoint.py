@@ -53,8 +53,8 @@ def read_scaler(path: Path, scaler: Any) -> Any:
     """Read and check the state of PyTorch's ``GradScaler``.
 
     Args:
-        path: file with the state.
-        scaler: ``GradScaler`` of this run, or None.
+        path: file that contains the state.
+        scaler: ``GradScaler`` of this run; None if the run does not use one.
 
     Returns:
         The state; None if the file does not exist or ``scaler`` is None.
@@ -109,9 +109,9 @@ def set_format(engine: Any, files: DeepSpeedFiles) -> Iterator[None]:
 
 
 def describe_for_conversion(engine: Any) -> dict[str, Any]:
-    """Return the entry that DeepSpeed's `ds_to_universal` requires in a checkpoint.
+    """Return a dict with the entry that DeepSpeed's `ds_to_universal` requires in a checkpoint.
 
-    The returned dict is empty if DeepSpeed saves the entry itself or the model has MoE layers.
+    The dict is empty if DeepSpeed saves the entry itself or the model has MoE layers.
     """
     from deepspeed.checkpoint import constants
 
@@ -153,7 +153,7 @@ def check_sharding(files: DeepSpeedFiles, zero_stage: int, world_size: int) -> N
 
 @contextlib.contextmanager
 def keep_implementation(optimizer: Optimizer) -> Iterator[None]:
-    """Keep settings such as ``fused`` when a PyTorch optimizer loads a state in this context.
+    """Inside this context, keep settings such as ``fused`` when a PyTorch optimizer loads a state.
 
     The state may come from another implementation of the optimizer. In the state of DeepSpeed's
     FusedAdam, the param groups lack these settings, and step counts are integers instead of
@@ -171,7 +171,7 @@ def keep_implementation(optimizer: Optimizer) -> Iterator[None]:
 
 
 def _repair(optimizer: Optimizer, before: list[dict[str, Any]]) -> None:
-    """Restore settings such as ``fused``, and convert step counts to tensors.
+    """Restore param-group settings such as ``fused``, and convert step counts to tensors.
 
     Args:
         optimizer: PyTorch optimizer that has loaded a state.

@@ -1,4 +1,4 @@
-"""Import DeepSpeed without compiling an op that takes minutes in the first CPU run."""
+"""Import DeepSpeed without compiling its CPU all-reduce op, which can take minutes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def import_for_config() -> Any:
     """Import and return the package ``deepspeed``, for a config that needs DeepSpeed.
 
     Raises:
-        ImportError: DeepSpeed cannot be imported. The message explains how to run without it.
+        ImportError: DeepSpeed cannot be imported. The message explains how to run without
+            DeepSpeed.
     """
     try:
         return import_deepspeed()

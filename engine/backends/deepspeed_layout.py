@@ -43,7 +43,7 @@ class Layout:
         ]
 
     def write(self, checkpoint_dir: Path, *, frozen: bool) -> None:
-        """Write the shapes and dtypes to a file in the checkpoint directory.
+        """Write the weights' shapes and dtypes to ``layout.json`` in the checkpoint directory.
 
         Args:
             checkpoint_dir: directory of the checkpoint.
@@ -60,8 +60,8 @@ class Layout:
     def check(self, files: DeepSpeedFiles, *, optimizer: bool, strict: bool) -> None:
         """Check that a checkpoint fits the model and the optimizer.
 
-        The saved shapes and dtypes are read from the file that `write` created. If this file does
-        not exist, they are read from DeepSpeed's own files.
+        The saved shapes and dtypes are read from ``layout.json``. If this file does not exist, they
+        are read from DeepSpeed's own files.
 
         Args:
             files: files of the checkpoint.

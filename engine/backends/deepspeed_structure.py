@@ -78,9 +78,7 @@ def _check_model(values: Any, weights: Mapping[str, Any], *, strict: bool) -> No
     check_same_structure(saved, {key: weights[key] for key in saved if key in weights}, "module")
     if strict and (different := saved.keys() ^ weights.keys()):
         name = describe(min(different, key=str))
-        raise ValueError(
-            f"`module` must have the same keys as the model, but only one of them has {name}."
-        )
+        raise ValueError(f"only one of the model and the saved `module` has the key {name}.")
 
 
 def read_weights(engine: Any) -> dict[str, Any]:

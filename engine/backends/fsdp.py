@@ -209,7 +209,7 @@ def _check_supported(optimizer: Optimizer) -> Optimizer:
     fails = isinstance(optimizer, torch.optim.Rprop | torch.optim.Adafactor)
     if fails:
         raise ValueError(
-            f"`{type(optimizer).__name__}` cannot train sharded parameters in PyTorch. Set "
+            f"`{type(optimizer).__name__}` does not support sharded parameters. Set "
             '"zero_optimization": {"stage": 0}, or choose a different optimizer.'
         )
     return optimizer
@@ -237,7 +237,7 @@ def shard(
 ) -> list[Any]:
     """Shard a model's parameters across ranks, in place, and return the parameters to train.
 
-    As with DDP, all ranks start with rank 0's values. The blocks are moved to the device, copied
+    As with DDP, all ranks start with rank 0's weights. The blocks are moved to the device, copied
     from rank 0 and sharded one at a time, so the whole model does not need to fit on one GPU.
 
     Args:
@@ -368,7 +368,7 @@ def check_gradient_averaging(ranks: Ranks) -> None:
     mean = gradient.full_tensor()
     if not torch.allclose(mean, torch.full_like(mean, expected)):
         raise RuntimeError(
-            f"This build of torch does not average FSDP gradients on {ranks.device.type}: a test "
-            f"gradient must be {expected:g}, got {mean.flatten().tolist()}. Set "
+            f"This build of torch does not average FSDP gradients on {ranks.device.type}: expected "
+            f"{expected:g} for a test gradient, got {mean.flatten().tolist()}. Set "
             '"zero_optimization": {"stage": 0}, or upgrade torch.'
         )

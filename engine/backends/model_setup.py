@@ -12,7 +12,7 @@ __all__ = ["check_compiler", "check_has_data", "set_up_model"]
 
 
 def check_compiler(compiler: str | None) -> None:
-    """Check that `torch.compile` has a backend of the given name. None is valid.
+    """Check that `torch.compile` has a backend of the given name. None is also valid.
 
     Raises:
         ValueError: `torch.compile` does not have a backend of this name.
@@ -41,7 +41,7 @@ def check_has_data(model: nn.Module) -> None:
 
 
 def set_up_model(model: nn.Module, settings: ModelSettings) -> None:
-    """Enable activation checkpointing and compilation, if the config enables them."""
+    """Enable activation checkpointing and compilation as specified in the config."""
     if settings.activation_checkpointing is not None:
         is_on_host = settings.activation_checkpointing == "host"
         checkpoint_activations(model, settings.wrap_classes, on_host=is_on_host)

@@ -213,7 +213,7 @@ class PyTorchBackend(DeferringBackend):
         return finite
 
     def _prepare_gradients(self) -> list[Tensor]:
-        """Finish averaging the gradients, and return the gradients."""
+        """Finish averaging the gradients, and return them."""
         if self._may_have_16_bits:
             self._convert_unfrozen()
         if self._averager is not None:

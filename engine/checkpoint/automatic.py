@@ -65,8 +65,8 @@ class AutomaticCheckpoints:
     def resume(self, run: RunState) -> bool:
         """Resume from the newest complete checkpoint if ``engine.checkpoint.resume`` allows it.
 
-        After this call, the run also saves a checkpoint at the end of the process and when a rank
-        receives SIGINT, SIGTERM or SIGUSR1.
+        After this call, the run saves a checkpoint when the process exits and when a rank receives
+        SIGINT, SIGTERM or SIGUSR1.
 
         Returns:
             Whether a checkpoint was loaded.
@@ -135,7 +135,7 @@ class AutomaticCheckpoints:
         run.best.is_unsaved = False
 
     def save_last(self, run: RunState) -> None:
-        """Save a checkpoint of the last step, unless it has already been saved."""
+        """Save a checkpoint of the last step, unless the step has already been saved."""
         if self._directory is None or self._plan.every is None or run.is_trial:
             return
         if not self._checkpointer.is_saved(run, self._directory):
@@ -143,7 +143,7 @@ class AutomaticCheckpoints:
             self._checkpointer.wait()
 
     def close(self, run: RunState) -> None:
-        """Save the last step if it has not been saved, and restore the signal handlers.
+        """Save a checkpoint of the last step if necessary, and restore the signal handlers.
 
         With several ranks, the checkpoint is saved only if every rank calls this method within 30
         seconds.

@@ -38,7 +38,7 @@ def wait_for_ranks(ranks: Ranks, call: str) -> None:
 
     After 30 seconds, the lowest waiting rank logs the missing ranks. A missing rank may be busy,
     for example with an evaluation. The environment variable ``ONECYCLE_TIMEOUT`` sets a different
-    limit than ten minutes.
+    limit, in seconds.
 
     Args:
         ranks: rank and world size of this process.

@@ -42,12 +42,12 @@ class DataPosition:
             self._pending = None
 
     def get_state(self) -> dict[str, Any] | None:
-        """Return the part of the position that is equal on all ranks, or None without a loader."""
+        """Return the loader state that is the same on all ranks, or None if there is no loader."""
         state = None if self._loader is None else self._loader.state_dict()
         return state and {key: value for key, value in state.items() if key != "loader"}
 
     def save(self, directory: Path) -> None:
-        """Save the state of this rank's loader, if the loader has a state dict."""
+        """Save the state of this rank's data loader, if it has the method ``state_dict``."""
         state = {} if self._loader is None else self._loader.state_dict()
         if "loader" in state:
             write_values(self._get_path(directory), state["loader"])

@@ -1,4 +1,4 @@
-"""Read tensors and values by parameter name from checkpoints that DeepSpeed's engine wrote."""
+"""Read parameters and optimizer states, by name, from checkpoints that DeepSpeed's engine wrote."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _COUNTS = {"global_steps": Count, "skipped_steps": Count, "dp_world_size": Size}
 
 
 class SavedTensor(NamedTuple):
-    """Tensor in a checkpoint that is read from the file on first use."""
+    """Tensor in a checkpoint. It is read from the file on first use."""
 
     shape: torch.Size
     parts: list[Tensor]
@@ -103,7 +103,7 @@ class DeepSpeedFiles:
 
     @property
     def is_universal(self) -> bool:
-        """Whether the checkpoint is universal, so that any number of ranks can load it."""
+        """Whether the checkpoint is universal, that is, any number of ranks can load it."""
         return (self.directory / _UNIVERSAL).is_dir()
 
     @property
@@ -351,7 +351,7 @@ class DeepSpeedFiles:
 
 
 def _check_header(model: Any) -> None:
-    """Check the values in a model file that this module reads.
+    """Check those values in a model file that this module uses.
 
     Raises:
         ValueError: if a value is missing, has the wrong type or is out of range.

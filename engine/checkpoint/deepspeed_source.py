@@ -69,7 +69,7 @@ class DeepSpeedSource:
         }
 
     def load(self, own: dict[str, Any]) -> None:
-        """Copy the saved tensors into the tensors with the same names in ``own``."""
+        """Copy the saved tensors into the tensors of the same names in ``own``."""
         for name, target in own.items():
             whole = self._tensors[name].read()
             if isinstance(target, DTensor):
@@ -84,7 +84,7 @@ class DeepSpeedSource:
 
 
 def has_states_for(optimizer: Optimizer, files: DeepSpeedFiles, model: nn.Module) -> bool:
-    """Return whether a checkpoint contains the optimizer state of an optimizer.
+    """Return whether a checkpoint contains a state that an optimizer can load.
 
     The result is true if the saved optimizer was of the same kind, such as Adam. The result is
     always false if the kind is not in `_KINDS`.

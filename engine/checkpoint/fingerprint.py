@@ -126,7 +126,7 @@ def check_identity(checkpoint_dir: Path, saved: Identity, own: Identity) -> None
 def _find_differences(
     saved: Any, own: Any, name: str = "", unknown: Collection[str] = ()
 ) -> Iterator[str]:
-    """Yield a message for each difference between the settings of a checkpoint and this run.
+    """Yield a message for each setting that differs between a checkpoint and this run.
 
     Args:
         saved: value in the checkpoint; may be a mapping or a list of settings.

@@ -35,7 +35,7 @@ class Checkpointer:
     """Manager that saves and loads the checkpoints of a run. Every rank must call each method.
 
     Args:
-        config: config of the run, with its ``engine.checkpoint``, batch sizes and backend name.
+        config: config of the run.
         backend: backend that saves and loads the model and the optimizer.
         identity: settings that must match between this run and a checkpoint that it loads.
     """
@@ -71,7 +71,8 @@ class Checkpointer:
             run: state of the run to save.
             directory: directory that holds the run's checkpoints.
             tag: name of the checkpoint; default: ``global_stepN``, where N is the number of steps.
-            client_state: user data: numbers, strings, tensors, lists and mappings.
+            client_state: user data to save: numbers, strings, tensors, and lists or mappings of
+                these.
             save_latest: whether `load` may choose this checkpoint if no tag is passed.
             frozen: whether to include frozen parameters.
             is_automatic: whether to mark this checkpoint as automatic, and to delete old automatic

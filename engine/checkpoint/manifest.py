@@ -51,7 +51,7 @@ class Manifest:
 
     @property
     def size(self) -> int:
-        """Total size of the files in bytes."""
+        """Total size of the checkpoint's files in bytes."""
         return sum(entry["size"] for entry in self.files.values())
 
 
@@ -78,11 +78,13 @@ def read_manifest(checkpoint_dir: Path) -> Manifest:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} must contain a JSON object, got {type(found).__name__}.")
+        raise CheckpointError(
+            f"{path} is damaged: expected a JSON object, got {type(found).__name__}."
+        )
     if found.get("format") != FORMAT:
         raise CheckpointError(
-            f"`format` must be {FORMAT} in {path}, got {found.get('format')!r}. Load the "
-            "checkpoint with the version of onecycle that wrote it."
+            f"{path} has format {found.get('format')!r}, but this version of onecycle only reads "
+            f"format {FORMAT}. Load the checkpoint with the version of onecycle that wrote it."
         )
     for name, is_valid in _CHECKS.items():
         if name in found and not is_valid(found[name]):
@@ -91,9 +93,7 @@ def read_manifest(checkpoint_dir: Path) -> Manifest:
     required = {"tag", "step", "world_size", "backend", "identity", "versions", "created"}
     if not required <= found.keys() <= names:
         wrong = escape(", ".join(sorted((required - found.keys()) | (found.keys() - names))))
-        raise CheckpointError(
-            f"{path} is damaged because these keys are missing or unknown: {wrong}."
-        )
+        raise CheckpointError(f"{path} is damaged: missing or unknown keys: {wrong}.")
     if "checksum" in found and found["checksum"] != _compute_checksum(found):
         raise CheckpointError(f"{path} is damaged: it does not match its checksum.")
     return Manifest(**found)

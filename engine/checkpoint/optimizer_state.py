@@ -148,7 +148,7 @@ def check_optimizer_state(
 
 
 def find_outside_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """Return the optimized parameters outside of the model, such as the parameters of a loss.
+    """Return the optimized parameters that are not in the model, such as those of a loss function.
 
     The name of each of these parameters is derived from its position in the param groups.
     """
@@ -192,7 +192,7 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[
 
 
 class _Indices(list[int]):
-    """Parameter indices of a param group, in a list with a fast search.
+    """List of a param group's parameter indices with a fast membership test.
 
     For each tensor, `Optimizer.load_state_dict` searches all groups for the parameter to read the
     settings ``fused`` and ``capturable`` of the group. With 10,000 groups, the search takes
@@ -212,7 +212,7 @@ def reshard(model: nn.Module) -> None:
     """Reshard the parameters that FSDP left gathered after a forward pass.
 
     FSDP keeps some parameters gathered for the backward pass. Without a backward pass, for example
-    in an evaluation, these parameters stay gathered.
+    during evaluation, these parameters stay gathered.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

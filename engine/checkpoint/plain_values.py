@@ -1,4 +1,4 @@
-"""Save plain values and small tensors. Loading them never runs code from the file."""
+"""Save plain values and small tensors, and load them without running code from the file."""
 
 from __future__ import annotations
 
@@ -122,11 +122,11 @@ def _find_unsupported(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def read_values(path: Path) -> Any:
-    """Return the values that `write_values` wrote, with tensors on the CPU.
+    """Return the values in a file that `write_values` wrote, with tensors on the CPU.
 
     Raises:
-        CheckpointError: the file is damaged, or contains an object of another type. Unpickling such
-            an object could run code.
+        CheckpointError: the file is damaged, or contains an object that is neither a plain value
+            nor a tensor. Unpickling such an object could run code.
     """
     with report_damage(path):
         return unpickle(path)

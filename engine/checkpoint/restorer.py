@@ -36,7 +36,7 @@ _NOT_LOADED = "The checkpoint was not loaded"
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The parts of a run to restore in addition to the model."""
+    """Flags that select the states to restore in addition to the model."""
 
     optimizer: bool
     """Whether to restore the optimizer, the loss scaler and the random states."""
@@ -48,7 +48,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class _SmallFiles:
-    """The contents of a checkpoint without tensors. A part that is not restored is None."""
+    """The contents of a checkpoint, except its tensors. States that are not restored are None."""
 
     random_state: Any = None
     position: Any = None
@@ -83,7 +83,7 @@ class Restorer:
         Args:
             run: state of the run to restore.
             selected: checkpoint to restore from.
-            parts: parts to restore in addition to the model.
+            parts: states to restore in addition to the model.
             strict: whether the model must have all saved parameters and buffers.
 
         Raises:
@@ -148,7 +148,7 @@ class Restorer:
         return {**self._identity, "world_size": manifest.identity.get("world_size")}
 
     def _read_small_files(self, run: RunState, selected: Selected, parts: Parts) -> _SmallFiles:
-        """Read and check the contents of a checkpoint, without the tensors."""
+        """Read and check the contents of a checkpoint, except its tensors."""
         checkpoint_dir, manifest, state = selected.path, selected.manifest, selected.state
         random_state = position = schedule = snapshot = None
         if parts.optimizer:

@@ -1,4 +1,4 @@
-"""Roll back a run to the lowest loss of the warmup, if AutoWU has ``"rollback": true``."""
+"""Roll back a run to its state at the lowest warmup loss, if AutoWU has ``"rollback": true``."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ class RestorableBackend(Protocol):
 
 
 class Rollback:
-    """Object that rolls back the model, optimizer and loss scaler to the lowest warmup loss.
+    """Object that restores the model, optimizer and loss scaler to their lowest-loss state.
 
     AutoWU computes the mean loss of each test interval. `update` takes a snapshot whenever this
-    mean is the lowest so far, and restores the snapshot when AutoWU switches from warmup to decay.
+    mean is the lowest so far, and restores the last snapshot when AutoWU switches from warmup to
+    decay.
     """
 
     def __init__(self, backend: RestorableBackend) -> None:
@@ -60,7 +61,9 @@ class Rollback:
             self._backend.restore(self.snapshot)
             self.snapshot = None
             scheduler.write()  # restoring also reset the learning rate
-            log.info("rolled back the model and the optimizer to the lowest loss of the warmup")
+            log.info(
+                "rolled back the model and the optimizer to their state at the lowest warmup loss"
+            )
 
     def save(self, checkpoint_dir: Path) -> None:
         """Write this rank's snapshot to a checkpoint, if a snapshot has been taken."""
@@ -68,7 +71,7 @@ class Rollback:
             write_values(checkpoint_dir / f"rollback.{self._ranks.rank}.pt", self.snapshot)
 
     def read(self, checkpoint_dir: Path) -> Any:
-        """Return this rank's snapshot from a checkpoint, or None if it lacks a snapshot.
+        """Return this rank's snapshot from a checkpoint, or None if the checkpoint lacks one.
 
         Snapshots that were saved with a different world size are ignored.
 

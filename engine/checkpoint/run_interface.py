@@ -45,7 +45,7 @@ class SavedBackend(Protocol):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        """Copy the state to host memory, and write the copy to a checkpoint in the background."""
+        """Save the same state as `save`, but write the files in the background."""
         ...
 
     def load(
@@ -74,7 +74,7 @@ class RunState(Protocol):
 
     @property
     def scheduler(self) -> LRScheduler | None:
-        """The learning-rate scheduler of the run, or None."""
+        """The run's learning-rate scheduler, or None if it has none."""
         ...
 
     def restore_counters(self, counters: Counters) -> None:

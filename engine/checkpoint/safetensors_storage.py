@@ -77,10 +77,10 @@ class ShardWriter(StorageWriter):
         self._directory = directory
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Do nothing. The writer keeps its directory."""
+        """Do nothing, because the writer always uses the same directory."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Do nothing. The writer does not need a setup."""
+        """Do nothing. The writer does not need any setup."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Return the plan unchanged."""
@@ -189,7 +189,7 @@ class ShardReader(StorageReader):
         """Directory of the checkpoint."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Do nothing. The reader keeps its directory."""
+        """Do nothing, because the reader always uses the same directory."""
 
     def read_metadata(self, *_args: Any, **_options: Any) -> Metadata:
         """Return the shapes and shards of all saved tensors, and the location of each shard.
@@ -308,16 +308,18 @@ def _read_header(
                 ),
             )
             if (whole.size, whole.properties.dtype) != (torch.Size(part.shape), tensor.dtype):
-                raise ValueError(f"`{part.of}` must have the same shape and dtype in all parts.")
+                raise ValueError(
+                    f"the saved shards of `{part.of}` have different full shapes or dtypes."
+                )
             whole.chunks.append(ChunkStorageMetadata(offsets, tensor.shape))
             locations[MetadataIndex(part.of, offsets)] = (path, name)
 
 
 def _check_parts(name: str, whole: TensorStorageMetadata) -> None:
-    """Check that the parts of a tensor cover the whole tensor.
+    """Check that the saved shards of a tensor cover the whole tensor exactly once.
 
     Raises:
-        ValueError: if a part is missing, repeated, or outside of the tensor.
+        ValueError: if a shard is missing, repeated, or outside of the tensor.
     """
     chunks = sorted(whole.chunks, key=lambda chunk: tuple(chunk.offsets))
     is_covered = sum(chunk.sizes.numel() for chunk in chunks) == whole.size.numel()
@@ -338,7 +340,10 @@ def _check_parts(name: str, whole: TensorStorageMetadata) -> None:
         )
         is_covered &= is_inside and (len(differing) != 1 or differing[0])
     if not is_covered:
-        raise ValueError(f"`{name}` must have parts that cover its shape, {tuple(whole.size)}.")
+        raise ValueError(
+            f"the saved shards of `{name}` do not cover its shape, {tuple(whole.size)}, exactly "
+            "once."
+        )
 
 
 def _wrap_in_future(result: Any) -> Future[Any]:

@@ -33,7 +33,7 @@ def convert_deepspeed_state(
 
     Args:
         checkpoint_dir: directory of the checkpoint, for the error message.
-        saved: state of the scheduler in the checkpoint, or None.
+        saved: state of the scheduler in the checkpoint; None if there is none.
         scheduler: scheduler of this run.
 
     Returns:
@@ -140,7 +140,8 @@ def _adapt_schedule_state(
     """Adapt a saved scheduler state to the schedule of this run.
 
     A schedule without feedback continues at the current step of the run. A feedback schedule
-    depends on past losses, so it restarts if its type or params differ from the saved schedule.
+    depends on past losses, so it restarts if its type or params differ from those of the saved
+    schedule.
 
     Args:
         saved: scheduler state in the checkpoint; can be empty.

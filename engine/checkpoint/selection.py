@@ -35,7 +35,7 @@ class Selected:
 
 
 class CheckpointSelector:
-    """Selector of the checkpoint to load, by its tag or as the newest checkpoint.
+    """Selector of the checkpoint to load: the one with the given tag, or the newest one.
 
     Args:
         config: config of the run.
@@ -89,9 +89,9 @@ class CheckpointSelector:
         return path.name, False, manifest
 
     def _find_foreign(self, directory: Path, tag: str | None) -> Path | None:
-        """Return the checkpoint to load, or None if onecycle wrote it.
+        """Return the path of the DeepSpeed checkpoint to load, or None.
 
-        Return None if a checkpoint that onecycle wrote should be loaded instead.
+        None means that a checkpoint that onecycle wrote is to be loaded instead.
         """
         pointer = directory / storage.LATEST_UNIVERSAL
         universal = _follow(pointer) if self._loads_universal and tag is None else None
@@ -121,7 +121,7 @@ class CheckpointSelector:
 
 
 def find_foreign(directory: Path, tag: str | None) -> Path | None:
-    """Return a checkpoint that DeepSpeed wrote without onecycle, or None.
+    """Return a checkpoint that DeepSpeed wrote without onecycle, or None if there is none.
 
     Args:
         directory: directory that holds the checkpoints.

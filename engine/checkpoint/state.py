@@ -185,7 +185,7 @@ def read(
 def _find_saved_weights(
     directory: Path, model: nn.Module, source: Source, *, strict: bool, frozen: bool
 ) -> dict[str, Any]:
-    """Return the part of the model's state to load, according to the arguments of `read`.
+    """Return the entries of the model's state dict that `read` loads for its arguments.
 
     Raises:
         CheckpointError: if the checkpoint does not contain the required tensors.
@@ -213,7 +213,7 @@ def _find_saved_weights(
 def _read_optimizer(
     directory: Path, model: nn.Module, optimizer: Optimizer, source: Source
 ) -> dict[str, Any]:
-    """Read and check the optimizer's state and its parameters outside of the model."""
+    """Read and check the optimizer's state and its parameters that are not in the model."""
     with report_damage(directory / VALUES):
         saved = {**source.values, **source.tensors}
         own = build_empty_state(directory, model, optimizer, saved)

@@ -81,7 +81,7 @@ def to_directory(path: str | os.PathLike[str]) -> Path:
 
 
 def create_directory(directory: Path) -> None:
-    """Create the directory of a run's checkpoints, unless it exists.
+    """Create the directory for a run's checkpoints, unless it exists.
 
     Raises:
         OSError: if the directory cannot be created, or its path is a file.
@@ -118,7 +118,7 @@ def discard(partial: Path) -> None:
 
 
 def discard_partials(directory: Path) -> None:
-    """Delete the incomplete checkpoints of processes that were killed."""
+    """Delete the incomplete checkpoints that killed processes left behind."""
     for partial in directory.glob(".*.partial"):
         if partial.is_dir():
             discard(partial)
@@ -198,7 +198,7 @@ def has_any_checkpoint(directory: Path) -> bool:
 
 
 def find(directory: Path, tag: str | None = None) -> tuple[Path, Manifest]:
-    """Find the checkpoint with a tag or the newest complete checkpoint, and verify its hashes.
+    """Find the checkpoint with the given tag, or the newest one, and verify its hashes.
 
     Args:
         directory: directory that holds the run's checkpoints.

@@ -167,9 +167,7 @@ def _check_group(group: Mapping[str, Any], own: Mapping[str, Any], name: str) ->
         elif key in {*HYPERPARAMETERS, "params"}:
             raise ValueError(f"`{name}` must have the key `{key}`.")
     if list(group["params"]) != list(own["params"]):
-        raise ValueError(
-            f"`{name}.params` must list the same parameters as in this run, in the same order."
-        )
+        raise ValueError(f"`{name}.params` must list the parameters of this run in the same order.")
     for key in own.keys() & group.keys() - {"params"}:
         limits = [abs(each) <= _MAX_FLOAT for each in _list_numbers(own[key])]
         for value in _list_numbers(group[key]) if limits and all(limits) else ():

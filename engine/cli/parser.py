@@ -44,7 +44,7 @@ examples:
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Wraps each paragraph by words, and keeps indented lines, such as examples, as they are."""
+    """Help formatter that wraps paragraphs, but not indented lines, such as examples."""
 
     def add_argument(self, action: argparse.Action) -> None:
         """Make the first column wide enough for the subcommands, which are indented further."""
@@ -68,7 +68,7 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": _HelpFormatter, **settings})
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse arguments, and exit with an error that suggests an option for an unknown one."""
+        """Parse arguments. The error for an unknown option suggests a similar option."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             options = [name for name in self._option_string_actions if name.startswith("--")]
@@ -90,7 +90,7 @@ class _Version(argparse.Action):
 
 
 def find_command(name: str) -> str:
-    """Return the subcommand with a name, in lower or upper case.
+    """Return the subcommand with the given name, ignoring case.
 
     Raises:
         ValueError: the name is unknown; the message suggests a similar one.
@@ -113,7 +113,8 @@ def build_parser(complete: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Build the parser of the ``onecycle`` command, whose help lists the subcommands.
 
     Args:
-        complete: subcommands to add with all of their arguments; the others only have a name.
+        complete: subcommands to add with all of their arguments; other subcommands have only a
+            name.
     """
     parser = CommandParser(
         prog="onecycle",

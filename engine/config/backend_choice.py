@@ -90,7 +90,7 @@ def choose_backend(
 
     - the config enables ZeRO, has pipeline stages, or has another key that only DeepSpeed supports
       and that affects the results,
-    - only DeepSpeed supports a part of the model, or
+    - the model or a keyword argument requires DeepSpeed (``needs_deepspeed``), or
     - the optimizer's name refers to DeepSpeed's optimizer by default (Muon).
 
     The default is torch.
@@ -98,8 +98,8 @@ def choose_backend(
     Args:
         config: config to choose the backend for.
         members: all keys of the config; each section precedes its keys.
-        needs_deepspeed: part of the model that only DeepSpeed supports, such as an MoE layer, or
-            None.
+        needs_deepspeed: feature of the model or keyword argument that only DeepSpeed supports, such
+            as an MoE layer; None if there is none.
 
     >>> choose_backend({"train_batch_size": 8}, []).name
     'torch'

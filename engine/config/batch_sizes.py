@@ -137,7 +137,7 @@ def count_ranks_per_model(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def count_data_ranks(config: Mapping[str, Any], world_size: int) -> DataRanks:
-    """Derive the number of ranks that load different samples from the config's parallelism."""
+    """Derive the number of ranks that load different samples from the config's parallelism keys."""
     sizes = count_ranks_per_model(config)
     if not sizes:
         return DataRanks(world_size)

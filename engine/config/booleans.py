@@ -1,4 +1,4 @@
-"""Convert 0 and 1 to booleans, like DeepSpeed."""
+"""Convert 0 and 1 to booleans, as DeepSpeed does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OWN_PARAMS = {"/scheduler/params/relative"}
 
 
 def convert_numbers_to_booleans(document: Document) -> tuple[Document, list[Problem]]:
-    """Replace 0 with false and 1 with true in boolean keys of DeepSpeed.
+    """Replace 0 with false and 1 with true in the values of DeepSpeed's boolean keys.
 
     Args:
         document: parsed config; it is not modified.

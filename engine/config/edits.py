@@ -24,14 +24,15 @@ __all__ = ["FixEdit", "apply_fixes", "find_fix_edits", "replace_scheduler", "wri
 def apply_fixes(
     document: Document, problems: Sequence[Problem], accept: Callable[[Problem], bool]
 ) -> str:
-    """Apply the automatic fixes of problems to the text of a config, and remove trailing commas.
+    """Apply the automatic fixes for problems to the text of a config, and remove trailing commas.
 
     A key is not renamed if the config already contains a key with the new name.
 
     Args:
         document: config to fix.
         problems: problems in the config. Problems without an automatic fix are skipped.
-        accept: function that returns whether to apply the fix of a problem if it is not certain.
+        accept: function that receives a problem whose fix is not certain, and returns whether to
+            apply the fix.
 
     Returns:
         The fixed text.
@@ -45,7 +46,7 @@ def apply_fixes(
 
 
 class FixEdit(NamedTuple):
-    """The automatic fix of a problem: text to replace, from offset ``start`` to ``end``."""
+    """The automatic fix for a problem: ``text`` replaces the text from ``start`` to ``end``."""
 
     problem: Problem
     start: int

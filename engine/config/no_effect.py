@@ -15,7 +15,7 @@ _TABLE: Mapping[str, Mapping[str, Mapping[str, Any]]] = schemas.read("no_effect.
 
 
 def find_reason_for_no_effect(member: Member, backend: str, stage: int | None = None) -> str | None:
-    """Return the reason why a key or section does not affect the results, or None.
+    """Return the reason why a key or section does not affect the results, or None if it can.
 
     Args:
         member: key of a config, with its value.
@@ -37,7 +37,7 @@ def find_reason_for_no_effect(member: Member, backend: str, stage: int | None = 
 
 
 def _find_current_pointer(member: Member) -> str:
-    """Return a key's JSON pointer, with the current name instead of an alias or old name."""
+    """Return a key's JSON pointer, with the current name instead of an alias or deprecated name."""
     alias = member.schema.get("x-alias-of")
     pointer = join_pointer(get_parent(member.pointer), alias) if alias else member.pointer
     return pointer.replace("/bfloat16/", "/bf16/", 1)

@@ -42,7 +42,7 @@ def build_optimizer_block(
     backend: str,
     group_schedules: Mapping[int, Schedule[Any]] | None = None,
 ) -> OptimizerBlock | None:
-    """Fill in the defaults of a valid ``optimizer`` section. Return None without a section.
+    """Fill in the defaults of a valid ``optimizer`` section. Return None if it is absent.
 
     Args:
         block: the section.

@@ -1,4 +1,4 @@
-"""Detect configs in another format, such as YAML."""
+"""Detect configs that are not DeepSpeed JSON configs, such as YAML files."""
 
 from __future__ import annotations
 

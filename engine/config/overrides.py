@@ -74,7 +74,7 @@ _RUN_ARGUMENTS: Mapping[str, tuple[str, Callable[[str], Any], str]] = {
 
 @functools.cache
 def _find_schedule_parameters() -> dict[str, type[Schedule[Any]]]:
-    """Map each parameter name of DeepSpeed's schedules to a schedule with this parameter."""
+    """Map each parameter name of DeepSpeed's schedules to a schedule that has this parameter."""
     return {
         name: cls
         for cls in import_family("families.deepspeed").values()
@@ -301,7 +301,7 @@ def parse_assignments(assignments: Sequence[str]) -> list[tuple[str, str, Any]]:
 
 
 def _set_value(config: dict[str, Any], pointer: str, new: Any) -> bool:
-    """Set a value in a config, and return whether this is possible. Add missing sections."""
+    """Set a value in a config, adding missing sections. Return whether the value could be set."""
     *sections, key = split_pointer(pointer)
     around: Any = config
     for section in sections:
@@ -325,7 +325,7 @@ def _get_item(items: list[Any], index: str) -> Any:
 
 
 def _describe_value(document: Document, pointer: str, new: Any) -> str:
-    """Return the value at a JSON pointer with its position, or "" if it is absent or equal."""
+    """Describe the value at a JSON pointer; return "" if it is absent or equals ``new``."""
     location = document.locations.get(pointer)
     if location is None or document.get_value(pointer) == new:
         return ""
@@ -337,7 +337,7 @@ def _describe_value(document: Document, pointer: str, new: Any) -> str:
 
 
 def _replace_values(document: Document, value: Any, changes: Sequence[Override]) -> Document:
-    """Return a document with a new value, without the positions of the changed parts."""
+    """Return a document with a new value, without the positions inside the replaced values."""
     origins = {change.pointer: change.argument for change in changes}
     below = tuple(f"{pointer}/" for pointer in origins)
     origins = {**document.arguments, **origins}

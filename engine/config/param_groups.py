@@ -52,7 +52,7 @@ class GroupSettings:
 
     @classmethod
     def from_config(cls, entry: Mapping[str, Any], *, no_decay: bool) -> GroupSettings:
-        """Build the settings from a valid entry and the optimizer's default of ``no_decay``."""
+        """Build the settings from a valid entry and the optimizer's default for ``no_decay``."""
         patterns = entry["params"]
         patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
         return cls(

@@ -97,7 +97,7 @@ class CheckpointPlan:
 
 @dataclass(frozen=True)
 class ReportPaths:
-    """Where rank 0 writes the report of a run (``engine.report``)."""
+    """Paths to which rank 0 writes the report of a run (``engine.report``)."""
 
     page: str
     """HTML file with the charts of the run."""
@@ -288,8 +288,8 @@ def load_config(
             values.
         assignments: ``KEY=VALUE`` strings that override config values, such as
             "optimizer.params.lr=0.01". They take precedence over ``args``.
-        needs_deepspeed: part of the model that only DeepSpeed supports, or None. If set, the
-            default backend is DeepSpeed.
+        needs_deepspeed: feature of the model or keyword argument that only DeepSpeed supports; None
+            if there is none. If set, the default backend is DeepSpeed.
         count_ranks: function that takes the config and the world size, and returns the number of
             ranks that load different samples. By default, this number is derived from the config's
             parallelism.

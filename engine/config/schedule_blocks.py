@@ -69,7 +69,7 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
-    """Add the schedules that have an unknown parameter to the hint of a problem.
+    """If a problem is an unknown parameter, add the schedules that have it to the problem's hint.
 
     Any other problem is returned unchanged.
     """

@@ -219,7 +219,7 @@ class EvaluatedSchedule:
 
     @functools.cached_property
     def _ranges(self) -> dict[str, tuple[float, float]]:
-        """The ranges that `get_range` has computed; a schedule can have thousands of stairs."""
+        """Results cached by `get_range`, because a schedule can have thousands of stairs."""
         return {}
 
     def find_infinite(self) -> tuple[str, int, float] | None:
@@ -238,11 +238,11 @@ class EvaluatedSchedule:
         return None
 
     def find_jumps(self) -> Iterator[tuple[Joint, float, float]]:
-        """Yield each jump of a hyperparameter between two parts of the schedule.
+        """Yield each jump in a hyperparameter between two phases of the schedule.
 
         Yields:
-            The joint, the value of the earlier part at the joint, and the value of the later part.
-            If several param groups jump, only the first one is reported.
+            The joint, and the values of the earlier and the later phase at the joint. If several
+            param groups jump, only the first one is reported.
         """
         largest = {name: self.get_range(name)[1] for name in self.curves}
         for joint in self.schedule.joints():
@@ -255,7 +255,7 @@ class EvaluatedSchedule:
 
     @property
     def end(self) -> int | None:
-        """The step from which the learning rate stays constant, or None."""
+        """The step from which the learning rate stays constant, or None if it never does."""
         if "lr" not in self.curves:
             return None
         curve, step = self.curves["lr"][0], 0

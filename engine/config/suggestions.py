@@ -1,7 +1,7 @@
 """Suggest a valid key for an unknown key.
 
-A suggestion is a key with a similar name, the equivalent of another tool's key, or the section of
-the key. Unlikely suggestions are omitted.
+A suggestion is a key with a similar name, the equivalent of another tool's key, or the section to
+which the key belongs. Unlikely suggestions are omitted.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ _INDENT = 2
 def set_value(document: Document, pointer: str, value: Any) -> str:
     """Return the text of a config with the value at a JSON pointer replaced or added.
 
-    Missing parents are added too.
+    Missing parent objects are added.
 
     Args:
         document: config whose syntax is valid.
@@ -78,7 +78,7 @@ def remove_key(document: Document, pointer: str) -> str:
 
 
 def _widen_to_line(text: str, start: int, end: int) -> tuple[int, int]:
-    """Include the whole line, or the spaces after the span, in a span that is to be removed."""
+    """Extend a span to be removed to the whole line, or by the spaces after it."""
     line_start = text.rfind("\n", 0, start) + 1
     if not text[line_start:start].strip() and text[end : end + 1] == "\n":
         return line_start, end + 1

@@ -59,7 +59,7 @@ def check_against_schema(
 
 
 def get_suggested_pointer(problem: Problem) -> str:
-    """Return the JSON pointer of the suggested key of a problem with an unknown key.
+    """Return the JSON pointer of the key that a problem suggests in place of an unknown key.
 
     Return an empty string if the problem does not contain a suggestion.
     """
@@ -128,7 +128,7 @@ def _convert_error(
 
 
 def _suggest_fraction_of_run(value: Any, schema: Mapping[str, Any]) -> str:
-    """Return a hint if a duration is probably a fraction of the run, or an empty string."""
+    """Return a hint if a duration is probably meant as a fraction of the run; otherwise ""."""
     accepts_fractions = "[dD][uU][rR]" in schema.get("pattern", "")
     if not accepts_fractions or not isinstance(value, float) or not 0 < value < 1:
         return ""

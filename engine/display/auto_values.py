@@ -16,7 +16,7 @@ _TOTAL_STEPS = 1000
 
 @dataclass(frozen=True)
 class AutoValues:
-    """Values for "auto" in a preview. In a run, transformers provides these values."""
+    """Values that replace "auto" in a preview. In a run, transformers provides these values."""
 
     learning_rate: float = 5e-5
     """Learning rate of the optimizer. The default is the same as in transformers."""

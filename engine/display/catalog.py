@@ -108,7 +108,7 @@ def list_schedules(width: int | None = None) -> Iterator[str]:
 
 
 def group_by_source() -> dict[str, dict[str, type[Schedule[Any]]]]:
-    """Group the schedules by where they come from, in the order of `_SOURCES`."""
+    """Group the schedules by origin, in the order of `_SOURCES`."""
     modules = {f"schedules.{module}": title for module, title in _SOURCES.items()}
     groups: dict[str, dict[str, type[Schedule[Any]]]] = {title: {} for title in modules.values()}
     for name, cls in SCHEDULES.items():

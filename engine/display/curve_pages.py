@@ -66,7 +66,7 @@ def build_curve_page(
 
 
 def build_decision(evidence: Evidence) -> Decision:
-    """Return the chart of the losses and the Gaussian process that ended a warmup."""
+    """Return the chart of the losses and the Gaussian process that determined a warmup's end."""
     step, lr, reason, probability = evidence.decision
     sure = "" if probability is None else f" (probability {probability:.3f})"
     text = f"The warmup ended after step {step}, at a learning rate of {lr:.4g}: {reason}{sure}."

@@ -31,7 +31,7 @@ _MODULE_LINE = re.compile(r"^import .*\n|^export (?=async |function |class |cons
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart."""
+    """A line in a chart."""
 
     label: str
     values: Sequence[float | None]
@@ -46,7 +46,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart of a page."""
+    """A chart on a page."""
 
     name: str
     label: str
@@ -108,7 +108,7 @@ def build_html(page: Page, extra: Mapping[str, Any] | None = None) -> str:
 
     Args:
         page: contents of the page.
-        extra: JSON-compatible values to store in the file, which `read_extra` reads again.
+        extra: JSON-compatible values to store in the file; `read_extra` returns them.
     """
     data = _encode(page)
     if extra is not None:
@@ -120,7 +120,7 @@ def build_html(page: Page, extra: Mapping[str, Any] | None = None) -> str:
 
 
 def write_html(path: Path, page: Page, extra: Mapping[str, Any] | None = None) -> None:
-    """Write a page to a file, which is replaced only when the new contents are complete."""
+    """Write a page to a file. An existing file is replaced only once the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -131,10 +131,10 @@ def write_html(path: Path, page: Page, extra: Mapping[str, Any] | None = None) -
 
 
 def read_extra(path: Path) -> Any:
-    """Return the extra values in a file that `write_html` has written.
+    """Return the values passed as ``extra`` to the `write_html` call that wrote a file.
 
     Raises:
-        ValueError: the file contains no such values.
+        ValueError: the file is not a page that `write_html` wrote.
         OSError: the file cannot be read.
     """
     found = re.search(
@@ -143,13 +143,13 @@ def read_extra(path: Path) -> Any:
         re.DOTALL,
     )
     if found is None:
-        raise ValueError(f"{path} is not a report of onecycle.")
+        raise ValueError(f"{path} is not a report that onecycle wrote.")
     return json.loads(found[1]).get("extra")
 
 
 @functools.cache
 def _read_template() -> tuple[str, str]:
-    """Return the page before and after its data."""
+    """Return the page template's text before and after the embedded data."""
     text = _STATIC.joinpath("report.html").read_text(encoding="utf-8")
     before, after = text.split("{{ data }}")
     return _fill(before), _fill(after)
@@ -160,7 +160,7 @@ def _fill(text: str) -> str:
 
 
 def _read_static(name: str) -> str:
-    """Return the text of a script or a style sheet, without the syntax of a module."""
+    """Return the text of a script or a style sheet, without JavaScript module syntax."""
     text = (_STATIC / name).read_text(encoding="utf-8")
     assert "</script" not in text, f"{name} would end its element in a page"
     return _MODULE_LINE.sub("", text) if name.endswith(".js") and name != "uplot.js" else text

@@ -43,7 +43,7 @@ def format_bytes(size: float) -> str:
 def print_estimate(
     name: str, model: Sequence[ParameterSize], alternatives: Sequence[Alternative], out: TextIO
 ) -> None:
-    """Print the parts of the config's estimate, and the totals of all ZeRO stages.
+    """Print the estimate for the config by component, and the totals for all ZeRO stages.
 
     Args:
         name: path of the config.

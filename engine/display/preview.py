@@ -270,7 +270,7 @@ def _build_curves(
 
 
 def _select(rows: Sequence[Base], groups: Iterable[int]) -> Base:
-    """Merge the initial hyperparameters of some param groups."""
+    """Merge the initial hyperparameters of several param groups."""
     chosen = [rows[group] for group in groups]
     return {name: tuple(row[name][0] for row in chosen) for name in rows[0]}
 

@@ -35,7 +35,7 @@ def get_width(stream: IO[str]) -> int | None:
 
 
 def wrap(text: str, width: int | None, indent: int = _INDENT) -> list[str]:
-    """Wrap a paragraph by words.
+    """Wrap a paragraph at word boundaries.
 
     Words that are too long, such as paths, stay whole, so that they can be copied.
 

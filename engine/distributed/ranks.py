@@ -62,14 +62,14 @@ class Ranks:
 
     @property
     def data_rank(self) -> int:
-        """Zero-based index of the part of the data that this rank loads."""
+        """Zero-based index of the data shard that this rank loads."""
         return self.rank if self.shard is None else self.shard[0]
 
     @property
     def data_ranks(self) -> int:
-        """Number of parts of the data.
+        """Number of data shards.
 
-        Ranks that share a model replica load the same part.
+        Ranks that share a model replica load the same shard.
         """
         return self.world_size if self.shard is None else self.shard[1]
 
@@ -77,9 +77,9 @@ class Ranks:
 def get_world_size() -> int:
     """Return the number of ranks of the run.
 
-    Without an initialized process group, the number is the environment variable ``WORLD_SIZE``. If
-    ``WORLD_SIZE`` is not set, the result is the number of tasks of srun or mpirun, or 1 without
-    srun and mpirun.
+    Without an initialized process group, the number is the value of the environment variable
+    ``WORLD_SIZE``. If ``WORLD_SIZE`` is not set, the result is the number of tasks of srun or
+    mpirun, or 1 without srun and mpirun.
 
     Raises:
         ValueError: if srun or mpirun started several tasks, but the address of rank 0 is not known.
@@ -92,9 +92,9 @@ def get_world_size() -> int:
 def get_rank() -> int:
     """Return the rank of this process.
 
-    Without an initialized process group, the rank is the environment variable ``RANK``. If
-    ``WORLD_SIZE`` is not set, the result is the task number of srun or mpirun, or 0 without srun
-    and mpirun.
+    Without an initialized process group, the rank is the value of the environment variable
+    ``RANK``. If ``WORLD_SIZE`` is not set, the result is the task number of srun or mpirun, or 0
+    without srun and mpirun.
 
     Raises:
         ValueError: if srun or mpirun started several tasks, but the address of rank 0 is not known.
@@ -164,8 +164,8 @@ def _find_gpu() -> int:
 
     The index is ``LOCAL_RANK``. A script that creates the process group itself may not set
     ``LOCAL_RANK``. In this case, the index is the device of the process group or, if CUDA is
-    initialized, the current device. If neither is set, the ranks of a host use the GPUs in turn,
-    like torch's ``DeviceMesh``.
+    initialized, the current device. If neither is set, the ranks of a host use the GPUs in turn, as
+    in torch's ``DeviceMesh``.
 
     Raises:
         ValueError: if the GPU does not exist.
@@ -206,7 +206,7 @@ def _start_process_group(device: torch.device, **settings: Any) -> None:
 
 
 def read_timeout() -> timedelta | None:
-    """Return the timeout of collectives from the environment; None for PyTorch's default."""
+    """Return the timeout for collectives from ``ONECYCLE_TIMEOUT``; None for PyTorch's default."""
     seconds = os.environ.get(TIMEOUT)
     return timedelta(seconds=int(seconds)) if seconds else None
 

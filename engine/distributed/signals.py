@@ -85,7 +85,7 @@ class Signals:
         self._received = max(self._received, 1 + _NAMES.index(name))
 
     def find_on_any_rank(self, ranks: Ranks, *, is_deferred: bool = False) -> str | None:
-        """Return the name of a signal that any rank has received, or None.
+        """Return the name of a signal that any rank has received, or None if there is none.
 
         Every rank must call this method in the same step.
 

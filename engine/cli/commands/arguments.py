@@ -53,17 +53,17 @@ def add_set(parser: argparse.ArgumentParser) -> None:
 
 
 def add_examples(parser: argparse.ArgumentParser, *examples: str) -> None:
-    """Add command lines to the end of a parser's help. A test runs each of them.
+    """Add example commands to the end of a parser's help. A test runs each of them.
 
-    They use the files ds_config.json, other.json, train.py, hostfile and losses.csv, and the
-    directory checkpoints.
+    The examples use the files ds_config.json, other.json, train.py, hostfile and losses.csv, and
+    the directory checkpoints.
     """
     lines = "".join(f"\n  {example}" for example in examples)
     parser.epilog = f"{parser.epilog or ''}\n\nexamples:{lines}"
 
 
 def find_schedule_name(name: str) -> str | None:
-    """Return the name of a built-in or registered schedule, given in lower or upper case.
+    """Return the name of a built-in or registered schedule, matched case-insensitively.
 
     Return None if the name is unknown.
     """
@@ -75,7 +75,7 @@ def find_schedule_name(name: str) -> str | None:
 
 
 def find_schedule(name: str) -> type[Schedule[Any]]:
-    """Return the schedule class with a name, in lower or upper case, or with an import path.
+    """Return the schedule class with the given name (case-insensitive) or import path.
 
     Raises:
         ValueError: the name is unknown; the message suggests a similar one. Or the imported object

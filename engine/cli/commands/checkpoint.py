@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "action",
         type=str.lower,
         choices=["ls", "verify", "show", "export"],
-        help="what to do with the checkpoints",
+        help="operation on the checkpoints",
     )
     parser.add_argument("dir", metavar="DIR", type=Path, help="checkpoint directory of the run")
     parser.add_argument(

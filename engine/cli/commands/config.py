@@ -55,9 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--model",
         metavar="MODULE:FUNCTION",
-        help="also print the param groups of the model that the function returns, or of a class of "
-        "models. The module is imported, from the current directory if it is there. The model is "
-        "built on the meta device, without memory for its weights, if it supports that",
+        help="also print the param groups of a model. FUNCTION is a function that returns the "
+        "model, or the model's class. MODULE is imported; the current directory is searched first. "
+        "If possible, the model is built on the meta device, without memory for its weights",
     )
     add_set(parser)
     add_allow_imports(parser)

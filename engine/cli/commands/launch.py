@@ -252,11 +252,10 @@ def _is_valid(config: str, assignments: Sequence[str], world_size: int, out: Tex
 def _run_preflight(
     request: LaunchRequest, config: str | None, out: TextIO
 ) -> dict[str, HostFacts] | None:
-    """Run the preflight checks on all hosts, and print the problem of each failed check.
+    """Run the preflight checks on all hosts, and print the problem that each failed check found.
 
     Returns:
-        Dict that maps the name of each host to the network settings of the host; None if a check
-        failed.
+        Dict that maps each host name to the host's network settings; None if a check failed.
     """
     checks = check_hosts(request, config and str(Path(config).resolve()))
     failed = [check for check in checks if check.problem]

@@ -57,7 +57,7 @@ _ALWAYS_TRUE = ("--no-local-rank", "--force-multi")
 
 
 class _Unsupported(argparse.Action):
-    """An argparse action that prints what to use instead of an unsupported option, and exits."""
+    """An argparse action that prints the alternative to an unsupported option, and exits."""
 
     def __call__(self, parser: argparse.ArgumentParser, *arguments: object) -> NoReturn:
         parser.exit(USAGE, f"onecycle: `{arguments[-1]}` {self.const}\n")
@@ -187,7 +187,7 @@ def _add_rank_options(group: _Group) -> None:
         type=parse_positive_int,
         default=30,
         metavar="S",
-        help="time for ranks to save before they are killed (default: 30)",
+        help="seconds for the ranks to save a checkpoint before they are killed (default: 30)",
     )
 
 

@@ -82,14 +82,14 @@ def _add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=parse_positive_int,
         default=250,
-        help="number of steps of the sweep (default: 250)",
+        help="number of steps in the sweep (default: 250)",
     )
     parser.add_argument(
         "--shape",
         choices=["exponential", "linear", "staircase"],
         default="exponential",
-        help="how the learning rate increases (default: exponential, that is, by the same factor "
-        "at each step)",
+        help="shape of the sweep's learning-rate curve (default: exponential, that is, an increase "
+        "by the same factor at each step)",
     )
     parser.add_argument(
         "--momentum",
@@ -138,8 +138,8 @@ def _add_script_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help=f"{SET_HELP}. It changes each config that the script passes to engine.initialize, and "
-        "FILE of --config and --write during the test",
+        help=f"{SET_HELP}. The values apply to each config that the script passes to "
+        "engine.initialize and, during the test, to the configs of --config and --write",
     )
     parser.add_argument(
         "--engine",
@@ -368,7 +368,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _find_problem(status: int, run: Run, log: Path, args: argparse.Namespace) -> str:
-    """Return why a run has no usable result, or an empty string if the result is usable."""
+    """Return the reason why a run has no usable result, or an empty string if it has one."""
     from engine.range_test.suggestion import MIN_POINTS
 
     name = " ".join(args.script).removeprefix("-- ")

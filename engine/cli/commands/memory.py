@@ -28,14 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument(
-        "--params", type=_parse_count, metavar="N", help="number of parameters, such as 7e9"
+        "--params",
+        type=_parse_count,
+        metavar="N",
+        help="number of parameters in the model, such as 7e9",
     )
     size.add_argument(
         "--model",
         metavar="MODULE:FUNCTION",
-        help="function that returns the model, or a class of models. The module is imported, from "
-        "the current directory if it is there. The model is built on the meta device, without "
-        "memory for its weights, if it supports that",
+        help="function that returns the model, or the model's class. MODULE is imported; the "
+        "current directory is searched first. If possible, the model is built on the meta device, "
+        "without memory for its weights",
     )
     parser.add_argument(
         "--world-size",
@@ -113,5 +116,7 @@ def _read_model(path: str, wrap: Sequence[str]) -> list[ParameterSize]:
         for each in model.parameters()
     ]
     if not sizes:
-        raise ValueError(f"The model of {path!r} has no parameters. Choose another model.")
+        raise ValueError(
+            f"The model built by {path!r} has no parameters. Choose a different model."
+        )
     return sizes

@@ -69,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE|TYPE",
-        help="configs or schedule types to add to the plot. The example of a TYPE is stretched to "
-        "the length of FILE's run and scaled to the peak of its learning rate",
+        help="configs or schedule types to add to the plot. The example of each TYPE is stretched "
+        "to the length of the config's run and scaled to the config's peak learning rate",
     )
     parser.add_argument(
         "--log", action="store_true", help="plot the learning rate on a logarithmic axis"
@@ -80,14 +80,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=5e-5,
         metavar="LR",
-        help='learning rate for "auto" (default: 5e-5, as in transformers)',
+        help='learning rate to use in place of "auto" (default: 5e-5, as in transformers)',
     )
     parser.add_argument(
         "--warmup-steps",
         type=parse_positive_int,
         metavar="N",
-        help='length of the warmup for "auto" (default: a tenth of the run). The length of the '
-        'run for "auto" is --steps, or 1000',
+        help='warmup length in steps to use in place of "auto" (default: a tenth of the run). In '
+        'place of an "auto" run length, the plot uses --steps (default: 1000)',
     )
     parser.add_argument(
         "--losses",
@@ -207,10 +207,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _write_image(data: _PlotData, path: Path, *, log: bool | None) -> int:
-    """Write an image or an HTML page, as the suffix of the path selects.
+    """Write an image or an HTML page, depending on the suffix of the path.
 
     Returns:
-        The number of steps that are drawn.
+        The number of steps in the plot.
     """
     if path.suffix.lower() in {".html", ".htm"}:
         from engine.display.curve_pages import build_curve_page

@@ -80,7 +80,10 @@ def _choose_page(paths: list[Path]) -> Page:
 
         return RunPage(paths)
     if len(paths) > 1:
-        raise ValueError("Pass one config, or one or more directories of runs.")
+        raise ValueError(
+            "`onecycle ui` opens either one config or one or more run directories. Pass only one "
+            "kind."
+        )
     file = ConfigFile(paths[0], TEMPLATE)
     file.read()  # An unreadable file is an error of the command.
     return ConfigPage(file)

@@ -1,4 +1,4 @@
-"""``onecycle validate``: report the location and the fix of every problem in a config."""
+"""``onecycle validate``: report every problem in a config, with its location and fix."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-auto",
         action="store_true",
-        help='treat "auto" values as errors. Use this option for runs without Hugging Face or '
-        "another integration",
+        help='treat "auto" values as errors. Use this option for runs in which no integration, '
+        "such as Hugging Face, replaces them",
     )
     parser.add_argument(
         "-q", "--quiet", action="store_true", help="omit notes and the summary line"
@@ -123,7 +123,7 @@ def _apply_fixes(
     """Fix a config, or print the fixes (``--diff``).
 
     Returns:
-        The config that is to be reported, and its problems.
+        A tuple of the config to report on and its problems.
     """
     name = document.name
     can_ask = name != "-" and not args.diff and sys.stdin.isatty() and out.isatty()

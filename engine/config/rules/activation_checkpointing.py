@@ -1,4 +1,4 @@
-"""Rule for activation checkpointing: check the requirements of contiguous memory."""
+"""Rule for the requirements of ``contiguous_memory_optimization``."""
 
 from __future__ import annotations
 

@@ -87,7 +87,8 @@ def _check_sharding(context: RuleContext) -> Iterator[Problem]:
     name = optimizer_name(context.get_section("optimizer").get("type", ""))
     is_sharded = context.backend.name == "torch" and context.stage and context.world_size != 1
     if name in _NOT_SHARDED and is_sharded:
-        message = f"{name} cannot train sharded parameters (ZeRO stage {context.stage}) in PyTorch."
+        stage = context.stage
+        message = f"PyTorch's {name} does not support sharded parameters (ZeRO stage {stage})."
         hint = 'Set "zero_optimization": {"stage": 0}, or choose a different optimizer.'
         report = context.warning if context.world_size is None else context.error
         yield report("not-sharded", "/optimizer/type", message, hint)

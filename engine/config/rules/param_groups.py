@@ -1,6 +1,6 @@
 """Rules for the param groups of the optimizer.
 
-The rules report schedules that do not fit a group and a ``no_decay`` without effect.
+The rules report schedules that do not fit a group, and ``no_decay`` keys without effect.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _check_own_schedules(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_shared_schedule(context: RuleContext) -> Iterator[Problem]:
-    """Yield an error if a schedule would set different learning rates of groups to one value.
+    """Yield an error if a schedule would replace the groups' learning rates with a single value.
 
     Only the entries of ``param_groups`` are compared, because the default group may be empty.
     """

@@ -137,7 +137,7 @@ def _check_values(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_jumps(context: RuleContext) -> Iterator[Problem]:
-    """Yield a note for each jump of a value between two parts of the schedule."""
+    """Yield a note for each jump in a hyperparameter between two phases of the schedule."""
     evaluated = context.evaluated_schedule
     for joint, before, after in evaluated.find_jumps() if evaluated else ():
         message = (
