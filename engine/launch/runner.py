@@ -47,7 +47,7 @@ class _Agent:
         self._line: list[bytes] = []
 
     def split_lines(self, data: bytes) -> Iterator[str]:
-        """Return the complete lines after new output, or the incomplete last line at the end.
+        """Return the lines that new output completes, or the incomplete last line at the end.
 
         Args:
             data: new output; empty at the end.
@@ -209,7 +209,7 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
         out: stream to which the output of the ranks is printed.
 
     Raises:
-        LaunchError: if the limit of open files or of processes is too low for this many hosts.
+        LaunchError: if the limit on open files or processes is too low for this many hosts.
     """
     runner = _Runner(plan, console, out)
     with (

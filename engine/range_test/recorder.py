@@ -119,7 +119,7 @@ class Recorder:
 
         Args:
             lr: learning rate of the step.
-            momentum: momentum of the step, or None.
+            momentum: momentum of the step; None if the optimizer has none.
             loss: mean loss over the batch and all ranks.
             applied: whether the step was applied; False if it was skipped.
         """

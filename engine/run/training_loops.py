@@ -1,4 +1,4 @@
-"""Functions for the steps of a training run: pipelines, data loops and trial runs."""
+"""Steps of pipeline models, the loop over the training data, and trial runs."""
 
 from __future__ import annotations
 
