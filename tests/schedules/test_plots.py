@@ -166,7 +166,7 @@ def test_html_of_a_scheduler_marks_the_current_step():
     binder = attach("LinearLR", optimizer, horizon=Horizon(total_steps=11), at=5)
     (curve,), (mark,) = read_svg(binder._repr_html_())
     assert mark == pytest.approx(curve[5][0])
-    assert "in 11 steps" in binder._repr_html_()
+    assert "over 11 steps" in binder._repr_html_()
 
 
 @pytest.mark.parametrize(
