@@ -99,8 +99,7 @@ class Engine(DeepSpeedAccessors):
                 ``state_dict`` and ``load_state_dict``.
 
         Raises:
-            ValueError: the batch size or the sampler of the loader conflicts with the config or the
-                ranks.
+            ValueError: the loader's batch size or sampler conflicts with the config or the ranks.
             RuntimeError: the run already has a data loader.
         """
         if loader is self.training_dataloader:

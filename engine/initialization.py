@@ -363,7 +363,7 @@ def _choose_schedule(
 
 
 def _warn_of_repeated_samples(training_data: object, config: Config) -> None:
-    """Warn if each batch repeats samples, because the dataset is smaller than a batch."""
+    """Warn if the dataset is smaller than a batch, so that each batch repeats samples."""
     if not isinstance(training_data, Dataset) or isinstance(training_data, IterableDataset):
         return
     samples = len(training_data)  # type: ignore[arg-type]  # Dataset does not declare __len__

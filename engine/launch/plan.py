@@ -95,7 +95,7 @@ class NodePlan:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """The plans of all hosts, and the settings of the rendezvous."""
+    """The plans of all hosts, and the settings for the rendezvous."""
 
     nodes: tuple[NodePlan, ...]
     min_nodes: int
@@ -212,8 +212,8 @@ def _check_request(request: LaunchRequest, min_nodes: int) -> None:
         )
     if request.store is not None and not request.max_restarts:
         raise LaunchError(
-            "`--rejoin` requires `--max-restarts`, because the loss and the return of a host "
-            "each cause a restart of all ranks. Add, for example, `--max-restarts 3`."
+            "`--rejoin` requires `--max-restarts`, because all ranks restart when a host is lost "
+            "and when it returns. Add, for example, `--max-restarts 3`."
         )
 
 

@@ -204,8 +204,8 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
 
     Args:
         plan: plan to run.
-        console: ranks to print the output of: "all", "rank0" or "none". The outcome always contains
-            the last lines of the first failed rank.
+        console: ranks whose output is printed: "all", "rank0" or "none". The outcome always
+            contains the last lines of the first failed rank.
         out: stream to which the output of the ranks is printed.
 
     Raises:

@@ -58,7 +58,7 @@ class Run:
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """Read a run from a record file, without an incomplete last line."""
+        """Read a run from a record file. An incomplete last line is ignored."""
         run = cls()
         for line in path.read_text(encoding="utf-8").splitlines():
             try:

@@ -121,7 +121,7 @@ class GlobalBatchSampler(Sampler[Any]):
     Args:
         order: order in which each epoch visits the data.
         config: config with the batch sizes and the seed.
-        rank: rank to yield the micro-batches of.
+        rank: rank whose micro-batches are yielded.
         seeds_workers: whether each micro-batch seeds the worker process that loads it.
 
     Raises:

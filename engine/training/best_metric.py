@@ -61,7 +61,7 @@ class BestMetric:
         return self.patience is not None and self.misses >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint."""
+        """Return the state to save in a checkpoint."""
         return {
             "name": self.name,
             "mode": self.mode,

@@ -156,7 +156,7 @@ class DeferredStep:
         Args:
             norm: 2-norm of the unscaled gradients; float64 scalar on the device.
             scale: factor to divide the gradients in ``.grad`` by.
-            loss: scalar tensor that `read` returns with the norm, or None.
+            loss: scalar tensor that `read` returns with the norm; None if no loss is known.
         """
         found_inf = (~torch.isfinite(norm)).float()
         optimizer = self._optimizer

@@ -44,7 +44,7 @@ class Run:
         self.add_directories(directories)
 
     def add_directories(self, directories: Sequence[Path]) -> None:
-        """Read the metrics of more directories."""
+        """Add directories from which metrics are read."""
         for directory in directories:
             if directory not in self._sources:
                 kind = CSVMetrics if _has_csv_metrics(directory) else EventMetrics

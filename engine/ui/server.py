@@ -137,7 +137,7 @@ def start_server(page: Page, port: int) -> tuple[BaseWSGIServer, str]:
     """
     if not 0 <= port <= _MAX_PORT:
         raise ValueError(
-            f"`--port` must be from 0 to {_MAX_PORT}, got {port}. Use 0 for any free port."
+            f"`--port` must be between 0 and {_MAX_PORT}, got {port}. Use 0 for any free port."
         )
     application = Application(page, create_token())
     # werkzeug exits if it cannot bind the socket itself.

@@ -32,7 +32,7 @@ _WRITTEN_BY_ONE_CYCLE_LR = {"initial_lr", "max_lr", "min_lr"}
 def bind_to_groups(
     schedule: Schedule[Any], base: Base, horizon: Horizon | None, groups: Sequence[Group]
 ) -> Controller[Any]:
-    """Return the controller of a schedule, including the effect of keys of the param groups.
+    """Return the controller of a schedule, with the effect of the keys in the param groups.
 
     Args:
         schedule: schedule to bind.
@@ -50,7 +50,7 @@ def bind_to_groups(
     index, key = _find_factor(schedule.hyperparameters, groups)
     if not isinstance(controller, OpenLoop):
         raise ValueError(  # noqa: TRY004  # it is a value of the optimizer
-            f"{schedule.type_name} does not support the key `{key}` of param groups, but param "
+            f"{schedule.type_name} does not support the key `{key}` in param groups, but param "
             f"group {index} has `{key}` {groups[index][key]:g}. Remove the key, and multiply the "
             "group's initial value by this factor."
         )
@@ -115,7 +115,7 @@ def _replace_parameters(schedule: Schedule[Any], groups: Sequence[Group]) -> Sch
             ]
         elif key == "max_lr" and not groups[index].keys() >= _WRITTEN_BY_ONE_CYCLE_LR:
             raise ValueError(
-                f"{schedule.type_name} does not support the key `{key}` of param groups, but param "
+                f"{schedule.type_name} does not support the key `{key}` in param groups, but param "
                 f"group {index} has `{key}` {groups[index][key]:g}. Set the learning rates of the "
                 "schedule to lists with one value per param group, and remove the key."
             )
