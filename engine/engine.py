@@ -41,9 +41,9 @@ LoaderT = TypeVar("LoaderT", bound=Iterable[Any])
 class Engine(DeepSpeedAccessors):
     """A training engine that wraps the model and is called like the model.
 
-    For each micro-batch ``x``, compute the loss from ``trainer(x)`` with the engine ``trainer``.
-    Then call ``trainer.backward(loss)`` and ``trainer.step()``. `step` applies an optimizer step
-    once every ``gradient_accumulation_steps()`` calls.
+    For each micro-batch ``x``, compute the loss from ``trainer(x)``, the output of the engine. Then
+    call ``trainer.backward(loss)`` and ``trainer.step()``. `step` applies an optimizer step once
+    every ``gradient_accumulation_steps()`` calls.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Engine(DeepSpeedAccessors):
                 ``state_dict`` and ``load_state_dict``.
 
         Raises:
-            ValueError: the loader does not match the config or the ranks.
+            ValueError: the loader's batch size or sampler conflicts with the config or the ranks.
             RuntimeError: the run already has a data loader.
         """
         if loader is self.training_dataloader:
@@ -166,7 +166,7 @@ class Engine(DeepSpeedAccessors):
         return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)
 
     def _start_pass(self) -> bool:
-        """Check that earlier gradients still exist. Return whether this is the last pass."""
+        """Check that accumulated gradients still exist. Return whether the pass ends a batch."""
         accumulation = self._run.accumulation
         if accumulation.has_gradients:
             self._run.misuse.check_accumulated(accumulation)
@@ -182,9 +182,9 @@ class Engine(DeepSpeedAccessors):
 
         Args:
             lr_kwargs: ignored; accepted for compatibility with DeepSpeed.
-            metric: validation loss or a similar value, for a schedule such as ReduceLROnPlateau and
-                for ``engine.checkpoint.best``. It is averaged over the ranks. Pass it in the last
-                step of each epoch.
+            metric: value of a metric, such as the validation loss, for a schedule such as
+                ReduceLROnPlateau and for ``engine.checkpoint.best``. It is averaged over the ranks.
+                Pass it in the last step of each epoch.
 
         Returns:
             Whether an optimizer step was applied. A step with non-finite gradients is skipped, and
@@ -220,7 +220,7 @@ class Engine(DeepSpeedAccessors):
             self._automatic.save_best(self._run)
 
     def batches(self) -> Iterator[Any]:
-        """Yield the batches of the training data in all epochs of the run.
+        """Yield the batches of the training data, epoch after epoch, until the run ends.
 
         The run ends at ``engine.max_duration``. Without ``engine.max_duration``, the run ends at
         the end of the schedule. A resumed run starts at the saved position in the data.
@@ -291,7 +291,7 @@ class Engine(DeepSpeedAccessors):
 
         The samples are split across ranks if ``loader`` is a `DataLoader` of the whole dataset. In
         all other cases, such as an iterable dataset or a custom sampler, each rank evaluates all
-        batches of its ``loader``. Shuffling and a ``DistributedSampler`` make no difference.
+        batches of its ``loader``. Shuffling and a ``DistributedSampler`` do not affect the result.
 
         Args:
             loader: `DataLoader`, list or other iterable that ends. Its batches are moved to
@@ -416,7 +416,7 @@ class Engine(DeepSpeedAccessors):
         self._checkpointer.wait()
 
     def destroy(self) -> None:
-        """End the run: save a last checkpoint if needed, and release all resources.
+        """End the run: save a final checkpoint if needed, and release all resources.
 
         With ``engine.checkpoint.every``, a checkpoint is saved if the run has taken steps since the
         last save. No checkpoint is saved while an exception is being handled, or if some ranks do
@@ -445,6 +445,6 @@ class Engine(DeepSpeedAccessors):
 
     @property
     def epoch(self) -> int:
-        """The index of the current epoch, starting at 0. It increases after the last batch."""
+        """The index of the current epoch, from 0. It increases after the last batch of an epoch."""
         self._run.length.is_position_known = True
         return read_epoch(self.training_dataloader)

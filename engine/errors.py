@@ -47,10 +47,9 @@ def escape(text: str) -> str:
 
 @dataclass(frozen=True)
 class Fix:
-    """An automatic fix of a config: a new name or value for a key.
+    """An automatic fix for a config: a new name or value for a key.
 
-    The user must accept a fix that is not certain, such as the suggested spelling of an unknown
-    key.
+    The user must confirm an uncertain fix, such as the suggested spelling of an unknown key.
     """
 
     key: str | None = None
@@ -86,13 +85,13 @@ class Problem:
 class ConfigError(ValueError):
     """Raised when a config is invalid.
 
-    ``problems`` contains every problem of the config. The message lists the first 100.
+    ``problems`` contains every problem in the config. The message lists the first 100.
 
     The class derives from `ValueError`.
 
     Args:
         name: name of the config in the message.
-        problems: all problems of the config.
+        problems: all problems in the config.
         message: message of the exception; by default, the list of problems.
     """
 

@@ -88,10 +88,10 @@ def initialize(
 ) -> tuple[Engine, Optimizer, DataLoader[Any] | Any, LRScheduler | Any]:
     """Validate a config and build the engine that trains the model.
 
-    The function has the same arguments and results as ``deepspeed.initialize``, in the same order.
-    An invalid config leaves the model and the optimizer unchanged. If the config names a custom
-    schedule, such as ``"my_module:MySchedule"``, its import is logged. Config values that the
-    option ``--set`` of `onecycle launch` and `onecycle lr-test` overrides are also logged.
+    The function has the same arguments and return values as ``deepspeed.initialize``, in the same
+    order. An invalid config leaves the model and the optimizer unchanged. If the config names a
+    custom schedule, such as ``"my_module:MySchedule"``, its import is logged. Config values that
+    were set with the option ``--set`` of `onecycle launch` or `onecycle lr-test` are also logged.
 
     Args:
         args: parsed command line; ``args.deepspeed_config`` is used if ``config`` is not passed.
@@ -102,8 +102,8 @@ def initialize(
             run the model, but not train it.
         model_parameters: parameters or param groups to train; by default, all parameters that
             require gradients.
-        training_data: dataset for the returned data loader. Your own data loader is prepared like
-            in `Engine.prepare`.
+        training_data: dataset for the returned data loader, or your own data loader, which is
+            prepared as in `Engine.prepare`.
         lr_scheduler: your own scheduler, or a function that takes the optimizer and returns a
             scheduler; default: the scheduler in the config. The engine steps the scheduler after
             each applied optimizer step.
@@ -118,7 +118,8 @@ def initialize(
 
     Returns:
         A tuple of the engine, optimizer, data loader and scheduler. The data loader is None without
-        ``training_data``. The scheduler is None if it is not specified.
+        ``training_data``. The scheduler is None if neither the config nor ``lr_scheduler``
+        specifies one.
 
     Raises:
         ConfigError: the config is invalid; ``problems`` lists every problem.
@@ -362,7 +363,7 @@ def _choose_schedule(
 
 
 def _warn_of_repeated_samples(training_data: object, config: Config) -> None:
-    """Warn if each batch repeats samples, because the dataset is smaller than a batch."""
+    """Warn if the dataset is smaller than a batch, so that each batch repeats samples."""
     if not isinstance(training_data, Dataset) or isinstance(training_data, IterableDataset):
         return
     samples = len(training_data)  # type: ignore[arg-type]  # Dataset does not declare __len__

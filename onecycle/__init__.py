@@ -3,9 +3,8 @@
 ``onecycle.initialize`` is `engine.initialize`, and ``onecycle.schedules`` is the package
 ``schedules``. Names are imported on first use. ``__init__.pyi`` declares their types.
 
-A file of the user, such as an ``engine.py`` next to the training script, can have the same name as
-a package of onecycle. In this case, importing ``onecycle`` raises an ImportError that names the
-file.
+If one of the user's files, such as an ``engine.py`` next to the training script, has the same name
+as a package of onecycle, importing ``onecycle`` raises an ImportError that names the file.
 """
 
 from __future__ import annotations

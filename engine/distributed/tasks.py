@@ -103,9 +103,10 @@ def _find_address(starter: _Starter, environment: Mapping[str, str]) -> str | No
 
 
 def _choose_port(environment: Mapping[str, str]) -> int:
-    """Return a port number that is the same for all tasks of a job.
+    """Return a port number that is the same in all tasks of a job step.
 
-    In Slurm, the port depends on the job and the job step, so two job steps use different ports.
+    In Slurm, the port is derived from the IDs of the job and the step, so that the steps of a job
+    use different ports.
     """
     job, step = (environment.get(f"SLURM_{kind}_ID", "") for kind in ("JOB", "STEP"))
     if job.isdecimal() and step.isdecimal():

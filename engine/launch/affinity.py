@@ -45,7 +45,7 @@ def select_cpus(cpus: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
 
 
 def _find_core(cpu: int) -> int:
-    """Return an ID of the core of ``cpu``: the lowest number of its logical CPUs."""
+    """Return the ID of the physical core of ``cpu``: the lowest number of its logical CPUs."""
     topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     try:
         return int(topology.read_text().replace("-", ",").partition(",")[0])

@@ -86,7 +86,7 @@ def read_hostfile(path: Path, nproc: str = "auto") -> list[Host]:
 
 
 def _parse_line(line: str) -> tuple[str, int | None]:
-    """Return the host name and the number of slots, or None without ``slots=N``."""
+    """Parse a line of a hostfile into the host name and the number of slots, if specified."""
     found = _LINE.fullmatch(line)
     options = dict(_OPTION.findall(found["options"])) if found else {}
     if found is None or not options.keys() <= {"slots", "max_slots", "max-slots"}:
@@ -199,8 +199,8 @@ def parse_nnodes(text: str | None) -> tuple[int | None, int | None]:
 def parse_nproc(text: str) -> int:
     """Parse ``--nproc``, the number of processes per host.
 
-    ``auto`` is the number of GPUs of this host, or 1 without a GPU. Like in torchrun, ``gpu`` is
-    the number of GPUs, and ``cpu`` is the number of CPUs.
+    ``auto`` is the number of GPUs of this host, or 1 without a GPU. As in torchrun, ``gpu`` is the
+    number of GPUs, and ``cpu`` is the number of CPUs.
 
     Raises:
         LaunchError: if ``text`` is not one of these words or an integer >= 1, or if ``text`` is

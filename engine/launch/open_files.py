@@ -1,4 +1,4 @@
-"""Raise the limit of open files for a launch on many hosts."""
+"""Raise the limit on open files for a launch on many hosts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _OTHER_FILES = 128  # files and libraries that a process has open anyway
 
 
 def raise_open_file_limit(count: int) -> None:
-    """Raise this process's soft limit of open files if the limit is too low for ``count`` files.
+    """Raise this process's soft limit on open files if the limit is too low for ``count`` files.
 
     Child processes inherit the limit. A sufficient limit is not raised, because programs that use
     `select` cannot handle file descriptors above 1,023.
@@ -30,7 +30,7 @@ def raise_open_file_limit(count: int) -> None:
         return
     if hard != unlimited and hard < needed:
         raise LaunchError(
-            f"The hard limit of open files must be >= {needed}, got {hard}. Raise the limit with "
+            f"The hard limit on open files must be >= {needed}, got {hard}. Raise the limit with "
             f"`ulimit -Hn {needed}` as root or in /etc/security/limits.conf, or use fewer hosts."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -43,7 +43,7 @@ class Pinger:
             )
 
     def add(self, descriptor: int) -> None:
-        """Start sending pings to a pipe, until its reader exits.
+        """Start sending pings to a pipe. Pings stop when the reader of the pipe exits.
 
         Args:
             descriptor: file descriptor of the pipe. The caller may close the descriptor afterwards.

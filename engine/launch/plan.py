@@ -95,7 +95,7 @@ class NodePlan:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """The plans of all hosts, and the settings of the rendezvous."""
+    """The plans of all hosts, and the settings for the rendezvous."""
 
     nodes: tuple[NodePlan, ...]
     min_nodes: int
@@ -108,7 +108,7 @@ class LaunchPlan:
     def to_json(self) -> dict[str, Any]:
         """Return the plan as a JSON-compatible dict.
 
-        Values of variables with a name that suggests a secret, such as ``HF_TOKEN``, are masked.
+        The values of variables whose names suggest a secret, such as ``HF_TOKEN``, are masked.
         """
         nodes = [
             node.to_dict()
@@ -212,8 +212,8 @@ def _check_request(request: LaunchRequest, min_nodes: int) -> None:
         )
     if request.store is not None and not request.max_restarts:
         raise LaunchError(
-            "`--rejoin` requires `--max-restarts`, because the loss and the return of a host "
-            "each cause a restart of all ranks. Add, for example, `--max-restarts 3`."
+            "`--rejoin` requires `--max-restarts`, because all ranks restart when a host is lost "
+            "and when it returns. Add, for example, `--max-restarts 3`."
         )
 
 
@@ -273,7 +273,7 @@ def build_environment(request: LaunchRequest, size: int) -> dict[str, str]:
 
 
 def _select_variables(request: LaunchRequest, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment variables of the launcher that the ranks receive."""
+    """Return the launcher's environment variables that are passed to the ranks."""
     patterns = (*_PASSED_PATTERNS, *request.pass_env)
     return {
         name: value
@@ -333,8 +333,8 @@ def format_assignments(env: Mapping[str, str], *, hide_secrets: bool) -> list[st
 
     Args:
         env: environment variables.
-        hide_secrets: whether to leave out values of variables with a name that suggests a secret.
-            The shell then uses the current value of the variable, and fails if it is not set.
+        hide_secrets: whether to omit the values of variables whose names suggest a secret. The
+            shell then uses the current value of the variable, and fails if it is not set.
 
     >>> format_assignments({"A": "b c", "HF_TOKEN": "hf_123"}, hide_secrets=True)
     ["A='b c'", 'HF_TOKEN="${HF_TOKEN:?}"']

@@ -45,10 +45,11 @@ def check_hosts(request: LaunchRequest, config: str | None) -> list[HostCheck]:
 
     Args:
         request: launch request.
-        config: path of the config, or None. The config must have the same content on all hosts.
+        config: path of the config, which must have the same content on all hosts; None to skip this
+            check.
 
     Raises:
-        LaunchError: if the limit of open files or of processes is too low.
+        LaunchError: if the limit on open files or processes is too low.
     """
     if request.is_local:
         return [HostCheck(host.name, HostFacts("127.0.0.1")) for host in request.hosts]
@@ -103,7 +104,7 @@ def _check_connections(
 
     Args:
         request: launch request.
-        checks: results of the probes, without problems.
+        checks: result of the probe of each host, none of which found a problem.
         address: address of the rendezvous; None if it is the launcher.
         port: port of the rendezvous.
     """

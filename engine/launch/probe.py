@@ -27,7 +27,7 @@ def probe(config: str | None, port: int = 0) -> dict[str, Any]:
     The addresses of this host and of the launcher are read from the ssh connection.
 
     Args:
-        config: path of the config on this host, or None.
+        config: path of the config on this host; None to omit the hash.
         port: port to check; 0 for any free port. In the result, the port is None if it is in use.
     """
     launcher, address = _read_ssh_endpoints()

@@ -60,7 +60,7 @@ class Child:
 
     @property
     def returncode(self) -> int | None:
-        """The return code, as in `subprocess`; None if the process was still running."""
+        """The return code that `poll` found last; None if the process was still running."""
         return self._process.returncode
 
     @property
@@ -101,9 +101,10 @@ class Child:
             self._selector.unregister(self._input)
 
     def read(self, descriptor: int) -> bytes:
-        """Return the available data on standard output, or b"" at the end of the output.
+        """Read an output of the process. Return the data if it comes from standard output.
 
-        Data on standard error is appended to `errors` instead.
+        The result is b"" if no data is available. Data on standard error is appended to `errors`
+        instead.
 
         Args:
             descriptor: file descriptor of the output to read.
@@ -141,13 +142,13 @@ class Children:
     """Child processes that one thread starts, reads and waits for."""
 
     def __init__(self, most: int) -> None:
-        """Raise the limit of open files for the pipes of the child processes.
+        """Raise the limit on open files for the pipes of the child processes.
 
         Args:
             most: maximum number of child processes that run at the same time.
 
         Raises:
-            LaunchError: if the hard limit of open files is too low.
+            LaunchError: if the hard limit on open files is too low.
         """
         raise_open_file_limit(_PIPES * most)
         self._selector = selectors.DefaultSelector()
@@ -157,13 +158,13 @@ class Children:
         """Start a child process.
 
         Args:
-            name: name of the process, for the caller.
+            name: name by which the caller identifies the process.
             command: command with its arguments.
             is_agent: whether the process reads data from `Child.send` and prints errors to standard
                 output. If false, standard input is empty and standard error is read separately.
 
         Raises:
-            LaunchError: if the limit of processes is reached.
+            LaunchError: if the limit on the number of processes is reached.
         """
         try:
             return Child(name, command, self._selector, is_agent=is_agent)

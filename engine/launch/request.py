@@ -86,7 +86,7 @@ def build_module_command(python: str, module: str) -> tuple[str, ...]:
 
 
 def find_config(script: tuple[str, ...], cwd: str) -> str | None:
-    """Return the path of the config in the arguments of a script, or None.
+    """Return the path of the config in the arguments of a script, or None if there is none.
 
     The config is the first JSON file with a typical config key, such as ``optimizer``.
 

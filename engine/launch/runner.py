@@ -47,7 +47,7 @@ class _Agent:
         self._line: list[bytes] = []
 
     def split_lines(self, data: bytes) -> Iterator[str]:
-        """Return the complete lines after new output, or the incomplete last line at the end.
+        """Return the lines that new output completes, or the incomplete last line at the end.
 
         Args:
             data: new output; empty at the end.
@@ -204,12 +204,12 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
 
     Args:
         plan: plan to run.
-        console: ranks to print the output of: "all", "rank0" or "none". The outcome always contains
-            the last lines of the first failed rank.
+        console: ranks whose output is printed: "all", "rank0" or "none". The outcome always
+            contains the last lines of the first failed rank.
         out: stream to which the output of the ranks is printed.
 
     Raises:
-        LaunchError: if the limit of open files or of processes is too low for this many hosts.
+        LaunchError: if the limit on open files or processes is too low for this many hosts.
     """
     runner = _Runner(plan, console, out)
     with (

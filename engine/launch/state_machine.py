@@ -1,4 +1,4 @@
-"""State machine for the reactions of the launcher to events.
+"""State machine that decides how the launcher reacts to events.
 
 The state machine does not start processes or read the clock. The runner reports each event and its
 time, and executes the actions that the state machine returns. The table at the end of

@@ -65,13 +65,13 @@ def main(arguments: list[str]) -> int:
 
 
 def remove_directory(pid: int) -> None:
-    """Remove the temporary directory of a process that was killed in `main`."""
+    """Remove the temporary directory of a process that was killed while it ran `main`."""
     for directory in Path(tempfile.gettempdir()).glob(f"{_get_prefix(pid)}*"):
         shutil.rmtree(directory, ignore_errors=True)
 
 
 def _raise_open_file_limit(nnodes: str, nproc: str) -> None:
-    """Raise the limit of open files for the connections between ranks and to the store.
+    """Raise the limit on open files for the connections between ranks and to the store.
 
     If the hard limit is too low, print a warning instead of an error, because not every script
     connects all ranks.

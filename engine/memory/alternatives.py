@@ -25,11 +25,11 @@ class Alternative:
 def list_alternatives(
     model: Sequence[ParameterSize], settings: MemorySettings
 ) -> Iterator[Alternative]:
-    """Yield an estimate for each ZeRO stage, without offloading and with it.
+    """Yield an estimate for each ZeRO stage, with and without offloading.
 
     Args:
         model: parameters of the model.
-        settings: settings of the config.
+        settings: settings of the run, as the config specifies them.
     """
     chosen = _normalize(settings)
     seen = set()
@@ -53,7 +53,7 @@ def list_alternatives(
 
 
 def _normalize(settings: MemorySettings) -> MemorySettings:
-    """Return settings without the offloading that the backend and the stage do not support."""
+    """Return the settings without offloading that the backend or the stage does not support."""
     optimizer, parameters = settings.offload_optimizer, settings.offload_param
     if settings.backend == "torch":
         # FSDP2 offloads the parameters together with the optimizer states.

@@ -47,7 +47,7 @@ def _constant(name: str, device: Device, size: int) -> Part:
 
 
 def _get_itemsize(parameter: ParameterSize, settings: MemorySettings) -> int:
-    """Return the bytes per element of a parameter on PyTorch, which trains in float32 if it may."""
+    """Return the bytes per element of a parameter on the PyTorch backend."""
     is_converted = parameter.is_trained and settings.master_weights
     return max(parameter.itemsize, _FLOAT32) if is_converted else parameter.itemsize
 
@@ -136,7 +136,7 @@ def _list_deepspeed_parts(model: Sequence[ParameterSize], settings: MemorySettin
 
 
 def _list_stage_2_parts(model: Sequence[ParameterSize], settings: MemorySettings) -> list[Part]:
-    """List the parts of DeepSpeed's stages 1 and 2."""
+    """List the parts of the model states in DeepSpeed's ZeRO stages 1 and 2."""
     trained = [each for each in model if each.is_trained]
     count = sum(each.count for each in trained)
     shard = math.ceil(count / settings.world_size)
@@ -210,7 +210,7 @@ def _list_stage_3_parts(model: Sequence[ParameterSize], settings: MemorySettings
 def _count_deepspeed_weights(
     model: Sequence[ParameterSize], settings: MemorySettings
 ) -> tuple[int, bool]:
-    """Return the bytes of all parameters, and whether DeepSpeed converts them to 16 bits."""
+    """Return the bytes of all parameters in total, and whether DeepSpeed stores them in 16 bits."""
     is_16_bit = settings.precision != "fp32"
     return sum(each.count * (_16_BIT if is_16_bit else each.itemsize) for each in model), is_16_bit
 
@@ -241,12 +241,12 @@ def _count_states(
     settings: MemorySettings,
     count: Callable[[ParameterSize], int],
 ) -> int:
-    """Return the bytes of the optimizer states on one rank.
+    """Return the size of the optimizer states on one rank, in bytes.
 
     Args:
         trained: parameters that the optimizer trains.
         settings: settings of the run.
-        count: function that returns the number of a parameter's elements on this rank.
+        count: function that returns the number of elements of a parameter on this rank.
     """
     block = settings.optimizer
     has_adam = settings.backend == "deepspeed"
@@ -263,7 +263,7 @@ def _count_whole(parameter: ParameterSize) -> int:
 
 
 def _on_several(size: int, settings: MemorySettings) -> int:
-    """Return a size if the run has several ranks, and 0 otherwise."""
+    """Return ``size`` if the run has several ranks, and 0 otherwise."""
     return size if settings.world_size > 1 else 0
 
 

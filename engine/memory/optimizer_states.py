@@ -44,7 +44,7 @@ _UNKNOWN = 2
 
 
 def has_known_states(optimizer: str) -> bool:
-    """Return whether the states of an optimizer are known, which those of a custom class are not.
+    """Return whether the states of an optimizer are known. Those of a custom class are not.
 
     >>> has_known_states("AdamW"), has_known_states("my_module:MyOptimizer")
     (True, False)

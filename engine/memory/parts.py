@@ -1,4 +1,4 @@
-"""The input and the result of an estimate: the sizes of parameters, and the parts of the memory."""
+"""Types for the memory estimate: the size of a parameter, and the parts of the model states."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ParameterSize:
 
 
 class Part(NamedTuple):
-    """A part of the model states: its name, its device, and its bytes at each of the moments."""
+    """A part of the model states: its name, its device, and its bytes at each of the `MOMENTS`."""
 
     name: str
     device: Device
@@ -70,7 +70,7 @@ class MemoryEstimate:
         return tuple(dict.fromkeys(part.device for part in self.parts))
 
     def total(self, device: Device) -> tuple[int, int, int]:
-        """Return the bytes on a device at each of the moments."""
+        """Return the number of bytes on a device at each of the `MOMENTS`."""
         parts = [part for part in self.parts if part.device == device]
         return (
             sum(part.forward for part in parts),
@@ -79,5 +79,5 @@ class MemoryEstimate:
         )
 
     def peak(self, device: Device) -> int:
-        """Return the largest number of bytes on a device."""
+        """Return the number of bytes on a device at the moment with the most bytes."""
         return max(self.total(device))

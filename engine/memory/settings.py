@@ -1,4 +1,4 @@
-"""Read from a config what determines the memory of the model states."""
+"""Read the settings of a config that determine the memory of the model states."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DEFAULT_OPTIMIZER = OptimizerBlock("AdamW", {})
 
 @dataclass(frozen=True)
 class DeepSpeedSettings:
-    """Settings of DeepSpeed that change the memory of the model states."""
+    """DeepSpeed settings that affect the memory of the model states."""
 
     accumulates_in_float32: bool = False
     """Whether 16-bit gradients are accumulated in float32 (``data_types.grad_accum_dtype``)."""
@@ -80,7 +80,7 @@ def read_settings(context: RuleContext, world_size: int) -> MemorySettings:
     """Return the settings of a valid config that determine the memory of the model states.
 
     Args:
-        context: the config's valid values.
+        context: valid values of the config, and the values derived from them.
         world_size: number of ranks.
 
     Raises:

@@ -58,7 +58,7 @@ class Run:
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """Read a run from a record file, without an incomplete last line."""
+        """Read a run from a record file. An incomplete last line is ignored."""
         run = cls()
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
@@ -119,7 +119,7 @@ class Recorder:
 
         Args:
             lr: learning rate of the step.
-            momentum: momentum of the step, or None.
+            momentum: momentum of the step; None if the optimizer has none.
             loss: mean loss over the batch and all ranks.
             applied: whether the step was applied; False if it was skipped.
         """

@@ -76,7 +76,7 @@ class LRRangeReport:
             steps: number of steps per cycle.
             training_steps: number of steps of the planned training; None if it equals `steps`.
             known: OneCycle block with the momentum settings and the ratio of the phase lengths to
-                use.
+                use; None to use the defaults.
         """
         if self.suggestion.max_lr is None:
             return self
@@ -146,7 +146,7 @@ class LRRangeReport:
         """Return a OneCycle scheduler block with the suggested range.
 
         Args:
-            known: OneCycle scheduler block with the remaining params, or None.
+            known: OneCycle scheduler block with the remaining params; None to use the defaults.
 
         Raises:
             ValueError: if the range test has no suggestion.

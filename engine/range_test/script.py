@@ -54,7 +54,7 @@ def is_next_engine_swept(sweep: Sweep) -> bool:
 
 
 def apply_sweep(config: Config, sweep: Sweep) -> Config:
-    """Return a config with the sweep of `onecycle lr-test` as schedule.
+    """Return a config whose schedule is the sweep of `onecycle lr-test`.
 
     The sweep's seed offset is added to the config's seed and to torch's initial seed.
     """
@@ -66,7 +66,7 @@ def apply_sweep(config: Config, sweep: Sweep) -> Config:
 
 
 def spread_sweep(config: Config, sweep: Sweep, optimizer: Optimizer) -> Config:
-    """Return a config with a sweep that keeps the ratios of the groups' learning rates."""
+    """Return a config whose sweep keeps the ratios of the param groups' learning rates."""
     lrs = read_initial_lrs(optimizer.param_groups)
     return replace(config, schedule=from_config(spread_over_groups(sweep.scheduler, lrs)))
 

@@ -83,7 +83,7 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     - minimum: the middle, in log(lr), of the range in which the loss exceeds its minimum by less
       than 5 % of the descent;
     - divergence / 10: a tenth of the learning rate at which the loss has risen by 90 % of the
-      descent, is not finite, or ends the test;
+      descent, is not finite, or has diverged so far that the test ends;
     - steepest: the learning rate at which the loss falls fastest over log(lr);
     - valley: the middle, in log(lr), between 10 % and 90 % of the descent;
     - minimum / 10: a tenth of the learning rate with the lowest loss.
@@ -210,7 +210,7 @@ def _remove_spikes(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _build_smoother(x: Array, bandwidth: float) -> Array:
-    """Return the smoother matrix of local linear regression, from losses to fitted values."""
+    """Return the smoother matrix of local linear regression: it maps losses to fitted values."""
     off = x[None, :] - x[:, None]
     # Widen the kernel where points are sparse, such as at the start of a linear sweep.
     nearest = np.partition(np.abs(off), min(6, x.size - 1), axis=1)[:, min(6, x.size - 1)]

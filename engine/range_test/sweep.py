@@ -1,4 +1,4 @@
-"""The settings of an LR range test."""
+"""The settings for an LR range test."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BOUNDS = {"cycle_min_lr", "cycle_max_lr", "lr_range_test_min_lr"}
 
 @dataclass(frozen=True)
 class Sweep:
-    """The settings of an LR range test.
+    """The settings for an LR range test.
 
     Args:
         min_lr: learning rate of the first step.

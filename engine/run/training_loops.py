@@ -1,4 +1,4 @@
-"""Functions for the steps of a training run: pipelines, data loops and trial runs."""
+"""Steps of pipeline models, the loop over the training data, and trial runs."""
 
 from __future__ import annotations
 
@@ -104,9 +104,9 @@ def preserve_state(model: nn.Module, backend: Backend, loader: RunLoader | None)
     """Restore the training state on exit, even after an exception.
 
     Args:
-        model: module to restore the training mode of, including all submodules.
-        backend: backend to restore the model, optimizer and loss scale of. Gradients are cleared.
-        loader: data loader to restore the position of, or None.
+        model: module whose training mode is restored, including all submodules.
+        backend: backend whose model, optimizer and loss scale are restored. Gradients are cleared.
+        loader: data loader whose position is restored; None if the run has no data loader.
     """
     data = None if loader is None else (loader.state_dict(), loader.resumes)
     with preserve_rng_state():

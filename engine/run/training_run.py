@@ -149,14 +149,14 @@ class TrainingRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has reached its end or stops early."""
+        """Whether the run has reached its end or has been stopped early."""
         is_early = self.best is not None and self.best.is_exhausted
         # The outcome of a deferred step matters only close to the end.
         return is_early or (self.length.is_over(self.latest) and self.length.is_over(self.counters))
 
     @property
     def counters(self) -> Counters:
-        """The counters. A deferred step is completed first."""
+        """The step counters. Reading them completes a deferred step first."""
         self.settle()
         return self.latest
 
@@ -166,7 +166,7 @@ class TrainingRun:
 
     @property
     def settled_backend(self) -> Backend:
-        """The backend. A deferred step is completed first."""
+        """The backend. Reading this attribute completes a deferred step first."""
         self.settle()
         return self.backend
 
@@ -205,19 +205,19 @@ class TrainingRun:
         self.misuse.note_scheduler(self.scheduler)
 
     def _settle_before_use(self, scheduler: LRScheduler | None) -> None:
-        """Ensure that the scheduler completes a deferred step before a script uses it."""
+        """Make the scheduler complete a deferred step before the script uses the scheduler."""
         if self._deferring is not None and isinstance(scheduler, ScheduleBinder):
             scheduler.before_use = functools.partial(_settle, weakref.ref(self))
 
     def set_batch_sizes(self, batch: BatchSizes) -> None:
-        """Change the batch sizes of the following steps.
+        """Change the batch sizes for the following steps.
 
         Raises:
             RuntimeError: the current batch is incomplete.
         """
         if self.accumulation.micro_batches:
             raise MisuseError(
-                "The batch size can change only between two optimizer steps, got a change after "
+                "The batch size can change only between two optimizer steps, not after "
                 f"{count_noun(self.accumulation.micro_batches, 'micro-batch')} of a step. Change "
                 "it directly after a `trainer.step()` that runs the optimizer."
             )

@@ -51,7 +51,7 @@ class Accumulation:
     def set_boundary(self, is_boundary: bool) -> None:
         """Set whether the next calls of `step` run the optimizer.
 
-        After this call, the number of micro-batches does not matter.
+        After this call, `step` no longer counts micro-batches to find the end of a batch.
 
         Raises:
             RuntimeError: ``managed_gradient_accumulation`` is false, so every call of `step` runs

@@ -121,7 +121,7 @@ class GlobalBatchSampler(Sampler[Any]):
     Args:
         order: order in which each epoch visits the data.
         config: config with the batch sizes and the seed.
-        rank: rank to yield the micro-batches of.
+        rank: rank whose micro-batches are yielded.
         seeds_workers: whether each micro-batch seeds the worker process that loads it.
 
     Raises:
@@ -175,9 +175,8 @@ class GlobalBatchSampler(Sampler[Any]):
 class _SeededItems:
     """Items of one micro-batch, with a seed for the worker process.
 
-    The worker is seeded when it unpickles the items. torch seeds a worker only at its start. The
-    random numbers of a worker would then depend on earlier micro-batches and change in a resumed
-    run.
+    The worker is seeded when it unpickles the items. torch seeds a worker only when it starts, so
+    its random numbers would depend on earlier micro-batches and differ in a resumed run.
     """
 
     def __init__(self, items: Any, seed: str) -> None:

@@ -57,11 +57,11 @@ class BestMetric:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether the value has not improved in the last `patience` reports."""
+        """Whether the best value has not improved in the last `patience` reports."""
         return self.patience is not None and self.misses >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint."""
+        """Return the state to save in a checkpoint."""
         return {
             "name": self.name,
             "mode": self.mode,
@@ -72,7 +72,7 @@ class BestMetric:
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Load a saved state. A state of a different metric or mode is ignored."""
+        """Load a saved state. A state that was saved for a different metric or mode is ignored."""
         if state is not None and (state["name"], state["mode"]) == (self.name, self.mode):
             for key in ("value", "step", "misses", "last_step"):
                 setattr(self, key, state[key])

@@ -96,7 +96,7 @@ class StepResult:
 
 
 class DeferredStep:
-    """Runner of optimizer steps that reads the outcome of a step later.
+    """Runner that starts each optimizer step and reads the outcome of the step later.
 
     The backward pass leaves unscaled, unclipped gradients in ``.grad``. The fused kernel divides
     them by
@@ -113,8 +113,8 @@ class DeferredStep:
 
     Args:
         optimizer: optimizer for which `can_skip_on_device` is true.
-        clipping: maximum norm of the gradients; 0 to not clip.
-        scaler: loss scaler of the run, or None. `read` updates it.
+        clipping: maximum norm of the gradients; 0 to disable clipping.
+        scaler: loss scaler of the run, which `read` updates; None if the loss is not scaled.
         device: device of the parameters.
 
     >>> weight = torch.nn.Parameter(torch.ones(1))
@@ -156,7 +156,7 @@ class DeferredStep:
         Args:
             norm: 2-norm of the unscaled gradients; float64 scalar on the device.
             scale: factor to divide the gradients in ``.grad`` by.
-            loss: scalar tensor that `read` returns with the norm, or None.
+            loss: scalar tensor that `read` returns with the norm; None if no loss is known.
         """
         found_inf = (~torch.isfinite(norm)).float()
         optimizer = self._optimizer
@@ -176,7 +176,7 @@ class DeferredStep:
             self._event.record()
 
     def _find_divisor(self, norm: Tensor, scale: float) -> Tensor | None:
-        """Return the divisor of the gradients for the kernel; None for 1."""
+        """Return the number by which the kernel divides the gradients; None if it is 1."""
         if self._clipping > 0:
             divisor = torch.clamp((norm + 1e-6) / self._clipping, min=1.0) * scale
             return divisor.float()

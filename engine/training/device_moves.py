@@ -20,7 +20,7 @@ def map_leaves(
     """Apply a function to each value in nested containers.
 
     Containers are tuples, namedtuples, lists, mappings and dataclasses, at any depth. A container
-    without changed values is returned itself. All other containers are copied.
+    whose values do not change is returned as is. All other containers are copied.
 
     Args:
         function: function that takes a leaf and returns its replacement.

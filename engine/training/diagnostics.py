@@ -35,7 +35,8 @@ def attach_diagnostics(
 
     Args:
         config: config of the run.
-        backend: backend of the run. Its methods are replaced with methods that measure their time.
+        backend: backend of the run. Its methods are replaced with versions that measure their run
+            time.
         progress: progress reporter that logs the measured times.
         get_counters: function that returns the current counters of the run.
     """

@@ -10,7 +10,7 @@ __all__ = ["DivergenceCheck"]
 
 
 class DivergenceCheck:
-    """Counter of consecutive skipped steps. It raises an error at a limit.
+    """Counter of consecutive skipped steps that raises an error when it reaches a limit.
 
     Args:
         limit: number of consecutive skipped steps that ends the run; None for no limit.

@@ -143,7 +143,7 @@ class Evaluator:
         return self._gather_objects(self._ranks.shard).index(self._ranks.shard)
 
     def _iterate(self, loader: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-        """Return an iterator over pairs of a batch and whether the batch is repeated."""
+        """Return an iterator over pairs ``(batch, is_repeated)``."""
         if self._ranks.world_size == 1:
             return ((batch, False) for batch in loader)
         plans = self._gather_objects(_plan_split(loader))
@@ -156,7 +156,7 @@ class Evaluator:
     def _iterate_split(
         self, loader: DataLoader[Any], batches: list[list[int]]
     ) -> Iterator[tuple[Any, bool]]:
-        """Iterate over this rank's part of ``batches``, like `_iterate`."""
+        """Return an iterator like `_iterate`, over this rank's part of ``batches``."""
         size = self._ranks.data_ranks
         own = batches[self._ranks.data_rank :: size]
         repeats = len(batches[::size]) - len(own)

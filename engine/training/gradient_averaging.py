@@ -352,13 +352,13 @@ class GradientAverager:
 
 
 def _split(tensors: Iterable[T], get_type: Callable[[T], object]) -> list[list[T]]:
-    """Split tensors into buckets that can share a buffer.
+    """Split tensors into buckets, each of which can be averaged in one buffer.
 
-    All tensors of a bucket have the same type. The first bucket is small, so that averaging
-    gradients starts early in the backward pass.
+    All tensors of a bucket have the same type. The first bucket is small, so that averaging starts
+    early in the backward pass.
 
     Args:
-        tensors: tensors, or parameters instead of their gradients.
+        tensors: tensors to average, or the parameters whose gradients are averaged.
         get_type: function that returns the device and the dtype of the buffer.
     """
     buckets: list[list[T]] = []

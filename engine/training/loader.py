@@ -87,12 +87,12 @@ class RunLoader:
 
     @property
     def epoch(self) -> int:
-        """Index of the current epoch, starting at 0; between two epochs, of the next epoch."""
+        """Index of the current epoch, or of the next epoch between two epochs; starts at 0."""
         return self._epoch + 1 if self._is_finished else self._epoch
 
     @property
     def position(self) -> tuple[int, int, bool, bool, Any]:
-        """The position in the data. Assign a position to return to it.
+        """The position in the training data. Assign a saved position to return to it.
 
         If the data loader has a state dict, the position contains it after the start of the first
         epoch. Reading the state dict earlier could start the worker processes of the loader.
@@ -107,7 +107,7 @@ class RunLoader:
             self._batches.load_state_dict(own)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the data.
+        """Return the position in the training data.
 
         Returns:
             A dict with the epoch ("epoch"), the number of micro-batches requested in the epoch
@@ -155,11 +155,11 @@ class RunLoader:
             self._batches._iterator = None  # noqa: SLF001  # torch has no public way
 
     def check_before_resuming(self, check_resume: Callable[[], None]) -> None:
-        """Register a function to call before the first loop over the data, except in epoch 0."""
+        """Register a function to call before the first loop, if that loop starts after epoch 0."""
         self._check_resume = check_resume
 
     def stop_when(self, run_is_over: Callable[[], bool], save_last: Callable[[], None]) -> None:
-        """End the iteration when ``run_is_over`` returns true, and call ``save_last``."""
+        """Stop the iteration when ``run_is_over`` returns true, and then call ``save_last``."""
         self._run_is_over, self._save_last = run_is_over, save_last
 
     def call_after_epoch(self, end_epoch: Callable[[], None]) -> None:

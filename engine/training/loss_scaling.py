@@ -60,7 +60,7 @@ class LossScaler:
         self._clean_steps = 0
 
     def limit_to_float16(self) -> None:
-        """Limit a dynamic scale to the largest power of two in float16.
+        """Limit a dynamic scale to the largest power of two that float16 can represent.
 
         The backward pass of a float16 loss starts with the scale as gradient. A larger scale would
         be infinite in float16, so every step would be skipped.

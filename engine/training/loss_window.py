@@ -74,15 +74,15 @@ class LossWindow:
         return len(self._losses)
 
     def compute_local_mean(self) -> Tensor | None:
-        """Return this rank's mean loss as a tensor on its device, or None without losses."""
+        """Return this rank's mean loss as a tensor on its device; None if there is no loss."""
         return torch.stack(self._losses).float().mean() if self._losses else None
 
     def set_mean(self, mean: float) -> None:
-        """Store a mean loss that was computed elsewhere, as the result of `mean`."""
+        """Make `mean` return a mean loss that was computed elsewhere."""
         self._mean = mean
 
     def renew(self) -> LossWindow:
-        """Return an empty window with the same settings."""
+        """Return a window without losses, built with the same arguments as this one."""
         return LossWindow(self._average, is_kept=self.is_kept)
 
     def clear(self) -> None:

@@ -137,8 +137,8 @@ class MisuseChecks:
         Call this method at the start of each step.
 
         Args:
-            scheduler: the run's scheduler; may be None.
-            accumulation: the micro-batches since the last optimizer step.
+            scheduler: the run's scheduler; None if the run has none.
+            accumulation: counter of the micro-batches since the last optimizer step.
             is_boundary: whether this step runs the optimizer.
 
         Raises:
@@ -165,7 +165,7 @@ class MisuseChecks:
         Call this method after each completed batch.
 
         Args:
-            scheduler: the run's scheduler; may be None.
+            scheduler: the run's scheduler; None if the run has none.
             global_steps: number of completed batches.
         """
         self.note_scheduler(scheduler)
@@ -191,7 +191,7 @@ class MisuseChecks:
 
         Args:
             micro_steps: number of calls of `step` so far.
-            accumulation: the micro-batches since the last optimizer step.
+            accumulation: counter of the micro-batches since the last optimizer step.
 
         Raises:
             RuntimeError: in two consecutive epochs, `backward` was called, but `step` was not.
@@ -270,7 +270,7 @@ class MisuseChecks:
 
 
 class _Claim:
-    """Records an engine's trained parameters, and the other engines that train any of them."""
+    """The parameters that an engine trains, and the other engines that train any of them."""
 
     def __init__(self, parameters: set[Any]) -> None:
         self.parameters = parameters
@@ -292,7 +292,7 @@ _CLAIMS: weakref.WeakSet[_Claim] = weakref.WeakSet()
 
 
 class _StepCounter:
-    """Counts the steps of an optimizer, without holding a reference to the engine."""
+    """Counter of an optimizer's steps that does not hold a reference to the engine."""
 
     def __init__(self, optimizer: Any) -> None:
         self.count = 0
@@ -322,7 +322,7 @@ def _find_trained(backend: CheckedBackend) -> set[Any]:
 
 
 def _has_position(scheduler: object) -> bool:
-    """Return whether a scheduler has ``last_epoch`` and must be stepped only by the engine.
+    """Return whether only the engine may step a scheduler, and ``last_epoch`` counts its steps.
 
     The script may also step a scheduler that takes a metric, such as ``ReduceLROnPlateau``.
     """

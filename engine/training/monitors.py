@@ -32,7 +32,7 @@ log = logging.getLogger("onecycle")
 
 
 class Monitor(Protocol):
-    """Interface of the objects that write the metrics of each step."""
+    """Interface for objects that write the metrics of each step."""
 
     def write_events(self, events: Iterable[Event]) -> None:
         """Write the events of a step immediately, so that a crash does not lose them."""
@@ -137,7 +137,7 @@ class TensorBoardMonitor:
         self._writer.flush()
 
     def rewind(self, samples: int) -> None:
-        """Start a new event file that makes TensorBoard hide later events in older files."""
+        """Start a new event file that makes TensorBoard hide older events after ``samples``."""
         self.close()
         self._purge_step = samples + 1
 
@@ -227,7 +227,7 @@ class Monitors:
     Args:
         monitors: monitors that receive the events of each step.
         directories: object that chooses the directories of this run. By default, a new one is used.
-        report: report of the run, which is one more monitor; None if the run has no report.
+        report: report of the run, which receives the events too; None if the run has no report.
     """
 
     def __init__(
@@ -278,7 +278,7 @@ class Monitors:
             self._report.note_decision(evidence)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of this run's directory for each output directory of the config.
+        """Return the number of this run's directory for each output directory in the config.
 
         For example, the number of the directory ``runs-2`` is 2.
         """
@@ -306,7 +306,7 @@ _FILE_MONITORS: Mapping[str, tuple[Callable[[str, RunDirectories], Monitor], str
 
 
 def build_monitors(config: Config, ranks: Ranks) -> Monitors:
-    """Build the monitors that the config enables on rank 0, and no monitors on other ranks.
+    """On rank 0, build the monitors that the config enables. Other ranks have no monitors.
 
     Args:
         config: config with the monitors' sections and ``engine.report``.

@@ -95,7 +95,7 @@ def build_optimizer(
 
 
 def set_optimizer_mode(optimizer: Optimizer, *, training: bool) -> None:
-    """Call ``train`` or ``eval`` of an optimizer with these methods, such as a schedule-free one.
+    """Call ``train`` or ``eval`` on an optimizer that has them, such as a schedule-free one.
 
     In eval mode, such an optimizer replaces the weights by their average.
     """

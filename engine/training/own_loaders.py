@@ -60,7 +60,8 @@ def prepare_loader(loader: Iterable[Any], config: Config, ranks: Ranks) -> RunLo
         ranks: device, rank and world size of this process.
 
     Raises:
-        ValueError: ``loader`` is not a data loader, or does not match the config or the ranks.
+        ValueError: ``loader`` is not a data loader, or its batch size or sampler conflicts with the
+            config or the ranks.
     """
     if not is_loader(loader):
         raise ValueError(

@@ -52,7 +52,7 @@ class ParamGroup:
         return {"params": list(self.parameters.values()), "name": self.name, **hyperparameters}
 
     def describe(self, block: OptimizerBlock, schedules: Mapping[int, str]) -> GroupRow:
-        """Return the group without its tensors.
+        """Return a description of the group that contains no tensors.
 
         Args:
             block: optimizer of the config.
@@ -74,7 +74,7 @@ class ParamGroup:
 def divide_parameters(
     model: nn.Module, config: Config, parameters: Iterable[Any] | None
 ) -> tuple[list[Any] | None, list[GroupRow]]:
-    """Divide the parameters to train into the param groups of the config, if it describes any.
+    """Divide the parameters to train into the param groups that the config describes, if any.
 
     Args:
         model: module to train.
@@ -84,10 +84,12 @@ def divide_parameters(
 
     Returns:
         The parameters or param groups for the optimizer, and a description of each group. If the
-        config describes no groups, these are ``parameters`` in a list, and an empty list.
+        config describes no groups, return ``parameters`` as a list, and an empty list of
+        descriptions.
 
     Raises:
-        ValueError: the groups do not fit the model, or ``parameters`` are param groups already.
+        ValueError: a group of the config does not match the model, or ``parameters`` already are
+            param groups.
     """
     given = None if parameters is None else [_list_members(each) for each in parameters]
     block = config.optimizer

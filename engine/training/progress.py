@@ -67,7 +67,7 @@ class StepRecord:
 
 
 class StepRecorder(Protocol):
-    """Records the learning rate and the loss of each step, for an LR range test."""
+    """Interface for objects that record each step of an LR range test."""
 
     def record(self, lr: float, momentum: float | None, loss: float, *, applied: bool) -> None:
         """Record a step's learning rate, momentum and loss, and whether the step was applied."""
@@ -79,7 +79,7 @@ class StepRecorder(Protocol):
 
 
 class ProgressReporter:
-    """Reports the progress of a run in the log or a progress bar, and to the monitors.
+    """Reporter of the progress of a run: log lines or a progress bar, and events for the monitors.
 
     By default, a line is logged for the first step of the process, for every 10th step up to step
     100, and for every 100th step after that. All ranks must report the same steps, because the loss

@@ -15,7 +15,7 @@ __all__ = ["RunLength"]
 
 @dataclass
 class RunLength:
-    """Stores the limits of a run, and determines when the run is over.
+    """The limits of a run, which determine when the run is over.
 
     >>> RunLength(steps_this_run=3).is_over(Counters(global_steps=3))
     True

@@ -67,7 +67,8 @@ class _Point(NamedTuple):
 class _Series:
     """The values of a metric, with a bounded number of points.
 
-    Each point is the mean of the finite ones of ``stride`` consecutive values, at the last step.
+    Each point is the mean of ``stride`` consecutive values, without those that are not finite, at
+    the step of the last value.
     """
 
     stride: int = 1
@@ -90,7 +91,7 @@ class _Series:
             self.points = [_merge(*pair) for pair in pairs]
 
     def rewind(self, samples: int) -> None:
-        """Remove the points after a number of samples."""
+        """Remove the points after the given number of samples."""
         self.points = [point for point in self.points if point.samples <= samples]
         self._finite, self._count = [], 0
 
@@ -105,7 +106,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 class RunReport:
-    """A monitor that writes the report of a run, at the end of the run and while it trains.
+    """A monitor that writes the report of a run, during training and at the end of the run.
 
     If the report cannot be written, training continues.
 
@@ -128,7 +129,7 @@ class RunReport:
         self._exit_hook: Any = None
 
     def write_events(self, events: Iterable[Event]) -> None:
-        """Record the metrics of a step, and write the report from time to time."""
+        """Record the metrics of a step, and write the report at intervals."""
         found = {event.name.removeprefix(_PREFIX): event for event in events}
         if _STEP in found:
             self._step = int(found.pop(_STEP).value)
@@ -153,7 +154,7 @@ class RunReport:
         self._decision = build_decision(evidence)
 
     def rewind(self, samples: int) -> None:
-        """Continue the report, or that of the run that is resumed, up to a number of samples."""
+        """Continue the report of a resumed run from the given number of samples."""
         try:
             if not self._series:
                 self._read(read_extra(self.path))
@@ -187,7 +188,7 @@ class RunReport:
         self._next_write = now + max(_INTERVAL, (now - start) / _MAX_COST)
 
     def _describe(self) -> dict[str, Any]:
-        """Return the values from which a resumed run continues the report."""
+        """Return the data with which a resumed run continues the report."""
         return {
             "series": {
                 name: {"stride": series.stride, "points": series.points}

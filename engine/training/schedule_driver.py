@@ -25,7 +25,8 @@ class ScheduleDriver:
     If the scheduler needs the loss or a metric, the driver passes the value to the scheduler.
 
     Args:
-        scheduler: any object with a ``step`` method, such as a PyTorch scheduler, or None.
+        scheduler: any object with a ``step`` method, such as a PyTorch scheduler; None if the run
+            has none.
         report: directory for plots of a feedback schedule's decisions, such as the decision to end
             the warmup. If None, no plots are saved.
         note: function that receives the evidence of such a decision, if plots are saved.

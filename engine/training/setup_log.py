@@ -43,13 +43,13 @@ def log_setup(
         device: device of rank 0.
         precision: precision of weights and computation.
         optimizer: name of the optimizer; None if the engine only runs the model.
-        num_parameters: number of elements of all trained parameters.
+        num_parameters: number of elements in all trained parameters.
         scheduler: scheduler of the run; None if it has none.
         replacements: messages about config sections that arguments of `initialize` replace.
         param_groups: param groups that the config describes. They are logged below the table.
 
     Returns:
-        The names and texts in the table.
+        The rows of the table, as a dict from the name of each row to its text.
     """
     _enable_logging()
     codes = [*find_optimizer_code(config.raw.get("optimizer"))]

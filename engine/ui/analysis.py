@@ -1,4 +1,4 @@
-"""Validate the text of the editor, and compute all that the config page shows for it."""
+"""Validate the text of the editor, and compute what the config page shows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def analyze(
     Args:
         text: text of the editor.
         name: file name, for messages.
-        settings: facts that the user entered.
+        settings: settings of the run that the user entered on the page.
         compared: configs and schedules to compare with; see `compute_curves`.
         window: first and last step to draw; None for all steps.
     """
@@ -83,7 +83,7 @@ def analyze(
 def compute_for_text(
     text: str, name: str, settings: RunSettings, compared: Sequence[Mapping[str, Any]]
 ) -> CurveSet:
-    """Compute the curves of a text, for an export.
+    """Compute the curves of the config in a text, for an export.
 
     Raises:
         ConfigError: the schedule is invalid.
@@ -107,7 +107,7 @@ def _count_steps_per_epoch(context: RuleContext | None, settings: RunSettings) -
 
 
 def _describe_problems(document: Document, problems: Sequence[Problem]) -> list[dict[str, Any]]:
-    """Return the problems with their positions in the editor and the edits of their fixes."""
+    """Return the problems with their positions in the editor and the edits that fix them."""
     text = document.text
     offered = [_offer_fix(document, problem) for problem in problems[:_MAX_PROBLEMS]]
     edits = {id(edit.problem): edit for edit in find_fix_edits(document, offered)}
@@ -141,7 +141,7 @@ def _describe_problems(document: Document, problems: Sequence[Problem]) -> list[
 
 
 def _offer_fix(document: Document, problem: Problem) -> Problem:
-    """Add a fix that the user must confirm to a problem without an automatic fix.
+    """For a problem without an automatic fix, add a fix that the user must confirm.
 
     The fix replaces a misspelled name with the most similar known one.
     """
@@ -159,7 +159,7 @@ def _offer_fix(document: Document, problem: Problem) -> Problem:
 
 
 def _find_range(document: Document, problem: Problem) -> tuple[int, int]:
-    """Return the range of the token to underline. For a section, this is the key of the section."""
+    """Return the range of the token to underline. For a section, underline only its key."""
     text = document.text
     if not problem.line:
         return 0, min(1, len(text))

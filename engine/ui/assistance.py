@@ -52,7 +52,7 @@ def complete(text: str, offset: int) -> dict[str, Any]:
 
 
 def describe(text: str, offset: int) -> dict[str, Any]:
-    """Return help for the key or the value at a position of the mouse.
+    """Return help for the key or the value under the mouse pointer.
 
     Args:
         text: text of the editor.
@@ -154,7 +154,7 @@ def _describe_key(cursor: Cursor, schema: Mapping[str, Any]) -> Iterator[str]:
 
 @cache
 def _read_other_names() -> dict[tuple[tuple[str, ...], str], list[str]]:
-    """Return the names that other libraries have for each key, by the path and name of the key."""
+    """Return the names that other libraries use for each key, by the path and name of the key."""
     found: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for pointer, names in schemas.read("aliases.json").items():
         for other, key in names.items():

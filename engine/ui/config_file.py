@@ -1,4 +1,4 @@
-"""The config file on disk: read it, save it with a backup, and notice changes by other programs."""
+"""Read a config file, save it with a backup, and detect changes by other programs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BYTE_ORDER_MARK = "\ufeff"
 
 
 class Snapshot(NamedTuple):
-    """The text of the file with the line ends of the editor, and a hash of its bytes.
+    """The text of the file with the editor's line endings, and a hash of the file's bytes.
 
     The hash is empty if the file does not exist.
     """
@@ -39,11 +39,11 @@ class FileChangedError(ValueError):
 class ConfigFile:
     """A config file that the page edits.
 
-    The editor uses the line end ``\\n`` and no byte order mark. `save` restores the original ones,
-    so that lines that the user has not changed stay the same byte for byte.
+    The editor uses the line ending ``\\n`` and no byte order mark. `save` restores the original
+    line endings and byte order mark, so that unchanged lines stay the same byte for byte.
 
     Args:
-        path: path of the file, which need not exist.
+        path: path of the file; the file may be missing.
         template: text for a file that does not exist.
     """
 
@@ -78,7 +78,7 @@ class ConfigFile:
             The hash of the new file.
 
         Raises:
-            FileChangedError: the hash of the file is different.
+            FileChangedError: the hash of the file on disk is not ``version``.
             OSError: the file cannot be written.
         """
         old = self._read_bytes()
@@ -104,7 +104,9 @@ class ConfigFile:
         except FileNotFoundError:
             return None
         if len(data) > _MAX_BYTES:
-            raise ValueError(f"{self.path.name} must have at most {_MAX_BYTES:,} bytes.")
+            raise ValueError(
+                f"{self.path.name} must have at most {_MAX_BYTES:,} bytes. Use a text editor."
+            )
         return data
 
 
@@ -123,7 +125,7 @@ def _hash(data: bytes | None) -> str:
 
 
 def _restore_line_ends(text: str, old: str) -> str:
-    """Give each line of a text the line end that it has in the old text."""
+    """Give each line of a text the line ending that it has in the old text."""
     mark = _BYTE_ORDER_MARK if old.startswith(_BYTE_ORDER_MARK) else ""
     ends = _LINE_END.findall(old)
     if set(ends) <= {"\n"}:
@@ -139,7 +141,7 @@ def _restore_line_ends(text: str, old: str) -> str:
 
 
 def _match_lines(before: Sequence[str], after: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield the index of each old line and of the new line that is equal or replaces it."""
+    """Yield the index of each old line, and of the new line that equals or replaces it."""
     most = min(len(before), len(after))
     start = 0
     while start < most and before[start] == after[start]:

@@ -136,4 +136,4 @@ def _read_window(value: Any) -> tuple[int, int] | None:
     match value:
         case [int(first), int(last)]:
             return first, last
-    raise ValueError("`window` must contain the first and the last step.")
+    raise ValueError("`window` must be a list with the first and the last step.")

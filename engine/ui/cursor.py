@@ -1,4 +1,4 @@
-"""Find the key or value at the cursor, also in a text that is not valid JSON yet."""
+"""Find the key or value at the cursor, even in a text that is not yet valid JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TOKEN = re.compile(
 
 
 def to_utf16(text: str, offset: int) -> int:
-    """Convert an index into a text to the offset that JavaScript uses.
+    """Convert an index into a Python string to an offset in UTF-16 code units, as in JavaScript.
 
     >>> to_utf16("😀b", 1)
     2
@@ -30,7 +30,7 @@ def to_utf16(text: str, offset: int) -> int:
 
 
 def from_utf16(text: str, offset: int) -> int:
-    """Convert an offset of JavaScript to an index into a text.
+    """Convert an offset in UTF-16 code units, as in JavaScript, to an index into a Python string.
 
     >>> from_utf16("😀b", 2)
     1
@@ -96,7 +96,7 @@ def locate(text: str, offset: int) -> Cursor:
 
 
 def _build(stack: Sequence[Frame], start: int, end: int, text: str | None) -> Cursor:
-    """Build the cursor for a token that has not been read yet; None stands for a comment."""
+    """Build the cursor for the token after those in ``stack``; ``text`` is None in a comment."""
     frames = tuple(stack[1:])
     # The path starts at the top of the config, which is not the value of a key.
     path = tuple(frame.key for frame in frames[:-1])
@@ -112,7 +112,7 @@ def _build(stack: Sequence[Frame], start: int, end: int, text: str | None) -> Cu
 
 
 def _advance(stack: list[Frame], token: re.Match[str]) -> None:
-    """Update the innermost frame for the token that follows."""
+    """Update the stack of frames after a token."""
     frame, text = stack[-1], token.group()
     if token["comment"] is not None:
         return

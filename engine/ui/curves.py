@@ -1,4 +1,4 @@
-"""Compute the curves that the config page draws: of the config, and of others to compare with."""
+"""Compute the curves that the config page draws, for the config and for those to compare with."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Column(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The text for a legend."""
+        """The label of the curve in a legend."""
         return " · ".join(filter(None, (self.source or "this config", self.group)))
 
 
@@ -90,7 +90,7 @@ class CurveSet:
             yield known[column.curve]
 
     def to_json(self, steps: NDArray[np.float64]) -> dict[str, Any]:
-        """Describe the panels, for the page.
+        """Return a JSON-compatible description of the plots that the page draws.
 
         Args:
             steps: steps that the page draws.
@@ -148,14 +148,14 @@ def compute_curves(
 
     Args:
         document: parsed config.
-        settings: facts that the user entered.
+        settings: settings of the run that the user entered on the page.
         examined: problems and context of the config.
         steps_per_epoch: number of optimizer steps per epoch; None if unknown.
-        compared: what to compare with: each has a ``label`` and either the ``text`` of a config or
-            the ``type`` of a schedule.
+        compared: configs and schedules to compare with. Each has a ``label``, and either the
+            ``text`` of a config or the ``type`` of a schedule.
 
     Raises:
-        ConfigError: the schedule of the config is invalid, or one to compare with.
+        ConfigError: the schedule of the config, or of a config to compare with, is invalid.
         ValueError: there are too many steps or curves.
     """
 
@@ -180,7 +180,10 @@ def compute_curves(
     previews = [own, *(other for _, other in others if isinstance(other, Preview))]
     steps = settings.steps or max(each.span for each in previews)
     if steps > _MAX_STEPS:
-        raise ValueError(f"The page can draw at most {_MAX_STEPS:,} steps, got {steps:,}.")
+        raise ValueError(
+            f"The page can draw at most {_MAX_STEPS:,} steps, got {steps:,}. Enter a smaller "
+            "number of steps."
+        )
     for each_preview in previews:
         each_preview.check_length(steps)
     columns = [*_list_columns(own.curves, own.groups, "")]
@@ -190,7 +193,10 @@ def compute_curves(
         else:
             columns += _list_columns(fit_example(other, own, steps), (), label)
     if len(columns) > _MAX_CURVES:
-        raise ValueError(f"The page can draw at most {_MAX_CURVES} curves, got {len(columns)}.")
+        raise ValueError(
+            f"The page can draw at most {_MAX_CURVES} curves, got {len(columns)}. Compare with "
+            "fewer configs and schedules."
+        )
     order = list(LABELS)
     columns.sort(key=lambda column: order.index(column.hyperparameter))
     return CurveSet(own, columns, steps)

@@ -45,7 +45,7 @@ def _name_columns(curves: CurveSet) -> list[str]:
 def _write_csv(curves: CurveSet) -> bytes:
     if curves.steps > _MAX_ROWS:
         raise ValueError(
-            f"A CSV file can have at most {_MAX_ROWS:,} steps here, got {curves.steps:,}. "
+            f"An exported CSV file can have at most {_MAX_ROWS:,} steps, got {curves.steps:,}. "
             "Enter a smaller number of steps."
         )
     file = io.StringIO()

@@ -27,7 +27,7 @@ _DURATION = re.compile(r"\s*[\d.eE+]+\s*(ep|ba|sp|dur)\s*")
 
 
 def build_form(document: Document) -> dict[str, Any] | None:
-    """Return the fields for the scheduler block, or None if the block is not readable.
+    """Return the fields for the scheduler block, or None if the block cannot be read.
 
     Args:
         document: parsed config.
@@ -101,7 +101,7 @@ def _choose_range(schema: Mapping[str, Any], value: Any) -> dict[str, Any] | Non
 
 
 def set_param(text: str, name: str, value: Any) -> str:
-    """Return the text with a parameter of the schedule set.
+    """Set a parameter of the schedule, and return the new text.
 
     Raises:
         ValueError: the text is not valid JSON.
@@ -110,7 +110,7 @@ def set_param(text: str, name: str, value: Any) -> str:
 
 
 def remove_param(text: str, name: str) -> str:
-    """Return the text without a parameter of the schedule, so that its default applies.
+    """Remove a parameter of the schedule, so that its default applies. Return the new text.
 
     Raises:
         ValueError: the text is not valid JSON.
@@ -120,7 +120,7 @@ def remove_param(text: str, name: str) -> str:
 
 
 def change_type(text: str, name: str, steps: int = _STEPS) -> str:
-    """Return the text with another type of schedule.
+    """Change the type of the schedule, and return the new text.
 
     Parameters that both types have keep their values and comments. Other parameters are removed,
     and those of the new type's example are added.
@@ -168,7 +168,8 @@ def change_type(text: str, name: str, steps: int = _STEPS) -> str:
 def _scale(value: Any, schema: Mapping[str, Any], steps: int, has_length: bool) -> Any:
     """Scale the durations in a value of an example to the length of a run.
 
-    Fractions of the run, such as "0.5dur", stay if the config has the length of the run.
+    Fractions of the run, such as "0.5dur", stay unchanged if the config specifies the length of the
+    run.
     """
     if isinstance(value, list):
         return [_scale(each, schema.get("items", {}), steps, has_length) for each in value]
@@ -191,7 +192,7 @@ def _parse(text: str) -> Document:
 
 @cache
 def list_gallery() -> list[dict[str, Any]]:
-    """Return each type of schedule with its summary and points of the curve of its example."""
+    """Return each type of schedule, with its summary and the points of an example curve."""
     steps = [index * EXAMPLE_STEPS // _POINTS for index in range(_POINTS + 1)]
     gallery = []
     for name, cls in SCHEDULES.items():

@@ -65,7 +65,7 @@ class MetricSource(ABC):
 
     @abstractmethod
     def update(self) -> float:
-        """Read what has been written since the last call.
+        """Read the metrics that have been written since the last call.
 
         Returns:
             The fraction of the data that has been read, from 0 to 1.
@@ -78,7 +78,7 @@ class MetricSource(ABC):
 
 
 class _CSVFile:
-    """A CSV file with the columns step and value, of which only complete rows are read."""
+    """A CSV file with the columns step and value. Only complete rows are read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -133,7 +133,7 @@ class _CSVFile:
 
 
 def _parse_rows(data: bytes) -> Numbers:
-    """Return the rows of a part of a CSV file, without those that are not two numbers."""
+    """Parse the rows in a part of a CSV file. Rows that are not two numbers are skipped."""
     numbers = _parse_numbers(data.replace(b"\r", b"").rstrip(b"\n").replace(b"\n", b","))
     if numbers is None or len(numbers) != 2 * data.count(b"\n"):
         rows = [row for line in data.splitlines() if (row := _parse_row(line)) is not None]

@@ -123,7 +123,7 @@ class RunPage:
         }
 
     def _read_metrics(self, body: Mapping[str, Any]) -> Numbers:
-        """Return the points to draw, if there are new ones."""
+        """Return the points to draw, unless nothing has changed since the last request."""
         window = body.get("window")
         window = tuple(map(float, window)) if isinstance(window, list) else None
         is_by_sample = body.get("axis") == "samples"

@@ -28,7 +28,7 @@ _CONFIG_KEYS = {"optimizer", "scheduler", *BATCH_KEYS}
 
 
 class Run:
-    """A run: a directory of metrics, and the directory in which its other files are.
+    """A run: directories with its metrics, and the directory that contains its other files.
 
     Args:
         name: name of the run on the page.
@@ -47,7 +47,7 @@ class Run:
         self.add_directories(directories)
 
     def add_directories(self, directories: Sequence[Path]) -> None:
-        """Read the metrics of more directories."""
+        """Add directories from which metrics are read."""
         for directory in directories:
             if directory in self._sources:
                 continue
@@ -59,13 +59,13 @@ class Run:
                 self._sources[directory] = EventMetrics(directory)
 
     def update(self) -> None:
-        """Read what has been written since the last call."""
+        """Read the metrics that have been written since the last call."""
         fractions = [source.update() for source in self._sources.values()]
         self.progress = min(fractions, default=1.0)
 
     @property
     def series(self) -> Mapping[str, Series]:
-        """The metrics by name. If several sources have a metric, the first one is used."""
+        """The metrics by name. If several directories contain a metric, the first one is used."""
         found: dict[str, Series] = {}
         for source in self._sources.values():
             found = {**source.series, **found}
@@ -116,7 +116,7 @@ def read_saved_settings(checkpoints: Sequence[Manifest]) -> Mapping[str, Any]:
 
 
 def find_runs(roots: Sequence[Path], known: Sequence[Run] = ()) -> list[Run]:
-    """Return the runs in directories; those that are already known are kept and updated.
+    """Find the runs in directories. Known runs are kept, and new directories are added to them.
 
     Each directory with metrics is a run. Directories with the same name, such as the CSV files and
     the event files of a job, are one run.
@@ -135,7 +135,7 @@ def find_runs(roots: Sequence[Path], known: Sequence[Run] = ()) -> list[Run]:
 
 
 def _group_directories(root: Path) -> dict[tuple[Path, str], list[Path]]:
-    """Return the directories of metrics by the root and the name of their run."""
+    """Return the directories with metrics, grouped by the root and the name of their run."""
     groups: dict[tuple[Path, str], list[Path]] = {}
     for directory in _walk(root):
         key = _find_own_root(root, directory), directory.name
@@ -158,7 +158,7 @@ def _group_directories(root: Path) -> dict[tuple[Path, str], list[Path]]:
 
 
 def _find_own_root(root: Path, directory: Path) -> Path:
-    """Return the directory that contains the metrics and the other files of one of several runs."""
+    """Return the directory of the run whose metrics are in ``directory``."""
     parts = directory.relative_to(root).parts
     return root / parts[0] if len(parts) > 1 else root
 
@@ -196,7 +196,7 @@ def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """Yield a directory and the directories below it, without hidden ones and links."""
+    """Yield a directory and its subdirectories, except hidden ones and symbolic links."""
     pending = [(root, 0)]
     for _ in range(_MAX_DIRECTORIES):
         if not pending:
@@ -236,7 +236,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _is_own_file(path: Path) -> bool:
-    """Return whether a path is a file, not a link that could lead out of the directory."""
+    """Return whether a path is a file, and not a link that could lead out of the directory."""
     return path.is_file() and not path.is_symlink()
 
 

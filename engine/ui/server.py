@@ -127,7 +127,7 @@ class _SilentHandler(WSGIRequestHandler):
 def start_server(page: Page, port: int) -> tuple[BaseWSGIServer, str]:
     """Bind a server to the local address, and return it with the address of its page.
 
-    Call ``serve_forever`` of the server to answer requests.
+    Call ``serve_forever`` on the server to answer requests.
 
     Args:
         page: page to serve.
@@ -137,7 +137,9 @@ def start_server(page: Page, port: int) -> tuple[BaseWSGIServer, str]:
         ValueError: the port is not available.
     """
     if not 0 <= port <= _MAX_PORT:
-        raise ValueError(f"`--port` must be from 0 to {_MAX_PORT}, got {port}.")
+        raise ValueError(
+            f"`--port` must be between 0 and {_MAX_PORT}, got {port}. Use 0 for any free port."
+        )
     application = Application(page, create_token())
     # werkzeug exits if it cannot bind the socket itself.
     with socket.socket() as bound:
@@ -146,7 +148,7 @@ def start_server(page: Page, port: int) -> tuple[BaseWSGIServer, str]:
             bound.bind((LOCAL_ADDRESS, port))
         except OSError as error:
             raise ValueError(
-                f"Port {port} cannot be used: {error.strerror}. Choose another with `--port`."
+                f"Port {port} cannot be used: {error.strerror}. Choose another port with `--port`."
             ) from None
         bound.listen()
         server = make_server(

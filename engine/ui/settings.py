@@ -1,4 +1,4 @@
-"""The facts about a run that a config does not contain, which the user enters on the page."""
+"""The settings of a run that the user enters on the page, because its config does not have them."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _MAX = 10**12
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The settings of a run outside of its config; None if unknown."""
+    """The settings of a run that its config does not contain; None if unknown."""
 
     world_size: int | None = None
     steps_per_epoch: int | None = None
     dataset_size: int | None = None
-    """Number of samples of the data set."""
+    """Number of samples in the dataset."""
     steps: int | None = None
     """Number of steps to plot."""
 
     @classmethod
     def from_json(cls, values: Any) -> RunSettings:
-        """Read the settings of a request.
+        """Read the settings in a request from the page.
 
         Raises:
             ValueError: a value is not a positive whole number or null.
@@ -51,7 +51,7 @@ class RunSettings:
     ) -> int | None:
         """Return the number of optimizer steps per epoch, or None if it is unknown.
 
-        It is derived from the size of the data set, as for a data loader that the engine builds.
+        It is derived from the size of the dataset, as for a data loader that the engine builds.
         """
         if self.steps_per_epoch is not None or self.dataset_size is None or batch is None:
             return self.steps_per_epoch

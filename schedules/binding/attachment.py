@@ -23,7 +23,7 @@ class _Writer(Protocol):
 
 
 class Attachment:
-    """The schedules that are attached to one optimizer, and the values that they wrote last.
+    """The schedules that are attached to one optimizer, and the last values that they wrote.
 
     This object exists as long as the optimizer, even if a schedule is deleted. When a second
     schedule is attached, this object shows whether the current learning rate comes from the first
@@ -76,7 +76,7 @@ class Attachment:
         initial value is the current value.
 
         Returns:
-            The initial values, and None or a message that the values are uncertain. The values are
+            The initial values, and the reason if they are uncertain, otherwise None. The values are
             uncertain if a current value may come from a schedule or from the script, for example
             after the optimizer's state was loaded, or with another library's scheduler.
         """

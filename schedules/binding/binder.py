@@ -47,7 +47,7 @@ _SUBCLASSES: dict[str | None, type[Any]] = {}
 
 
 class ScheduleBinder(TorchInterface):
-    """Attaches a schedule to an optimizer and writes its values into the param groups.
+    """Scheduler that writes a schedule's values into the param groups of an optimizer.
 
     The binder has the interface of PyTorch's schedulers. Call ``step()`` after each
     ``optimizer.step()`` that was not skipped, or ``step(loss)`` if the schedule depends on the
@@ -390,7 +390,7 @@ class ScheduleBinder(TorchInterface):
 
         Args:
             state_dict: saved state.
-            override: whether to accept the state of a schedule with other parameters or initial
+            override: whether to accept the state of a schedule with different parameters or initial
                 hyperparameters. This schedule keeps its own values, but continues from the saved
                 step.
 

@@ -32,7 +32,7 @@ _WRITTEN_BY_ONE_CYCLE_LR = {"initial_lr", "max_lr", "min_lr"}
 def bind_to_groups(
     schedule: Schedule[Any], base: Base, horizon: Horizon | None, groups: Sequence[Group]
 ) -> Controller[Any]:
-    """Return the controller of a schedule, including the effect of keys of the param groups.
+    """Return the controller of a schedule, with the effect of the keys in the param groups.
 
     Args:
         schedule: schedule to bind.
@@ -50,7 +50,7 @@ def bind_to_groups(
     index, key = _find_factor(schedule.hyperparameters, groups)
     if not isinstance(controller, OpenLoop):
         raise ValueError(  # noqa: TRY004  # it is a value of the optimizer
-            f"{schedule.type_name} does not support the key `{key}` of param groups, but param "
+            f"{schedule.type_name} does not support the key `{key}` in param groups, but param "
             f"group {index} has `{key}` {groups[index][key]:g}. Remove the key, and multiply the "
             "group's initial value by this factor."
         )
@@ -71,7 +71,7 @@ def _read_factors(hyperparameter: str, groups: Sequence[Group]) -> tuple[float, 
 
 
 def _find_factor(names: Sequence[str], groups: Sequence[Group]) -> tuple[int, str]:
-    """Return the index of the first param group with a factor, and the key of the factor."""
+    """Return the index of the first param group with a factor other than 1, and its key."""
     keys = [key for name in names for key in _MULTIPLIERS.get(name, ())]
     return next(
         (index, key) for index, group in enumerate(groups) for key in keys if group.get(key, 1) != 1
@@ -83,7 +83,8 @@ def _check_not_applied(
 ) -> None:
     """Check that the learning rates do not already include the factors.
 
-    The layer-wise decay of MMDetection writes the product into ``lr`` and keeps ``lr_scale``.
+    For example, the layer-wise decay of MMDetection multiplies ``lr`` by ``lr_scale``, and keeps
+    ``lr_scale`` in the group.
     """
     if are_equal(tuple(lrs)) or 0 in factors:
         return
@@ -98,7 +99,7 @@ def _check_not_applied(
 
 
 def _replace_parameters(schedule: Schedule[Any], groups: Sequence[Group]) -> Schedule[Any]:
-    """Return the schedule with the values that param groups have for its parameters."""
+    """Return the schedule, with parameters replaced by the values in the param groups."""
     changes = {}
     for key in _REPLACEMENTS:
         index = next((index for index, group in enumerate(groups) if key in group), None)
@@ -114,7 +115,7 @@ def _replace_parameters(schedule: Schedule[Any], groups: Sequence[Group]) -> Sch
             ]
         elif key == "max_lr" and not groups[index].keys() >= _WRITTEN_BY_ONE_CYCLE_LR:
             raise ValueError(
-                f"{schedule.type_name} does not support the key `{key}` of param groups, but param "
+                f"{schedule.type_name} does not support the key `{key}` in param groups, but param "
                 f"group {index} has `{key}` {groups[index][key]:g}. Set the learning rates of the "
                 "schedule to lists with one value per param group, and remove the key."
             )

@@ -22,7 +22,7 @@ _MANY_STEPS = 1000
 
 
 class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
-    """The `ScheduleBinder` of a schedule that depends on a metric.
+    """The `ScheduleBinder` for a schedule that depends on a metric.
 
     It is a subclass of PyTorch's ``ReduceLROnPlateau``, because trainers such as Hugging Face's and
     Lightning's pass a metric only to instances of that class. Like that class, the binder reduces

@@ -156,7 +156,7 @@ class TorchInterface(LRScheduler):
             self._losses += (_read_loss(loss),)
 
     def _take_loss(self, loss: Tensor | float | None) -> float | None:
-        """Return the loss of a step, and discard the recorded losses."""
+        """Return the mean of the recorded losses and discard them, or return ``loss``."""
         losses = self._losses
         if losses and loss is not None:
             raise ValueError(

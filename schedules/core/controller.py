@@ -75,7 +75,7 @@ class Evidence(NamedTuple):
 
 
 class Controller(Protocol[S]):
-    """Interface of the objects that compute a schedule's values at each step.
+    """Interface for objects that compute a schedule's values at each step.
 
     A controller is built for the initial hyperparameters of one optimizer. The controller does not
     store its state. The caller passes the state to each method, and no method modifies the state in
@@ -92,7 +92,7 @@ class Controller(Protocol[S]):
 
         Args:
             state: state before the step.
-            loss: loss (or metric) of the step, or None.
+            loss: loss of the step, or value of the metric; None if the step has neither.
         """
 
     @abstractmethod

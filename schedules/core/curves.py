@@ -1,8 +1,9 @@
 """Curves that map a step to a value, such as linear ramps and cosines.
 
-A `Curve` can be evaluated at a single step, without numpy, or at an array of steps. Both give
-bitwise identical values. A curve consists of pieces, each with one formula for a range of steps. A
-ramp has exactly its start value at step 0, and exactly its end value from its last step on.
+A `Curve` can be evaluated at a single step, without numpy, or at an array of steps. The values are
+bitwise identical in both cases. A curve consists of pieces, each with one formula for a range of
+steps. A ramp has exactly its start value at step 0, and exactly its end value from its last step
+on.
 
     >>> warmup = linear(0.0, 1.0, steps=4)
     >>> [warmup(step) for step in range(6)]
@@ -283,7 +284,7 @@ def polynomial(start_value: float, end_value: float, steps: float, power: float)
 def one_minus_sqrt(start_value: float, end_value: float, steps: float) -> Curve:
     """Return the ramp ``f(k) = start + (end - start) * sqrt(min(1, k / steps))``.
 
-    The slope is steepest at the start.
+    The ramp is steepest at the start.
 
     >>> list(one_minus_sqrt(1.0, 0.0, steps=4).values(6))[:2]
     [1.0, 0.5]

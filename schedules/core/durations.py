@@ -2,8 +2,8 @@
 
 Time strings have Composer's format, a number followed by a unit. ``"10ep"`` is 10 epochs,
 ``"500ba"`` is 500 batches (optimizer steps), ``"4096sp"`` is 4096 samples, ``"1e9tok"`` is a
-billion tokens, and ``"0.1dur"`` is a tenth of the run. A `Horizon` holds the length of the run, to
-convert epochs, samples, tokens and fractions of the run.
+billion tokens, and ``"0.1dur"`` is a tenth of the run. Epochs, samples, tokens and fractions of the
+run are converted with a `Horizon`, which holds the length of the run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Packages that only some features need, and the extras of onecycle that install them."""
+"""Optional packages, and the extras of onecycle that install them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXTRAS = {
 
 
 class MissingExtraError(ImportError):
-    """Raised when a feature needs a package of an extra that is not installed."""
+    """Raised when a feature requires an optional package that is not installed."""
 
 
 def require_package(name: str, feature: str) -> None:

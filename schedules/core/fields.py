@@ -69,7 +69,7 @@ class Range(NamedTuple):
 
 
 class Duration(NamedTuple):
-    """Marks a field as a duration: a number of steps or a time string.
+    """Marker for a field that is a duration: a number of steps or a time string.
 
     Durations are multiplied by `Horizon.scale_ratio`. The duration of a warmup is multiplied only
     if it is a fraction of the run or if ``scale_warmup`` is true.
@@ -86,14 +86,14 @@ class Items:
 
 
 class AutoValue(NamedTuple):
-    """Marks a field that accepts "auto". An integration replaces "auto" with a value."""
+    """Marker for a field that accepts "auto", which an integration replaces with a value."""
 
     integrations: str
     """Names of the integrations, such as "transformers"."""
 
 
 class AnyValue(NamedTuple):
-    """Marks a field that accepts any JSON value, because the wrapped scheduler validates it."""
+    """Marker for a field that accepts any JSON value: the wrapped scheduler validates it."""
 
 
 PerGroup = float | Sequence[float]

@@ -30,7 +30,7 @@ def draw_html(text: str, curves: Curves, steps: int, current: int | None = None)
     >>> from schedules.core.curves import linear
     >>> print(draw_html("warmup", {"lr": (linear(0.0, 0.1, 2),)}, steps=3))
     ... # doctest: +ELLIPSIS
-    <pre>warmup</pre><svg ...<text x="4" y="11">lr: 0 to 0.1 in 3 steps</text>...</svg>
+    <pre>warmup</pre><svg ...<text x="4" y="11">lr: 0 to 0.1 over 3 steps</text>...</svg>
     """
     steps = max(2, steps)
     panels = [
@@ -47,7 +47,7 @@ def _draw_panel(name: str, curves: Sequence[Curve], steps: int, current: int | N
     columns = [[curve(step) for step in positions] for curve in curves]
     finite = [value for values in columns for value in values if math.isfinite(value)] or [0.0]
     low, high = min(finite), max(finite)
-    label = f"{name}: {low:.4g} to {high:.4g} in {steps:,} steps"
+    label = f"{name}: {low:.4g} to {high:.4g} over {steps:,} steps"
     parts = [f'<text x="{_LEFT}" y="11">{html.escape(label)}</text>']
     for index, values in enumerate(columns):
         points = " ".join(_place(positions, values, last, low, high))

@@ -156,7 +156,7 @@ def test_html_of_a_schedule_has_one_curve_per_hyperparameter():
     assert momentum[peak][1] == max(y for _, y in momentum)
     assert 0 < peak < len(lr) - 1
     assert not marks
-    assert "lr: 4e-07 to 0.1 in " in text
+    assert "lr: 4e-07 to 0.1 over " in text
     groups, _ = read_svg(OneCycleLR(max_lr=[0.1, 0.2], total_steps=20)._repr_html_())
     assert len(groups) == 3  # two learning rates, one momentum
 
@@ -166,7 +166,7 @@ def test_html_of_a_scheduler_marks_the_current_step():
     binder = attach("LinearLR", optimizer, horizon=Horizon(total_steps=11), at=5)
     (curve,), (mark,) = read_svg(binder._repr_html_())
     assert mark == pytest.approx(curve[5][0])
-    assert "in 11 steps" in binder._repr_html_()
+    assert "over 11 steps" in binder._repr_html_()
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_port_out_of_range_is_an_error(tmp_path):
     with start("--port", "70000", tmp_path) as process:
         _, err = process.communicate(timeout=30)
     assert process.returncode == 2
-    assert "`--port` must be from 0 to 65535, got 70000." in err
+    assert "`--port` must be between 0 and 65535, got 70000." in err
 
 
 def test_address_without_the_token_is_not_found(tmp_path):

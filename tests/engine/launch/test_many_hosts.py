@@ -171,14 +171,14 @@ def test_raise_open_file_limit_changes_a_low_limit_and_reports_the_hard_one():
     )
     assert done.stdout.split() == ["200", "628"]
     assert (
-        "The hard limit of open files must be >= 5128, got 1000. Raise the limit with"
+        "The hard limit on open files must be >= 5128, got 1000. Raise the limit with"
         in done.stderr
     )
 
 
 def test_run_too_many_hosts_for_the_limit_of_open_files_starts_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 256))
-    with pytest.raises(LaunchError, match="limit of open files must be >= 328, got 256"):
+    with pytest.raises(LaunchError, match="limit on open files must be >= 328, got 256"):
         run_hosts(tmp_path, monkeypatch, 100, "touch started.$1")
     assert list(tmp_path.glob("started.*")) == []
 
