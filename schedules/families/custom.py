@@ -206,7 +206,7 @@ def _make_class(
 
 
 def _convert_default(default: Any) -> Any:
-    """Return the default of a field. It is a tuple instead of a list, as in all fields."""
+    """Return the default of a field. A list becomes a tuple, because fields hold no lists."""
     if default is inspect.Parameter.empty:
         return dataclasses.MISSING
     return tuple(default) if isinstance(default, list) else default
@@ -341,7 +341,7 @@ class _Recorder:
 
 
 def _import_params(schedule: Schedule[Any]) -> dict[str, Any]:
-    """Return the parameters that differ from their defaults, with import paths resolved."""
+    """Return the parameters that differ from their defaults, with import paths imported."""
     return {name: _import_functions(value) for name, value in schedule.params().items()}
 
 

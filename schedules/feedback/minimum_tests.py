@@ -65,9 +65,9 @@ class PublishedResult(NamedTuple):
 
     @property
     def is_positive(self) -> bool:
-        """Whether most samples show that the loss has passed its minimum.
+        """Whether the loss has passed its minimum, according to most samples.
 
-        In these samples, the probability exceeds `CONFIDENCE`.
+        These are the samples whose probability exceeds `CONFIDENCE`.
         """
         votes = sum(probability > CONFIDENCE for probability in self.probabilities)
         return votes > REDRAWS / 2

@@ -69,7 +69,7 @@ class WarmupTest(ABC):
 
     @abstractmethod
     def find_likely_minimum(self, state: AutoWUState) -> float | None:
-        """Return the likely position of the loss minimum (0 to 1), or None if it is unknown."""
+        """Return the likely position of the loss minimum (0 to 1); None if the test finds none."""
 
     @abstractmethod
     def band(self, losses: NDArray[Any], state: AutoWUState) -> Band | None:
@@ -175,7 +175,7 @@ class RobustTest(WarmupTest):
 
 
 class TorchSampler:
-    """Sampler of indices without replacement. Draws the same indices as AutoWU's own code.
+    """Sampler of indices without replacement. Draws the same indices as AutoWU's published code.
 
     The random numbers come from a PyTorch generator.
 
