@@ -125,7 +125,7 @@ def find_slots(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
 
 
 def read_momenta(optimizer: Optimizer) -> list[float | tuple[float, ...]] | None:
-    """Return the momentum or the betas of each group, or None if no group has either.
+    """Return the momentum or the betas of each group; None if no group has either.
 
     If only some groups have momentum or betas, the value of the other groups is 0.
     """
@@ -146,7 +146,7 @@ def read_lr(optimizer: Optimizer) -> list[float]:
 
 
 def read_momentum(optimizer: Optimizer) -> list[float] | None:
-    """Return the momentum or the first beta of each group, or None if no group has either.
+    """Return the momentum or the first beta of each group; None if no group has either.
 
     If only some groups have momentum or betas, the value of the other groups is 0.
     """
@@ -243,7 +243,7 @@ class RangeWriter:
         """Write the scheduled values at a step into the param groups.
 
         Returns:
-            Whether the values were written. If not, other code has changed the betas of a param
+            Whether the values were written. If false, other code has changed the betas of a param
             group, and a new writer is required.
         """
         old = self._betas

@@ -169,7 +169,7 @@ def choose_styles(
     """Return the indices of each column's color and line style.
 
     The columns of a schedule have the same color in all panels, and its param groups have different
-    line styles. Without ``sources``, each param group has a color.
+    line styles. Without ``sources``, each param group has a different color.
 
     >>> choose_styles(["lr.a", "momentum.a", "lr.b"], {"lr.a": "a", "momentum.a": "a", "lr.b": "b"})
     {'lr.a': (0, 0), 'momentum.a': (0, 0), 'lr.b': (1, 0)}
@@ -314,7 +314,7 @@ def _draw_panel(
 def _mark_phases(axis: Axes, phases: Mapping[int, str], last: int, *, is_labeled: bool) -> None:
     """Mark the first step of each phase, and write its name above the panel.
 
-    Names that would overlap are in separate rows.
+    Names that would overlap are written in separate rows.
     """
     ends: list[float] = []  # where the last name of each row ends
     for start, name in phases.items():

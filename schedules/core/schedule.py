@@ -68,7 +68,7 @@ S = TypeVar("S")
 class ParameterProblem:
     """A problem with a schedule's parameters.
 
-    ``field`` is the name of the parameter to change, or None if no single parameter is the cause.
+    ``field`` is the name of the parameter to change; None if no single parameter is the cause.
     """
 
     field: str | None
@@ -279,7 +279,7 @@ class Schedule(ABC, Generic[S]):
         yield from ()
 
     def warnings(self) -> Iterator[str]:
-        """Yield warnings about parameters that are valid but unlikely to work well."""
+        """Yield a warning for each parameter that is valid but unlikely to work well."""
         yield from ()
 
     def joints(self) -> Iterator[Joint]:
@@ -394,7 +394,7 @@ class Schedule(ABC, Generic[S]):
         return cast("Controller[S]", OpenLoop(self.build_curves(base, horizon)))
 
     def per_group(self, groups: int) -> tuple[Self, ...]:
-        """Return one schedule per param group, with each list replaced by that group's value.
+        """Return one schedule per param group, with each list replaced by the group's value.
 
         Raises:
             ValueError: a list does not have one number per group.

@@ -28,10 +28,10 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
 
     The warmup increases the learning rate exponentially from ``min_lr`` to ``max_lr``. Meanwhile, a
     Gaussian process fitted to the losses estimates the probability that the loss has passed its
-    minimum. Several confident estimates in a row (three with the default test) end the warmup. The
-    learning rate then returns to its value at the minimum of the loss (``peak`` below). It stays
-    constant unless ``immediate_cooldown`` is true, and decays in the cooldown at the end of the
-    run::
+    minimum. Several consecutive confident estimates (three with the default test) end the warmup.
+    The learning rate then returns to its value at the minimum of the loss (``peak`` below). It
+    stays constant unless ``immediate_cooldown`` is true, and decays in the cooldown at the end of
+    the run::
 
         warmup    lr(k) = min_lr * (max_lr / min_lr) ** (k / W)
         cooldown  lr(k) = peak * (1 + cos(pi * n / D)) / 2   after n of D steps

@@ -1,4 +1,4 @@
-"""The tests that end AutoWU's warmup after several confident results in a row."""
+"""The tests that end AutoWU's warmup after several consecutive confident results."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class WarmupTest(ABC):
 class PublishedTest(WarmupTest):
     """AutoWU's published test of whether the loss has passed its minimum.
 
-    The test runs once per epoch and ends the warmup after three confident results in a row.
+    The test runs once per epoch and ends the warmup after three consecutive confident results.
     """
 
     dtype = np.float32
@@ -130,7 +130,7 @@ class RobustTest(WarmupTest):
     """Robust test of whether the loss has passed its minimum.
 
     The test does not depend on the scale of the loss. It runs about sixty times if the warmup
-    reaches its maximum length. At least five confident results in a row are needed to end the
+    reaches its maximum length. It needs at least five consecutive confident results to end the
     warmup.
     """
 
