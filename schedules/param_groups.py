@@ -125,7 +125,7 @@ def find_slots(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
 
 
 def read_momenta(optimizer: Optimizer) -> list[float | tuple[float, ...]] | None:
-    """Return the momentum or the betas of each group, or None if no group has either.
+    """Return the momentum or the betas of each group; None if no group has either.
 
     If only some groups have momentum or betas, the value of the other groups is 0.
     """
@@ -146,7 +146,7 @@ def read_lr(optimizer: Optimizer) -> list[float]:
 
 
 def read_momentum(optimizer: Optimizer) -> list[float] | None:
-    """Return the momentum or the first beta of each group, or None if no group has either.
+    """Return the momentum or the first beta of each group; None if no group has either.
 
     If only some groups have momentum or betas, the value of the other groups is 0.
     """
@@ -176,7 +176,7 @@ def _separate_tensors(
 
 
 class RangeWriter:
-    """Writer of scheduled values in a range of steps in which each curve has a single formula.
+    """Writer of scheduled values for a range of steps in which each curve has a single formula.
 
     The constructor writes the values of the first step, and prepares the formulas so that `write`
     is fast.
@@ -233,7 +233,7 @@ class RangeWriter:
         self._shared = self._find_shared_formulas() if is_plain else []
 
     def values(self) -> Values:
-        """Return the last written values of each hyperparameter."""
+        """Return the values of each hyperparameter that were written last."""
         return {
             name: tuple(piece.formula(self.step) for piece in pieces)
             for name, pieces in self._pieces.items()
@@ -243,7 +243,7 @@ class RangeWriter:
         """Write the scheduled values at a step into the param groups.
 
         Returns:
-            Whether the values were written. If not, other code has changed the betas of a param
+            Whether the values were written. If false, other code has changed the betas of a param
             group, and a new writer is required.
         """
         old = self._betas
@@ -312,7 +312,7 @@ class RangeWriter:
         return betas
 
     def _find_shared_formulas(self) -> list[tuple[str, Formula]]:
-        """Return the key and the formula of each hyperparameter, if all groups share them.
+        """Return the key and the formula of each hyperparameter, if all param groups share them.
 
         Each formula then has to be evaluated only once per step. If the groups do not share all
         keys and formulas, return an empty list.
@@ -326,10 +326,11 @@ class RangeWriter:
         return shared
 
     def _find_lines(self, groups: Sequence[Group]) -> _Lines | None:
-        """Return the coefficients of all curves, if all curves are linear in the same range.
+        """Return the coefficients of all curves, if all are linear over the same range of steps.
 
-        An example is 1Cycle with Adam. In this case, `write` computes ``(step - origin) / steps``
-        once for all groups. A single quotient is faster than two formulas per group.
+        They are for 1Cycle with Adam, for example. `write` then computes
+        ``(step - origin) / steps`` once for all groups. A single quotient is faster than two
+        formulas per group.
 
         Returns:
             The origin, the number of steps, and one row per group. A row contains the initial

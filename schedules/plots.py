@@ -65,7 +65,7 @@ def plot(
     Args:
         *schedules: schedules, or ``{"type": …, "params": {…}}`` blocks.
         steps: number of steps to plot, up to 100,000. Defaults to the length of the run or, if it
-            is unknown, of the longest schedule.
+            is unknown, the length of the longest schedule.
         base: initial hyperparameters of the optimizer, each a number or a list with one number per
             param group. Defaults to a single group with learning rate 0.1, momentum 0.9 and weight
             decay 0.
@@ -84,7 +84,7 @@ def plot(
     """
     built = [each if isinstance(each, Schedule) else from_config(each) for each in schedules]
     if not built:
-        raise ValueError("`schedules` must have at least one schedule, got none. Pass a schedule.")
+        raise ValueError("plot() requires at least one schedule. Pass a schedule or its config.")
     known = horizon.scaled_steps if horizon is not None else None
     count = steps or int(known or max(each.resolve(horizon).span for each in built))
     if not 1 <= count <= _MAX_EXACT:
@@ -152,7 +152,7 @@ def group_by_panel(columns: Iterable[str]) -> dict[str, list[str]]:
 
 
 def find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) -> dict[int, str]:
-    """Return a dict from the first step of each phase of a panel's curve to the phase's name.
+    """Map the first step of each phase of a panel's curve to the name of the phase.
 
     Return an empty dict if the panel shows several curves, or if ``curves`` does not contain the
     curve.
@@ -169,7 +169,7 @@ def choose_styles(
     """Return the indices of each column's color and line style.
 
     The columns of a schedule have the same color in all panels, and its param groups have different
-    line styles. Without ``sources``, each param group has a color.
+    line styles. Without ``sources``, each param group has a different color.
 
     >>> choose_styles(["lr.a", "momentum.a", "lr.b"], {"lr.a": "a", "momentum.a": "a", "lr.b": "b"})
     {'lr.a': (0, 0), 'momentum.a': (0, 0), 'lr.b': (1, 0)}
@@ -186,7 +186,7 @@ def choose_styles(
 
 
 def keep_positive(values: Iterable[float]) -> list[float]:
-    """Replace values that a logarithmic axis cannot show by NaN, so that they are not drawn."""
+    """Replace values that a logarithmic axis cannot show with NaN, so that they are not drawn."""
     return [value if value > 0 else math.nan for value in values]
 
 
@@ -211,7 +211,7 @@ def is_sweep(values: Sequence[float]) -> bool:
 def trace_line(
     steps: Sequence[int], values: Sequence[float]
 ) -> tuple[Sequence[int], Sequence[float]]:
-    """Return the points of the line through values, with vertical edges between stairs.
+    """Return the points of the line through the values, with vertical edges between stairs.
 
     A stair is a value that is held for several steps. Ramps are straight lines.
 
@@ -314,7 +314,7 @@ def _draw_panel(
 def _mark_phases(axis: Axes, phases: Mapping[int, str], last: int, *, is_labeled: bool) -> None:
     """Mark the first step of each phase, and write its name above the panel.
 
-    Names that would overlap are in separate rows.
+    Names that would overlap are written in separate rows.
     """
     ends: list[float] = []  # where the last name of each row ends
     for start, name in phases.items():

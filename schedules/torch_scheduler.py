@@ -62,8 +62,8 @@ def attach(
         )
     if is_name and params.pop("last_epoch", -1) != -1:
         raise ValueError(
-            "`last_epoch` must be -1 or absent. Pass `at` to start at a step, or load a saved "
-            "state with load_state_dict()."
+            "`last_epoch` must be -1 or absent. Pass `at` to start at a later step, or load a "
+            "saved state with load_state_dict()."
         )
     if isinstance(schedule, Mapping) and not isinstance(schedule.get("type"), str):
         built: Schedule[Any] = _build_per_group(schedule, optimizer)

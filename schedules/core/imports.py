@@ -41,7 +41,7 @@ class ImportForbiddenError(ValueError):
 
 @contextmanager
 def imports_allowed(allowed: bool) -> Iterator[None]:
-    """Allow or forbid the import of code that a config names, inside this context.
+    """Allow or forbid, inside this context, importing code that a config names.
 
     >>> with imports_allowed(False):  # doctest: +ELLIPSIS
     ...     import_attribute("math:pi")
@@ -56,12 +56,12 @@ def imports_allowed(allowed: bool) -> Iterator[None]:
 
 
 def are_imports_allowed() -> bool:
-    """Return whether code that a config names may be imported now; see `imports_allowed`."""
+    """Return whether imports of code named in a config are allowed; see `imports_allowed`."""
     return _allowed.get()
 
 
 def require_imports(name: str) -> None:
-    """Raise an error if imports are forbidden.
+    """Raise an error if imports of code named in a config are forbidden.
 
     Args:
         name: import path or entry point to be imported.
@@ -77,7 +77,7 @@ def require_imports(name: str) -> None:
 
 
 def check_import_path(path: str) -> bool:
-    """Check the form of an import path, and return whether the module can be found.
+    """Check the syntax of an import path, and return whether the module can be found.
 
     This function imports nothing, not even the packages that contain the module.
 
@@ -137,7 +137,7 @@ def import_attribute(path: str) -> Any:
 
 
 def _location(error: Exception) -> str:
-    """Return the file and the line at which an import raised an error."""
+    """Return the file and line where an import raised an error."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)

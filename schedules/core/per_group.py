@@ -107,7 +107,7 @@ def broadcast_strict(
 ) -> tuple[float, ...]:
     """Return the value of a field for each param group.
 
-    If the groups have different initial values, ``value`` must be a list.
+    Unlike `broadcast`, reject a single number if the groups have different initial values.
 
     Raises:
         ValueError: ``value`` is a single number but the groups have different initial values, or

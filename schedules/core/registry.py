@@ -141,10 +141,14 @@ def _check_class(cls: type[Schedule[Any]]) -> None:
         )
     names = [field.name for field in dataclasses.fields(cls)]
     undocumented = [name for name in names if name not in (read_descriptions(cls) if names else {})]
-    if undocumented or not all(field.kw_only for field in dataclasses.fields(cls)):
+    if not all(field.kw_only for field in dataclasses.fields(cls)):
         raise ValueError(
-            f"`{name}` must be a keyword-only dataclass (`kw_only=True`) with a docstring below "
-            f"each field. Fields without a docstring: {', '.join(undocumented) or 'none'}."
+            f"`{name}` must be a keyword-only dataclass. Pass `kw_only=True` to the decorator."
+        )
+    if undocumented:
+        raise ValueError(
+            f"Each field of `{name}` must have a docstring below it. Add one to: "
+            f"{', '.join(undocumented)}."
         )
     read_fields(cls)
 
@@ -187,7 +191,7 @@ def find(name: str) -> type[Schedule[Any]]:
 
 
 def suggest(name: str) -> str | None:
-    """Return the schedule that an unknown name most likely means, or None if there is none.
+    """Return the known schedule name that is closest to an unknown name; None if none is close.
 
     >>> suggest("OneCicle"), suggest("cosine"), suggest("nonsense")
     ('OneCycle', 'cosine_schedule_with_warmup', None)
@@ -199,8 +203,8 @@ def read_torch_parameters(name: str) -> dict[str, bool] | None:
     """Return the parameters of a PyTorch scheduler without importing PyTorch.
 
     Returns:
-        A dict that maps each parameter to whether it is required; None if there is no such
-        scheduler.
+        A dict that maps each parameter to whether it is required; None if PyTorch is not installed
+        or has no scheduler with this name.
 
     >>> read_torch_parameters("LambdaLR")
     {'lr_lambda': True}
@@ -294,15 +298,15 @@ def to_class(path: str, found: Any) -> type[Schedule[Any]]:
             function that maps the step to a learning rate factor.
 
     Raises:
-        ValueError: ``found`` has a different type.
+        ValueError: ``found`` is none of these.
     """
     if isinstance(found, type) and issubclass(found, Schedule):
         _check_class(found)
         return found
     if isinstance(found, Schedule):
         raise ValueError(  # noqa: TRY004  # it is a value of the config
-            f"{path!r} must be a schedule class or a function of the step, got the schedule "
-            f"{found!r}. Set the `type` and the `params` of this schedule instead."
+            f"{path!r} must be a schedule class or a function of the step, got the instance "
+            f"{found!r}. Set `type` and `params` to the class and parameters of this schedule."
         )
     return cast("type[Schedule[Any]]", importlib.import_module(_CUSTOM).adapt(found, path))
 

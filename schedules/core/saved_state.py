@@ -29,7 +29,7 @@ _WORDS = {int: "a 64-bit whole number", float: "a number", bool: "true or false"
 
 
 def restore(kind: Any, value: Any, name: str) -> Any:
-    """Convert a saved value to a type, and validate the value and all values in it.
+    """Convert a saved value to a type, and validate it and all nested values.
 
     Checkpoints contain only plain values, so that loading them cannot run code. A dataclass is
     saved as a dict, a named tuple as a dict or a list, and a tuple as a tuple or a list.
@@ -41,8 +41,8 @@ def restore(kind: Any, value: Any, name: str) -> Any:
         name: name of the value, for the error message.
 
     Raises:
-        ValueError: the value or a part of it is missing, unknown, of the wrong type or out of
-            range.
+        ValueError: the value or a nested value has the wrong type or is out of range, or a key is
+            missing or unknown.
 
     >>> restore(dict[str, tuple[float, ...]], {"lr": [1, 0.5]}, "base")
     {'lr': (1.0, 0.5)}

@@ -68,7 +68,7 @@ S = TypeVar("S")
 class ParameterProblem:
     """A problem with a schedule's parameters.
 
-    ``field`` is the name of the parameter to change, or None if no single parameter is the cause.
+    ``field`` is the name of the parameter to change; None if no single parameter is the cause.
     """
 
     field: str | None
@@ -76,7 +76,7 @@ class ParameterProblem:
 
 
 class Joint(NamedTuple):
-    """The step at which one part of a schedule ends and the next one starts."""
+    """Step at which one phase of a schedule ends and the next phase starts."""
 
     hyperparameter: str
     step: float
@@ -175,8 +175,8 @@ class Schedule(ABC, Generic[S]):
     def _repr_html_(self) -> str:
         """Return the repr and small plots of the curves, for display in notebooks.
 
-        Fractions of the run are shown for a run of 1,000 steps. There is no plot if the schedule
-        depends on the loss, or on the length of an epoch.
+        Durations that are fractions of the run are drawn for a run of 1,000 steps. There are no
+        plots if the schedule depends on the loss or on the length of an epoch.
         """
         curves: Curves = {}
         steps = _SHOWN_STEPS
@@ -207,7 +207,7 @@ class Schedule(ABC, Generic[S]):
 
     @property
     def unresolved_fields(self) -> tuple[str, ...]:
-        """Names of the fields that are still time strings. `resolve` converts them to steps."""
+        """Names of the fields that still hold time strings. `resolve` converts these to steps."""
         return tuple(
             name
             for name, field in read_fields(type(self)).items()
@@ -279,11 +279,11 @@ class Schedule(ABC, Generic[S]):
         yield from ()
 
     def warnings(self) -> Iterator[str]:
-        """Yield warnings about parameters that are valid but unlikely to work well."""
+        """Yield a warning for each parameter that is valid but unlikely to work well."""
         yield from ()
 
     def joints(self) -> Iterator[Joint]:
-        """Yield the steps at which parameters can make a hyperparameter jump.
+        """Yield the steps at which a hyperparameter can jump, depending on the parameters.
 
         Call `resolve` first if a duration is a time string.
         """
@@ -296,7 +296,7 @@ class Schedule(ABC, Generic[S]):
 
     @property
     def length(self) -> int | None:
-        """Number of steps after which the schedule has ended; None if it does not end.
+        """Number of steps after which the schedule ends; None if it never ends.
 
         Call `resolve` first if a duration is a time string.
         """
@@ -374,7 +374,7 @@ class Schedule(ABC, Generic[S]):
         if "lr" not in curves:
             names = " and ".join(curves)
             raise ValueError(
-                f"Only a schedule of the learning rate can be called, but {self.type_name} sets "
+                f"Only a learning-rate schedule can be called, but {self.type_name} sets "
                 f"only {names}. Call `schedules.trace` instead."
             )
         return curves["lr"][0](step)
@@ -394,7 +394,7 @@ class Schedule(ABC, Generic[S]):
         return cast("Controller[S]", OpenLoop(self.build_curves(base, horizon)))
 
     def per_group(self, groups: int) -> tuple[Self, ...]:
-        """Return one schedule per param group, with each list replaced by that group's value.
+        """Return one schedule per param group, with each list replaced by the group's value.
 
         Raises:
             ValueError: a list does not have one number per group.
@@ -410,7 +410,7 @@ class Schedule(ABC, Generic[S]):
 
     @property
     def num_groups(self) -> int | None:
-        """Length of the lists with one number per param group; None if there are no lists."""
+        """Length of the lists with one number per param group; None if no field holds a list."""
         return next(map(len, self.lists_per_group.values()), None)
 
     @property

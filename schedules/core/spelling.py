@@ -15,9 +15,9 @@ _WARMUPS = ("warmup_num_steps", "warmup_steps", "lr_warmup_steps", "t_warmup", "
 
 
 def find_nearest(name: str, known: Collection[str]) -> str | None:
-    """Return the known name with the most similar spelling, or None if no name is similar.
+    """Return the known name with the most similar spelling; None if no name is similar.
 
-    If no spelling is similar and exactly one known name adds a word before ``name``, return this
+    If no spelling is similar and exactly one known name adds a word before ``name``, return that
     known name. For example, ``warmup_num_steps`` adds a word before ``num_steps``.
 
     >>> find_nearest("stge", ["stage", "type"])
@@ -46,7 +46,7 @@ def find_nearest(name: str, known: Collection[str]) -> str | None:
 
 
 def suggest_fraction(name: str, value: object, known: Collection[str]) -> str | None:
-    """Return a hint for an unknown parameter such as ``warmup_ratio``, or None if there is no hint.
+    """Return a hint for an unknown parameter such as ``warmup_ratio``; None if no hint applies.
 
     In other libraries, such a parameter sets the length of the warmup as a fraction of the run. The
     hint names the parameter in ``known`` that accepts this fraction as a time string.

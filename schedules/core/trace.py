@@ -35,7 +35,7 @@ def trace(
             number per param group. Defaults to a single group with learning rate 0.1, momentum 0.9
             and weight decay 0.
         horizon: length of the run, used to convert time strings to steps and to scale durations.
-        losses: loss (or metric) of each step, for feedback schedules. Defaults to a synthetic loss.
+        losses: loss (or metric) at each step, for feedback schedules. Defaults to a synthetic loss.
 
     Returns:
         A dict that maps the name of each scheduled hyperparameter ("lr", "momentum" or
@@ -88,7 +88,7 @@ def complete_base(base: Mapping[str, float | Iterable[float]] | None) -> Base:
 
 
 class Replay(NamedTuple):
-    """Result of `replay`: hyperparameters at each step, and the evidence for the last decision."""
+    """Result of `replay`: hyperparameters at each step, and evidence for a feedback decision."""
 
     rows: list[Values]
     """Values at each step. The last row is for the step after the last loss."""
@@ -107,7 +107,7 @@ def replay(
 
     Args:
         schedule: schedule to run. Schedules without feedback ignore the losses.
-        losses: loss (or metric) of each step.
+        losses: loss (or metric) at each step.
         base: initial hyperparameters of the optimizer, with one value per param group.
         horizon: length of the run, used to convert time strings to steps and to scale durations.
     """

@@ -100,7 +100,7 @@ class _WithWarmup(_Scheduler):
 
 @schedule_class
 class ConstantScheduler(_Scheduler, example={"alpha": 0.5, "t_max": "0.5dur"}):
-    """Multiply the learning rate by ``alpha`` until ``t_max``, and by 1 afterwards.
+    """Multiply the learning rate by ``alpha`` until step ``t_max``, and by 1 afterwards.
 
     ::
 
@@ -217,7 +217,7 @@ class MultiStepWithWarmupScheduler(
 
 @schedule_class
 class LinearScheduler(_Scheduler, example={"alpha_f": 0.1}):
-    """Change the learning rate linearly from ``alpha_i`` to ``alpha_f`` times its initial value.
+    """Scale the learning rate by a factor that changes linearly from ``alpha_i`` to ``alpha_f``.
 
     ::
 
@@ -278,7 +278,7 @@ class ExponentialScheduler(_Scheduler, example={"gamma": 0.8}):
 
 @schedule_class
 class CosineAnnealingScheduler(_Scheduler, example={"alpha_f": 0.1}):
-    """Cosine decay to ``alpha_f`` times the initial learning rate in ``t_max`` steps.
+    """Cosine decay to ``alpha_f`` times the initial learning rate over ``t_max`` steps.
 
     With x = min(1, k / t_max)::
 
@@ -316,7 +316,7 @@ class CosineAnnealingWithWarmupScheduler(
 class CosineAnnealingWarmRestartsScheduler(_Scheduler, example={"t_0": "2ep", "t_mult": 2.0}):
     """Cosine annealing with warm restarts.
 
-    Each cycle is ``t_mult`` times as long as the previous one, truncated to whole steps. After the
+    Each cycle is ``t_mult`` times as long as the previous one, truncated to whole steps. At
     fraction x of a cycle::
 
         lr(x) = lr * (alpha_f + (1 - alpha_f) * (1 + cos(pi * x)) / 2)
@@ -339,7 +339,7 @@ class CosineAnnealingWarmRestartsScheduler(_Scheduler, example={"t_0": "2ep", "t
 
 @schedule_class
 class PolynomialScheduler(_Scheduler, example={"power": 2.0}):
-    """Polynomial decay to ``alpha_f`` times the initial learning rate in ``t_max`` steps.
+    """Polynomial decay to ``alpha_f`` times the initial learning rate over ``t_max`` steps.
 
     ::
 
@@ -365,7 +365,7 @@ class PolynomialScheduler(_Scheduler, example={"power": 2.0}):
 class PolynomialWithWarmupScheduler(
     _WithWarmup, PolynomialScheduler, example={"t_warmup": "0.2dur"}
 ):
-    """Linear warmup followed by the decay of `PolynomialScheduler`, by default quadratic.
+    """Linear warmup followed by the decay of `PolynomialScheduler`; quadratic by default.
 
     With x = min(1, (k - t_warmup) / (t_max - t_warmup))::
 

@@ -151,7 +151,8 @@ class _Composite(Schedule[int]):
         """Return the combined curve of each hyperparameter in each param group.
 
         Args:
-            parts: function of each schedule that builds its curves from initial hyperparameters.
+            parts: functions, one per schedule, that build the schedule's curves from initial
+                hyperparameters.
             base: initial hyperparameters of the optimizer.
         """
 
@@ -309,7 +310,7 @@ def _count_blocks(blocks: Any) -> int:
 
 
 def _evaluate(curve: Curve, step: float) -> float:
-    """Return the value of a curve at a step that can be fractional."""
+    """Return the value of a curve at a step, which can be fractional."""
     value: float = curve.piece(step).formula(step)
     return value
 

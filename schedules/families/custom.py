@@ -12,7 +12,7 @@ schedule.
 
 A PyTorch scheduler runs on a dummy optimizer, and its values are recorded, so that the schedule can
 be previewed and resumed. There are two limitations. To compute the value at a step, the scheduler
-must run all previous steps. Its durations are numbers of steps that cannot be scaled.
+must run all previous steps. Its durations are numbers of steps and cannot be scaled.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _MAX_RECORDED = 1024  # learning rates that a recorder keeps, of all param group
 
 @functools.cache
 def _read_torch_classes() -> dict[str, ast.ClassDef]:
-    """Return the syntax tree of each PyTorch scheduler class by name, without importing PyTorch."""
+    """Return the syntax trees of PyTorch's scheduler classes by name, without importing PyTorch."""
     package = importlib.util.find_spec("torch")
     if package is None or package.origin is None:
         return {}
@@ -77,8 +77,8 @@ def _read_torch_classes() -> dict[str, ast.ClassDef]:
 def read_torch_parameters(name: str) -> dict[str, bool] | None:
     """Return a dict that maps each parameter of a PyTorch scheduler to whether it is required.
 
-    The optimizer, ``last_epoch`` and ``verbose`` are omitted. If PyTorch is not installed or has no
-    scheduler with this name, return None.
+    The optimizer, ``last_epoch`` and ``verbose`` are omitted. Return None if PyTorch is not
+    installed or has no scheduler with this name.
     """
     cls = _read_torch_classes().get(name)
     if cls is None:
@@ -206,7 +206,7 @@ def _make_class(
 
 
 def _convert_default(default: Any) -> Any:
-    """Return the default of a field. It is a tuple instead of a list, as in all fields."""
+    """Return the default of a field. A list becomes a tuple, because fields hold no lists."""
     if default is inspect.Parameter.empty:
         return dataclasses.MISSING
     return tuple(default) if isinstance(default, list) else default
@@ -228,7 +228,7 @@ class WrappedScheduler(Schedule[int]):
 
     @functools.cached_property
     def _written(self) -> tuple[str, ...]:
-        """Names of the hyperparameters that the scheduler sets in its first steps.
+        """Names of the hyperparameters that the scheduler sets during its first steps.
 
         The scheduler runs on a dummy optimizer to find these names. If a parameter is a list, it
         may have one item per param group. The optimizer then has one param group per item of the
@@ -289,7 +289,7 @@ _TRIAL = {"lr": 0.1, "momentum": 0.123, "weight_decay": 0.0123}
 
 
 class _Recorder:
-    """Recorder of the values that a scheduler sets on a dummy optimizer in the most recent steps.
+    """Recorder of the values that a scheduler sets on a dummy optimizer in recent steps.
 
     The number of recorded steps is limited, so that memory use does not grow with the length of the
     run. To return the values of an earlier step, the recorder runs the scheduler again from the
@@ -341,7 +341,7 @@ class _Recorder:
 
 
 def _import_params(schedule: Schedule[Any]) -> dict[str, Any]:
-    """Return the parameters that differ from their defaults, with import paths resolved."""
+    """Return the parameters that differ from their defaults, with import paths imported."""
     return {name: _import_functions(value) for name, value in schedule.params().items()}
 
 

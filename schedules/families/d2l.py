@@ -104,7 +104,7 @@ class SquareRootScheduler(_WithWarmup, example={}):
 
 @schedule_class
 class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.02}):
-    """Decay of the learning rate by a factor at regular intervals, down to a minimum.
+    """Multiply the learning rate by a factor at regular intervals, down to a minimum.
 
     As in MXNet, the factor is applied every ``step`` steps. If ``step`` is null, the factor is
     applied before every step, including the first. This matches the book::

@@ -1,7 +1,7 @@
 """DeepSpeed's schedules: OneCycle, LRRangeTest, WarmupLR, WarmupDecayLR and WarmupCosineLR.
 
-Parameters, defaults and curves match deepspeed/runtime/lr_schedules.py of DeepSpeed 0.19.
-Docstrings describe the exceptions; docs/decisions/0003-deepspeed-schedules.md has the reasons.
+Parameters, defaults and curves match deepspeed/runtime/lr_schedules.py of DeepSpeed 0.19. The
+docstrings describe the exceptions; docs/decisions/0003-deepspeed-schedules.md gives the reasons.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class OneCycle(
 ):
     """1Cycle: the learning rate rises and falls, momentum falls and rises, and then both decay.
 
-    A factor s rises from 0 to 1 in ``first = cycle_first_step_size`` steps and falls back to 0 in
-    ``second = cycle_second_step_size`` steps, continuously or in equal stairs. With
+    A factor s rises from 0 to 1 over ``first = cycle_first_step_size`` steps and falls back to 0
+    over ``second = cycle_second_step_size`` steps, continuously or in equal stairs. With
     ``T = first + second`` and ``n = (k - T) / decay_step_size``::
 
         lr(k)       = cycle_min_lr + (cycle_max_lr - cycle_min_lr) * s(k)     k <= T
@@ -113,8 +113,8 @@ class OneCycle(
     """Number of equal stairs in the second half of the cycle; 0 disables the staircase, and null
     uses `cycle_first_stair_count`."""
     decay_step_size: StepsOrZero | None = None
-    """Length, in steps, of the intervals after the cycle. Every interval increases the divisors of
-    the learning rate and of momentum by their decay rates. 0 or null disables the decay."""
+    """Length of the decay intervals after the cycle. Every interval increases the divisors of the
+    learning rate and of momentum by their decay rates. 0 or null disables the decay."""
     post_cycle_decay_step_size: StepsOrZero | None = None
     """Alias of `decay_step_size`, used in DeepSpeed's tutorial. Set only one of the two keys."""
     cycle_momentum: bool = True
@@ -240,7 +240,7 @@ class LRRangeTest(
     lr_range_test_min_lr: LearningRate = 1e-3
     """Learning rate at the first step."""
     lr_range_test_step_size: Steps = 2000
-    """Number of steps in which the learning rate increases by `lr_range_test_step_rate` times
+    """Number of steps over which the learning rate increases by `lr_range_test_step_rate` times
     `lr_range_test_min_lr`."""
     lr_range_test_step_rate: Rate = 1.0
     """Increase of the learning rate every `lr_range_test_step_size` steps, in multiples of

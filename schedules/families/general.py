@@ -261,8 +261,9 @@ class WarmupStableDecay(
 ):
     """Warmup-stable-decay (WSD): linear warmup, constant learning rate, and decay at the end.
 
-    The decay takes place in the last ``decay_steps`` steps of the run and ends at ``min_lr_ratio``
-    times the initial learning rate. After ``total_steps``, the learning rate stays at this value.
+    The decay takes place over the last ``decay_steps`` steps of the run and ends at
+    ``min_lr_ratio`` times the initial learning rate. After ``total_steps``, the learning rate stays
+    at this value.
 
     >>> wsd = WarmupStableDecay(warmup_steps=2, total_steps=8, decay_steps=4)
     >>> list(wsd.curves({"lr": (1.0,)})["lr"][0].values(9))
@@ -331,8 +332,8 @@ class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
     warmup_steps: WarmupStepsOrZero = 0
     """Length of the warmup."""
     timescale: Steps | None = None
-    """Number of steps after the warmup in which the learning rate falls to 1 / sqrt(2) of its peak;
-    null uses `warmup_steps`."""
+    """Number of steps after the warmup over which the learning rate falls to 1 / sqrt(2) of its
+    peak; null uses `warmup_steps`."""
     one_based_warmup: bool = False
     """Whether the warmup counts its steps from 1, as (k + 1) / warmup_steps. The learning rate of
     the first step is then not 0, and the warmup ends one step earlier."""

@@ -48,11 +48,11 @@ class OptimizerParamScheduler(
 
     Durations are in optimizer steps. In Megatron-LM, durations are in samples. The decay ends at
     step ``lr_decay_steps`` of the run, and the learning rate stays at ``min_lr`` afterwards. With
-    ``lr_decay_style`` "WSD", the learning rate is constant after the warmup and decays in the last
-    ``wsd_decay_steps`` steps. With "constant", it does not decay.
+    ``lr_decay_style`` "WSD", the learning rate is constant after the warmup and decays over the
+    last ``wsd_decay_steps`` steps. With "constant", it does not decay.
 
     As in Megatron-LM, the keys ``max_lr``, ``min_lr``, ``start_wd`` and ``end_wd`` of a param group
-    replace these parameters for the group.
+    override these parameters for the group.
 
     Source: ``OptimizerParamScheduler`` in megatron/core/optimizer_param_scheduler.py.
     """
@@ -84,7 +84,7 @@ class OptimizerParamScheduler(
     wd_incr_steps: StepsOrZero = 0
     """Step at which the weight decay reaches `end_wd`."""
     wd_incr_style: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape of the curve of the weight decay between its start and its end."""
+    """Shape of the weight-decay curve from `start_wd` to `end_wd`."""
 
     @property
     def hyperparameters(self) -> tuple[str, ...]:
@@ -92,7 +92,7 @@ class OptimizerParamScheduler(
 
     @property
     def _weight_decays(self) -> tuple[PerGroup, PerGroup] | None:
-        """Weight decay at the start and at the end; None if the schedule sets no weight decay."""
+        """Weight decay at the start and at the end; None if neither is set."""
         if self.start_wd is None and self.end_wd is None:
             return None
         return self.start_wd or 0.0, self.end_wd or 0.0

@@ -1,4 +1,4 @@
-"""Run a different schedule in each param group."""
+"""Run a different schedule for each param group."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["PerGroup"]
 
 @schedule_class
 class PerGroup(Schedule[int]):
-    """Run a different schedule in each param group.
+    """Run a different schedule for each param group.
 
     `schedules.attach` builds this schedule from a mapping of param groups, and `engine.initialize`
     from the entries of ``optimizer.param_groups``. Param groups with equal schedules share one
@@ -47,7 +47,7 @@ class PerGroup(Schedule[int]):
 
     @property
     def parts(self) -> tuple[Schedule[Any], ...]:
-        """The distinct schedules, without duplicates."""
+        """The schedules of the param groups, without duplicates."""
         found: list[Schedule[Any]] = []
         for part in self.schedulers:
             if part is not None and part not in found:

@@ -91,7 +91,7 @@ class MultiStepLR(LearningRateSchedule, example={"milestones": [30, 60, 80], "ga
 
 @schedule_class
 class ConstantLR(LearningRateSchedule, example={"factor": 0.5, "total_iters": 40}):
-    """Multiply the learning rate by ``factor`` until ``total_iters``, and by 1 afterwards.
+    """Multiply the learning rate by ``factor`` until step ``total_iters``, and by 1 afterwards.
 
     ::
 
@@ -113,7 +113,7 @@ class ConstantLR(LearningRateSchedule, example={"factor": 0.5, "total_iters": 40
 
 @schedule_class
 class LinearLR(LearningRateSchedule, example={"total_iters": 60}):
-    """Multiply the learning rate by a factor that changes linearly in ``total_iters`` steps.
+    """Multiply the learning rate by a factor that changes linearly over ``total_iters`` steps.
 
     With x = min(1, k / total_iters)::
 
@@ -156,7 +156,7 @@ class ExponentialLR(LearningRateSchedule, example={"gamma": 0.97}):
 
 @schedule_class
 class PolynomialLR(LearningRateSchedule, example={"total_iters": 80, "power": 2.0}):
-    """Polynomial decay to 0 in ``total_iters`` steps.
+    """Polynomial decay to 0 over ``total_iters`` steps.
 
     ::
 
@@ -176,7 +176,7 @@ class PolynomialLR(LearningRateSchedule, example={"total_iters": 80, "power": 2.
 
 @schedule_class
 class CosineAnnealingLR(LearningRateSchedule, example={"T_max": 80, "eta_min": 0.01}):
-    """Cosine decay from the initial learning rate to ``eta_min`` in ``T_max`` steps.
+    """Cosine decay from the initial learning rate to ``eta_min`` over ``T_max`` steps.
 
     ::
 
@@ -200,7 +200,7 @@ class CosineAnnealingLR(LearningRateSchedule, example={"T_max": 80, "eta_min": 0
 class CosineAnnealingWarmRestarts(LearningRateSchedule, example={"T_0": 15, "T_mult": 2}):
     """Cosine annealing with warm restarts.
 
-    Each cycle is ``T_mult`` times as long as the previous one. After the fraction x of a cycle::
+    Each cycle is ``T_mult`` times as long as the previous one. At fraction x of a cycle::
 
         lr(x) = eta_min + (lr - eta_min) * (1 + cos(pi * x)) / 2
 
@@ -225,10 +225,10 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
 
     With n = ``total_steps``, the learning rate rises from ``max_lr / div_factor`` to ``max_lr``
     until step ``pct_start * n - 1``, then falls to ``max_lr / div_factor / final_div_factor`` until
-    step ``n - 1``. With ``three_phase``, it first falls back to ``max_lr / div_factor`` in the same
-    number of steps as the rise. Each phase is a cosine or a line. Momentum goes from
-    ``max_momentum`` to ``base_momentum`` and back. After the end, the last value is kept. PyTorch
-    raises an error instead.
+    step ``n - 1``. With ``three_phase``, it first falls back to ``max_lr / div_factor`` over the
+    same number of steps as the rise. Each phase is a cosine or a line. Momentum goes from
+    ``max_momentum`` to ``base_momentum`` and back. After step ``n - 1``, the values stay constant.
+    PyTorch raises an error instead.
 
     Source: ``OneCycleLR`` in torch/optim/lr_scheduler.py; Smith and Topin, Super-convergence,
     https://arxiv.org/abs/1708.07120.
@@ -246,7 +246,7 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     """Number of steps per epoch. Required if `total_steps` is null. Must be null if `total_steps`
     is set."""
     pct_start: Annotated[float, Range(above=0, below=1)] = 0.3
-    """Fraction of the cycle in which the learning rate rises."""
+    """Fraction of the cycle during which the learning rate rises."""
     anneal_strategy: Literal["cos", "linear"] = "cos"
     """Shape of the curve in each phase: a cosine or a straight line."""
     cycle_momentum: bool = True
@@ -359,7 +359,8 @@ class CyclicLR(
 ):
     """Cycle the learning rate linearly between two values, and momentum in the opposite direction.
 
-    A factor s rises from 0 to 1 in ``step_size_up`` steps and falls to 0 in ``step_size_down``::
+    A factor s rises from 0 to 1 over ``step_size_up`` steps and falls to 0 over
+    ``step_size_down``::
 
         lr(k)       = base_lr + (max_lr - base_lr) * s(k) * A
         momentum(k) = max_momentum - (max_momentum - base_momentum) * s(k) * A

@@ -70,7 +70,7 @@ class _WarmupAndDecay(_PeakSchedule):
 
     @abstractmethod
     def _decay(self, lr: float, end: float, steps: float) -> Curve:
-        """Return the curve after the warmup, a decay from ``lr`` to ``end`` in ``steps`` steps."""
+        """Return the curve after the warmup: a decay from ``lr`` to ``end`` over ``steps``."""
 
 
 @schedule_class

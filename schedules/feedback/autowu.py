@@ -28,10 +28,10 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
 
     The warmup increases the learning rate exponentially from ``min_lr`` to ``max_lr``. Meanwhile, a
     Gaussian process fitted to the losses estimates the probability that the loss has passed its
-    minimum. Several confident estimates in a row (three with the default test) end the warmup. The
-    learning rate then returns to its value at the minimum of the loss (``peak`` below). It stays
-    constant unless ``immediate_cooldown`` is true, and decays in the cooldown at the end of the
-    run::
+    minimum. Several consecutive confident estimates (three with the default test) end the warmup.
+    The learning rate then returns to its value at the minimum of the loss (``peak`` below). It
+    stays constant unless ``immediate_cooldown`` is true, and decays in the cooldown at the end of
+    the run::
 
         warmup    lr(k) = min_lr * (max_lr / min_lr) ** (k / W)
         cooldown  lr(k) = peak * (1 + cos(pi * n / D)) / 2   after n of D steps
@@ -43,10 +43,10 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     group.
 
     The parameter ``test`` selects the test that makes these estimates and ends the warmup. The test
-    "reference" is the test of the published code. It runs once per epoch, needs about thirty
-    epochs, and depends on the scale of the loss. The test "robust" runs about sixty times per
-    warmup, does not depend on the scale of the loss, tolerates loss spikes, and starts the decay
-    exactly at the peak.
+    "reference" is that of the published code. It runs once per epoch, needs about thirty epochs,
+    and depends on the scale of the loss. The test "robust" runs about sixty times per warmup, does
+    not depend on the scale of the loss, tolerates loss spikes, and starts the decay exactly at the
+    peak.
 
     If ``rollback`` is true, the weights and the optimizer state are restored when the warmup ends.
     The restored values are those at the end of the test interval with the lowest mean loss. A test
@@ -69,10 +69,10 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     """
 
     steps_per_epoch: Count = None
-    """Number of steps per epoch; null uses the value of the run. The test "reference" runs once per
+    """Number of steps per epoch; null derives it from the run. The test "reference" runs once per
     epoch."""
     total_epochs: Count = None
-    """Number of epochs; null uses the value of the run."""
+    """Number of epochs; null derives it from the length of the run."""
     min_lr: Annotated[float, Range(above=0)] = 1e-5
     """Learning rate at the first step."""
     max_lr: Annotated[float, Range(above=0)] = 1.0
@@ -86,11 +86,11 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     warmup_type: Literal["exp", "linear"] = "exp"
     """Whether the learning rate increases exponentially or linearly during warmup."""
     immediate_cooldown: bool = False
-    """Whether the cooldown starts right after the warmup, without a constant phase."""
+    """Whether the cooldown starts immediately after the warmup, without a constant phase."""
     decay_phase_stat: Literal["loss"] | None = None
     """Statistic that determines when the learning rate is reduced in the constant phase; null
-    reduces it at most once, at the start. With "loss", the learning rate is multiplied by
-    `decay_phase_factor` whenever the mean loss per epoch has not improved for more than five
+    reduces it at most once, at the start of the phase. With "loss", the learning rate is multiplied
+    by `decay_phase_factor` whenever the mean loss per epoch has not improved for more than five
     epochs."""
     decay_phase_factor: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Factor applied to the learning rate in the constant phase. If `decay_phase_stat` is null, the
@@ -120,7 +120,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     def total_steps(self) -> int:
         """Length of the run in steps.
 
-        In previews, ``steps_per_epoch`` and ``total_epochs`` are 10 if they are null.
+        In previews, ``steps_per_epoch`` and ``total_epochs`` default to 10.
         """
         return (self.steps_per_epoch or 10) * (self.total_epochs or 10)
 

@@ -88,7 +88,7 @@ class AutoWUController(FeedbackController[AutoWUState]):
     def update(self, state: AutoWUState, loss: float | None) -> AutoWUState:
         if loss is None:
             raise ValueError(
-                "AutoWU requires the loss of every step. Pass the loss to `step(loss=loss)` or, "
+                "AutoWU requires the loss at every step. Pass the loss to `step(loss=loss)` or, "
                 "with the engine, to `trainer.backward(loss)`. If a trainer calls `step()` "
                 "without the loss, call `scheduler.record_loss(loss)` before each step."
             )

@@ -44,7 +44,7 @@ class FeedbackController(Controller[S]):
     def evidence(self, before: S, loss: float, after: S) -> Evidence | None:
         """Return the losses and learning rates that led to a decision; None if they are unknown.
 
-        By default, None is returned. Override this method in a controller that makes decisions.
+        By default, return None. Override this method in a controller that makes decisions.
         """
         del before, loss, after
         return None
@@ -63,7 +63,7 @@ class FeedbackSchedule(Schedule[S]):
     def controller(self, base: Base) -> FeedbackController[S]:
         """Build the controller for the initial hyperparameters ``base`` of an optimizer.
 
-        Call this method only on a schedule that `resolve` returned.
+        Call this method only on a schedule returned by `resolve`.
         """
 
     @abstractmethod

@@ -63,7 +63,7 @@ class History:
         return longer
 
     def array(self, dtype: Any) -> NDArray[Any]:
-        """Return the losses as a NumPy array with the data type ``dtype``."""
+        """Return the losses as a NumPy array of data type ``dtype``."""
         with np.errstate(over="ignore"):  # Losses too large for the dtype become infinite.
             return np.fromiter(self, dtype, self._count)
 

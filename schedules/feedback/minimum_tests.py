@@ -65,9 +65,9 @@ class PublishedResult(NamedTuple):
 
     @property
     def is_positive(self) -> bool:
-        """Whether most samples show that the loss has passed its minimum.
+        """Whether the loss has passed its minimum, according to most samples.
 
-        In these samples, the probability exceeds `CONFIDENCE`.
+        These are the samples whose probability exceeds `CONFIDENCE`.
         """
         votes = sum(probability > CONFIDENCE for probability in self.probabilities)
         return votes > REDRAWS / 2
@@ -88,7 +88,7 @@ def run_published_test(losses: Array, fit: Hyperparameters, sample: Sampler) -> 
 
     Args:
         losses: loss of each step of the warmup so far, in order.
-        fit: hyperparameters that the previous test returned. For the first test, pass
+        fit: hyperparameters returned by the previous test. For the first test, pass
             `Hyperparameters.initial()`.
         sample: function that selects losses at random; see `Sampler`. It is called only if there
             are more than 100 finite losses.
@@ -118,7 +118,7 @@ def compute_published_band(losses: Array, fit: Hyperparameters) -> Band:
 
     Args:
         losses: loss of each step of the warmup so far, in order. At least one must be finite.
-        fit: hyperparameters that the test returned.
+        fit: hyperparameters returned by the test.
     """
     finite = np.isfinite(losses)
     x = np.arange(losses.size)[finite] / losses.size

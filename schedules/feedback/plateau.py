@@ -102,7 +102,7 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     ``trainer.step(metric=…)`` or, in a custom loop, to ``step(metric)``. Steps without a value do
     not change the learning rate, except in the warmup. Previews show a run on a synthetic metric.
 
-    The warmup counts the calls of ``step``. If a trainer calls ``step`` only after an evaluation,
+    The warmup counts the calls to ``step``. If a trainer calls ``step`` only after an evaluation,
     as Hugging Face's does, the length of the warmup is a number of evaluations.
 
     >>> import torch, schedules
@@ -181,7 +181,7 @@ class PlateauController(FeedbackController[_State]):
         return _State(0, self._rule.init(), self._warm_up(0))
 
     def _warm_up(self, step: int) -> tuple[float, ...]:
-        """Return the learning rates at a step of the warmup, or after the last one."""
+        """Return the learning rates at a step of the warmup, or at its end for later steps."""
         factor = self._factors(step) if step < self._warmup_steps else 1.0
         return tuple(factor * lr for lr in self._lrs)
 

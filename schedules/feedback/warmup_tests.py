@@ -1,4 +1,4 @@
-"""The tests that end AutoWU's warmup after several confident results in a row."""
+"""The tests that end AutoWU's warmup after several consecutive confident results."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class WarmupTest(ABC):
 
     @abstractmethod
     def find_likely_minimum(self, state: AutoWUState) -> float | None:
-        """Return the likely position of the loss minimum (0 to 1), or None if it is unknown."""
+        """Return the likely position of the loss minimum (0 to 1); None if the test finds none."""
 
     @abstractmethod
     def band(self, losses: NDArray[Any], state: AutoWUState) -> Band | None:
@@ -83,7 +83,7 @@ class WarmupTest(ABC):
 class PublishedTest(WarmupTest):
     """AutoWU's published test of whether the loss has passed its minimum.
 
-    The test runs once per epoch and ends the warmup after three confident results in a row.
+    The test runs once per epoch and ends the warmup after three consecutive confident results.
     """
 
     dtype = np.float32
@@ -130,7 +130,7 @@ class RobustTest(WarmupTest):
     """Robust test of whether the loss has passed its minimum.
 
     The test does not depend on the scale of the loss. It runs about sixty times if the warmup
-    reaches its maximum length. At least five confident results in a row are needed to end the
+    reaches its maximum length. It needs at least five consecutive confident results to end the
     warmup.
     """
 
@@ -175,7 +175,7 @@ class RobustTest(WarmupTest):
 
 
 class TorchSampler:
-    """Sampler of indices without replacement. Draws the same indices as AutoWU's own code.
+    """Sampler of indices without replacement. Draws the same indices as AutoWU's published code.
 
     The random numbers come from a PyTorch generator.
 

@@ -117,7 +117,7 @@ def test_plot_length_is_that_of_the_run():
         plot(decay)
     with pytest.raises(ValueError, match="`steps` must be from 1 to 100,000"):
         plot(LinearLR(), steps=10**6)
-    with pytest.raises(ValueError, match="must have at least one schedule"):
+    with pytest.raises(ValueError, match="requires at least one schedule"):
         plot()
 
 

@@ -95,7 +95,5 @@ def test_schedule_called_returns_the_lr_at_a_step_or_at_an_array_of_steps():
     assert schedule(2, lr=1.0, horizon=horizon) == 0.5
     assert schedule(np.array([4, 0]), lr=1.0, horizon=horizon).tolist() == [1.0, 0.0]
     decay = schedules.Phases(weight_decay=[{"to": 0.1, "duration": 4}])
-    with pytest.raises(
-        ValueError, match="Only a schedule of the learning rate .* only weight_decay"
-    ):
+    with pytest.raises(ValueError, match="Only a learning-rate schedule .* only weight_decay"):
         decay(2)
