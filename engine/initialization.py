@@ -56,7 +56,7 @@ from engine.training.optimizers import (
     set_optimizer_mode,
 )
 from engine.training.param_groups import divide_parameters
-from engine.training.setup_log import log_setup
+from engine.training.setup_log import enable_logging, log_setup
 from schedules import Schedule
 from schedules.families.per_group import PerGroup
 from schedules.torch_scheduler import bind
@@ -142,15 +142,15 @@ def initialize(
     (True, [0.1])
     """
     del dist_init_required
+    enable_logging()
     check_arguments(args, model, optimizer, training_data, lr_scheduler)
     assert model is not None
     model = unwrap_compiled(model)
     lr_test = read_sweep()
     sweep = lr_test if lr_test is not None and is_next_engine_swept(lr_test) else None
-    source = sweep.config if sweep is not None else None
     need = backends.find_deepspeed_need(model, mpu=mpu, mesh_param=mesh_param)
     shard = backends.find_data_shard(model, mpu, mesh_param) if need else None
-    chosen = source or _choose_source(args, config, config_params)
+    chosen = (sweep and sweep.config) or _choose_source(args, config, config_params)
     resolved = _load(chosen, args, need, shard)
     if sweep is not None:
         resolved, lr_scheduler = apply_sweep(resolved, sweep), None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 from collections.abc import Sequence
 from typing import TextIO
 
+from engine.cli.import_path import current_directory_on_path
 from engine.cli.parser import build_command_parser, build_parser, find_command, import_command
 from engine.display.terminal import get_width, wrap
 from engine.distributed.environment import INVALID, OK, USAGE
@@ -52,7 +54,9 @@ def _run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
         # Import only the module of the requested command, so that `validate` starts fast.
         name = find_command(arguments[0])
         args = build_command_parser(name).parse_args(arguments[1:])
-        status: int = import_command(name).run(args, out)
+        may_import = getattr(args, "allow_imports", False)
+        with current_directory_on_path() if may_import else contextlib.nullcontext():
+            status: int = import_command(name).run(args, out)
     except ConfigError as error:
         unreadable = any(problem.rule == "unreadable" for problem in error.problems)
         write_error(error, err if unreadable else out)

@@ -70,13 +70,14 @@ def iterate_batches(loader: RunLoader | None, run: TrainingRun) -> Iterator[Any]
         )
     if not (run.length.is_known or run.is_trial):
         scheduler = run.scheduler
-        run.length.schedule_steps = (
-            scheduler.length if isinstance(scheduler, ScheduleBinder) else None
-        )
+        reason = "no schedule of onecycle is set"
+        if isinstance(scheduler, ScheduleBinder):
+            run.length.schedule_steps = scheduler.length
+            reason = f"the schedule {scheduler.schedule.type_name} does not end"
         if not run.length.is_known:
             raise MisuseError(
-                "The length of the run is unknown, because no schedule with an end is set. Set "
-                '`engine.max_duration`, for example to "10ep".'
+                f"The length of the run is unknown, because {reason}. Set `engine.max_duration`, "
+                'for example to "10ep".'
             )
     if run.is_over and run.backend.ranks.rank == 0:
         log.info("the run is already over at step %d; nothing to train", run.counters.global_steps)

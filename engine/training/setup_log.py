@@ -15,7 +15,7 @@ from engine.display.param_groups import GroupRow, format_param_groups
 from schedules import ScheduleBinder
 from schedules.families.per_group import PerGroup
 
-__all__ = ["log_setup"]
+__all__ = ["enable_logging", "log_setup"]
 
 log = logging.getLogger("onecycle")
 
@@ -51,7 +51,6 @@ def log_setup(
     Returns:
         The rows of the table, as a dict from the name of each row to its text.
     """
-    _enable_logging()
     codes = [*find_optimizer_code(config.raw.get("optimizer"))]
     blocks = [("/scheduler", config.raw.get("scheduler"))]
     blocks += [(pointer, block) for _, pointer, block in find_group_schedulers(config.raw)]
@@ -87,7 +86,7 @@ def log_setup(
     return setup
 
 
-def _enable_logging() -> None:
+def enable_logging() -> None:
     """Print log messages of level INFO, even if the script does not configure logging.
 
     A level that the script has set on the ``onecycle`` logger is kept.

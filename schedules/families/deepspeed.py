@@ -113,8 +113,8 @@ class OneCycle(
     """Number of equal stairs in the second half of the cycle; 0 disables the staircase, and null
     uses `cycle_first_stair_count`."""
     decay_step_size: StepsOrZero | None = None
-    """Length of the decay intervals after the cycle. Every interval increases the divisors of the
-    learning rate and of momentum by their decay rates. 0 or null disables the decay."""
+    """Length of the decay intervals after the cycle. Each interval adds the decay rates to the
+    divisors. The decay does not end, so set engine.max_duration. 0 or null disables the decay."""
     post_cycle_decay_step_size: StepsOrZero | None = None
     """Alias of `decay_step_size`, used in DeepSpeed's tutorial. Set only one of the two keys."""
     cycle_momentum: bool = True

@@ -15,7 +15,7 @@ QUESTIONS = {
     "gradient accumulation": "guides/batch_size.md",
     "two nodes": "guides/multi_node.md",
     "layer-wise decay": "guides/param_groups.md",
-    "weight-decay schedule": "guides/param_groups.md",
+    "weight decay schedule": "guides/param_groups.md",
     "evaluation": "guides/evaluation.md",
     "Hugging Face": "from/transformers.md",
     "differences from DeepSpeed": "drop_in.md",

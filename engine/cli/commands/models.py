@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from engine.cli.import_path import current_directory_on_path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +26,7 @@ def build_model(path: str) -> nn.Module:
 
     from schedules.core.imports import import_attribute
 
-    with _current_directory_on_path():
+    with current_directory_on_path():
         found: Any = import_attribute(path)
         if not isinstance(found, nn.Module):
             build = found
@@ -53,14 +51,3 @@ def _call(path: str, build: Any) -> Any:
             f"`--model` must name a function without required arguments that builds a model, got "
             f"{path!r}, which failed with {type(error).__name__}: {error}."
         ) from error
-
-
-@contextlib.contextmanager
-def _current_directory_on_path() -> Iterator[None]:
-    """Search the current directory for modules, as Python does for a script."""
-    directory = str(Path.cwd())
-    sys.path.insert(0, directory)
-    try:
-        yield
-    finally:
-        sys.path.remove(directory)

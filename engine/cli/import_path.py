@@ -1,0 +1,21 @@
+"""Find the user's modules for commands that import them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["current_directory_on_path"]
+
+
+@contextlib.contextmanager
+def current_directory_on_path() -> Iterator[None]:
+    """Search the current directory for modules, as Python does for a script."""
+    directory = str(Path.cwd())
+    sys.path.insert(0, directory)
+    try:
+        yield
+    finally:
+        sys.path.remove(directory)
