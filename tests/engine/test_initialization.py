@@ -262,7 +262,7 @@ def test_param_groups_keep_their_learning_rates():
         {"params": net[0].parameters(), "lr": 0.1},
         {"params": net[2].parameters(), "lr": 0.01},
     ]
-    with pytest.raises(ValueError, match=r"`cycle_min_lr` .* \(2\)"):
+    with pytest.raises(ValueError, match=r"`cycle_min_lr` .* group 1: 0.01"):
         engine.initialize(config=CONFIG, model=net, model_parameters=groups)
     warmup = CONFIG | {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 1}}}
     trainer, *_ = engine.initialize(config=warmup, model=net, model_parameters=groups)

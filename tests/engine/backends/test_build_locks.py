@@ -28,7 +28,7 @@ def test_doctor_with_stale_lock_names_it(lock):
     out = io.StringIO()
     main(["doctor"], out, io.StringIO())
     (line,) = [line for line in out.getvalue().splitlines() if str(lock) in line]
-    assert line.startswith("no ")
+    assert line.strip().startswith("no ")
     assert "no process on this host has it open" in line
     assert "Delete that file" in line
 

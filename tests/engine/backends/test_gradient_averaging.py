@@ -27,5 +27,5 @@ def test_check_gradient_averaging_with_the_correct_mean_passes():
 @pytest.mark.usefixtures("group_of_one")
 def test_check_gradient_averaging_with_a_missing_rank_raises():
     # The group has only one member, so the gradient of the second rank is missing.
-    with pytest.raises(RuntimeError, match=r"1\.5, got \[1\.0, 1\.0\]"):
+    with pytest.raises(RuntimeError, match=r"1\.5 .* got \[1\.0, 1\.0\]"):
         check_gradient_averaging(ranks(2))
