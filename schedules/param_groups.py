@@ -73,7 +73,7 @@ class Slot:
             self.put(group, value)
 
     def holds(self, group: Group, value: float) -> bool:
-        """Return whether a param group already has the value to write, apart from rounding."""
+        """Return whether a param group already has the value to write, up to rounding."""
         current = self.get(group)
         if isinstance(current, torch.Tensor):
             value = torch.tensor(value, dtype=current.dtype).item()

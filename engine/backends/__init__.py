@@ -25,7 +25,7 @@ def find_deepspeed_need(model: nn.Module, **arguments: Any) -> str | None:
     """Return a description of the feature that requires DeepSpeed, or None if there is none.
 
     The feature is the first argument in ``arguments`` that is not None. If all arguments are None,
-    it is a form of model parallelism in the model, such as MoE layers.
+    the model is checked for model parallelism, such as MoE layers.
     """
     given = [f"the argument `{name}`" for name, value in arguments.items() if value is not None]
     return given[0] if given else find_model_parallelism(model)

@@ -89,7 +89,7 @@ def prepare_schedule_state(
 
 
 def _convert_position(steps: int, config: Config, saved_batch: Mapping[str, int]) -> int:
-    """Return the step at which a schedule continues after a change of the batch size.
+    """Return the step at which a schedule continues after the batch size has changed.
 
     A schedule with durations in samples, epochs or fractions of the run continues after the same
     number of samples. With a larger batch size, the same number of samples corresponds to an

@@ -219,7 +219,7 @@ class EvaluatedSchedule:
 
     @functools.cached_property
     def _ranges(self) -> dict[str, tuple[float, float]]:
-        """Results cached by `get_range`, because a schedule can have thousands of stairs."""
+        """Cached results of `get_range`, which are slow to compute for thousands of stairs."""
         return {}
 
     def find_infinite(self) -> tuple[str, int, float] | None:

@@ -151,9 +151,9 @@ class _Runner:
         return replace(outcome, last_lines=self.output.get_last_lines(outcome.source))
 
     def _start_agents(self) -> bool:
-        """Start a few agents, and return whether any agent was started.
+        """Start the next few agents, and return whether any agent was started.
 
-        The launcher handles events between two calls.
+        Each call starts only a few agents, so that the launcher can handle events between calls.
         """
         free = MAX_CONNECTING - len(self._connecting)
         hosts = list(islice(self._waiting, min(_BURST, free)))

@@ -357,7 +357,7 @@ class TrainingRun:
             )
 
     def _finish_step(self) -> None:
-        """Count a step, and complete the step if its outcome is known."""
+        """Count a step. If its outcome is already known, finish its bookkeeping."""
         counters, batch = self.latest, self.config.batch
         counters.global_steps += 1
         counters.global_samples += (

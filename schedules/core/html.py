@@ -18,14 +18,14 @@ _COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd")
 
 
 def draw_html(text: str, curves: Curves, steps: int, current: int | None = None) -> str:
-    """Return HTML with a text and one small plot per hyperparameter.
+    """Return HTML with some text and a small plot of each hyperparameter.
 
     Args:
-        text: text above the plots, such as the repr of a schedule.
-        curves: curve of each hyperparameter in each param group. Without curves, only the text is
+        text: text to show above the plots, such as the repr of a schedule.
+        curves: curve of each hyperparameter in each param group. If empty, only the text is
             returned.
         steps: number of steps to plot.
-        current: step that a vertical line marks; None for no line.
+        current: step to mark with a vertical line; None draws no line.
 
     >>> from schedules.core.curves import linear
     >>> print(draw_html("warmup", {"lr": (linear(0.0, 0.1, 2),)}, steps=3))

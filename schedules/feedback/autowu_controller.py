@@ -1,4 +1,4 @@
-"""Define the controller of `AutoWU`. It runs the warmup, its tests, and the decay."""
+"""The controller of `AutoWU`: the warmup, the tests that end it, and the decay."""
 
 from __future__ import annotations
 
