@@ -236,7 +236,7 @@ class Engine(DeepSpeedAccessors):
         return self._run.accumulation.is_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Set whether the next calls of `step` run the optimizer. Call before `backward`."""
+        """Set whether the next calls to `step` run the optimizer. Call this before `backward`."""
         self._run.accumulation.set_boundary(is_boundary)
 
     def no_sync(self) -> AbstractContextManager[None]:

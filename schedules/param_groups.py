@@ -233,7 +233,7 @@ class RangeWriter:
         self._shared = self._find_shared_formulas() if is_plain else []
 
     def values(self) -> Values:
-        """Return the values of each hyperparameter that were written last."""
+        """Return the most recently written values of each hyperparameter."""
         return {
             name: tuple(piece.formula(self.step) for piece in pieces)
             for name, pieces in self._pieces.items()

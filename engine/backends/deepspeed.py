@@ -1,4 +1,4 @@
-"""The DeepSpeed backend. It trains with DeepSpeed's engine."""
+"""Backend that trains with DeepSpeed's engine."""
 
 from __future__ import annotations
 

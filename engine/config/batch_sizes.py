@@ -107,7 +107,7 @@ class BatchError(ValueError):
 
 
 class DataRanks(NamedTuple):
-    """The number of ranks that load different samples. A group that shares a model counts once."""
+    """The number of ranks that load different samples. Ranks that split one model count as one."""
 
     number: int
     tensor_parallel: int = 1

@@ -1,4 +1,4 @@
-"""End a run if its gradients are not finite in too many consecutive steps."""
+"""End a run after too many consecutive steps with non-finite gradients."""
 
 from __future__ import annotations
 

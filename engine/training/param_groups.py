@@ -295,7 +295,7 @@ def _find_without_decay(
 ) -> set[nn.Parameter]:
     """Return the parameters that usually have no weight decay.
 
-    These are parameters with at most one dimension, biases, and the parameters of norms.
+    These are biases, parameters of normalization layers, and all others with at most one dimension.
     """
     found = {
         parameter

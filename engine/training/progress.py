@@ -24,7 +24,7 @@ log = logging.getLogger("onecycle")
 
 @dataclass
 class Counters:
-    """Step counters of a run. Checkpoints contain these counters."""
+    """Step counters of a run, saved in checkpoints."""
 
     micro_steps: Count = 0
     global_steps: Count = 0

@@ -55,7 +55,7 @@ def _read_host_name(host: str) -> str | None:
 
 
 def add_security_headers(response: Response) -> None:
-    """Add headers that prevent the page from loading, or being embedded in, other websites."""
+    """Add headers so that the page cannot load from other websites or be embedded in them."""
     response.headers["Content-Security-Policy"] = _CONTENT_POLICY
     response.headers["Referrer-Policy"] = "no-referrer"
     response.headers["X-Content-Type-Options"] = "nosniff"

@@ -105,7 +105,7 @@ class ConfigFile:
             return None
         if len(data) > _MAX_BYTES:
             raise ValueError(
-                f"{self.path.name} must have at most {_MAX_BYTES:,} bytes. Use a text editor."
+                f"{self.path.name} must be at most {_MAX_BYTES:,} bytes. Use a text editor."
             )
         return data
 

@@ -1,4 +1,4 @@
-"""The page that shows runs: the actions that its script requests."""
+"""Actions that the script of the run page can request."""
 
 from __future__ import annotations
 

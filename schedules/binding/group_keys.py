@@ -1,4 +1,4 @@
-"""Apply the keys that other libraries add to param groups, such as ``lr_scale`` of timm.
+"""Apply the keys that other libraries add to param groups, such as timm's ``lr_scale``.
 
 - ``lr_scale`` (timm, fairseq, MAE) and ``lr_mult`` (earlier versions of Megatron-LM) multiply the
   learning rate of every schedule, and ``wd_mult`` (Megatron-LM) multiplies the weight decay.

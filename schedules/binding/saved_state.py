@@ -57,7 +57,7 @@ def complete_base(base: BaseValues | None, groups: int) -> Base:
     unknown = [name for name in given if name not in _NAMES]
     if unknown:
         raise ValueError(
-            f"`base` must have only the keys {', '.join(_NAMES)}, got {unknown[0]!r}. Remove this "
+            f"`base` can have only the keys {', '.join(_NAMES)}, got {unknown[0]!r}. Remove this "
             "key."
         )
     found = {}

@@ -166,9 +166,9 @@ def wrap_scheduler(cls: Any, name: str) -> type[WrappedScheduler]:
 
 
 def _parameters(function: Any) -> list[inspect.Parameter]:
-    """Return a function's parameters after the first.
+    """Return all parameters of a function except the first.
 
-    The first parameter is ``self``, the optimizer or the step.
+    The first one is either ``self``, the optimizer, or the step.
     """
     return list(inspect.signature(function).parameters.values())[1:]
 
