@@ -36,7 +36,7 @@ test-long: $(READY)  ## run the tests that take hours: 200 kills, fuzzing with 2
 test-gpu: $(GPU_READY)  ## run the tests that need a GPU, with this machine's PyTorch (CPU: make test-gpu DRY_RUN=1)
 	$(GPU_VENV)/bin/python -m pytest tests/gpu $(if $(DRY_RUN),--dry-run)
 
-bench: $(READY)  ## rerun the speed benchmarks and print how long each takes (at most 30 minutes)
+bench: $(READY)  ## rerun the speed benchmarks and print how long each takes
 	$(BIN)/python benchmarks/run.py speed
 
 evidence: $(READY)  ## rerun the trainings of docs/results and print how long each takes (hours on a CPU)

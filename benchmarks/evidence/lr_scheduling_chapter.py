@@ -12,8 +12,8 @@ from __future__ import annotations
 from experiment import Experiment, Row, train
 from pages import (
     build_figure,
-    format_median,
     format_table,
+    format_values,
     get_last,
     plot_history,
     plot_lr,
@@ -58,7 +58,7 @@ def report(experiment: Experiment) -> None:
             continue
         epochs = len(rows[0]["history"])
         measured = [
-            format_median(get_last(rows, column))
+            format_values(get_last(rows, column))
             for column in ("train_loss", "train_accuracy", "test_accuracy")
         ]
         label = name.replace("_", " ").replace("one cycle", "1Cycle").removesuffix(" in 10 epochs")

@@ -52,13 +52,13 @@ def format_mean(values: Iterable[float], digits: int = 3) -> str:
     return f"{mean} ± {statistics.stdev(numbers):,.{digits}f}" if len(numbers) > 1 else mean
 
 
-def format_median(values: Iterable[float], digits: int = 3) -> str:
-    """Format the median of the values and, if there are several, the smallest and the largest."""
+def format_values(values: Iterable[float], digits: int = 3) -> str:
+    """Format up to three values in ascending order; of more values, the median and the range."""
     numbers = sorted(values)
-    median = f"{statistics.median(numbers):.{digits}f}"
-    if len(numbers) == 1:
-        return median
-    return f"{median} ({numbers[0]:.{digits}f} to {numbers[-1]:.{digits}f})"
+    texts = [f"{number:.{digits}f}" for number in numbers]
+    if len(numbers) <= 3:
+        return ", ".join(texts)
+    return f"{statistics.median(numbers):.{digits}f} ({texts[0]} to {texts[-1]})"
 
 
 def get_last(rows: Iterable[Row], name: str) -> list[float]:
