@@ -198,7 +198,8 @@ def run_in_shell(line, directory):
     )  # fmt: skip
 
 
-LIGHT = [name for name in COMMANDS if name not in {"launch", "lr-test", "doctor", "checkpoint"}]
+HEAVY = {"launch", "lr-test", "doctor", "checkpoint"}
+LIGHT = [name for name in COMMANDS if name not in {*HEAVY, "ui"}]  # `ui` runs until Ctrl+C
 
 
 @pytest.mark.slow
@@ -206,6 +207,13 @@ LIGHT = [name for name in COMMANDS if name not in {"launch", "lr-test", "doctor"
 def test_example_in_the_help_runs(project, example):
     done = run_in_shell(example, project)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("example", list_examples("ui"))
+def test_example_of_ui_has_valid_arguments(example):
+    """tests/engine/ui runs the command."""
+    _, name, *arguments = shlex.split(example)
+    assert build_command_parser(name).parse_args(arguments).paths
 
 
 @pytest.mark.slow
