@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--diff",
         metavar="OTHER",
         help="print only the keys whose values differ from those in another config. The last "
-        "column shows the values in the other config. " - " marks a missing key",
+        "column shows the values in the other config. '-' marks a missing key",
     )
     how.add_argument(
         "--model",
