@@ -37,7 +37,7 @@ def example(directory, backend):
     path = directory / "example" / "ds_config.json"
     config = json.loads(path.read_text())
     config["csv_monitor"] = {"enabled": True, "output_path": str(directory / "monitor")}
-    config["engine"] = {"backend": backend}
+    config["engine"]["backend"] = backend
     path.write_text(json.dumps(config))
     return "example/train.py --max_steps 12 --output run --config example/ds_config.json"
 
