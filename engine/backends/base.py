@@ -88,6 +88,7 @@ class Backend(ABC):
         self.basic_optimizer = basic_optimizer or optimizer
         self.num_parameters = num_parameters
         self.grad_norm = None
+        self._is_on_cpu = ranks.device.type == "cpu"
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +103,7 @@ class Backend(ABC):
 
     def _move_inputs(self, *inputs: Any) -> Any:
         """Move a model's inputs to this rank's device, as DDP and FSDP do."""
-        if self.ranks.device.type == "cpu":
+        if self._is_on_cpu:
             return inputs
         return move_to_device(inputs, self.ranks.device)
 

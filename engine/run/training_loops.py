@@ -46,7 +46,7 @@ def train_pipeline(
         return None
     loss, run.counters.applied = result
     run.counters.micro_steps += run.accumulation.steps
-    run.add_loss(loss)
+    run.add_loss(loss.detach())
     run.accumulation.scaled_losses = 0
     run._finish_step()  # noqa: SLF001  # private to the package
     run.misuse.note_step(run.scheduler, run.counters.global_steps)

@@ -257,11 +257,11 @@ class TrainingRun:
         self._window.clear()
 
     def add_loss(self, loss: Tensor) -> None:
-        """Record the loss of a micro-batch that was passed to `backward` or `scale`."""
+        """Record the loss, without a graph, of a micro-batch passed to `backward` or `scale`."""
         self.accumulation.scaled_losses += 1
         self._window.add(loss)
         if self._deferring is None or not self.defers:
-            self._divergence.last_loss = loss.detach()
+            self._divergence.last_loss = loss
             self.progress.add(loss)
 
     def step(self, metric: Tensor | float | None) -> bool | StepResult:

@@ -41,9 +41,9 @@ class LossWindow:
         self._mean: float | None = None
 
     def add(self, loss: Tensor) -> None:
-        """Add the loss of a micro-batch."""
+        """Add the loss of a micro-batch, without a graph."""
         if self.is_kept:
-            self._losses.append(loss.detach())
+            self._losses.append(loss)
 
     @property
     def has_losses(self) -> bool:

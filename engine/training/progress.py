@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from engine.config import Config
@@ -20,6 +21,8 @@ from schedules.core.saved_state import OPTIONAL, Count
 __all__ = ["Counters", "ProgressReporter", "StepRecord", "StepRecorder"]
 
 log = logging.getLogger("onecycle")
+
+_SUMMED_AT_ONCE = 100  # one sum of many losses costs less than many sums
 
 
 @dataclass
@@ -119,16 +122,25 @@ class ProgressReporter:
         self._is_first = is_first
         self._clock = time.perf_counter()
         self._differing: set[str] = set()
-        # The sum and number of losses since the last log line.
+        # The losses since the last log line. `_sum` does not include those in `_losses` yet.
+        self._losses: list[Tensor] = []
         self._sum: Tensor | float = 0.0
         self._count = 0
         self._is_averaged = False  # whether the losses are means over the ranks
 
     def add(self, loss: Tensor) -> None:
-        """Include the loss of a micro-batch in the mean loss of the next log line."""
+        """Include the loss of a micro-batch, without a graph, in the mean loss of the next line."""
         if self._is_logged:
-            self._sum = self._sum + loss.detach().float()
+            self._losses.append(loss)
             self._count += 1
+            if len(self._losses) == _SUMMED_AT_ONCE:
+                self._sum_losses()
+
+    def _sum_losses(self) -> None:
+        if self._losses:
+            losses = torch.cat([each.reshape(1) for each in self._losses])
+            self._sum = self._sum + losses.float().sum()
+            self._losses.clear()
 
     def add_mean(self, loss: float, count: int) -> None:
         """Include the mean loss of ``count`` micro-batches in the next log line."""
@@ -139,6 +151,7 @@ class ProgressReporter:
 
     def clear_losses(self) -> None:
         """Discard the losses since the last log line, for example after a skipped step."""
+        self._losses.clear()
         self._sum, self._count, self._is_averaged = 0.0, 0, False
 
     def needs_record(self, counters: Counters) -> bool:
@@ -225,6 +238,7 @@ class ProgressReporter:
 
     def _write_line(self, record: StepRecord) -> None:
         self._is_first_line = False
+        self._sum_losses()
         # No loss was added if the script calls `loss.backward()` itself.
         loss = float(self._sum) / self._count if self._count else None
         if loss is not None and not self._is_averaged:

@@ -124,7 +124,7 @@ def test_wandb_monitor_without_wandb_raises():
 
 
 @pytest.mark.parametrize("sections", [{}, {"steps_per_print": 10**9}])
-def test_engine_without_monitors_keeps_no_losses(sections):
+def test_number_of_losses_that_an_engine_keeps_does_not_grow(sections):
     """DeepSpeed users set `steps_per_print` to a huge number to disable log lines."""
     config = {"train_batch_size": 2, "optimizer": {"type": "SGD"}, **sections}
     trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(3, 1))
@@ -136,7 +136,8 @@ def test_engine_without_monitors_keeps_no_losses(sections):
         gc.collect()
         return sum(type(each) is torch.Tensor for each in gc.get_objects())
 
-    assert tensors_after(5) == tensors_after(50)
+    # The losses of a log line are summed 100 at a time.
+    assert tensors_after(100) == tensors_after(200)
 
 
 def start_monitored(tmp_path, *, groups=None, **sections):

@@ -70,6 +70,19 @@ def test_log_after_a_resume_continues_to_count_the_steps(tmp_path, caplog):
     assert [path.name for path in tmp_path.glob("global_step*")] == ["global_step16"]
 
 
+def test_log_line_has_the_mean_loss_since_the_last_line(caplog):
+    trainer = build_engine(steps_per_print=250)
+    with caplog.at_level(logging.INFO, "onecycle"):
+        for step in range(1, 501):
+            loss = 0.0 * trainer(torch.ones(2, 2)).mean() + step
+            trainer.backward(loss.reshape(1) if step % 2 else loss)
+            trainer.step()
+    assert [record.getMessage().split(",")[0] for record in caplog.records[-2:]] == [
+        "step 250: loss 125.5000",
+        "step 500: loss 375.5000",
+    ]
+
+
 def test_log_line_after_a_skipped_step_has_a_finite_loss(caplog):
     backend = FakeBackend()
     with caplog.at_level(logging.INFO, "onecycle"):
