@@ -174,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -192,12 +192,16 @@ def main() -> None:
         title: {name: [] for name in contenders} for title, contenders in tables.items()
     }
     try:
-        for number in range(args.rounds):
+        for number in range(args.rounds + 1):
             place = directory / str(number)
             place.mkdir(exist_ok=True)
             for title, contenders in tables.items():
-                for name, (path, work) in contenders.items():
-                    results[title][name].append(measure(work, place / path))
+                # The memory that a contender leaves to be reused is an advantage for the next one.
+                order = list(contenders.items())[:: -1 if number % 2 else 1]
+                for name, (path, work) in order:
+                    measured = measure(work, place / path)
+                    if number > 0:  # round 0 allocates memory and loads code
+                        results[title][name].append(measured)
             dist.barrier()
             if dist.get_rank() == 0:
                 shutil.rmtree(place)
