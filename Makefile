@@ -7,6 +7,9 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 DOCS_READY := $(VENV)/docs_ready
 # Threads that wait by spinning slow small models down on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
+# `make test JOBS=1` runs the tests one after the other.
+JOBS ?= auto
+PARALLEL := --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
 
 # The GPU targets use the PyTorch of this machine, because constraints.txt pins a build for the CPU.
 GPU_VENV := .venv-gpu
@@ -24,7 +27,7 @@ demo: $(DEMO_READY)  ## train LeNet on real images from a JSON config and plot t
 	$(BIN)/python examples/fashion_mnist/train.py
 
 test: $(READY)  ## run the fast tests (under 5 minutes)
-	$(BIN)/python -m pytest -m "not slow and not long and not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long and not gpu"
 
 test-all: $(READY)  ## run the fast and the slow tests
 	$(BIN)/python -m pytest -m "not long and not gpu"

@@ -32,6 +32,7 @@ GROUPS = {
         "python benchmarks/training_speed.py --rounds 5",
         "torchrun --standalone --nproc_per_node 2 benchmarks/training_speed_ranks.py",
         "python benchmarks/checkpoint_speed.py --rounds 3",
+        "torchrun --standalone --nproc_per_node 2 benchmarks/checkpoint_ranks.py",
         "python benchmarks/autowu_decision.py --rounds 100",
         "python benchmarks/growth.py --steps 20000 --largest 1e7",
     ),
