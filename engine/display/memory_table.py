@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from engine.config.wording import count_noun
 from engine.errors import escape
@@ -15,7 +15,15 @@ from engine.memory.settings import MemorySettings
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["describe_estimate", "format_bytes", "print_estimate"]
+__all__ = [
+    "EstimateTable",
+    "build_tables",
+    "describe_estimate",
+    "describe_run",
+    "format_bytes",
+    "list_notes",
+    "print_estimate",
+]
 
 _BACKENDS = {"torch": "PyTorch", "deepspeed": "DeepSpeed"}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -40,6 +48,16 @@ def format_bytes(size: float) -> str:
     return f"{size:.1f} {_UNITS[unit]}" if unit else f"{size:.0f} B"
 
 
+class EstimateTable(NamedTuple):
+    """A table as text. All columns but the first two and "" contain sizes."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    emphasized: Sequence[int]
+    """Indices of the rows to emphasize."""
+
+
 def print_estimate(
     name: str, model: Sequence[ParameterSize], alternatives: Sequence[Alternative], out: TextIO
 ) -> None:
@@ -55,15 +73,28 @@ def print_estimate(
 
     chosen = next(each for each in alternatives if each.is_chosen)
     console = Console(file=out, highlight=False, width=None if out.isatty() else 100)
-    print(escape(f"{name}: {_describe_run(model, chosen.settings)}"), file=out)
+    print(escape(f"{name}: {describe_run(model, chosen.settings)}"), file=out)
     print(file=out)
-    console.print(_build_parts_table(chosen.estimate))
-    console.print(_build_stages_table(alternatives))
-    for line in _list_notes(chosen.settings):
+    for table in build_tables(alternatives):
+        console.print(_render(table))
+    for line in list_notes(chosen.settings):
         console.print(line, markup=False)
 
 
-def _describe_run(model: Sequence[ParameterSize], settings: MemorySettings) -> str:
+def _render(table: EstimateTable) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    rendered = Table(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
+    for index, name in enumerate(table.columns):
+        rendered.add_column(name, justify="right" if index > 1 and name else "left")
+    for index, row in enumerate(table.rows):
+        rendered.add_row(*row, style="bold" if index in table.emphasized else "")
+    return rendered
+
+
+def describe_run(model: Sequence[ParameterSize], settings: MemorySettings) -> str:
+    """Describe the model and the run in one line."""
     count = sum(each.count for each in model)
     trained = sum(each.count for each in model if each.is_trained)
     size = f"{count:,} parameters" + ("" if trained == count else f", {trained:,} of them trained")
@@ -75,50 +106,48 @@ def _describe_run(model: Sequence[ParameterSize], settings: MemorySettings) -> s
     )
 
 
-def _build_parts_table(estimate: MemoryEstimate) -> Table:
-    from rich import box
-    from rich.table import Table
+def build_tables(alternatives: Sequence[Alternative]) -> tuple[EstimateTable, EstimateTable]:
+    """Return the estimate for the config by component, and the totals for all ZeRO stages.
 
-    table = Table(title="Model states per rank", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("part")
-    table.add_column("on")
-    for moment in MOMENTS:
-        table.add_column(
-            "optimizer step" if moment == "step" else f"{moment} pass", justify="right"
-        )
-    for part in estimate.parts:
-        table.add_row(part.name, part.device, *map(format_bytes, part[2:]))
-    table.add_section()
-    for device in estimate.devices:
-        table.add_row("total", device, *map(format_bytes, estimate.total(device)), style="bold")
-    return table
+    Args:
+        alternatives: estimates for all stages, including that of the config.
+    """
+    chosen = next(each for each in alternatives if each.is_chosen)
+    return _build_parts_table(chosen.estimate), _build_stages_table(alternatives)
 
 
-def _build_stages_table(alternatives: Sequence[Alternative]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    devices = list(dict.fromkeys(d for each in alternatives for d in each.estimate.devices))
-    table = Table(
-        title=f"ZeRO stages on {_BACKENDS[alternatives[0].settings.backend]}: most memory per rank",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
+def _build_parts_table(estimate: MemoryEstimate) -> EstimateTable:
+    moments = ("optimizer step" if moment == "step" else f"{moment} pass" for moment in MOMENTS)
+    parts = [(part.name, part.device, *map(format_bytes, part[2:])) for part in estimate.parts]
+    totals = [
+        ("total", device, *map(format_bytes, estimate.total(device))) for device in estimate.devices
+    ]
+    return EstimateTable(
+        title="Model states per rank",
+        columns=("part", "on", *moments),
+        rows=parts + totals,
+        emphasized=[*range(len(parts), len(parts) + len(totals))],
     )
-    table.add_column("stage")
-    table.add_column("offloaded to the CPU")
-    for device in devices:
-        table.add_column(device, justify="right")
-    table.add_column("")
-    for each in alternatives:
-        sizes = [format_bytes(each.estimate.peak(device)) for device in devices]
-        table.add_row(
+
+
+def _build_stages_table(alternatives: Sequence[Alternative]) -> EstimateTable:
+    devices = list(dict.fromkeys(d for each in alternatives for d in each.estimate.devices))
+    rows = [
+        (
             str(each.settings.zero_stage),
             _describe_offload(each.settings),
-            *sizes,
+            *(format_bytes(each.estimate.peak(device)) for device in devices),
             "this config" if each.is_chosen else "",
-            style="bold" if each.is_chosen else "",
         )
-    return table
+        for each in alternatives
+    ]
+    backend = _BACKENDS[alternatives[0].settings.backend]
+    return EstimateTable(
+        title=f"ZeRO stages on {backend}: most memory per rank",
+        columns=("stage", "offloaded to the CPU", *devices, ""),
+        rows=rows,
+        emphasized=[i for i, each in enumerate(alternatives) if each.is_chosen],
+    )
 
 
 def _describe_offload(settings: MemorySettings) -> str:
@@ -134,7 +163,8 @@ def _describe_offload(settings: MemorySettings) -> str:
     return " and ".join(used) or "-"
 
 
-def _list_notes(settings: MemorySettings) -> Iterator[str]:
+def list_notes(settings: MemorySettings) -> Iterator[str]:
+    """Yield the assumptions of an estimate, and what it does not count."""
     if not settings.has_optimizer:
         yield "The config has no optimizer, so AdamW is assumed."
     elif not has_known_states(settings.optimizer.type):
@@ -156,7 +186,7 @@ def describe_estimate(
         "optimizer": chosen.settings.optimizer.type,
         "parts": [part._asdict() for part in chosen.estimate.parts],
         "stages": [_describe_alternative(each) for each in alternatives],
-        "notes": list(_list_notes(chosen.settings)),
+        "notes": list(list_notes(chosen.settings)),
     }
 
 

@@ -19,6 +19,7 @@ from engine.errors import Fix
 from engine.ui.cursor import to_utf16
 from engine.ui.curves import CurveSet, compute_curves
 from engine.ui.form import build_form
+from engine.ui.memory import describe_memory
 from engine.ui.replies import Numbers
 from engine.ui.settings import RunSettings, find_batch_sizes
 from schedules import SCHEDULES
@@ -37,7 +38,7 @@ def analyze(
     compared: Sequence[Mapping[str, Any]] = (),
     window: tuple[int, int] | None = None,
 ) -> Numbers:
-    """Validate a config and compute its curves, form and derived values.
+    """Validate a config, and compute its curves, form, memory and derived values.
 
     Args:
         text: text of the editor.
@@ -55,6 +56,7 @@ def analyze(
         "summary": _summarize(problems, settings.world_size),
         "facts": facts,
         "form": build_form(document),
+        "memory": describe_memory(context, problems, settings),
         "stepsPerEpoch": steps_per_epoch,
         "curves": None,
         "curvesError": "",

@@ -17,7 +17,7 @@ from engine.config.batch_sizes import (
 
 __all__ = ["RunSettings", "find_batch_sizes"]
 
-_MAX = 10**12
+_MAX = 10**15
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class RunSettings:
     """Number of samples in the dataset."""
     steps: int | None = None
     """Number of steps to plot."""
+    parameters: int | None = None
+    """Number of parameters of the model, for the estimate of its memory."""
 
     @classmethod
     def from_json(cls, values: Any) -> RunSettings:

@@ -2,11 +2,12 @@
 "use strict";
 
 const THEMES = ["", "light", "dark"];
+const SYSTEM = matchMedia("(prefers-color-scheme: dark)");
+let chosen = readTheme();
 
-function applyTheme(theme) {
-  const root = document.documentElement;
-  if (theme) root.dataset.theme = theme;
-  else delete root.dataset.theme;
+function applyTheme() {
+  document.documentElement.dataset.theme = chosen || (SYSTEM.matches ? "dark" : "light");
+  document.dispatchEvent(new Event("themechange"));
 }
 
 function readTheme() {
@@ -18,19 +19,16 @@ function readTheme() {
 }
 
 function switchTheme() {
-  const theme = THEMES[(THEMES.indexOf(readTheme()) + 1) % THEMES.length];
+  chosen = THEMES[(THEMES.indexOf(chosen) + 1) % THEMES.length];
   try {
-    localStorage.setItem("theme", theme);
+    localStorage.setItem("theme", chosen);
   } catch {
     // The choice lasts until the page is closed.
   }
-  applyTheme(theme);
-  document.dispatchEvent(new Event("themechange"));
-  return theme || "system";
+  applyTheme();
+  return chosen || "system";
 }
 
-applyTheme(readTheme());
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () =>
-  document.dispatchEvent(new Event("themechange")),
-);
+applyTheme();
+SYSTEM.addEventListener("change", applyTheme);
 window.switchTheme = switchTheme;

@@ -5,7 +5,7 @@ import { createEditor } from "./editor.js";
 import { SchedulerForm } from "./form.js";
 import { Gallery } from "./gallery.js";
 
-const SETTINGS = ["world_size", "dataset_size", "steps_per_epoch", "steps"];
+const SETTINGS = ["world_size", "dataset_size", "steps_per_epoch", "steps", "parameters"];
 const CHECK_FILE_EVERY = 2000; // milliseconds
 const HEIGHTS = { lr: 210, momentum: 120, weight_decay: 120 };
 
@@ -60,15 +60,16 @@ function showDirty() {
   find("save").disabled = !isDirty;
 }
 
-// The settings of the toolbar. An invalid number is marked and left out.
+// The settings of the run. An invalid number is marked and left out.
 function readSettings() {
   const settings = {};
   for (const name of SETTINGS) {
     const input = find(name);
     const text = input.value.replaceAll(/[,_\s]/g, "");
-    const isValid = /^[1-9]\d{0,11}$/.test(text);
+    const number = Number(text); // also reads 7e9
+    const isValid = Number.isInteger(number) && number >= 1 && number <= 1e15;
     input.setAttribute("aria-invalid", String(Boolean(text) && !isValid));
-    settings[name] = isValid ? Number(text) : null;
+    settings[name] = isValid ? number : null;
   }
   return settings;
 }
@@ -114,6 +115,21 @@ function show({ header, arrays }) {
   drawCharts();
   find("form").classList.toggle("is-stale", header.form === null);
   if (header.form) showForm(header.form);
+  showMemory(header.memory);
+}
+
+function showMemory(memory) {
+  find("memory-summary").textContent = memory?.summary ?? "";
+  const tables = (memory?.tables ?? []).map(({ title, columns, rows, emphasized }) => {
+    const toRow = (tag, cells) => element("tr", {}, ...cells.map((textContent) => element(tag, { textContent })));
+    const body = rows.map((row) => toRow("td", row));
+    for (const index of emphasized) body[index].className = "total";
+    const head = element("thead", {}, toRow("th", columns));
+    const caption = element("caption", { textContent: title });
+    return element("table", { className: "memory" }, caption, head, element("tbody", {}, ...body));
+  });
+  const notes = (memory?.notes ?? []).map((textContent) => element("p", { className: "muted", textContent }));
+  find("memory").replaceChildren(element("div", { className: "memory-tables" }, ...tables), ...notes);
 }
 
 function showSummary({ summary, problems }) {

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 
+from engine.cli.main import main
 from engine.config import validate
 from engine.config.batch_sizes import DataRanks
 from engine.config.parser import parse
@@ -188,6 +189,41 @@ def test_steps_per_epoch_equal_those_of_a_training_run():
         counted = RunSettings(dataset_size=81).count_steps_per_epoch(config, batch)
         assert len(loader) // trainer.gradient_accumulation_steps() == counted
         trainer.destroy()
+
+
+def test_memory_is_that_of_the_command(tmp_path):
+    adam = {"type": "AdamW", "params": {"lr": 0.1}}
+    text = write(optimizer=adam, zero_optimization={"stage": 2}, bf16={"enabled": True})
+    path = tmp_path / "c.json"
+    path.write_text(text)
+    out = io.StringIO()
+    assert main(["memory", str(path), "--params", "7e9", "--world-size", "8"], out) == 0
+    memory = run(text, parameters=7 * 10**9, world_size=8).header["memory"]
+    assert [len(table["rows"]) for table in memory["tables"]] == [6, 8]
+    lines = [line.split() for line in out.getvalue().splitlines()]
+    for table in memory["tables"]:
+        for row in table["rows"]:
+            assert " ".join(row).split() in lines
+
+
+@pytest.mark.parametrize(
+    ("text", "settings"),
+    [
+        (write(), {}),
+        (write(train_batch_size="x"), {"parameters": 1000}),
+        ("", {"parameters": 1000}),
+    ],
+    ids=["no number", "invalid", "empty"],
+)
+def test_memory_is_unknown_without_a_number_or_a_valid_config(text, settings):
+    assert run(text, **settings).header["memory"] is None
+
+
+def test_memory_that_cannot_be_estimated_has_a_reason():
+    text = write(tensor_parallel={"autotp_size": 2})
+    memory = run(text, parameters=1000, world_size=2).header["memory"]
+    assert "tensor_parallel.autotp_size" in memory["summary"]
+    assert memory["tables"] == []
 
 
 def test_export_as_csv_has_the_value_of_each_step():

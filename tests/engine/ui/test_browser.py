@@ -219,6 +219,27 @@ def test_file_changed_by_another_program_is_noticed(browser, open_config):
     wait_for(browser, f"{TEXT}.includes('\"train_batch_size\": 128')")
 
 
+def test_memory_follows_the_number_of_parameters_and_the_stage(browser, open_config):
+    from selenium.webdriver.common.by import By
+
+    zero = '"zero_optimization": { "stage": 2 },'
+    open_config(
+        CONFIG.replace("32,", f"32,\n  {zero}")
+        .replace('"SGD"', '"AdamW"')
+        .replace(', "momentum": 0.9', "")
+    )
+    browser.find_element(By.CSS_SELECTOR, "#world_size").send_keys("8")
+    browser.find_element(By.CSS_SELECTOR, "#parameters").send_keys("7e9")
+    chosen = "document.querySelectorAll('.memory')[1]?.querySelector('.total')?.innerText"
+    row = wait_for(browser, f"({chosen} ?? '').includes('GiB') && {chosen}")
+    assert row.split("\t")[0] == "2"
+    browser.find_element(By.CSS_SELECTOR, "#parameters").send_keys("x")
+    wait_for(browser, "document.querySelector('.memory') === null")
+    assert (
+        browser.execute_script("return document.querySelector('#parameters').ariaInvalid") == "true"
+    )
+
+
 def test_type_from_the_gallery_replaces_the_block(browser, open_config):
     open_config()
     click(browser, "#open-gallery")

@@ -1,0 +1,44 @@
+"""Estimate the memory of the model states for the config in the editor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from engine.config import Problem
+from engine.config.rules import RuleContext
+from engine.display.memory_table import build_tables, describe_run, list_notes
+from engine.memory import ParameterSize, read_settings
+from engine.memory.alternatives import list_alternatives
+from engine.ui.settings import RunSettings
+
+__all__ = ["describe_memory"]
+
+
+def describe_memory(
+    context: RuleContext | None, problems: Sequence[Problem], settings: RunSettings
+) -> dict[str, Any] | None:
+    """Return the tables of ``onecycle memory`` for the page.
+
+    Args:
+        context: valid values of the config; None if it has none.
+        problems: problems of the config.
+        settings: settings of the run. Without a world size, one rank is assumed.
+
+    Returns:
+        The tables and notes, or the reason why the memory cannot be estimated as ``summary``; None
+        if the number of parameters is unknown or the config has errors.
+    """
+    has_errors = any(problem.severity == "error" for problem in problems)
+    if settings.parameters is None or context is None or has_errors:
+        return None
+    model = [ParameterSize((settings.parameters,))]
+    try:
+        run = read_settings(context, settings.world_size or 1)
+    except ValueError as error:
+        return {"summary": str(error), "tables": [], "notes": []}
+    return {
+        "summary": describe_run(model, run),
+        "tables": [table._asdict() for table in build_tables([*list_alternatives(model, run)])],
+        "notes": list(list_notes(run)),
+    }
