@@ -2,13 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/autowu_decision.py
 
-AutoWU tests regularly whether the loss has passed its minimum, and then ends the warmup. The script
-prints the median CPU time of one test for different numbers of losses, and the speedup over the
-published code. The published code takes 176 ms for 70 losses and 230 ms for 1,000 or more (measured
-with gpytorch 1.15.2, torch 2.13.0 and one thread on an idle machine).
+AutoWU regularly tests whether the loss has passed its minimum. If it has, AutoWU ends the warmup.
+The script prints the median CPU time of one test for different numbers of losses, and the speedup
+over the published code. The published code takes 176 ms for 70 losses and 230 ms for 1,000 or more
+(measured with gpytorch 1.15.2, torch 2.13.0 and one thread on an idle machine).
 
-The script also prints for how many recorded warmups AutoWU decides to end the warmup at the same
-step as the published code.
+The script also prints how many recorded warmups AutoWU ends at the same step as the published code.
 """
 
 from __future__ import annotations
@@ -75,7 +74,10 @@ def main() -> None:
         decision = find_decision(curve)
         kind = "test" if "passed" in decision.reason else "timeout"
         same += (decision.step, kind) == (curve["trans_step"], curve["how"])
-    console.print(f"reference: {same} of {len(CURVES)} recorded warmups end at the published step")
+    console.print(
+        f"reference: {same} of {len(CURVES)} recorded warmups end at the same step as in the "
+        "published code"
+    )
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
-"""Compare AutoWU with four other ways to choose a learning rate for large batches.
+"""Compare AutoWU with other ways to choose a learning rate for large batches.
 
     python benchmarks/autowu_large_batch.py --output docs/results/autowu_large_batch.png
 
 The script trains LeNet (without normalization) and a small ResNet (with batch normalization) on
-Fashion-MNIST, with images averaged to 14 x 14. All runs use AdamW and the same number of epochs,
+Fashion-MNIST, with images downsampled to 14 x 14. All runs use AdamW and the same number of epochs,
 with batch sizes of 256, 2,048 and 8,192. The methods are
 
 - fixed: the best of three learning rates for batch size 256;
 - scaled: the fixed learning rate times batch size / 256;
-- cosine: warmup to the scaled learning rate in a tenth of the run, then cosine decay to 0;
+- cosine: warmup to the scaled learning rate over a tenth of the run, then cosine decay to 0;
 - 1Cycle: OneCycle between the bounds that an LR range test suggests for the batch size;
-- refined: the same 1Cycle, with a maximum that short cycles refined, as ``lr-test --refine`` does;
+- refined: the same, but short cycles refine the maximum, as with ``lr-test --refine``;
 - AutoWU: AutoWU with its robust test for a minimum of the loss, and with rollback to the weights at
   that minimum; no hyperparameter is tuned;
 - AutoWU 1/4: the same, with a warmup of at most a quarter of the run instead of half.
 
-"refined" and "AutoWU 1/4" are meant to improve on 1Cycle and AutoWU for large batches, and are not
-trained with batch size 256.
+"refined" and "AutoWU 1/4" are meant to improve on 1Cycle and AutoWU for large batches, so there are
+no runs of these two methods with batch size 256.
 
 The results are saved in a JSON file next to the plot. Results that already exist are reused.
 """
@@ -54,7 +54,7 @@ BATCHES = (256, 2048, 8192)
 METHODS = ("fixed", "scaled", "cosine", "1Cycle", "refined", "AutoWU", "AutoWU 1/4")
 ONLY_LARGE = ("refined", "AutoWU 1/4")
 CYCLE_STEPS = 32
-"""Number of steps of each short cycle that refines a maximum: a third of the shortest run."""
+"""Number of steps in each short cycle that refines a maximum: a third of the shortest run."""
 CANDIDATES = (1e-3, 2e-3, 4e-3)
 
 
@@ -97,7 +97,7 @@ def loss_fn(trainer: engine.Engine, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Experiment:
-    """The data set of the benchmark, and methods that train models on this data set."""
+    """The dataset of the benchmark, with methods that train models on it."""
 
     def __init__(self, epochs: int, samples: int | None) -> None:
         found = images.load()
@@ -166,7 +166,7 @@ class Experiment:
         return report.suggestion.max_lr
 
     def refine_max_lr(self, net: str, size: int, max_lr: float) -> float:
-        """Return the best maximum of short cycles around a suggested one, for the whole run."""
+        """Return a suggested maximum learning rate after refining it with short cycles."""
 
         def train_cycle(block: dict[str, Any], repeat: int) -> Run:
             trainer = self.build_engine(net, 100 + repeat, 1e-3, block)
@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("autowu_large_batch.png"))
-    parser.add_argument("--smoke", action="store_true", help="use few samples, one network")
+    parser.add_argument("--smoke", action="store_true", help="use few samples and one network")
     args = parser.parse_args()
     if args.smoke:
         args.epochs = 40

@@ -1,4 +1,4 @@
-"""Train 40 steps with every backend, ZeRO stage and precision, on one rank and on two.
+"""Train for 40 steps with every backend, ZeRO stage and precision, on one rank and on two.
 
     python benchmarks/backends.py > docs/results/backends.md
 

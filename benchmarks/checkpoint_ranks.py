@@ -1,14 +1,16 @@
-"""Compare the cost and the memory of sharded checkpoints with raw bytes and with the peers.
+"""Compare the time and memory of sharded checkpoints with raw I/O and other libraries.
 
     torchrun --standalone --nproc_per_node 2 benchmarks/checkpoint_ranks.py
 
-The script prints one table for saving and one for loading, with the CPU time of the ranks (summed)
-and the wall-clock time, and the ratio of each to the time in which every rank writes or reads the
-bytes of its shard from one buffer. The column "memory" is the largest increase of a rank's resident
-memory during the call (without mapped files), as a fraction of the rank's tensors.
+The script prints one table for saving and one for loading. Each table shows the CPU time, summed
+over the ranks, and the wall-clock time. It also shows the ratio of each time to a baseline, in
+which every rank writes or reads the raw bytes of its shard. The column "memory" is the largest
+increase of a rank's resident memory during the call (without mapped files), as a fraction of the
+rank's tensors.
 
-Contenders: FSDP2 (stage 3 of the PyTorch backend) beside torch.distributed.checkpoint, which
-neither hashes nor syncs, and DeepSpeed stages 0 and 2 with and without onecycle.
+The contenders are onecycle with FSDP2 (stage 3 of the PyTorch backend),
+torch.distributed.checkpoint, which neither hashes nor syncs, and DeepSpeed stages 0 and 2 with and
+without onecycle.
 """
 
 from __future__ import annotations
@@ -57,13 +59,13 @@ def build_engine(backend: str, stage: int) -> engine.Engine:
 
 
 def read_resident_bytes() -> int:
-    """Return the memory that this process has allocated and used, without the pages of files."""
+    """Return the resident memory of this process in bytes, without mapped files."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
 
 class PeakMemory:
-    """Sample the resident memory of this process, and keep the largest increase."""
+    """Context manager that measures the largest increase of this process's resident memory."""
 
     def __enter__(self) -> Self:
         self.start = self.peak = read_resident_bytes()
@@ -86,7 +88,7 @@ class PeakMemory:
 
 
 def measure(work: Work, path: Path) -> tuple[float, float, float]:
-    """Return the CPU time of all ranks, the wall-clock time, and the largest memory increase."""
+    """Return a call's total CPU time on all ranks, wall-clock time and largest memory increase."""
     dist.barrier()
     with PeakMemory() as memory:
         starts = time.process_time(), time.perf_counter()

@@ -1,12 +1,12 @@
-"""Compare the cost of saving and loading a checkpoint with raw bytes, torch.save and DeepSpeed.
+"""Compare the cost of onecycle's checkpoints with raw I/O, torch.save and DeepSpeed.
 
     python benchmarks/checkpoint_speed.py
 
 The script prints one table each for saving, for loading, and for the time during which an
-asynchronous save blocks training. The tables show the CPU time of the training thread and the wall
-clock time (medians of interleaved rounds), and the ratio of each to the time for writing, reading
-or copying a single buffer of the same size. Syncing and hashing, which make sure that a checkpoint
-is complete, have a separate row.
+asynchronous save blocks training. The tables show the CPU time of the training thread and the
+wall-clock time (medians of interleaved rounds), and the ratio of each to the time for writing,
+reading or copying a single buffer of the same size. Syncing and hashing, which make sure that a
+checkpoint is complete, have a separate row.
 """
 
 from __future__ import annotations
@@ -181,7 +181,10 @@ def main() -> None:
                     cells += [f"{middle * 1e3:.0f}", f"{ratio:.2f}x"]
                 table.add_row(name, *cells)
             console.print(table)
-        console.print(f"{payload / 1e6:.1f} MB of tensors; {size / payload:.4f} times that on disk")
+        console.print(
+            f"{payload / 1e6:.1f} MB of tensors, which take {size / payload:.4f} times as much "
+            "space on disk"
+        )
     finally:
         shutil.rmtree(directory)
 

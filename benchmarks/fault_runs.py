@@ -21,7 +21,7 @@ __all__ = ["run_faults"]
 ROOT = Path(__file__).parent.parent
 _MAX_LENGTH = 220
 _OF_SHELL = re.compile(r"(environment: line \d+: )?\s*(\d+ )?(Done|Killed|Terminated)\b.*")
-"""Lines in which the shell reports that a process ended by a signal."""
+"""Pattern of the lines in which the shell reports the end of a process."""
 _PRELUDE = """
 # The shell's `python` reads a script from standard input, which starts with the helpers of tests.
 onecycle() { "$PYTHON" -m engine.cli.main "$@"; }
@@ -460,8 +460,8 @@ def run_faults(only: str = "") -> Iterator[tuple[str, str, int, float]]:
     """Run the script of each fault whose name contains ``only``.
 
     Yields:
-        The name of the fault, and the last line of the script's output, its exit status and its
-        run time in seconds.
+        A tuple of the fault's name, and the script's last line of output, exit status and run time
+        in seconds.
     """
     for fault in FAULTS:
         if only in fault.name:

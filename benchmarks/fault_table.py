@@ -2,8 +2,9 @@
 
     python benchmarks/fault_table.py [--only TEXT]
 
-The faults are real. The full file system is a mounted tmpfs, and the killed rank receives SIGKILL.
-A row reports a failed mount. Only the system clock that jumps back is simulated.
+The faults are real: the full file system is a mounted tmpfs, and the killed rank receives SIGKILL.
+If the tmpfs cannot be mounted, the row says so. Only the jump of the system clock is simulated.
+
 The first table lists faults in checkpoints; its last column shows the step from which a new run
 resumes. Before each fault, three checkpoints exist, the last one at step 6. Before faults that need
 several ranks, only one checkpoint exists, at step 2. The second table lists faults in whole
@@ -57,7 +58,7 @@ def save_checkpoints(directory: Path) -> Path:
 
 
 def get_error(call: Callable[[], Any]) -> str:
-    """Return the first line of the error that a call raises."""
+    """Return the first line of the error that a call raises, or "(nothing)" if it succeeds."""
     try:
         call()
     except Exception as error:
@@ -194,7 +195,7 @@ def main() -> None:
     )
     parser.add_argument("--as-rank", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument(
-        "--only", metavar="TEXT", help="faults of whole programs whose name contains TEXT"
+        "--only", metavar="TEXT", help="cause only whole-program faults whose names contain TEXT"
     )
     args = parser.parse_args()
     if args.as_rank:

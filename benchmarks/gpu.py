@@ -1,7 +1,7 @@
-"""Measure speed, memory and synchronization on a GPU, next to a raw loop and other libraries.
+"""Compare speed, memory and synchronization on a GPU with a raw loop and other libraries.
 
     python benchmarks/gpu.py --out gpu.json        # 8 minutes at most
-    python benchmarks/gpu.py --dry-run             # on the CPU, with everything smaller
+    python benchmarks/gpu.py --dry-run             # a much smaller benchmark on the CPU
 
 The tasks are a GPT with 124M parameters in bf16, the same GPT compiled, and a small MLP whose step
 shows the overhead of each library. Each contender runs in its own process; the processes take
@@ -97,7 +97,7 @@ class Task:
         return self.rows * self.length if self.is_gpt else self.rows
 
     def build(self) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
-        """Return the model, on the CPU, and a batch on the device."""
+        """Return a new model on the CPU, and a batch on the task's device."""
         torch.manual_seed(0)
         if self.is_gpt:
             size = (2, 32, 2, 64) if self.is_dry else (12, 768, 12, 50304)
@@ -111,7 +111,7 @@ class Task:
 
 
 class GPT(nn.Module):
-    """GPT-2 as in nanoGPT, with tied embeddings; returns the loss."""
+    """GPT-2 as in nanoGPT, with tied embeddings and a forward pass that returns the loss."""
 
     def __init__(self, depth: int, width: int, heads: int, vocabulary: int, *, length: int) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class Block(nn.Module):
 
 
 class MLP(nn.Module):
-    """A model so small that the step consists of overhead; returns the loss."""
+    """A model so small that a step is mostly overhead. Its forward pass returns the loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -334,7 +334,7 @@ def count_syncs(task: Task, step: Step, steps: int = 4) -> float:
 
 
 def serve(connection: Connection, make: Callable[[Task], Step]) -> None:
-    """Build and run the tasks that the messages request, in this process."""
+    """Build and run tasks in this process, as the messages from the connection request."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     os.dup2(2, 1)  # libraries print, but only the report belongs on the standard output
@@ -387,8 +387,10 @@ class Contender:
     def receive(self, deadline: float) -> Any:
         """Return the answer to the last message; None if the contender has failed.
 
-        A contender that has not answered at the deadline, in seconds of `time.monotonic`, is
-        killed.
+        A contender that has not answered by the deadline is killed.
+
+        Args:
+            deadline: time in seconds on the clock of `time.monotonic`.
         """
         if self.error is not None:
             return None
@@ -416,20 +418,20 @@ def log(text: str) -> None:
 
 
 def count_parallel_builds() -> int:
-    """Return how many processes may take steps at the same time without filling the GPU."""
+    """Return how many processes can train at the same time without running out of GPU memory."""
     return max(1, int(0.8 * torch.cuda.mem_get_info(0)[0]) // BUILD_MEMORY)
 
 
 def run_task(
     task: Task, contenders: list[Contender], rounds: int, start: float
 ) -> dict[str, dict[str, Any]]:
-    """Build a task in several processes at once, then let all take turns.
+    """Build a task in several processes at once, measure it in turns, and return the results.
 
     Args:
         task: task to run.
         contenders: contenders that have not failed.
         rounds: number of rounds.
-        start: time at which the benchmark started.
+        start: time at which the benchmark started, from `time.monotonic`.
     """
 
     def find_deadline() -> float:
@@ -540,9 +542,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--dry-run", action="store_true", help="run on the CPU, much smaller")
+    parser.add_argument("--dry-run", action="store_true", help="run a small test on the CPU")
     parser.add_argument("--rounds", type=int, help="rounds per task (default: 5; dry run: 2)")
-    parser.add_argument("--out", type=Path, help="file to write; default: the standard output")
+    parser.add_argument("--out", type=Path, help="file for the report (default: standard output)")
     args = parser.parse_args()
     if args.dry_run:
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")

@@ -2,14 +2,15 @@
 
     python benchmarks/growth.py [--only groups] [--steps 1000000]
 
-Each row is a new process. Times are CPU times, which hardly depend on other programs of this
-machine; a step is the mean of several. The column "growth" compares a row with the previous
-one: the exponent of the column that grows fastest, so 0 is constant, 1 is linear, 2 is quadratic.
+Each row is measured in a new process. Times are CPU times, which hardly depend on other programs on
+this machine. The time of a step is the mean over several steps. The column "growth" is the exponent
+with which the fastest-growing column has grown since the previous row: 0 is constant, 1 is linear,
+2 is quadratic.
 
-- groups: start-up, a step, saving and loading of a model with one tensor of one element per param
-  group. "plain step" is PyTorch's optimizer without the engine.
-- parameters: the same with 100 tensors in one group, and the largest resident memory. The engine
-  trains no model on the meta device, so with 1e9 parameters only the schedule is measured.
+- groups: start-up, a step, saving and loading, for a model in which each param group has one tensor
+  of one element. "plain step" is a step with PyTorch's optimizer, without the engine.
+- parameters: the same for 100 tensors in one group, and the largest resident memory. The model with
+  1e9 parameters is on the meta device, so only the schedule is measured.
 - config: `validate` of a config with many param groups, phases of a schedule, unknown keys or
   comments.
 - steps: the CPU time of a step and the memory in each tenth of a run of a tiny model.
@@ -51,7 +52,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def clock(function: Callable[[], object], repeats: int = 1) -> float:
-    """Return the CPU time in milliseconds of one call, on all threads."""
+    """Return the mean CPU time of a call in milliseconds, summed over all threads."""
     begin = time.process_time()
     for _ in range(repeats):
         function()
@@ -227,7 +228,7 @@ def measure_steps(kind: str, steps: int, directory: Path) -> list[Row]:
 
 
 def run_case(case: list[Any]) -> Any:
-    """Measure one row in a new process."""
+    """Measure one case in a new process, and return its results."""
     with tempfile.TemporaryDirectory(prefix="growth_") as directory:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
@@ -238,7 +239,7 @@ def run_case(case: list[Any]) -> Any:
 
 
 def measure(task: str, *arguments: Any) -> Any:
-    """Measure the row that `run_case` describes."""
+    """Measure the case that `run_case` passes to this process, and return its results."""
     *rest, directory = arguments
     path = Path(directory)
     if task == "groups":
@@ -288,7 +289,7 @@ def main() -> None:
         "--largest",
         type=float,
         default=1e8,
-        help="parameters of the largest model (2e8 needs 7 GB)",
+        help="number of parameters of the largest model (2e8 parameters need 7 GB)",
     )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -8,12 +8,12 @@ and two processes, with synchronous and asynchronous saves, with PyTorch and Dee
 engine and two engines in the script; two engines save to nested directories.
 
 At each start, the clock is set back by another hour, because the choice of the newest checkpoint
-must not depend on the clock. The run keeps two automatic checkpoints, and the script also saves one
-explicitly to the same directory, which must never be deleted. At each step, the learning rate, the
-data and a hash of the weights are compared with those of an uninterrupted run.
+must not depend on the clock. The run keeps two automatic checkpoints. The same directory contains a
+checkpoint that the script saves explicitly, and that must never be deleted. At each step, the
+learning rate, the data and a hash of the weights are compared with those of an uninterrupted run.
 
-The exit status is 1 if a step differs, a run fails to restart, the explicit checkpoint is gone or
-different, or the wrong checkpoints exist at the end.
+The exit status is 1 if a step differs, a run fails to restart, the explicit checkpoint is missing
+or changed, or the wrong checkpoints exist at the end.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def parse_rows(text: str) -> dict[str, str]:
 
 
 def count_missing_checkpoints(directory: Path, whole: Path, engines: int) -> int:
-    """Return in how many checkpoint directories the tags or steps are wrong.
+    """Return the number of checkpoint directories with wrong tags or steps.
 
     Args:
         directory: directory of the run that was killed.

@@ -164,7 +164,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose fault contains TEXT")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="cause only faults whose names contain TEXT"
+    )
     only = parser.parse_args().only
     host_faults = [each for each in HOST_FAULTS if only in each[0]]
     rank_faults = [each for each in RANK_FAULTS if only in each[0]]

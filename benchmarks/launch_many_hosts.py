@@ -1,12 +1,12 @@
-"""Measure how ``onecycle launch`` grows with the number of hosts, with simulated hosts.
+"""Measure how the cost of ``onecycle launch`` grows with the number of simulated hosts.
 
     python benchmarks/launch_many_hosts.py [--hosts 8 64 512 2048] [--delay 1.0]
 
-A shell script replaces ssh. It waits for the delay of a connection, and then answers as a host
-does: to the probe, to the connection check, and as an agent whose rank prints one line and waits.
+A shell script replaces ssh. It waits for ``--delay`` seconds, and then behaves like a host: it
+answers the probe or the connection check, or acts as an agent whose rank prints one line and waits.
 No rank trains. One host fails on request, and all others exit when the launcher stops them.
 
-The first table shows CPU seconds, which do not depend on other programs of this machine:
+The first table shows CPU seconds, which hardly depend on other programs on this machine:
 
 - plan: `build_plan`, and the job of each host as JSON;
 - preflight: the launcher's own CPU time for both rounds of the check;
@@ -16,8 +16,8 @@ The first table shows CPU seconds, which do not depend on other programs of this
 The second table shows wall-clock seconds, which include the CPU time of the stubs, and counts:
 
 - preflight: both rounds of the check; the delay of a host is part of each round;
-- corrected: without the CPU time of the stubs, divided by the number of cores;
-- outputs: from the start of the launcher until it has printed the first line, and all lines;
+- corrected: preflight minus the CPU time of the stubs divided by the number of cores;
+- outputs: from the start of the launcher until it has printed the first line or all lines;
 - notice: from the failure of a host until the launcher stops another host;
 - exit: from the failure until the launcher has exited;
 - the memory (largest resident set size), threads and open files of the launcher, the processes that
@@ -71,7 +71,7 @@ def build_hostfile(count: int) -> str:
 
 
 def measure_part(part: str, directory: Path) -> dict[str, float]:
-    """Measure the plan or the preflight check in this process, which runs nothing else."""
+    """Return the times of the plan or the preflight check, measured alone in this process."""
     from engine.launch.hosts import read_hostfile
     from engine.launch.plan import build_plan
     from engine.launch.preflight import check_hosts
@@ -103,7 +103,7 @@ def read_cpu_of_children() -> float:
 
 
 class Usage:
-    """The largest memory, number of threads, files and child processes of a running process."""
+    """Peak memory of a process, and peak numbers of its threads, open files and child processes."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -134,7 +134,7 @@ class Usage:
             self.largest[name] = max(self.largest[name], value)
 
     def read_helpers(self) -> float:
-        """Return the memory in MiB of the processes that send pings; shared pages are divided."""
+        """Return the proportional set size of the processes that send pings, in MiB."""
         path = Path("/proc", str(self.pid), "task", str(self.pid), "children")
         kib = 0
         for child in path.read_text().split():
@@ -150,7 +150,7 @@ class Usage:
 
 
 def measure_run(directory: Path, environment: dict[str, str], count: int) -> dict[str, float]:
-    """Launch, wait until every host has printed its line, let a host fail, and wait for the end."""
+    """Launch, let a host fail after all hosts have printed a line, and return the measurements."""
     command = [sys.executable, "-m", "engine.cli.main", "launch", "--no-preflight"]
     command += ["--hostfile", str(directory / "hosts"), "--console", "all", str(__file__)]
     found: dict[str, float] = {}
@@ -177,7 +177,7 @@ def measure_run(directory: Path, environment: dict[str, str], count: int) -> dic
         found["exit"] = time.monotonic() - failed
         usage.stop()
     if launcher.returncode != 7 or "fails exited with status 7" not in errors:
-        raise SystemExit(f"the launcher exited with {launcher.returncode}: {errors[-2000:]}")
+        raise SystemExit(f"the launcher exited with status {launcher.returncode}: {errors[-2000:]}")
     found["cpu"] = usage.cpu
     found["total cpu"] = read_cpu_of_children() - children
     return found | usage.largest

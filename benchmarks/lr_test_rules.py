@@ -1,4 +1,4 @@
-"""Compare LR range test suggestions on synthetic curves with Lightning and torch-lr-finder.
+"""Compare LR range test suggestions with Lightning's and torch-lr-finder's on synthetic curves.
 
     pip install -c constraints.txt -e '.[benchmarks]'
     python benchmarks/lr_test_rules.py
@@ -73,7 +73,7 @@ def lightning(curve: Curve) -> float | None:
 
 
 class _Planted(LRFinder):
-    """An LR finder of torch-lr-finder that reads the losses of a curve instead of training."""
+    """LR finder from torch-lr-finder that reads the losses from a curve instead of training."""
 
     def __init__(self, curve: Curve) -> None:
         model = torch.nn.Linear(1, 1)

@@ -5,9 +5,10 @@
 The suggestions are those of ``onecycle lr-test --repeat 3``, with and without refinement
 (``--refine --training-steps``). There are three tasks: LeNet on Fashion-MNIST (or on scikit-learn's
 digits if Fashion-MNIST is not available), an MLP on the digits, and a small transformer that
-predicts the next character in the source code and docs of this repository. A 1Cycle schedule that
-starts at a tenth of its maximum is trained with nine maxima half a decade apart and with the
-suggested maxima, with several seeds each. Accuracy is measured on held-out data.
+predicts the next character in the source code and docs of this repository. Each task is trained
+with 1Cycle schedules that start at a tenth of their maximum. The maxima are the suggestions and
+nine learning rates half a decade apart, each with several seeds. Accuracy is measured on held-out
+data.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def build_engine(task: Task, seed: int, scheduler: dict[str, Any] | None) -> eng
 
 
 def suggest_maxima(task: Task, seed: int) -> dict[str, float]:
-    """Return the two maximum learning rates suggested by three range tests: raw and refined."""
+    """Return the maximum learning rates that three range tests suggest: unrefined and refined."""
     runs = []
     for repeat in range(REPEATS):
         trainer = build_engine(task, seed + repeat, None)
@@ -252,7 +253,7 @@ def main() -> None:
     parser.add_argument(
         "--first-seed", type=int, default=0, help="first seed of the runs (default: 0)"
     )
-    parser.add_argument("--task", default="", help="run only tasks whose names start with this")
+    parser.add_argument("--task", default="", help="prefix of the names of the tasks to run")
     parser.add_argument("--output", type=Path, default=Path("lr_test_training.png"))
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -5,9 +5,9 @@
 Each run is interrupted once: it is killed, receives SIGTERM or Ctrl-C, or exits after an epoch or
 at its end. Then it is restarted. The samples, the learning rate and a hash of the weights of each
 step are compared with those of an uninterrupted run. Four training loops run on one rank and on
-two. The first iterates over ``trainer.batches()``, and the second does so with a data loader of the
-script that has two workers. The third iterates over the epochs that remain. The fourth saves and
-loads checkpoints itself.
+two. The first iterates over ``trainer.batches()``. The second does the same with the script's own
+data loader, which has two workers. The third iterates over the epochs that remain. The fourth saves
+and loads checkpoints itself.
 
 The exit status is 1 if a step differs, is missing or is trained after the end of the run.
 """
@@ -37,10 +37,10 @@ CUTS = {
     "script": ("kill", "epoch", "none"),
 }
 STATUS = {"kill": {1, -9}, "SIGTERM": {75, 1}, "SIGINT": {130, 1, -2}, "epoch": {0}, "none": {0}}
-"""Exit statuses of interrupted runs.
+"""Expected exit statuses for each kind of interruption.
 
-torchrun exits with 1. Ctrl-C before the first step interrupts at once, because there is nothing to
-save.
+torchrun exits with 1 if a rank fails. If Ctrl-C arrives before the first step, the run ends at
+once, because there is nothing to save.
 """
 
 
@@ -71,7 +71,7 @@ def start(directory: Path, case: Case) -> int:
 
 
 def read_rows(directory: Path, ranks: int) -> list[str]:
-    """Return the rows that the ranks wrote, each prefixed with its rank: first those of rank 0."""
+    """Return the rows that all ranks wrote, in rank order and prefixed with the rank."""
     return [
         f"{rank}: {row}"
         for rank in range(ranks)

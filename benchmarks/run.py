@@ -64,7 +64,7 @@ def run(command: str) -> tuple[float, int]:
 
 
 def main() -> int:
-    """Run the group, and return 1 if a command fails."""
+    """Run the selected group, and return the exit status: 1 if a command failed, otherwise 0."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

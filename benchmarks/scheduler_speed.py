@@ -166,7 +166,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=25, help="number of rounds (default: 25)")
-    parser.add_argument("--steps", type=int, default=1_000_000, help="length of the whole curve")
+    parser.add_argument("--steps", type=int, default=1_000_000, help="number of steps in the curve")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

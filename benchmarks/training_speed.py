@@ -125,7 +125,7 @@ def loop(trainer: object, x: torch.Tensor, y: torch.Tensor) -> Step:
 
 
 def alone() -> None:
-    """Create a process group of one rank for DeepSpeed, and skip compiling an unused op."""
+    """Create a process group of one rank for DeepSpeed, and disable an op that is never used."""
     os.environ["LOCAL_RANK"] = "0"
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -219,7 +219,7 @@ def contenders() -> dict[str, Callable[[Callable[[], tuple]], Step]]:
 
 
 def calls(step: Step, steps: int = 20) -> int:
-    """Count the function calls per optimizer step with cProfile."""
+    """Return the number of function calls per optimizer step, counted by cProfile."""
     for _ in range(3):
         step()
     profile = cProfile.Profile()

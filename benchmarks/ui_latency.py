@@ -47,7 +47,7 @@ TUTORIAL = {
         },
     },
 }
-"""The block of DeepSpeed's 1Cycle tutorial."""
+"""Config with the scheduler block of DeepSpeed's 1Cycle tutorial."""
 CORPUS = ROOT / "tests" / "corpus"
 WARM_UP = 5
 PAUSE = 0.4  # seconds
@@ -69,7 +69,7 @@ def find_largest() -> Path:
 
 
 def measure(text: str, steps: int | None, rounds: int) -> Iterator[float]:
-    """Yield the time of each keystroke in milliseconds."""
+    """Yield the latency of each keystroke in milliseconds."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "ds_config.json")
         path.write_text(text)
@@ -101,7 +101,7 @@ def main() -> None:
         ("DeepSpeed's tutorial", json.dumps(TUTORIAL, indent=2), 100_000),
         (f"largest of the corpus ({largest.name})", largest.read_text(), 100_000),
     ]
-    print("| config | steps | median ms | 95 % below ms |")
+    print("| config | steps | median ms | 95th percentile ms |")
     print("|---|---|---|---|")
     for name, text, steps in cases:
         # The first keystrokes load modules and compile JavaScript.

@@ -1,8 +1,8 @@
-"""Take the screenshots of docs/guides/ui.md.
+"""Take the screenshots for docs/guides/ui.md.
 
     python benchmarks/ui_screenshots.py
 
-Requires chromium and chromedriver. The runs on the second page train for a few seconds.
+Requires chromium and chromedriver. The runs in the second screenshot train for a few seconds.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ for _ in range(400):
 
 
 def shoot(page: Page, name: str, theme: str, size: tuple[int, int], panels: int) -> None:
-    """Save a screenshot with few colors, which makes the file small."""
+    """Save a screenshot of a page, with few colors to keep the file small."""
     path = PICTURES / name
     with serve(page) as address, open_browser() as browser:
         set_theme(browser, theme)

@@ -1,4 +1,4 @@
-"""Methods and properties of the training engine with DeepSpeed's names."""
+"""Methods and properties of the training engine that have the same names as in DeepSpeed."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class DeepSpeedAccessors(nn.Module):
         return self._backend.basic_optimizer
 
     def train(self, mode: bool = True) -> Self:
-        """Put the model into training mode, or into eval mode if ``mode`` is false.
+        """Put the model into training mode, or eval mode if ``mode`` is false. Return the engine.
 
         An optimizer with the methods ``train`` and ``eval`` is put into the same mode.
         """
@@ -157,7 +157,7 @@ class DeepSpeedAccessors(nn.Module):
         return level
 
     def wall_clock_breakdown(self) -> bool:
-        """Return the config's `wall_clock_breakdown`."""
+        """Return whether the config enables `wall_clock_breakdown`."""
         return bool(self.config.raw.get("wall_clock_breakdown", False))
 
     def optimizer_name(self) -> str | None:
@@ -171,7 +171,7 @@ class DeepSpeedAccessors(nn.Module):
         return type(self.basic_optimizer).__name__ if has_optimizer else None
 
     def scheduler_name(self) -> str | None:
-        """Return the schedule type of the config, or None without a schedule."""
+        """Return the config's schedule type, or None if the config has no schedule."""
         return self.config.schedule.type_name if self.config.schedule else None
 
     def fp16_enabled(self) -> bool:
@@ -327,8 +327,8 @@ class DeepSpeedAccessors(nn.Module):
     ) -> dict[str, Any]:
         """Return the model's ``state_dict`` with unsharded weights.
 
-        Weights that FSDP2 shards are gathered in host memory. Every rank must call this method. On
-        the DeepSpeed backend at ZeRO stage 3, the returned tensors are empty. Use
+        Weights sharded by FSDP2 are gathered in host memory. Every rank must call this method. On
+        the DeepSpeed backend at ZeRO stage 3, the returned tensors are empty; use
         `save_16bit_model` instead.
         """
         if self._is_deepspeed():
@@ -406,7 +406,7 @@ class DeepSpeedAccessors(nn.Module):
     def _zero3_consolidated_16bit_state_dict(
         self, exclude_frozen_parameters: bool = False
     ) -> dict[str, Any] | None:
-        """Gather the weights that ZeRO stage 3 shards, and return them on rank 0.
+        """Gather the weights sharded by ZeRO stage 3, and return them on rank 0.
 
         On all other ranks, the result is None.
         """

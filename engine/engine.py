@@ -196,8 +196,8 @@ class Engine(DeepSpeedAccessors):
                 gradients were computed, or the script itself has called ``optimizer.step()`` or
                 ``scheduler.step()``.
             FloatingPointError: ``engine.max_skipped_steps`` steps in a row were skipped. For a
-                deferred step, the next call of `step` raises the error, or the first use of the
-                result.
+                deferred step, the next call to `step` or the first use of the result raises the
+                error.
         """
         del lr_kwargs
         is_applied = self._run.step(metric)
@@ -294,7 +294,7 @@ class Engine(DeepSpeedAccessors):
         batches of its ``loader``. Shuffling and a ``DistributedSampler`` do not affect the result.
 
         Args:
-            loader: `DataLoader`, list or other iterable that ends. Its batches are moved to
+            loader: `DataLoader`, list or other finite iterable. Its batches are moved to
                 `device`.
             fn: function that takes a batch and returns the loss or a dict of metrics. A metric is a
                 number or a scalar tensor, averaged over the batch. The weight of a batch is its

@@ -63,8 +63,8 @@ class Problem:
 
     ``rule`` is the ID of the rule that found the problem; `onecycle explain` describes each rule.
     ``severity`` is "error", "warning" or "note". ``pointer`` is the JSON pointer (RFC 6901) to the
-    key, or "" for the whole config. ``line`` and ``column`` are 1-based. ``line`` and ``column``
-    are 0 if the position is unknown, for example if the config is a dict.
+    key, or "" for the whole config. ``line`` and ``column`` are 1-based, or 0 if the position is
+    unknown, for example if the config is a dict.
     """
 
     rule: str

@@ -1,4 +1,4 @@
-"""The function `initialize`."""
+"""The function `initialize`, which builds the training engine."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def _load(
     needs_deepspeed: str | None,
     shard: tuple[int, int] | None,
 ) -> Config:
-    """Load and validate a config. Report problems on rank 0 only."""
+    """Return the validated config. If the config is invalid, only rank 0 reports the problems."""
 
     def count_ranks(config: Mapping[str, Any], world_size: int) -> DataRanks:
         if shard is not None:
@@ -290,8 +290,8 @@ def _prefer_arguments(
     if optimizer is not None and config.optimizer is not None:
         if keys := config.optimizer.group_keys:
             raise ValueError(
-                f"`{keys[0]}` in {config.name} applies to the optimizer of the config, but the "
-                "argument `optimizer` replaces it. Remove the key or the argument."
+                f"`{keys[0]}` in {config.name} applies only to the config's optimizer, which the "
+                "argument `optimizer` replaces. Remove the key or the argument."
             )
         lines.append(
             _describe_replacement("optimizer", optimizer, f"`optimizer` ({config.optimizer.type})")
@@ -308,7 +308,7 @@ def _prefer_arguments(
 
 
 def _check_inference(config: Config, lr_scheduler: object) -> None:
-    """Check that a run without an optimizer does not use a schedule or a ZeRO stage."""
+    """Check that neither a schedule nor the ZeRO stage requires the missing optimizer."""
     need = None
     if config.schedule is not None or lr_scheduler is not None:
         need = f"{config.name} has a schedule" if config.schedule else "`lr_scheduler` is passed"
@@ -344,7 +344,10 @@ def _bind_schedule(
 def _choose_schedule(
     config: Config, groups: Sequence[GroupRow], backend: Backend
 ) -> Schedule[Any] | None:
-    """Return the config's schedule, or one schedule per param group if groups have their own."""
+    """Return the config's schedule, or None if the config has no schedule.
+
+    If param groups have their own schedules, return a `PerGroup` with one schedule per group.
+    """
     if config.optimizer is None or not config.optimizer.group_schedules:
         return config.schedule
     entries = [group.entry for group in groups]
@@ -363,7 +366,7 @@ def _choose_schedule(
 
 
 def _warn_of_repeated_samples(training_data: object, config: Config) -> None:
-    """Warn if the dataset is smaller than a batch, so that each batch repeats samples."""
+    """Warn if the dataset is smaller than a batch, because each batch then repeats samples."""
     if not isinstance(training_data, Dataset) or isinstance(training_data, IterableDataset):
         return
     samples = len(training_data)  # type: ignore[arg-type]  # Dataset does not declare __len__

@@ -205,11 +205,11 @@ class RangeWriter:
     def __init__(self, groups: Sequence[Group], slots: Slots, curves: Curves, step: int) -> None:
         found = {curve: curve.piece(step) for in_groups in curves.values() for curve in in_groups}
         self.start = step
-        """First step of the range; an earlier one may be in another piece of a curve."""
+        """First step of the range. Earlier steps may have a different formula."""
         self.end = min(piece.end for piece in found.values())
         """End of the range (exclusive). The formula of a curve changes at this step."""
         self.step = step
-        """Step of the values that were written last."""
+        """Step whose values were written last."""
         self.num_groups = len(groups)
         self.last_group = groups[-1]
         """Last param group, used to detect that groups were added or replaced."""
@@ -328,7 +328,7 @@ class RangeWriter:
     def _find_lines(self, groups: Sequence[Group]) -> _Lines | None:
         """Return the coefficients of all curves, if all are linear over the same range of steps.
 
-        They are for 1Cycle with Adam, for example. `write` then computes
+        This is the case for 1Cycle with Adam, for example. `write` then computes
         ``(step - origin) / steps`` once for all groups. A single quotient is faster than two
         formulas per group.
 

@@ -1,4 +1,4 @@
-"""Plot schedules with matplotlib: the hyperparameters that they set, against the step."""
+"""Plot the hyperparameters that schedules set at each step, using matplotlib."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 9,
     "lines.linewidth": 1.6,
 }
-"""Settings of matplotlib for all figures. The colors are those of the user."""
+"""Matplotlib settings for all figures. The colors come from the user's own settings."""
 
 _WIDTH = 7.2  # inches: a figure is readable at its natural size in a column of text
 _LR_PANELS = ("lr",)
@@ -105,7 +105,7 @@ def plot(
 
 
 def _find_labels(schedules: Sequence[Schedule[Any]]) -> list[str]:
-    """Return the label of each schedule in the legend: its type, or its repr if types are equal.
+    """Return the label of each schedule in the legend: its type, or its repr if a type is repeated.
 
     A single schedule has no label.
     """
@@ -152,7 +152,7 @@ def group_by_panel(columns: Iterable[str]) -> dict[str, list[str]]:
 
 
 def find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) -> dict[int, str]:
-    """Map the first step of each phase of a panel's curve to the name of the phase.
+    """Return the name of each phase of a panel's curve, keyed by the first step of the phase.
 
     Return an empty dict if the panel shows several curves, or if ``curves`` does not contain the
     curve.
@@ -186,7 +186,7 @@ def choose_styles(
 
 
 def keep_positive(values: Iterable[float]) -> list[float]:
-    """Replace values that a logarithmic axis cannot show with NaN, so that they are not drawn."""
+    """Return the values with NaN in place of values that a logarithmic axis cannot show."""
     return [value if value > 0 else math.nan for value in values]
 
 
@@ -211,7 +211,7 @@ def is_sweep(values: Sequence[float]) -> bool:
 def trace_line(
     steps: Sequence[int], values: Sequence[float]
 ) -> tuple[Sequence[int], Sequence[float]]:
-    """Return the points of the line through the values, with vertical edges between stairs.
+    """Return the x and y coordinates of the line to draw, with vertical edges between stairs.
 
     A stair is a value that is held for several steps. Ramps are straight lines.
 
@@ -252,7 +252,7 @@ def build_figure(
             columns of a schedule have the same color.
         log: whether the axis of the learning rate is logarithmic (default: only for an exponential
             sweep).
-        extra_panels: number of empty panels to add below.
+        extra_panels: number of empty panels to add at the bottom.
 
     Returns:
         The figure and its panels, from top to bottom.

@@ -31,9 +31,9 @@ def attach(
 
     Args:
         schedule: name of a schedule, a ``{"type": …, "params": {…}}`` block, a `Schedule`, a
-            function that maps the step to a learning rate factor, or a PyTorch scheduler class. A
-            dict that maps the index or the ``"name"`` of a param group to one of these attaches a
-            schedule per group. All other groups keep their initial values.
+            function that maps the step to a learning rate factor, or a PyTorch scheduler class. To
+            attach a schedule per param group, pass a dict that maps the index or the ``"name"`` of
+            each group to one of these. All other groups keep their initial values.
         optimizer: optimizer whose hyperparameters the schedule sets.
         horizon: length of the run, used to convert time strings to steps and to scale durations.
         base: initial learning rate of all param groups, or a list with one value per group. To set
@@ -46,7 +46,7 @@ def attach(
     Raises:
         ScheduleError: a parameter of the schedule is invalid.
         ValueError: the name is unknown, the schedule is incompatible with the optimizer, or the
-            optimizer has no param group of the given index or name.
+            optimizer has no param group with the given index or name.
 
     >>> import torch
     >>> optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.5)

@@ -1,4 +1,4 @@
-"""Build the pages of the API reference, on which mkdocstrings inserts the docstrings."""
+"""Build the pages of the API reference, into which mkdocstrings inserts the docstrings."""
 
 from __future__ import annotations
 
@@ -63,14 +63,17 @@ The public names of the packages `engine` and `schedules`. `onecycle` has the na
 
 
 def build_api_pages() -> dict[str, str]:
-    """Return the text of each page, by its location in the site.
+    """Return a dict that maps the location of each page in the site to its text.
 
     Raises:
         ValueError: a public name is on no page.
     """
     listed = {name for _, names in _PAGES.values() for name in names}
     if missing := set(_find_public_names()) - listed:
-        raise ValueError(f"tools/api_reference.py does not list {', '.join(sorted(missing))}.")
+        raise ValueError(
+            f"The API reference does not document {', '.join(sorted(missing))}. Add each name to "
+            "`_PAGES` in tools/api_reference.py."
+        )
     pages = {"reference/index.md": "\n".join(_build_overview()) + "\n"}
     for page, (title, names) in _PAGES.items():
         blocks = (f"::: {name}" for name in names)

@@ -43,14 +43,14 @@ _LINK = re.compile(r"(!?)\[((?:[^][]|\[[^][]*\])*)\]\(([^)\s]+)\)")
 
 
 class SiteError(Exception):
-    """A page, link or reference of the site is missing."""
+    """Raised when the site is incomplete or cannot be built."""
 
 
 def find_pages() -> dict[str, str]:
     """Return a dict that maps each file of the site to its location in the site.
 
-    The index of a directory is its README.md, or the page beside it that has its name:
-    ``config.md`` is the index of ``config``.
+    The index page of a directory is its README.md, or the page of the same name next to it. For
+    example, ``config.md`` is the index page of ``config``.
     """
     pages = dict(TOP_PAGES)
     for path in sorted((ROOT / "docs").rglob("*")):
@@ -90,7 +90,7 @@ def collect_pages(target: Path) -> list[str]:
 
 
 def read_page(path: Path, target: Path) -> str:
-    """Return the Markdown of a page. Write the pictures of a notebook beside its page."""
+    """Return the Markdown of a page. Write the pictures of a notebook next to ``target``."""
     if path.suffix == ".md":
         return path.read_text(encoding="utf-8")
     notebook = nbformat.read(path, as_version=4)
@@ -109,7 +109,7 @@ def read_page(path: Path, target: Path) -> str:
 
 
 def rewrite_links(text: str, name: str, pages: dict[str, str]) -> str:
-    """Replace links to files of the repository by links to pages of the site.
+    """Return a page with its links to repository files replaced by links to pages of the site.
 
     Args:
         text: Markdown of a page.
@@ -151,7 +151,7 @@ def _list_pages(directory: str, texts: dict[str, str]) -> Iterator[str]:
 
 
 def expand_nav(nav: list[Any], pages: list[str]) -> list[Any]:
-    """Replace the patterns in a nav by the pages that match. Omit sections without pages."""
+    """Return a nav with its patterns replaced by the matching pages, without empty sections."""
     named = set(_list_names(nav))
 
     def expand(item: Any) -> Iterator[Any]:
@@ -180,7 +180,7 @@ def _list_names(nav: Any) -> Iterator[str]:
 
 
 def build_site(directory: Path) -> Path:
-    """Build the site in an empty or new directory, and return the directory with its HTML.
+    """Build the site in an empty or new directory, and return the directory of its HTML files.
 
     Raises:
         SiteError: a page is not in the nav of mkdocs.yml, or Zensical reports a problem, such as a
@@ -191,7 +191,10 @@ def build_site(directory: Path) -> Path:
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     settings["nav"] = expand_nav(settings["nav"], pages)
     if missing := set(pages) - set(_list_names(settings["nav"])):
-        raise SiteError(f"The nav of mkdocs.yml does not include {', '.join(sorted(missing))}.")
+        raise SiteError(
+            f"The nav of mkdocs.yml does not include {', '.join(sorted(missing))}. Add each page, "
+            "or a pattern that matches it."
+        )
     settings |= {"docs_dir": "pages", "site_dir": "html"}
     (directory / "mkdocs.yml").write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
     path = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
@@ -219,7 +222,7 @@ def main() -> int:
         type=Path,
         default=ROOT / "build" / "docs",
         metavar="DIRECTORY",
-        help="directory to build in, which is deleted first (default: build/docs)",
+        help="build directory, deleted before the build (default: build/docs)",
     )
     args = parser.parse_args()
     try:

@@ -1,8 +1,9 @@
-"""Check that an interpreter can run onecycle, before it creates a virtual environment.
+"""Check that a Python interpreter can run onecycle before it creates a virtual environment.
 
     PYTHON tools/check_python.py COMMAND
 
-The script must also run with an older Python 3, to report its version.
+COMMAND is the name of the interpreter in the error message. The script must also run with an older
+Python 3, to report its version.
 """
 
 import re

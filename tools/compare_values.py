@@ -2,11 +2,11 @@
 
     python tools/compare_values.py BEFORE AFTER
 
-BEFORE and AFTER are directories that contain a checkout. The script evaluates, in both checkouts,
-the scheduler block of each reference file in tests/golden and of each config in tests/corpus:
-at each step, with one and two param groups, and with SGD and AdamW. It then trains with several
-schedules in BEFORE, saves checkpoints, and resumes them in AFTER. The exit status is 1 if any value
-differs.
+BEFORE and AFTER are directories that contain a checkout. In both checkouts, the script evaluates
+the scheduler block of each reference file in tests/golden and of each config in tests/corpus. Each
+block is evaluated at each step, with one and two param groups, and with SGD and AdamW. The script
+then trains with several schedules in BEFORE, saves checkpoints, and resumes from them in AFTER. The
+exit status is 1 if any value differs.
 """
 
 from __future__ import annotations

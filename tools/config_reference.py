@@ -44,7 +44,7 @@ _BACKENDS = {"torch": "PyTorch", "deepspeed": "DeepSpeed"}
 
 
 def build_config_pages() -> dict[str, str]:
-    """Return the text of each page of the reference, by its path below ``docs``."""
+    """Return a dict that maps the path of each page, relative to ``docs``, to its text."""
     members = list(walk({}, schemas.read(SCHEMA), fill=_skip_old_sections))
     sections = [each for each in members if each.is_section and get_parent(each.pointer) == ""]
     pages = {"config.md": _build_overview(members, sections)}
@@ -86,7 +86,7 @@ def _build_page(section: Member, members: Sequence[Member]) -> Iterator[str]:
 
 
 def _shorten(pointer: str) -> str:
-    """Return the dotted name of a key without that of its top-level section."""
+    """Return the dotted name of a key without the name of its top-level section."""
     return dotted_name(pointer).partition(".")[2]
 
 
@@ -145,7 +145,7 @@ def _skip_old_sections(schema: Mapping[str, Any]) -> Any:
 
 
 def _select_keys(section: str, members: Sequence[Member]) -> dict[str, Mapping[str, Any]]:
-    """Return the schemas of the keys of a section, without those of nested sections."""
+    """Return a dict that maps each key of a section to its schema, without nested sections."""
     return {
         get_last_key(member.pointer): member.schema
         for member in members

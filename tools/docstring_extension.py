@@ -1,4 +1,4 @@
-"""Extension of griffe that converts the docstrings of the API reference to Markdown."""
+"""Griffe extension that converts the docstrings of the API reference to Markdown."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from docstrings import to_markdown
 
 
 class MarkdownDocstrings(griffe.Extension):
-    """Convert each docstring before mkdocstrings parses its sections."""
+    """Griffe extension that converts each docstring before mkdocstrings parses its sections."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Replace the text of an object's docstring."""
+        """Convert an object's docstring to Markdown in place."""
         if obj.docstring:
             obj.docstring.value = to_markdown(inspect.cleandoc(obj.docstring.value))

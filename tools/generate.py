@@ -51,7 +51,7 @@ def generate_files() -> dict[Path, str]:
 
 
 def build_index() -> str:
-    """Return the JSON index of the schedules, with the family and field descriptions of each."""
+    """Return the JSON index: the family and the field descriptions of each schedule."""
     entries = {
         name: {"family": family, "fields": read_source_descriptions(cls)}
         for family in FAMILIES

@@ -15,7 +15,7 @@ PACKAGES = ("onecycle", "engine", "schedules", "schemas")
 
 
 def build_graph(root: Path) -> nx.DiGraph[str]:
-    """Build the graph of imports between modules, including imports inside functions."""
+    """Return the graph of imports between modules, including imports inside functions."""
     sys.path.insert(0, str(root))
     imports = grimp.build_graph(*PACKAGES, cache_dir=None)
     edges = [
@@ -44,7 +44,7 @@ def main() -> None:
     print(f"longest import chain: {len(chain)} modules")
     for package in PACKAGES[:2]:
         top = [path.name for path in (root / package).glob("*.py")]
-        print(f"{len(top)} files at the top of {package}/: {', '.join(sorted(top))}")
+        print(f"{len(top)} files at the top level of {package}/: {', '.join(sorted(top))}")
     files = [path for package in PACKAGES for path in (root / package).rglob("*.py")]
     lengths = sorted(((len(path.read_text().splitlines()), path) for path in files), reverse=True)
     print(f"{sum(length for length, _ in lengths):,} lines in {len(files)} files; the longest:")

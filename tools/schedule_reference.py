@@ -59,7 +59,7 @@ _PAGES = {
         "feedback", "Schedules that depend on the loss or on a metric."
     ),
 }
-"""Maps each heading of `onecycle schedules` to its page."""
+"""Maps each heading in the output of `onecycle schedules` to its page."""
 
 _INTRODUCTION = """\
 # Schedules
@@ -78,7 +78,7 @@ A parameter that accepts a time is a number of optimizer steps or a time string:
 
 
 def build_schedule_pages() -> dict[str, str]:
-    """Return the text of each page, by its path below ``docs``."""
+    """Return a dict that maps the path of each page, relative to ``docs``, to its text."""
     pages = {"schedules.md": "\n".join(_build_overview()) + "\n"}
     for title, classes in group_by_source().items():
         lines = _build_page(title, classes)
@@ -123,7 +123,7 @@ def _build_page(title: str, classes: Mapping[str, type[Schedule[Any]]]) -> Itera
 
 
 def _build_example(cls: type[Schedule[Any]]) -> dict[str, Any]:
-    """Return the example as a part of a config, with the length of the run if it is needed."""
+    """Return a config for a schedule's example, with the run length if the schedule needs it."""
     config: dict[str, Any] = {"scheduler": {"type": cls.type_name, "params": dict(cls.example)}}
     if cls(**cls.example).unresolved_fields:
         config["engine"] = {"max_duration": f"{EXAMPLE_RUN.total_steps:.0f}ba"}

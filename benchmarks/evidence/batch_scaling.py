@@ -1,11 +1,11 @@
-"""Count the samples that a run needs to reach a target, if its batch is eight times as large.
+"""Count the samples needed to reach a target accuracy when the batch is eight times as large.
 
     python benchmarks/evidence/batch_scaling.py
 
 The script repeats the "Batch Scaling Example" of DeepSpeed's 1Cycle tutorial with a small model: an
-MLP on Fashion-MNIST, with images averaged to 14 x 14, that has to reach a test accuracy of 0.84. It
-tunes a fixed learning rate for a batch size of 64, by the number of samples to the target. Then it
-trains with a batch size of 512:
+MLP on Fashion-MNIST, with images downsampled to 14 x 14. The target is a test accuracy of 0.84. For
+a batch size of 64, the script tunes a fixed learning rate to reach the target after as few samples
+as possible. Then it trains with a batch size of 512:
 
 - Fixed: the tuned learning rate;
 - LinearScale: eight times the tuned learning rate;
@@ -53,7 +53,10 @@ def set_batch(config: Config, size: int, lr: float) -> Config:
 
 
 def train_to_target(config: Config, task: Task, seed: int) -> Row:
-    """Train a model to the target, and add the number of samples to its row, or None."""
+    """Train a model to the target, and return its row.
+
+    In the row, "samples" is the number of samples to the target; None if it was not reached.
+    """
     size = config["train_batch_size"]
     row = train(
         config,

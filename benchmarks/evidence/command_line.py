@@ -3,8 +3,8 @@
     python benchmarks/evidence/command_line.py
 
 Every run starts from the same config, ``configs/command_line/gpt.json``; the arguments of
-``engine.add_schedule_arguments`` override it. One run is split in two with ``--steps_this_run`` and
-compared with the run in one piece.
+``engine.add_schedule_arguments`` override it. One run is repeated in two halves, with
+``--steps_this_run``, and compared with the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ARGUMENTS = {
 }
 SHARED = "--learning_rate 0.003"
 AVERAGED = 10
-"""Number of losses that are averaged to a point of the plot."""
+"""Number of losses that are averaged for each point of the plot."""
 
 
 def build_arguments(experiment: Experiment, name: str) -> str:
@@ -38,7 +38,7 @@ def run_gpt(arguments: str, seed: int, windows: int = 640) -> Row:
 
 
 def compare_halves(experiment: Experiment, whole: Row) -> Row:
-    """Repeat a run in two halves, and compare both with the run in one piece."""
+    """Repeat a run in two halves, and return a comparison with the uninterrupted run."""
     half = len(whole["lr"]) // 2
     directory = tempfile.mkdtemp()
     arguments = f"{whole['arguments']} --steps_this_run {half} --checkpoints {directory}"

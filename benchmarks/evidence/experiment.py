@@ -66,11 +66,11 @@ class Experiment:
     """The command-line arguments that all scripts share, and the stored results.
 
     Args:
-        name: name of the configs' directory and of the page, the plot and the stored results.
+        name: name shared by the config directory, the page, the plot and the stored results.
         seeds: random seeds of the runs.
         is_smoke: whether to use only a few samples and steps, to check that the script works.
         output: directory of the page, the plot and the stored results.
-        results: the stored results.
+        results: stored rows of the runs that have completed.
     """
 
     name: str
@@ -81,7 +81,10 @@ class Experiment:
 
     @classmethod
     def from_arguments(cls, name: str, description: str | None) -> Experiment:
-        """Parse the command line of a script, whose docstring is the description."""
+        """Parse a script's command line, and return the experiment.
+
+        ``description`` is the script's docstring, which ``--help`` prints.
+        """
         parser = argparse.ArgumentParser(
             description=description, formatter_class=argparse.RawTextHelpFormatter
         )
@@ -116,11 +119,11 @@ class Experiment:
         return config
 
     def load_images(self, build_model: Callable[[], nn.Module], *, pooling: int = 1) -> Task:
-        """Return the task of classifying Fashion-MNIST, or the digits if it is not available.
+        """Return the task of classifying Fashion-MNIST, or scikit-learn's digits as a fallback.
 
         Args:
             build_model: function that builds the model.
-            pooling: factor by which images are made smaller, by averaging pixels.
+            pooling: factor by which average pooling shrinks the width and height of the images.
         """
         found = images.load()
         size = SMOKE_SAMPLES if self.is_smoke else None
@@ -143,12 +146,12 @@ class Experiment:
         Args:
             config: config with a OneCycle schedule, whose bounds are ignored.
             task: model and data.
-            steps: number of steps of each of the three runs.
-            refine_for: number of steps of the planned training, if short cycles should refine the
-                suggestion.
+            steps: number of steps in each of the three runs.
+            refine_for: number of steps of the planned training, for which short cycles refine the
+                suggestion; None to skip the refinement.
 
         Returns:
-            A row with the config's scheduler block, with the suggested bounds.
+            A row with the config's scheduler block, in which the suggested bounds are set.
 
         Raises:
             RuntimeError: the range test has no suggestion.
@@ -192,7 +195,7 @@ class Results:
             self._load()
 
     def get(self, key: str, run: Callable[[], Row]) -> Row:
-        """Return the stored row of a key. If there is none, call ``run`` and store its row."""
+        """Return the stored row for a key. If there is none, call ``run`` and store its row."""
         if key not in self.rows:
             started, cpu = time.monotonic(), time.process_time()
             row = run() | {"seconds": round(time.process_time() - cpu, 1)}
@@ -204,7 +207,7 @@ class Results:
         return self.rows[key]
 
     def select(self, prefix: str) -> list[Row]:
-        """Return the rows whose keys are the prefix and a seed."""
+        """Return the rows whose keys consist of the prefix and a seed."""
         return [row for key, row in self.rows.items() if re.fullmatch(f"{prefix} \\d+", key)]
 
     @property
@@ -246,9 +249,9 @@ def train(
     Args:
         config: config of the run.
         task: model and data.
-        seed: random seed of the weights and of the order of the samples.
+        seed: random seed for the weights and the order of the samples.
         every: number of optimizer steps between two evaluations; default: an epoch.
-        stop: function of the newest row of the history that returns whether to end the run.
+        stop: function that receives the newest history entry and returns whether to end the run.
         args: parsed command-line arguments that override values of the config.
 
     Returns:
@@ -297,7 +300,7 @@ def train(
 
 
 def measure_accuracy(trainer: engine.Engine, test: tuple[Tensor, Tensor]) -> float:
-    """Return the fraction of targets that the model predicts."""
+    """Return the fraction of targets that the model predicts correctly."""
     batches = zip(*(tensor.split(1000) for tensor in test), strict=True)
     return trainer.evaluate(
         list(batches), lambda batch: (trainer(batch[0]).argmax(1) == batch[1]).float().mean()
@@ -305,7 +308,7 @@ def measure_accuracy(trainer: engine.Engine, test: tuple[Tensor, Tensor]) -> flo
 
 
 def describe_machine() -> str:
-    """Return the processor, the versions of Python and PyTorch, and the date."""
+    """Return a line with the processor, the versions of Python and PyTorch, and the date."""
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if gpu else f"one of {os.cpu_count()} CPU cores"
     return (

@@ -1,10 +1,10 @@
-"""Compare the schedules of a chapter of "Dive into Deep Learning", and 1Cycle.
+"""Compare 1Cycle with the schedules in a chapter of "Dive into Deep Learning".
 
     python benchmarks/evidence/lr_scheduling_chapter.py
 
-The script repeats the trainings of the chapter "Learning Rate Scheduling": LeNet on Fashion-MNIST,
-30 epochs, five schedules. Then it trains for 10 epochs: with a cosine, and with 1Cycle between the
-bounds that the LR range test suggests.
+The script repeats the runs of the chapter "Learning Rate Scheduling": LeNet on Fashion-MNIST for 30
+epochs, with five schedules. Then it trains for 10 epochs with a cosine schedule, and for 10 epochs
+with 1Cycle between the bounds that the LR range test suggests.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHAPTER = {
     "cosine": "0.904",
     "cosine_with_warmup": "0.901",
 }
-"""Maps each schedule to the test accuracy in the chapter's PyTorch version, from one run."""
+"""Test accuracy of one run with each schedule, as reported in the chapter's PyTorch version."""
 SHORT = ("cosine_in_10_epochs", "one_cycle")
 
 

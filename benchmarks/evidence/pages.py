@@ -18,7 +18,7 @@ START, END = "<!-- Written by the command above. -->\n", "<!-- End of the result
 
 
 def write_page(experiment: Experiment, *tables: str) -> None:
-    """Write the tables into the experiment's page, in place of those of an earlier call.
+    """Write the tables into the experiment's page, replacing those of an earlier call.
 
     A line with the data, the seeds, the machine, the versions, the date and the CPU time precedes
     the tables. If the page does not exist, it is created without any other text.
@@ -53,7 +53,7 @@ def format_mean(values: Iterable[float], digits: int = 3) -> str:
 
 
 def format_values(values: Iterable[float], digits: int = 3) -> str:
-    """Format up to three values in ascending order; of more values, the median and the range."""
+    """Format up to three values in ascending order, or the median and range of more values."""
     numbers = sorted(values)
     texts = [f"{number:.{digits}f}" for number in numbers]
     if len(numbers) <= 3:
@@ -62,12 +62,12 @@ def format_values(values: Iterable[float], digits: int = 3) -> str:
 
 
 def get_last(rows: Iterable[Row], name: str) -> list[float]:
-    """Return a value of the last entry of each row's history."""
+    """Return the value ``name`` from the last history entry of each row."""
     return [row["history"][-1][name] for row in rows]
 
 
 def build_figure(panels: int) -> tuple[Figure, list[Axes]]:
-    """Build a figure with panels side by side."""
+    """Return a figure and its panels, which are side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5 * panels, 4.2), layout="constrained")
@@ -78,17 +78,17 @@ def build_figure(panels: int) -> tuple[Figure, list[Axes]]:
 
 
 def plot_lr(axis: Axes, row: Row, *, scale: float = 1, **style: str | None) -> None:
-    """Plot the learning rate of a run. ``scale`` is the factor by which the step is multiplied."""
+    """Plot the learning rate of a run over its steps, which are multiplied by ``scale``."""
     stride = row["lr_stride"] * scale
     axis.plot([stride * index for index in range(len(row["lr"]))], row["lr"], **style)
 
 
 def plot_history(axis: Axes, rows: Sequence[Row], *, scale: float = 1, **style: str) -> None:
-    """Plot the median test accuracy of several runs after each evaluation, and its range.
+    """Plot the median and the range of the test accuracy of several runs at each evaluation.
 
     Args:
         axis: panel of a figure.
-        rows: runs with different seeds. Shorter runs limit the length of the plotted curve.
+        rows: runs with different seeds. The curve ends where the shortest run ends.
         scale: factor by which the step is multiplied for the horizontal axis.
         style: color and label.
     """

@@ -31,7 +31,7 @@ CONTEXT, WIDTH, HEADS, LAYERS, CHARACTERS = 64, 64, 4, 2, 128
 
 
 class GPT(nn.Module):
-    """A language model of ASCII characters."""
+    """A character-level language model for ASCII text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,10 +46,10 @@ class GPT(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, windows: Tensor) -> Tensor:
-        """Return the mean loss of the next characters.
+        """Return the mean loss of predicting each next character.
 
         Args:
-            windows: characters of shape (batch, CONTEXT + 1).
+            windows: character codes of shape (batch, CONTEXT + 1).
         """
         hidden = self.tokens(windows[:, :-1]) + self.positions
         hidden = self.layers(hidden, mask=self.mask, is_causal=True)
@@ -71,14 +71,14 @@ class Windows(Dataset[Tensor]):
 
 
 def build_datasets() -> tuple[Windows, Windows]:
-    """Return the windows of the first nine tenths of the text, and of the rest."""
+    """Return the training windows (the first nine tenths of the text) and the held-out windows."""
     text = "".join(topics[name] for name in sorted(topics))
     split = len(text) * 9 // 10
     return Windows(text[:split]), Windows(text[split:])
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train, and return the learning rates, the losses and the loss on held-out text.
+    """Train a GPT, and return its learning rates, losses and loss on held-out text.
 
     Args:
         argv: command-line arguments; default: those of the process.
@@ -87,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
-    parser.add_argument("--checkpoints", metavar="DIR", help="save and resume checkpoints in DIR")
+    parser.add_argument(
+        "--checkpoints", metavar="DIR", help="save checkpoints in DIR, and resume from the newest"
+    )
     parser.add_argument("--windows", type=int, default=640, help="held-out windows (default: 640)")
     engine.add_schedule_arguments(parser)
     args = parser.parse_args(argv)

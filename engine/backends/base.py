@@ -92,7 +92,7 @@ class Backend(ABC):
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward pass in the precision that the config specifies.
+        """Run the model's forward pass in the config's precision, and return its output.
 
         Tensors in the arguments are moved to this rank's device.
 
@@ -102,7 +102,7 @@ class Backend(ABC):
         """
 
     def _move_inputs(self, *inputs: Any) -> Any:
-        """Move a model's inputs to this rank's device, as DDP and FSDP do."""
+        """Return a model's inputs after moving them to this rank's device, as DDP and FSDP do."""
         if self._is_on_cpu:
             return inputs
         return move_to_device(inputs, self.ranks.device)
@@ -294,7 +294,7 @@ class DeferringBackend(Backend):
     """Base class for backends that can take a step without waiting for the device."""
 
     deferred: DeferredStep | None = None
-    """Object that runs the optimizer without waiting; None if the run cannot defer steps."""
+    """Object that takes the deferred steps; None if the run cannot defer steps."""
 
     @abstractmethod
     def start_step(self, loss: Tensor | None, *, divide_by: int = 1) -> None:

@@ -132,7 +132,7 @@ class DeepSpeedBackend(Backend):
             self.engine.set_gradient_accumulation_boundary(is_last)
 
     def _start_backward(self, *, is_last: bool) -> None:
-        """Check the order of the passes of a step, and mark the last backward pass.
+        """Check the order of forward and backward passes, and mark the last backward pass.
 
         The mark has an effect only if DeepSpeed manages gradient accumulation. Otherwise, DeepSpeed
         reduces all gradients in the optimizer step.
@@ -216,7 +216,7 @@ class DeepSpeedBackend(Backend):
         return self.mean(float(not math.isfinite(norm))) == 0
 
     def _guard_pipeline(self) -> None:
-        """Skip the optimizer step of a pipeline if its gradients are not finite."""
+        """Make the pipeline skip optimizer steps whose gradients are not finite."""
         take_step = self.engine._take_model_step  # noqa: SLF001  # private in DeepSpeed
 
         def take_finite_step(*args: Any) -> None:

@@ -118,7 +118,7 @@ class Layout:
             )
 
     def _read_weights(self, *, frozen: bool) -> dict[str, Tensor]:
-        """Return a meta tensor with the shape and dtype of each weight, by name."""
+        """Return the model's weights by name, as unsharded meta tensors."""
         return {
             name: torch.empty(_get_shape(value), dtype=value.dtype, device="meta")
             for name, value in self._model.state_dict(keep_vars=True).items()

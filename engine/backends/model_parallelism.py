@@ -51,8 +51,8 @@ def find_model_parallelism(model: nn.Module) -> str | None:
 def find_data_shard(model: Any, mpu: Any, mesh_param: Any) -> tuple[int, int] | None:
     """Return the index of this rank's data shard and the number of shards.
 
-    DeepSpeed uses the same values. Return None if they depend neither on the model nor on an
-    argument.
+    DeepSpeed uses the same values. Return None if neither the model nor an argument determines
+    them.
 
     Args:
         model: model of the run. A PipelineModule defines which ranks form a pipeline.

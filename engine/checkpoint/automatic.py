@@ -29,14 +29,14 @@ log = logging.getLogger("onecycle")
 
 _BEST = "best"
 _USERS: weakref.WeakValueDictionary[str, AutomaticCheckpoints] = weakref.WeakValueDictionary()
-"""The last engine of this process that uses each checkpoint directory."""
+"""The newest `AutomaticCheckpoints` in this process for each checkpoint directory."""
 
 
 class SteppedRun(RunState, Protocol):
     """Protocol for the training run that `AutomaticCheckpoints.save_if_due` receives."""
 
     latest: Counters
-    """The counters. Unlike in `RunState.counters`, the outcome of the last step may be unknown."""
+    """The counters. Unlike `RunState.counters`, they may lack the outcome of a deferred step."""
 
     @property
     def defers(self) -> bool:

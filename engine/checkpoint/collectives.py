@@ -75,9 +75,8 @@ def find_missing_ranks(
     """Return the ranks that do not call this function before the timeout.
 
     The timeout starts when the first rank calls this function. The result is the same on all ranks.
-    The ranks use the process group's store instead of a barrier with a timeout. PyTorch supports a
-    timeout only for gloo barriers. If rank 0 is missing, a gloo barrier does not time out on the
-    remaining ranks.
+    The ranks use the process group's store instead of a barrier, because PyTorch supports a timeout
+    only for gloo barriers, and a gloo barrier does not time out if rank 0 is missing.
 
     Args:
         ranks: rank and world size of this process.

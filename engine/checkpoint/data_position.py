@@ -42,7 +42,7 @@ class DataPosition:
             self._pending = None
 
     def get_state(self) -> dict[str, Any] | None:
-        """Return the loader state that is the same on all ranks, or None if there is no loader."""
+        """Return the loader state shared by all ranks, or None if the run has no loader."""
         state = None if self._loader is None else self._loader.state_dict()
         return state and {key: value for key, value in state.items() if key != "loader"}
 

@@ -55,7 +55,7 @@ class SavedTensor(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Range of elements of a parameter in the flat tensors of one rank."""
+    """The part of a parameter that the flat tensors of one rank contain."""
 
     states: Mapping[str, Any]
     """State of the optimizer for the flat tensor."""
@@ -118,7 +118,7 @@ class DeepSpeedFiles:
 
     @property
     def zero_stage(self) -> int:
-        """ZeRO stage of the saved run. Stage 2 counts as 1, because both write the same files."""
+        """ZeRO stage of the saved run; 1 for stages 1 and 2, which write the same files."""
         if self._model["module"] is not None and self._model.get("param_shapes") is None:
             return 0
         return 3 if self._is_stage_3 else 1
@@ -147,8 +147,8 @@ class DeepSpeedFiles:
         """Return the model's parameters and buffers by name.
 
         If the checkpoint contains master weights, trained parameters are in float32. Without master
-        weights, they are in the dtype of the saved model. A value that is not a tensor was returned
-        by a module's ``get_extra_state``.
+        weights, they are in the dtype of the saved model. Values that are not tensors come from a
+        module's ``get_extra_state``.
 
         Args:
             groups: names of the trained parameters in each param group.
@@ -351,7 +351,7 @@ class DeepSpeedFiles:
 
 
 def _check_header(model: Any) -> None:
-    """Check those values in a model file that this module uses.
+    """Check the values that this module reads from a model file.
 
     Raises:
         ValueError: if a value is missing, has the wrong type or is out of range.
@@ -365,7 +365,7 @@ def _check_header(model: Any) -> None:
 
 
 def _match_names(directory: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], Path]]:
-    """Return the match and the path of each file that matches ``pattern``, sorted by rank."""
+    """Return the match and path of each file whose name matches ``pattern``, sorted by rank."""
     matches = ((pattern.fullmatch(path.name), path) for path in directory.iterdir())
     found = [(match, path) for match, path in matches if match is not None]
     return sorted(found, key=lambda each: int(each[0]["rank"] or 0))

@@ -24,14 +24,14 @@ _KINDS: Mapping[type[Optimizer], tuple[set[str], set[str]]] = {
     RMSprop: ({"alpha"}, {"square_avg"}),
     Adagrad: ({"lr_decay"}, {"sum"}),
 }
-"""Settings of the param groups and states of the parameters of each kind of optimizer.
+"""Names of param-group settings and of parameter states that identify each kind of optimizer.
 
-DeepSpeed does not save the name of an optimizer, so these names identify the kind.
+DeepSpeed does not save the name of the optimizer.
 """
 
 
 class DeepSpeedSource:
-    """Contents of a DeepSpeed checkpoint, with the names that the PyTorch backend uses.
+    """Contents of a DeepSpeed checkpoint, under the names that the PyTorch backend uses.
 
     Args:
         files: files of the checkpoint.

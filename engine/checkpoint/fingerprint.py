@@ -29,7 +29,7 @@ Identity = Mapping[str, Any]
 KERNEL_SETTINGS = frozenset({"fused", "foreach", "capturable"})
 """Settings of a param group that select a kernel but do not change results.
 
-A run on the CPU cannot use ``capturable``, and a CUDA graph requires it.
+For example, a CUDA graph requires ``capturable``, but a run on the CPU cannot use it.
 """
 
 _CONVERTED = "converted"
@@ -156,10 +156,9 @@ def _find_differences(
 
 
 def _to_json(values: Mapping[str, Any], converted: set[str]) -> dict[str, Any]:
-    """Convert values to JSON types.
+    """Return values converted to JSON types.
 
-    If JSON cannot represent a value, such as a tensor, the name of the value is added to
-    ``converted``.
+    The names of values that JSON cannot represent, such as tensors, are added to ``converted``.
     """
     converted |= {name for name, value in values.items() if not _is_json(value)}
     return {name: _describe(value) for name, value in values.items()}

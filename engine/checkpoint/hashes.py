@@ -23,7 +23,7 @@ _CHUNK = 1 << 20  # bytes; stays in the cache of the core that hashes it
 
 
 def compute_hash(path: Path, algorithm: str = _ALGORITHM) -> str:
-    """Return the hash of a file as a hexadecimal number."""
+    """Return the hash of a file as a hexadecimal string."""
     digest = _ALGORITHMS[algorithm]()
     buffer = bytearray(_CHUNK)
     view = memoryview(buffer)

@@ -169,7 +169,7 @@ def _is_owner(path: Path, own: Mapping[str, Any]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return the contents of a lock file: None if it does not exist, {} if it is damaged."""
+    """Return the contents of a lock file, None if it does not exist, or {} if it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

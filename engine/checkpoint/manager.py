@@ -134,8 +134,8 @@ class Checkpointer:
     def is_saved(self, run: RunState, directory: Path) -> bool:
         """Return whether the run's last checkpoint in a directory is up to date.
 
-        The checkpoint is up to date if the run has not taken a step or reported the metric since
-        the save.
+        The checkpoint is up to date if the run has neither taken a step nor reported its metric
+        since the save.
         """
         return self._saved.get(directory.resolve(), (0, -1)) == _get_position(run)
 

@@ -1,4 +1,4 @@
-"""Read and format the manifest of a checkpoint. It lists the files and describes the run."""
+"""Read and format a checkpoint's manifest, which lists its files and describes the run."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class Manifest:
     run: str = ""
     """Identifier of the run, which stays the same after a resume."""
     is_automatic: bool = False
-    """Whether the checkpoint was saved automatically, so that `prune` may delete it."""
+    """Whether the checkpoint was saved automatically. `prune` deletes only such checkpoints."""
     sequence: int = 0
-    """Number of the checkpoint in its directory. Unlike a clock, the number never goes back."""
+    """Sequence number within the directory. Unlike a timestamp, it never decreases."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     checksum: str = ""
-    """SHA-256 hash of the other keys; empty in checkpoints of earlier versions."""
+    """SHA-256 hash of the other keys; empty if an earlier version wrote the checkpoint."""
     format: int = FORMAT
 
     @property
@@ -93,7 +93,7 @@ def read_manifest(checkpoint_dir: Path) -> Manifest:
     required = {"tag", "step", "world_size", "backend", "identity", "versions", "created"}
     if not required <= found.keys() <= names:
         wrong = escape(", ".join(sorted((required - found.keys()) | (found.keys() - names))))
-        raise CheckpointError(f"{path} is damaged: missing or unknown keys: {wrong}.")
+        raise CheckpointError(f"{path} is damaged: it has missing or unknown keys ({wrong}).")
     if "checksum" in found and found["checksum"] != _compute_checksum(found):
         raise CheckpointError(f"{path} is damaged: it does not match its checksum.")
     return Manifest(**found)
@@ -147,4 +147,4 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "files": _are_files,
     "checksum": _is_text,
 }
-"""Functions that return whether a value is valid, by key of the manifest."""
+"""Maps each key of the manifest to a function that returns whether its value is valid."""

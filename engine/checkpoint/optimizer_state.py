@@ -1,7 +1,7 @@
 """Get and load the state of an optimizer by parameter name.
 
 This module does not use ``torch.distributed.checkpoint.state_dict``, because its functions take an
-optimizer step to create missing states. A checkpoint saved before the first step would then change
+optimizer step to create missing states. Saving a checkpoint before the first step would then change
 the results of the run.
 """
 
@@ -50,14 +50,14 @@ _STATE = "optimizer.state."
 _GROUPS = "optimizer.param_groups."
 _OUTSIDE = "param_groups."
 _NOT_RESTORED = KERNEL_SETTINGS | {"params"}
-"""Settings of a param group that depend on how this run stores its parameters."""
+"""Settings of a param group that keep this run's values when a checkpoint is loaded."""
 
 
 KEPT_SETTINGS = frozenset(
     {"capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize"}
 )
-"""Settings of a param group that belong to an implementation of an optimizer; DeepSpeed may have
-used a different implementation."""
+"""Settings of a param group that are not restored from a DeepSpeed checkpoint, because DeepSpeed
+may have used a different implementation of the optimizer."""
 
 
 def get_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -194,10 +194,10 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[
 class _Indices(list[int]):
     """List of a param group's parameter indices with a fast membership test.
 
-    For each tensor, `Optimizer.load_state_dict` searches all groups for the parameter to read the
-    settings ``fused`` and ``capturable`` of the group. With 10,000 groups, the search takes
-    minutes. Each list therefore claims to contain the parameters of all groups with the same values
-    of these two settings.
+    For each state tensor, `Optimizer.load_state_dict` searches all groups for the parameter,
+    because it needs the settings ``fused`` and ``capturable`` of its group. With 10,000 groups, the
+    search takes minutes. Each list therefore claims to contain the parameters of all groups with
+    the same values of ``fused`` and ``capturable``.
     """
 
     def __init__(self, own: Iterable[int] = (), known: Collection[int] = ()) -> None:
@@ -270,9 +270,9 @@ def _restore_lists(value: Any) -> Any:
 
 
 def _allocate(parameter: nn.Parameter | None, value: Any) -> Any:
-    """Allocate a tensor for a saved tensor, with the sharding of the parameter.
+    """Return an uninitialized tensor to load a saved tensor into, sharded like the parameter.
 
-    A value that is not a tensor is returned unchanged.
+    If ``value`` does not describe a tensor, it is returned unchanged.
     """
     if not isinstance(value, TensorStorageMetadata):
         return value

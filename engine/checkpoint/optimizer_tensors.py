@@ -17,12 +17,12 @@ __all__ = ["keep_tensors", "move_state"]
 
 @contextlib.contextmanager
 def keep_tensors(optimizer: Optimizer) -> Iterator[None]:
-    """Inside this context, load optimizer states into the existing tensors.
+    """Make `Optimizer.load_state_dict` update tensors in place inside this context.
 
-    `Optimizer.load_state_dict` replaces the tensors, but a CUDA graph or a compiled step continues
-    to use the old tensors. It also replaces hyperparameters, even if the saved value is a number
-    and the current value is a tensor. In this context, a tensor is updated in place and a number
-    stays a number.
+    By default, `Optimizer.load_state_dict` replaces the tensors, but a CUDA graph or a compiled
+    step continues to use the old tensors. It also replaces hyperparameters: a tensor can become a
+    number, or a number a tensor. In this context, tensors are updated in place, and numbers stay
+    numbers.
 
     >>> lr = torch.tensor(0.1)
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=lr)
@@ -48,7 +48,7 @@ def keep_tensors(optimizer: Optimizer) -> Iterator[None]:
 def _fill(old: Any, new: Any) -> Any:
     """Copy nested tensors in ``new`` into the tensors in ``old``, and return the result.
 
-    A tensor without a counterpart of the same kind is returned unchanged.
+    A tensor without a counterpart of the same shape, dtype and device is returned unchanged.
     """
     if isinstance(old, Tensor) and isinstance(new, Tensor):
         is_alike = (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)

@@ -66,7 +66,7 @@ _LOADABLE: list[Any] = [
     pathlib.PosixPath,
     pathlib.WindowsPath,
 ]
-"""Classes and functions outside of PyTorch that may be unpickled. They do not run other code."""
+"""Classes and functions outside of PyTorch that can be unpickled without running other code."""
 
 
 def write_values(path: Path, values: Any) -> None:
@@ -140,7 +140,7 @@ def unpickle(
     mmap: bool | None = None,
     fix: str = "Use another checkpoint.",
 ) -> Any:
-    """Load a file with tensors on the CPU, and reject objects that could run code.
+    """Load a ``torch.save`` file onto the CPU, and reject objects that could run code.
 
     Args:
         path: file to load.
@@ -148,7 +148,7 @@ def unpickle(
             a tuple of a class and its name in the file.
         load: `torch.load`, or a function with the same arguments.
         mmap: see `torch.load`.
-        fix: last sentence of the error message: how to load a file that contains other classes.
+        fix: last sentence of the error message if the file contains other classes.
 
     Raises:
         CheckpointError: the file is damaged, or contains an object of another class.
@@ -209,7 +209,7 @@ def read_as(kind: Any, path: Path) -> Any:
 def report_damage(path: Path) -> Iterator[None]:
     """Convert any exception in a ``with`` block to a CheckpointError that reports a damaged file.
 
-    If the block fails, it must not have changed the state of the run.
+    If the block fails, it must leave the state of the run unchanged.
 
     Args:
         path: file that the block reads or checks.

@@ -124,7 +124,7 @@ class Restorer:
     def _check_match(self, run: RunState, selected: Selected, parts: Parts) -> None:
         """Check that the checkpoint is from a run with the same settings.
 
-        The scheduler state in a DeepSpeed checkpoint is converted to onecycle's format.
+        Also convert the scheduler state of a DeepSpeed checkpoint for this run's scheduler.
         """
         checkpoint_dir, manifest, state = selected.path, selected.manifest, selected.state
         is_converted = selected.is_foreign and parts.scheduler and not self._plan.override
@@ -205,5 +205,5 @@ def _restore_schedule(run: RunState, small: _SmallFiles) -> None:
 
 
 def _copy_settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy the settings of a param group, without its parameters and its step count."""
+    """Return a copy of a param group's settings, without its parameters and step count."""
     return {key: value for key, value in group.items() if key not in {"params", "step"}}

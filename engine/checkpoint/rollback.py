@@ -45,7 +45,7 @@ class Rollback:
         self._backend = backend
         self._ranks = backend.ranks
         self.snapshot: Any = None
-        """Snapshot at the lowest loss so far; None before it is taken and after the warmup."""
+        """Snapshot at the lowest loss so far; None before the first one and after the warmup."""
 
     def update(self, scheduler: object) -> None:
         """Take a snapshot at each new loss minimum. Restore the last snapshot before the decay.

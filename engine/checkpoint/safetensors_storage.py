@@ -45,7 +45,7 @@ __all__ = ["SHARDS", "ShardReader", "ShardWriter", "write_tensors"]
 
 
 SHARDS = "shard.*.safetensors"
-"""Pattern of the file names. Each rank has one file."""
+"""Glob pattern of the file names. Each rank writes one file."""
 _ALIGNMENT = 8  # bytes
 _DTYPES = {
     torch.float64: "F64",
@@ -67,7 +67,7 @@ _DTYPES = {
     torch.float8_e5m2: "F8_E5M2",
     torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }
-"""Names of the dtypes in a file's header."""
+"""Maps each torch dtype to its name in the header of a safetensors file."""
 
 
 class ShardWriter(StorageWriter):
@@ -87,7 +87,7 @@ class ShardWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Set ``storage_data`` of each plan to the plan's rank, for the file name."""
+        """Return the plans with ``storage_data`` set to the rank, which the file name contains."""
         return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -128,7 +128,7 @@ class ShardWriter(StorageWriter):
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, one tensor after another.
+    """Write a safetensors file, one tensor at a time.
 
     In contrast, ``safetensors.torch.save_file`` first copies all tensors, so it needs twice the
     memory and twice the time.
@@ -140,7 +140,7 @@ def write_tensors(
 
     Raises:
         OSError: if the disk is full or the file is not writable.
-        ValueError: a tensor has a dtype that the format does not support.
+        ValueError: if a tensor has a dtype that the format does not support.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     # Tensors with large items come first, so that all items are aligned.
@@ -309,7 +309,7 @@ def _read_header(
             )
             if (whole.size, whole.properties.dtype) != (torch.Size(part.shape), tensor.dtype):
                 raise ValueError(
-                    f"the saved shards of `{part.of}` have different full shapes or dtypes."
+                    f"the saved shards of `{part.of}` disagree on its full shape or dtype."
                 )
             whole.chunks.append(ChunkStorageMetadata(offsets, tensor.shape))
             locations[MetadataIndex(part.of, offsets)] = (path, name)
@@ -319,7 +319,7 @@ def _check_parts(name: str, whole: TensorStorageMetadata) -> None:
     """Check that the saved shards of a tensor cover the whole tensor exactly once.
 
     Raises:
-        ValueError: if a shard is missing, repeated, or outside of the tensor.
+        ValueError: if a shard is missing, repeated, or outside the tensor.
     """
     chunks = sorted(whole.chunks, key=lambda chunk: tuple(chunk.offsets))
     is_covered = sum(chunk.sizes.numel() for chunk in chunks) == whole.size.numel()

@@ -1,4 +1,4 @@
-"""Structure of the file with a run's counters, schedule and position in the data."""
+"""Structure of the file that stores a run's counters, schedule and position in the data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Position:
 
     epoch: _CountOrNone
     given: int
-    """May be negative in checkpoints of earlier versions; `DataPosition.read` replaces it by 0."""
+    """Negative in some checkpoints of earlier versions. `DataPosition.read` then uses 0."""
     finished: Count = field(default=0, metadata=OPTIONAL)
 
 

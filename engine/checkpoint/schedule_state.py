@@ -137,7 +137,7 @@ def _fix_lengths(value: Any) -> Any:
 def _adapt_schedule_state(
     saved: Mapping[str, Any], own: dict[str, Any], applied_steps: int
 ) -> dict[str, Any]:
-    """Adapt a saved scheduler state to the schedule of this run.
+    """Return a saved scheduler state adapted to the schedule of this run.
 
     A schedule without feedback continues at the current step of the run. A feedback schedule
     depends on past losses, so it restarts if its type or params differ from those of the saved

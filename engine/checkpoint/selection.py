@@ -1,4 +1,4 @@
-"""Select the checkpoint to load, written by either onecycle or DeepSpeed."""
+"""Select the onecycle or DeepSpeed checkpoint to load."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from engine.errors import CheckpointError
 __all__ = ["RUN_STATE", "CheckpointSelector", "Selected", "find_foreign"]
 
 RUN_STATE = "engine.pt"
-"""File for the state of a run, except for the model's and the optimizer's."""
+"""File for the state of a run, without the model and the optimizer."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Selected:
     path: Path
     manifest: Manifest
     state: dict[str, Any]
-    """State of the run, except for the model's and the optimizer's."""
+    """State of the run, without the model and the optimizer."""
     is_foreign: bool
     """Whether DeepSpeed wrote the checkpoint without this library."""
 
 
 class CheckpointSelector:
-    """Selector of the checkpoint to load: the one with the given tag, or the newest one.
+    """Object that selects the checkpoint with a given tag, or the newest checkpoint.
 
     Args:
         config: config of the run.
@@ -89,9 +89,9 @@ class CheckpointSelector:
         return path.name, False, manifest
 
     def _find_foreign(self, directory: Path, tag: str | None) -> Path | None:
-        """Return the path of the DeepSpeed checkpoint to load, or None.
+        """Return the path of the DeepSpeed checkpoint to load.
 
-        None means that a checkpoint that onecycle wrote is to be loaded instead.
+        Return None if a onecycle checkpoint must be loaded instead.
         """
         pointer = directory / storage.LATEST_UNIVERSAL
         universal = _follow(pointer) if self._loads_universal and tag is None else None
@@ -133,7 +133,10 @@ def find_foreign(directory: Path, tag: str | None) -> Path | None:
 
 
 def _follow(pointer: Path) -> Path | None:
-    """Return the DeepSpeed checkpoint that a file such as ``latest`` names, or None."""
+    """Return the DeepSpeed checkpoint that a file such as ``latest`` names.
+
+    Return None if the file does not exist or does not name a DeepSpeed checkpoint.
+    """
     if not pointer.is_file():
         return None
     checkpoint_dir = pointer.parent / pointer.read_text(encoding="utf-8").strip()

@@ -55,7 +55,7 @@ class Source(Protocol):
         ...
 
     def load(self, own: dict[str, Any]) -> None:
-        """Load the saved tensors into the tensors of the same names in ``own``.
+        """Load the saved tensors into the tensors with the same names in ``own``.
 
         Every rank must call this method.
         """
@@ -154,7 +154,7 @@ def read(
         source: contents of the checkpoint; default: the files that `write` wrote.
 
     Raises:
-        CheckpointError: if a parameter or buffer is missing, unexpected, or has a different shape.
+        CheckpointError: if a parameter or buffer is missing, unexpected, or different in shape.
     """
     source = source or _Shards(directory)
     weights = _find_saved_weights(directory, model, source, strict=strict, frozen=frozen)
@@ -185,7 +185,7 @@ def read(
 def _find_saved_weights(
     directory: Path, model: nn.Module, source: Source, *, strict: bool, frozen: bool
 ) -> dict[str, Any]:
-    """Return the entries of the model's state dict that `read` loads for its arguments.
+    """Return the entries of the model's state dict that `read` must restore.
 
     Raises:
         CheckpointError: if the checkpoint does not contain the required tensors.
@@ -213,7 +213,7 @@ def _find_saved_weights(
 def _read_optimizer(
     directory: Path, model: nn.Module, optimizer: Optimizer, source: Source
 ) -> dict[str, Any]:
-    """Read and check the optimizer's state and its parameters that are not in the model."""
+    """Read and check the optimizer state and the optimized parameters outside the model."""
     with report_damage(directory / VALUES):
         saved = {**source.values, **source.tensors}
         own = build_empty_state(directory, model, optimizer, saved)
@@ -322,7 +322,7 @@ def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | No
 
 
 def _load_tensors(reader: ShardReader, own: dict[str, Any], *, is_single_process: bool) -> None:
-    """Load saved tensors into the tensors of the same names in ``own``."""
+    """Load saved tensors into the tensors with the same names in ``own``."""
     with report_damage(reader.directory / SHARDS), _raise_cause():
         if is_single_process:
             reader.read_whole(own)

@@ -48,7 +48,7 @@ log = logging.getLogger("onecycle")
 
 LATEST = "latest"
 LATEST_UNIVERSAL = "latest_universal"
-"""File that DeepSpeed's `ds_to_universal` writes, with the tag of a universal checkpoint."""
+"""File in which DeepSpeed's `ds_to_universal` stores the tag of the universal checkpoint."""
 
 
 def check_tag(tag: str) -> None:

@@ -26,9 +26,9 @@ _IMPLEMENTATION = {"fused", "foreach"}
 _NOT_IN_TEMPLATES = {*_IMPLEMENTATION, "capturable", "params"}
 _MAX_INT = 2**63 - 1
 _MAX_FLOAT = torch.finfo(torch.float32).max
-"""Maximum of a setting: optimizers multiply float32 tensors by it, and PyTorch rejects more."""
+"""Largest setting by which an optimizer can multiply a float32 tensor in PyTorch."""
 HYPERPARAMETERS = ("lr", "momentum", "betas", "weight_decay")
-"""Settings of a param group that every checkpoint has if the optimizer has them."""
+"""Settings of a param group that a checkpoint must contain if the optimizer has them."""
 
 
 def check_same_structure(saved: Any, own: Any, name: str) -> None:
@@ -167,7 +167,9 @@ def _check_group(group: Mapping[str, Any], own: Mapping[str, Any], name: str) ->
         elif key in {*HYPERPARAMETERS, "params"}:
             raise ValueError(f"`{name}` must have the key `{key}`.")
     if list(group["params"]) != list(own["params"]):
-        raise ValueError(f"`{name}.params` must list the parameters of this run in the same order.")
+        raise ValueError(
+            f"`{name}.params` must list the same parameters as this run, in the same order."
+        )
     for key in own.keys() & group.keys() - {"params"}:
         limits = [abs(each) <= _MAX_FLOAT for each in _list_numbers(own[key])]
         for value in _list_numbers(group[key]) if limits and all(limits) else ():
@@ -198,9 +200,9 @@ def _check_parameter_state(
 class _Templates:
     """Builder of the expected state of a parameter after the first optimizer step.
 
-    For a class in `torch.optim`, a second optimizer takes a step on a small parameter with the same
-    number of dimensions. For any other class, the expected state is the current state of the
-    parameter, because a step could have side effects.
+    For an optimizer class in `torch.optim`, a second optimizer takes a step on a small parameter
+    with the same number of dimensions. For any other class, the expected state is the current state
+    of the parameter, because a step could have side effects.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:

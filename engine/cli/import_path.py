@@ -12,7 +12,7 @@ __all__ = ["current_directory_on_path"]
 
 @contextlib.contextmanager
 def current_directory_on_path() -> Iterator[None]:
-    """Search the current directory for modules, as Python does for a script."""
+    """Allow imports from the current directory inside this context."""
     directory = str(Path.cwd())
     sys.path.insert(0, directory)
     try:

@@ -47,7 +47,7 @@ class _HelpFormatter(argparse.HelpFormatter):
     """Help formatter that wraps paragraphs, but not indented lines, such as examples."""
 
     def add_argument(self, action: argparse.Action) -> None:
-        """Make the first column wide enough for the subcommands, which are indented further."""
+        """Add an argument, and widen the first column by the indentation of the subcommands."""
         super().add_argument(action)
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001  # no public name
             self._action_max_length += self._indent_increment
@@ -62,7 +62,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser that suggests the spelling of a mistyped option."""
+    """An argument parser that suggests the correct spelling of a mistyped option."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"formatter_class": _HelpFormatter, **settings})
@@ -103,7 +103,7 @@ def find_command(name: str) -> str:
 
 
 def build_command_parser(name: str) -> argparse.ArgumentParser:
-    """Build the parser of one subcommand. This imports only the module of this subcommand."""
+    """Build the parser of one subcommand, and import only the module of this subcommand."""
     parser = CommandParser(prog=f"onecycle {name}")
     import_command(name).add_arguments(parser)
     return parser

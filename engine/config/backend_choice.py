@@ -85,21 +85,21 @@ def choose_backend(
 ) -> BackendChoice:
     """Choose the backend for a config.
 
-    If ``engine.backend`` is "torch" or "deepspeed", that backend is chosen. In all other cases,
-    DeepSpeed is chosen if
+    If ``engine.backend`` is "torch" or "deepspeed", that backend is chosen. Otherwise, DeepSpeed is
+    chosen if
 
     - the config enables ZeRO, has pipeline stages, or has another key that only DeepSpeed supports
       and that affects the results,
     - the model or a keyword argument requires DeepSpeed (``needs_deepspeed``), or
-    - the optimizer's name refers to DeepSpeed's optimizer by default (Muon).
+    - the optimizer is Muon, for which DeepSpeed's implementation is the default.
 
-    The default is torch.
+    In all other cases, torch is chosen.
 
     Args:
         config: config to choose the backend for.
         members: all keys of the config; each section precedes its keys.
-        needs_deepspeed: feature of the model or keyword argument that only DeepSpeed supports, such
-            as an MoE layer; None if there is none.
+        needs_deepspeed: keyword argument or model feature that only DeepSpeed supports, such as an
+            MoE layer; None if there is none.
 
     >>> choose_backend({"train_batch_size": 8}, []).name
     'torch'

@@ -111,7 +111,10 @@ class DataRanks(NamedTuple):
 
     number: int
     tensor_parallel: int = 1
-    """Number of tensor-parallel ranks per model. DeepSpeed's AutoTP counts each rank."""
+    """Number of tensor-parallel ranks per model.
+
+    DeepSpeed's AutoTP counts each of these ranks in the train batch size.
+    """
     unit: str = "rank"
 
 
@@ -137,7 +140,7 @@ def count_ranks_per_model(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def count_data_ranks(config: Mapping[str, Any], world_size: int) -> DataRanks:
-    """Derive the number of ranks that load different samples from the config's parallelism keys."""
+    """Return the number of ranks that load different samples, based on the parallelism keys."""
     sizes = count_ranks_per_model(config)
     if not sizes:
         return DataRanks(world_size)

@@ -19,7 +19,7 @@ _OWN_SECTION = "/engine/"
 _OWN_KEYS = {"/optimizer/no_decay"}
 _PARAMS = "/scheduler/params/"
 _OWN_PARAMS = {"/scheduler/params/relative"}
-"""Parameters that only onecycle adds to DeepSpeed's schedules."""
+"""Parameters that onecycle adds to DeepSpeed's schedules."""
 
 
 def convert_numbers_to_booleans(document: Document) -> tuple[Document, list[Problem]]:

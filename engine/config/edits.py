@@ -59,7 +59,7 @@ def find_fix_edits(
     problems: Sequence[Problem],
     accept: Callable[[Problem], bool] = lambda problem: True,
 ) -> Iterator[FixEdit]:
-    """Yield the edit of each problem that has an automatic fix; see `apply_fixes`."""
+    """Yield the edit for each problem that has an automatic fix; see `apply_fixes`."""
     text = document.text
     taken = set(document.locations)
     for problem in problems:

@@ -61,7 +61,7 @@ def find_named_code(block: Any, pointer: str = "/scheduler") -> Iterator[NamedCo
 
 
 def find_optimizer_code(block: Any) -> list[NamedCode]:
-    """Return a list with the class that an ``optimizer`` block names, or an empty list.
+    """Return the import path in ``optimizer.type`` as a list, which is empty for other names.
 
     >>> [code.name for code in find_optimizer_code({"type": "my_module:MyOptimizer"})]
     ['my_module:MyOptimizer']

@@ -15,7 +15,7 @@ _TABLE: Mapping[str, Mapping[str, Mapping[str, Any]]] = schemas.read("no_effect.
 
 
 def find_reason_for_no_effect(member: Member, backend: str, stage: int | None = None) -> str | None:
-    """Return the reason why a key or section does not affect the results, or None if it can.
+    """Return why a key or section does not affect the results, or None if it can affect them.
 
     Args:
         member: key of a config, with its value.
@@ -48,8 +48,8 @@ def _is_listed(member: Member, values: Any) -> bool:
 
     Args:
         member: key of a config, with its value.
-        values: list of values that do not affect the results; None for all values. For a section, a
-            dict that maps each key that can affect the results to its list.
+        values: list of values without effect; None if no value has an effect. For a section, a dict
+            that maps each key that can have an effect to the list of its values without effect.
     """
     if values is None:
         return True

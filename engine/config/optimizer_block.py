@@ -21,10 +21,10 @@ class OptimizerBlock:
     params: Mapping[str, Any]
     param_groups: tuple[GroupSettings, ...] = ()
     no_decay: bool = False
-    """Whether to exclude biases and norms outside of ``param_groups`` from weight decay."""
+    """Whether to exclude biases and norms that are not in ``param_groups`` from weight decay."""
     layer_decay: float = 1.0
     group_schedules: Mapping[int, Schedule[Any]] = field(default_factory=dict)
-    """The own schedules of param groups, by index in ``param_groups``."""
+    """Schedules of individual param groups, by index in ``param_groups``."""
 
     @property
     def group_keys(self) -> tuple[str, ...]:
@@ -42,7 +42,7 @@ def build_optimizer_block(
     backend: str,
     group_schedules: Mapping[int, Schedule[Any]] | None = None,
 ) -> OptimizerBlock | None:
-    """Fill in the defaults of a valid ``optimizer`` section. Return None if it is absent.
+    """Return a valid ``optimizer`` section with its defaults, or None if the section is absent.
 
     Args:
         block: the section.

@@ -94,7 +94,7 @@ def _is_optimizer_class(found: Any) -> bool:
 
 
 def needs_closure(optimizer_class: Any) -> bool:
-    """Return whether an optimizer class requires a closure in ``step``, like LBFGS."""
+    """Return whether an optimizer class requires a closure in ``step``, as LBFGS does."""
     try:
         parameters = list(inspect.signature(optimizer_class.step).parameters.values())
     except (AttributeError, TypeError, ValueError):  # not every callable has a signature

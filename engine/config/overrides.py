@@ -84,7 +84,7 @@ def _find_schedule_parameters() -> dict[str, type[Schedule[Any]]]:
 
 
 _VALUES = "onecycle_overrides"
-"""Namespace attribute with a dict of the values of onecycle's arguments, by name."""
+"""Namespace attribute that maps the names of onecycle's arguments to their values."""
 
 
 class _StoreOverride(argparse.Action):
@@ -249,8 +249,7 @@ def apply_assignments(
 
     Raises:
         ConfigError: a value is not a finite number.
-        ValueError: a string does not have this form, or the key is inside of a value that is not an
-            object.
+        ValueError: a string does not have this form, or the parent of a key is not an object.
 
     >>> from engine.config.source import load_document
     >>> document = load_document({"optimizer": {"type": "SGD"}})
@@ -267,7 +266,7 @@ def apply_assignments(
         replaced_value = _describe_value(document, pointer, new)
         if not _set_value(value, pointer, new):
             raise ValueError(
-                f"`--set {assignment}` cannot be applied, because a section of `{name}` is not an "
+                f"`--set {assignment}` cannot be applied, because a parent of `{name}` is not an "
                 "object. Run `onecycle config FILE` to list the keys of a config."
             )
         changes.append(Override("--set", pointer, new, replaced_value))
@@ -337,7 +336,7 @@ def _describe_value(document: Document, pointer: str, new: Any) -> str:
 
 
 def _replace_values(document: Document, value: Any, changes: Sequence[Override]) -> Document:
-    """Return a document with a new value, without the positions inside the replaced values."""
+    """Return a document with a new value, but without positions inside the replaced values."""
     origins = {change.pointer: change.argument for change in changes}
     below = tuple(f"{pointer}/" for pointer in origins)
     origins = {**document.arguments, **origins}

@@ -30,7 +30,7 @@ POINTER = "/optimizer/param_groups"
 _MAX_GROUPS = 200
 _MAX_LENGTH = 500  # characters of a pattern
 _NOT_PER_GROUP = {"initial_accumulator_value"}
-"""Numbers that an optimizer reads only in its constructor, once for all param groups."""
+"""Hyperparameters that an optimizer reads in its constructor, once for all param groups."""
 _SPLITS_GROUPS_ITSELF = "Muon"
 
 
@@ -111,7 +111,7 @@ def _list_types(schema: Mapping[str, Any]) -> list[str]:
 
 
 def _drop_auto(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a schema that rejects "auto". Integrations replace "auto" only in `params`."""
+    """Return a schema without "auto", which integrations replace only in ``params``."""
     kept = {key: each for key, each in schema.items() if key not in {"pattern", "x-auto"}}
     return {**kept, "type": [each for each in _list_types(schema) if each != "string"]}
 

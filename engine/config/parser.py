@@ -64,7 +64,7 @@ class Document:
     """Maps a JSON pointer to the command-line argument that set its value."""
 
     def encode_text(self, text: str) -> bytes:
-        """Encode text as UTF-8. Keep the byte order mark of the original file."""
+        """Encode text as UTF-8, with a byte order mark if the original file has one."""
         return (_BYTE_ORDER_MARK + text if self.has_byte_order_mark else text).encode()
 
     @property

@@ -130,19 +130,19 @@ class ModelSettings:
     """Settings for preparing and training the model."""
 
     wrap_classes: tuple[str, ...]
-    """Class names of the modules to shard and to recompute as a unit."""
+    """Class names of the modules that are each sharded and recomputed as one unit."""
     activation_checkpointing: Literal["device", "host"] | None
-    """Device for saved block inputs in activation checkpointing; None if disabled."""
+    """Memory in which activation checkpointing saves block inputs; None if disabled."""
     compile_backend: str | None
     """The backend of torch.compile; None if the model is not compiled."""
     master_weights: bool
-    """Whether trained 16-bit parameters are converted to float32 on PyTorch."""
+    """Whether the PyTorch backend converts trainable 16-bit parameters to float32."""
     cast_inputs: bool
     """Whether layers with 16-bit weights cast their floating-point inputs."""
     deferred_step: bool | None
-    """Whether steps are deferred on PyTorch if possible; None to defer them on a GPU only."""
+    """Whether the PyTorch backend defers steps if possible; None to do so only on a GPU."""
     device: Literal["auto", "cuda", "cpu"]
-    """Kind of device to train on; "auto" is a GPU if PyTorch finds one."""
+    """Device type to train on; "auto" means a GPU if PyTorch finds one, otherwise the CPU."""
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,9 @@ class ProgressSettings:
     is_logged: bool
     """Whether the loss and the learning rate are reported; false for ``steps_per_print: null``."""
     every: int | None
-    """Number of steps between two reports; None for the intervals of `ProgressReporter`."""
+    """Number of steps between two reports; None for the defaults of `ProgressReporter`."""
     has_bar: bool
-    """Whether a progress bar shows the reports, instead of lines in the log."""
+    """Whether the reports appear in a progress bar instead of as log lines."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Diagnostics:
     """Settings of the diagnostics that a run logs."""
 
     wall_clock_breakdown: bool
-    """Whether the mean times of the passes are logged with each progress line."""
+    """Whether each progress line includes the mean forward, backward and step times."""
     dump_state: bool
     """Whether the resolved config and the state of the engine are logged at the start."""
     flops_profiler: Mapping[str, Any]
@@ -186,7 +186,7 @@ class Config(Mapping[str, Any]):
     """Whether parameters or optimizer states are offloaded to CPU memory."""
     model: ModelSettings
     max_skipped_steps: int | None
-    """Number of consecutive skipped steps that ends the run; None for no limit."""
+    """Number of consecutive skipped steps after which the run ends; None for no limit."""
     batch: BatchSizes
     gradient_clipping: float
     precision: Literal["fp32", "bf16", "fp16"]
@@ -288,11 +288,11 @@ def load_config(
             values.
         assignments: ``KEY=VALUE`` strings that override config values, such as
             "optimizer.params.lr=0.01". They take precedence over ``args``.
-        needs_deepspeed: feature of the model or keyword argument that only DeepSpeed supports; None
-            if there is none. If set, the default backend is DeepSpeed.
+        needs_deepspeed: model feature or keyword argument that only DeepSpeed supports; None if
+            there is none. If set, the default backend is DeepSpeed.
         count_ranks: function that takes the config and the world size, and returns the number of
             ranks that load different samples. By default, this number is derived from the config's
-            parallelism.
+            parallelism settings.
 
     Raises:
         ConfigError: the config cannot be read or is invalid; ``problems`` lists every error.
@@ -406,7 +406,11 @@ def _build_checkpoint_plan(section: Mapping[str, Any]) -> CheckpointPlan:
 
 
 def _find_report_paths(value: str | None) -> ReportPaths | None:
-    """Return the paths for a value of ``engine.report``: an HTML file, or a directory."""
+    """Return the paths of the report, or None if the run writes no report.
+
+    Args:
+        value: value of ``engine.report``: the path of an HTML file or a directory, or None.
+    """
     if value is None:
         return None
     path = Path(value)

@@ -28,11 +28,11 @@ __all__ = ["check_scheduler", "construct_schedule"]
 def check_scheduler(
     document: Document, block: Mapping[str, Any], pointer: str = "/scheduler"
 ) -> Iterator[Problem]:
-    """Check the type and each param of a ``scheduler`` block separately.
+    """Check the type of a ``scheduler`` block and each of its params, and yield the problems.
 
     Args:
         document: parsed config.
-        block: block with a ``type``, valid according to the schema of the section.
+        block: block that has a ``type`` and is valid against the schema of the section.
         pointer: JSON pointer of the block.
     """
     if not are_imports_allowed():
@@ -69,9 +69,9 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
-    """If a problem is an unknown parameter, add the schedules that have it to the problem's hint.
+    """Return a problem with a hint that names schedules that accept the unknown parameter.
 
-    Any other problem is returned unchanged.
+    A problem that does not report an unknown parameter is returned unchanged.
     """
     if problem.rule != "unknown-key" or "`" in problem.hint:
         return problem

@@ -31,9 +31,9 @@ __all__ = [
 
 _MAX_PIECES = 5000
 _JUMP = 0.01
-"""Fraction of the largest value; smaller differences between two parts are not jumps."""
+"""Minimum size of a jump, as a fraction of the largest value of the hyperparameter."""
 _POSSIBLE_LENGTHS = (1000, 1, 30, 1_000_000)
-"""Steps per epoch, and samples per step, to try if they are unknown before launch."""
+"""Steps per epoch and samples per step to try if the actual numbers are unknown."""
 
 
 def build_horizon(
@@ -219,7 +219,7 @@ class EvaluatedSchedule:
 
     @functools.cached_property
     def _ranges(self) -> dict[str, tuple[float, float]]:
-        """Cached results of `get_range`, which are slow to compute for thousands of stairs."""
+        """Cached results of `get_range`, which is slow for a staircase with thousands of stairs."""
         return {}
 
     def find_infinite(self) -> tuple[str, int, float] | None:
@@ -241,8 +241,9 @@ class EvaluatedSchedule:
         """Yield each jump in a hyperparameter between two phases of the schedule.
 
         Yields:
-            The joint, and the values of the earlier and the later phase at the joint. If several
-            param groups jump, only the first one is reported.
+            The step of the jump as a `Joint`, the value at this step in the earlier phase, and the
+            value in the later phase. If a jump occurs in several param groups, only the first
+            group is reported.
         """
         largest = {name: self.get_range(name)[1] for name in self.curves}
         for joint in self.schedule.joints():

@@ -69,7 +69,7 @@ def optimizer_name(name: str) -> str | None:
 
 
 def is_import_path(name: str) -> bool:
-    """Return whether ``optimizer.type`` is a custom class in the form ``module:Class``."""
+    """Return whether a name is the import path of a custom class, such as ``module:Class``."""
     return ":" in name
 
 
@@ -94,7 +94,7 @@ def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
 
 
 def resolve_reference(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Merge a schema with the schema file in its ``$ref``.
+    """Return a schema merged with the schema file that its ``$ref`` names.
 
     Keywords of the given schema take precedence. A schema without ``$ref`` is returned unchanged.
     """
@@ -114,7 +114,7 @@ class Member(NamedTuple):
 
     @property
     def is_section(self) -> bool:
-        """Whether the value is a section: an object with keys that `walk` also yields."""
+        """Whether the value is a section: an object whose keys `walk` also yields."""
         if "properties" not in self.schema:
             return False
         return isinstance(self.value, Mapping) if self.is_given else self.value is SECTION
@@ -129,7 +129,7 @@ def walk(
 ) -> Iterator[Member]:
     """Yield every key of an object and its nested sections. A section precedes its keys.
 
-    The schema of ``params`` depends on the value of ``type``. Keys that `is_ignored` accepts are
+    The schema of ``params`` depends on the value of ``type``. Ignored keys (see `is_ignored`) are
     skipped.
 
     Args:
@@ -165,8 +165,8 @@ def walk(
 def _find_replaced_keys(value: Mapping[str, Any], properties: Mapping[str, Any]) -> set[str | None]:
     """Return the canonical names of keys that an object sets by an old name or an alias.
 
-    The set can also contain None and texts of hints, because callers only test whether a key name
-    is in the set.
+    The set can also contain None and hint texts. They have no effect, because callers only test
+    whether a key name is in the set.
     """
     given = [properties[key] for key in value if key in properties]
     return {schema.get(word) for schema in given for word in ("x-alias-of", "x-instead")}

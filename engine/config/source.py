@@ -49,7 +49,7 @@ def load_document(config: Source) -> Document:
         if len(data) > _MAX_BYTES:
             raise _build_unreadable_error(
                 name,
-                f"The config must have at most {_MAX_BYTES:,} bytes.",
+                f"The config must not be larger than {_MAX_BYTES:,} bytes.",
                 "Check that the file is a ds_config.json.",
             )
         if is_utf_16(data):

@@ -99,7 +99,7 @@ def _get_error_pointers(problems: Sequence[Problem]) -> set[str]:
 
 
 def _find_deprecated(document: Document) -> Iterator[Problem]:
-    """Yield a note for each deprecated key, or an error if the new key is set as well."""
+    """Yield a note for each deprecated key, or an error if its replacement is also set."""
     for member in walk(document.value, schemas.read(SCHEMA)):
         if not member.schema.get("deprecated"):
             continue

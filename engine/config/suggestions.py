@@ -1,7 +1,7 @@
 """Suggest a valid key for an unknown key.
 
 A suggestion is a key with a similar name, the equivalent of another tool's key, or the section to
-which the key belongs. Unlikely suggestions are omitted.
+which the unknown key belongs. Unlikely suggestions are omitted.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Suggestion(NamedTuple):
 def suggest_key(
     pointer: str, key: str, known: Mapping[str, Any], present: Mapping[str, Any]
 ) -> Suggestion:
-    """Suggest a valid key instead of an unknown key.
+    """Suggest a valid key to use instead of an unknown key.
 
     Args:
         pointer: JSON pointer of the object that contains the unknown key.
@@ -104,7 +104,9 @@ def suggest_key(
 
 
 def suggest_optimizer(name: str) -> str | None:
-    """Return the known optimizer that an unknown name probably refers to, or None.
+    """Return the known optimizer that an unknown name probably refers to.
+
+    Return None if no known optimizer has a similar name.
 
     >>> suggest_optimizer("DeepSpeedCPUAdam"), suggest_optimizer("adamw_torch_fused")
     ('Adam', 'AdamW')
@@ -129,7 +131,7 @@ def _find_params(pointer: str, block: Mapping[str, Any]) -> Collection[str]:
 
 
 def _find_unique_match(name: str, known: Collection[str]) -> str | None:
-    """Return the known name that is similar to ``name``, or None if the match is not unique.
+    """Return the only known name similar to ``name``, or None if none or several are similar.
 
     Two names are similar if their edit distance is at most 2 and they have the same first or last
     letter.

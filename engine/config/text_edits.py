@@ -78,7 +78,10 @@ def remove_key(document: Document, pointer: str) -> str:
 
 
 def _widen_to_line(text: str, start: int, end: int) -> tuple[int, int]:
-    """Extend a span to be removed to the whole line, or by the spaces after it."""
+    """Extend a removed span to the whole line if the line contains nothing else.
+
+    Otherwise, extend the span by the spaces after it.
+    """
     line_start = text.rfind("\n", 0, start) + 1
     if not text[line_start:start].strip() and text[end : end + 1] == "\n":
         return line_start, end + 1
@@ -141,7 +144,7 @@ def _add_member(document: Document, parent: str, key: str, value: Any) -> str:
 
 
 def _list_members(document: Document, parent: str) -> list[int]:
-    """Return the offset of the end of each member of an object."""
+    """Return the end offset of each member of an object."""
     keys = document.get_value(parent)
     return [find_span(document, join_pointer(parent, key))[1] for key in keys]
 

@@ -80,8 +80,8 @@ def examine(
             be valid for at least one number of ranks.
         reject_auto: whether to report every "auto" value as an error. Only integrations such as the
             Hugging Face Trainer replace "auto" before the run.
-        needs_deepspeed: feature of the model or keyword argument that only DeepSpeed supports; None
-            if there is none.
+        needs_deepspeed: model feature or keyword argument that only DeepSpeed supports; None if
+            there is none.
         count_ranks: function that takes the config and the world size, and returns the number of
             ranks that load different samples.
         allow_imports: whether to import and check the code that the config names.

@@ -23,7 +23,7 @@ __all__ = ["MAX_SUGGESTIONS", "check_against_schema", "get_suggested_pointer"]
 
 _RANGE = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems"}
 MAX_SUGGESTIONS = 100
-"""Maximum number of problems with a suggestion. The search for suggestions takes time."""
+"""Maximum number of problems that get a suggestion, because finding a suggestion is slow."""
 _NO_SUGGESTION = Suggestion("")
 _REGISTRY: Registry[Any] = Registry(
     retrieve=lambda uri: Resource.from_contents(schemas.read(uri))  # type: ignore[call-arg]  # mypy does not know that attrs renames the field
@@ -70,7 +70,7 @@ def get_suggested_pointer(problem: Problem) -> str:
 def _convert_error(
     document: Document, error: jsonschema.ValidationError, pointer: str, suggestions: int
 ) -> Iterator[Problem]:
-    """Convert an error of the ``jsonschema`` package to problems of the config.
+    """Convert an error of the ``jsonschema`` package into problems of the config.
 
     For errors about unknown keys, only the first ``suggestions`` keys get a suggestion.
     """

@@ -22,7 +22,7 @@ def count_noun(count: int, noun: str) -> str:
 
 
 def quote_value(value: Any) -> str:
-    """Format a value as JSON, truncated to the length of a message.
+    """Format a value as JSON, truncated to fit into a message.
 
     >>> quote_value({"stage": None})
     '{"stage": null}'

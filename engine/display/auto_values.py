@@ -1,4 +1,4 @@
-"""Replace "auto" values, to preview the schedule of a config for transformers."""
+"""Replace "auto" values to preview the schedule of a config written for transformers."""
 
 from __future__ import annotations
 

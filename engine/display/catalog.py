@@ -108,7 +108,7 @@ def list_schedules(width: int | None = None) -> Iterator[str]:
 
 
 def group_by_source() -> dict[str, dict[str, type[Schedule[Any]]]]:
-    """Group the schedules by origin, in the order of `_SOURCES`."""
+    """Return the schedules grouped by origin, in the order of `_SOURCES`."""
     modules = {f"schedules.{module}": title for module, title in _SOURCES.items()}
     groups: dict[str, dict[str, type[Schedule[Any]]]] = {title: {} for title in modules.values()}
     for name, cls in SCHEDULES.items():
@@ -142,7 +142,7 @@ def format_page(cls: type[Schedule[Any]], width: int | None = None) -> Iterator[
 
 
 def _fit_paragraph(paragraph: str, width: int | None) -> Iterator[str]:
-    """Yield the lines of a docstring's paragraph. Formulas, which are indented, are not wrapped."""
+    """Yield the lines of a docstring paragraph, wrapped unless it is an indented formula."""
     lines = paragraph.splitlines()
     is_formula = any(line.startswith(" ") for line in lines)
     if width is None or is_formula or all(len(line) <= width for line in lines):

@@ -20,7 +20,7 @@ __all__ = ["build_curve_page", "build_decision"]
 
 _LOSS = "loss"
 _MAX_LOSSES = 5000
-"""Number of losses to draw of a warmup, which are evenly spaced if there are more."""
+"""Maximum number of warmup losses to draw. A longer warmup is sampled at even intervals."""
 
 
 def build_curve_page(
@@ -33,7 +33,10 @@ def build_curve_page(
     log: bool | None = None,
     evidence: Evidence | None = None,
 ) -> Page:
-    """Return a page with one chart per hyperparameter; see `engine.display.plots.draw`."""
+    """Return a page with one chart per hyperparameter.
+
+    For the arguments, see `engine.display.plots.draw`.
+    """
     styles = choose_styles(columns, sources)
     panels = []
     marks: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""Build a page with interactive charts that is a single HTML file and needs no network."""
+"""Build a page of interactive charts as a single HTML file that needs no network access."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Line:
     values: Sequence[float | None]
     """Value at each step of the panel; None or NaN if there is none."""
     color: int | None = None
-    """Index of the color; None for the position of the line in the panel."""
+    """Index of the color; None to use the index of the line in the panel."""
     is_compared: bool = False
-    """Whether the line is dashed."""
+    """Whether the line is dashed, as for a schedule that is compared with others."""
     has_gaps: bool = False
     """Whether the line connects the points on both sides of a missing value."""
 
@@ -167,7 +167,7 @@ def _read_static(name: str) -> str:
 
 
 def _encode(value: Any) -> Any:
-    """Convert a dataclass to a dict with the names that the script uses, and NaN to None."""
+    """Convert a dataclass to a dict with camelCase keys, and non-finite numbers to None."""
     return _convert(asdict(value))
 
 

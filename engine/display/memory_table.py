@@ -1,4 +1,4 @@
-"""Print an estimate of the model states' memory as tables, or describe it as JSON."""
+"""Format the estimated memory of the model states as tables or as a JSON-compatible dict."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def print_estimate(
     Args:
         name: path of the config.
         model: parameters of the model.
-        alternatives: estimates for all stages, including that of the config.
+        alternatives: estimates for all ZeRO stages, including the stage of the config.
         out: stream to print to.
     """
     from rich.console import Console

@@ -98,7 +98,7 @@ def abbreviate_names(names: Sequence[str]) -> list[str]:
 
 
 def _format_ranges(numbers: Sequence[int]) -> str:
-    """Format whole numbers in ascending order as ranges, such as ``0-2,5``."""
+    """Format ascending whole numbers as ranges, such as ``0-2,5``."""
     ranges: list[list[int]] = []
     for number in numbers:
         if ranges and number == ranges[-1][1] + 1:

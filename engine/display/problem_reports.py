@@ -34,7 +34,7 @@ class Report:
 
 
 def _select_problems(problems: Sequence[Problem]) -> tuple[list[Problem], int]:
-    """Select the problems to print, and count the remaining problems.
+    """Return the problems to print, and the number of remaining problems.
 
     The most severe problems are selected, in their original order.
     """

@@ -1,4 +1,4 @@
-"""Fit text to a terminal: its width, its colors, and tables whose last column is wrapped."""
+"""Detect the width and color support of a terminal, wrap text, and align tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["format_rows", "get_width", "supports_color", "wrap"]
 _GAP = 2
 _INDENT = 4
 _LEAST = 32
-"""Minimum width of a cell that is wrapped next to other cells; below it, a new line is started."""
+"""Minimum width for wrapping a cell next to others. With less space, it starts on a new line."""
 
 
 def supports_color(stream: IO[str]) -> bool:

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 PREFIX = "ONECYCLE_"
-"""Prefix of the variables below. `onecycle launch` passes all of these variables to the ranks."""
+"""Prefix of the variables below, all of which `onecycle launch` passes to the ranks."""
 
 ELASTIC = "ONECYCLE_ELASTIC"
 """Set if hosts may join or leave during the run. The batch size then stays the same."""

@@ -58,7 +58,7 @@ class Ranks:
     If None, the default group is used.
     """
     shard: tuple[int, int] | None = None
-    """Index of this rank's data shard and number of shards; None for one shard per rank."""
+    """Index of this rank's data shard, and the number of shards; None for one shard per rank."""
 
     @property
     def data_rank(self) -> int:
@@ -77,9 +77,8 @@ class Ranks:
 def get_world_size() -> int:
     """Return the number of ranks of the run.
 
-    Without an initialized process group, the number is the value of the environment variable
-    ``WORLD_SIZE``. If ``WORLD_SIZE`` is not set, the result is the number of tasks of srun or
-    mpirun, or 1 without srun and mpirun.
+    Without an initialized process group, the number is read from the environment variable
+    ``WORLD_SIZE`` or, if it is not set, from srun or mpirun. The default is 1.
 
     Raises:
         ValueError: if srun or mpirun started several tasks, but the address of rank 0 is not known.
@@ -92,9 +91,8 @@ def get_world_size() -> int:
 def get_rank() -> int:
     """Return the rank of this process.
 
-    Without an initialized process group, the rank is the value of the environment variable
-    ``RANK``. If ``WORLD_SIZE`` is not set, the result is the task number of srun or mpirun, or 0
-    without srun and mpirun.
+    Without an initialized process group, the rank is read from the environment variable ``RANK``
+    or, if ``RANK`` or ``WORLD_SIZE`` is not set, from srun or mpirun. The default is 0.
 
     Raises:
         ValueError: if srun or mpirun started several tasks, but the address of rank 0 is not known.
@@ -163,9 +161,9 @@ def _find_gpu() -> int:
     """Return the device index of this rank's GPU.
 
     The index is ``LOCAL_RANK``. A script that creates the process group itself may not set
-    ``LOCAL_RANK``. In this case, the index is the device of the process group or, if CUDA is
-    initialized, the current device. If neither is set, the ranks of a host use the GPUs in turn, as
-    in torch's ``DeviceMesh``.
+    ``LOCAL_RANK``. In this case, the index is the device of the process group or, if the group has
+    no device, the current CUDA device. If CUDA is not initialized either, the ranks of a host use
+    the GPUs in turn, as in torch's ``DeviceMesh``.
 
     Raises:
         ValueError: if the GPU does not exist.
@@ -183,7 +181,7 @@ def _find_gpu() -> int:
         fix = "Set LOCAL_RANK=0 in each task, or start" if count == 1 else "Start"
         raise ValueError(
             f"LOCAL_RANK is {index}, but this process can use only {count} "
-            f"GPU{'s' if count > 1 else ''}. {fix} at most one process per GPU and host."
+            f"GPU{'s' if count > 1 else ''}. {fix} at most one process per GPU on each host."
         )
     return index
 
@@ -280,9 +278,8 @@ def gather_if_different(ranks: Ranks, value: Any) -> list[Any]:
 def destroy_distributed() -> None:
     """Destroy the process group.
 
-    With gloo, first wait up to 5 seconds until all ranks have called this function. Without the
-    wait, a rank that exits early would close connections that gloo threads of other ranks still
-    use.
+    With gloo, first wait up to 5 seconds for all ranks to call this function. Without the wait, a
+    rank that exits early would close connections that gloo threads of other ranks still use.
 
     The process group is not destroyed if an exception is ending this process or, with gloo, if some
     ranks are still training after the wait. Its connections then stay open until this process
@@ -342,10 +339,10 @@ def _log_ended_ranks() -> None:
 
 
 def _wait_for_exit_of_all_ranks() -> bool:
-    """Wait until all ranks have announced their exit, and return whether all of them did.
+    """Wait up to 5 seconds for all ranks to announce their exit, and return whether all did.
 
-    The wait ends after at most 5 seconds. If the rank that hosts the store has already exited,
-    return True immediately.
+    If the rank that hosts the store of the process group has already exited, return True
+    immediately.
     """
     deadline = time.monotonic() + _EXIT_TIMEOUT
     with contextlib.suppress(RuntimeError):

@@ -20,9 +20,9 @@ __all__ = ["Signals"]
 log = logging.getLogger("onecycle")
 
 _NAMES = ("SIGUSR1", "SIGTERM", "SIGINT")
-"""If the ranks receive several signals, the last signal in this tuple counts."""
+"""Handled signals. If the ranks receive several signals, the last one in this tuple counts."""
 _MAX_STEP_TIME = 60.0
-"""Time in seconds after the last check during which the script is assumed to train."""
+"""Time in seconds after the last check during which the script is assumed to be training."""
 _MAX_DUPLICATE_TIME = 5.0
 """Time in seconds after a signal during which a SIGTERM is assumed to be a duplicate.
 
@@ -42,7 +42,7 @@ class Signals:
     KeyboardInterrupt if the last step was more than a minute ago. SIGUSR1 only announces that the
     job will end soon, so it does not count as a first signal.
 
-    Outside of the main thread, an instance does not record signals, because Python allows signal
+    Outside the main thread, an instance does not record signals, because Python allows signal
     handlers only in the main thread.
     """
 

@@ -94,7 +94,7 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
 
 
 def _find_address(starter: _Starter, environment: Mapping[str, str]) -> str | None:
-    """Return the loopback address if all tasks run on this host, or None if not."""
+    """Return the loopback address if all tasks run on this host; otherwise, return None."""
     if starter.local_size:
         is_one_host = environment.get(starter.local_size) == environment[starter.size]
     else:

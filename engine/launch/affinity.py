@@ -11,7 +11,7 @@ __all__ = ["main"]
 
 
 def sort_by_core(cpus: Iterable[int], get_core: Callable[[int], int]) -> list[int]:
-    """Sort logical CPUs by physical core.
+    """Return logical CPUs sorted by physical core.
 
     Args:
         cpus: numbers of the logical CPUs.
@@ -45,7 +45,7 @@ def select_cpus(cpus: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
 
 
 def _find_core(cpu: int) -> int:
-    """Return the ID of the physical core of ``cpu``: the lowest number of its logical CPUs."""
+    """Return the ID of the physical core of a CPU: the lowest number of the core's logical CPUs."""
     topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     try:
         return int(topology.read_text().replace("-", ",").partition(",")[0])

@@ -1,4 +1,4 @@
-"""Run a job on this host, and kill all processes of the job at its end.
+"""Run a job on this host, and kill its remaining processes when the job ends.
 
 The launcher starts this agent on each host. The agent reads the job as JSON from the first line of
 standard input. Each later line is ``ping``, ``term`` or ``kill``. On ``kill``, the agent kills the

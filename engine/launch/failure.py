@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 __all__ = ["FAILURE_PREFIX", "Failure", "format_failure", "parse_failure"]
 
 FAILURE_PREFIX = "\x1eonecycle-failure "
-"""Prefix of a line of output that reports a failure."""
+"""Prefix of an output line that reports a failure."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Failure:
 
 
 def format_failure(failure: Failure) -> str:
-    """Format a failure as one output line for `parse_failure`."""
+    """Return a failure as one output line that `parse_failure` can read."""
     return FAILURE_PREFIX + json.dumps(asdict(failure))
 
 

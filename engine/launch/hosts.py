@@ -86,7 +86,7 @@ def read_hostfile(path: Path, nproc: str = "auto") -> list[Host]:
 
 
 def _parse_line(line: str) -> tuple[str, int | None]:
-    """Parse a line of a hostfile into the host name and the number of slots, if specified."""
+    """Return the host name and the number of slots (None if omitted) from a hostfile line."""
     found = _LINE.fullmatch(line)
     options = dict(_OPTION.findall(found["options"])) if found else {}
     if found is None or not options.keys() <= {"slots", "max_slots", "max-slots"}:
@@ -101,7 +101,7 @@ def _parse_line(line: str) -> tuple[str, int | None]:
 
 
 def select_hosts(hosts: Sequence[Host], include: str = "", exclude: str = "") -> list[Host]:
-    """Select hosts and slots with filters in DeepSpeed's format.
+    """Return the hosts and slots that match filters in DeepSpeed's format.
 
     Args:
         hosts: hosts to select from.
@@ -203,8 +203,8 @@ def parse_nproc(text: str) -> int:
     number of GPUs, and ``cpu`` is the number of CPUs.
 
     Raises:
-        LaunchError: if ``text`` is not one of these words or an integer >= 1, or if ``text`` is
-            ``gpu`` on a host without a GPU.
+        LaunchError: if ``text`` is neither one of these words nor an integer >= 1, or if ``text``
+            is ``gpu`` on a host without a GPU.
     """
     if text in ("auto", "gpu"):
         import torch

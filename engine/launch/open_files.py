@@ -30,7 +30,7 @@ def raise_open_file_limit(count: int) -> None:
         return
     if hard != unlimited and hard < needed:
         raise LaunchError(
-            f"The hard limit on open files must be >= {needed}, got {hard}. Raise the limit with "
-            f"`ulimit -Hn {needed}` as root or in /etc/security/limits.conf, or use fewer hosts."
+            f"The hard limit on open files must be >= {needed}, got {hard}. As root, raise the "
+            f"limit with `ulimit -Hn {needed}` or in /etc/security/limits.conf, or use fewer hosts."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -131,8 +131,8 @@ class LaunchPlan:
         """Return the plan as text: the ranks, slots and command of each host.
 
         Each command can be pasted into a shell. A command does not contain secrets: if the name of
-        a variable suggests a secret, the command reads the variable from the shell, and fails if it
-        is not set.
+        a variable suggests a secret, the command reads the variable from the shell, and fails if
+        the variable is not set.
 
         Args:
             as_json: whether to return the plan as indented JSON instead.
@@ -348,7 +348,7 @@ def format_assignments(env: Mapping[str, str], *, hide_secrets: bool) -> list[st
 
 
 def is_secret(name: str) -> bool:
-    """Return whether the name of an environment variable suggests a secret, such as ``TOKEN``."""
+    """Return whether the name of a variable, such as ``HF_TOKEN``, suggests a secret."""
     return _SECRET.search(name) is not None
 
 

@@ -104,8 +104,8 @@ def _check_connections(
 
     Args:
         request: launch request.
-        checks: result of the probe of each host, none of which found a problem.
-        address: address of the rendezvous; None if it is the launcher.
+        checks: successful probe result of each host.
+        address: address of the rendezvous; None if the launcher runs it.
         port: port of the rendezvous.
     """
     addresses = [address or str(check.facts and check.facts.launcher) for check in checks]
@@ -143,7 +143,7 @@ def _build_command(
 
 
 def _probe_hosts(request: LaunchRequest, config: str | None) -> list[HostCheck]:
-    """Read the network settings and package versions of all hosts, and compare the versions."""
+    """Probe all hosts, compare each host with the launcher, and return one result per host."""
     commands = {}
     for host in request.hosts:
         is_rendezvous_host = host is request.hosts[0] and request.store is None

@@ -22,7 +22,7 @@ MAX_CONNECTING = 512
 """Maximum number of ssh clients that connect at the same time.
 
 The key exchange of a connection takes 10 to 20 ms of the launcher's CPU time. With this limit, two
-cores finish within the 8 seconds of ssh's ``ConnectTimeout``.
+cores complete all key exchanges within the 8 seconds of ssh's ``ConnectTimeout``.
 """
 
 _BURST = 16  # processes to start before output is read again
@@ -79,7 +79,7 @@ class Child:
         return self._process.poll()
 
     def send(self, data: bytes) -> None:
-        """Send data to the standard input of the process, unless it is closed."""
+        """Send data to the standard input of the process, unless the pipe is closed."""
         self._unsent += data
         self.write()
 
@@ -101,13 +101,13 @@ class Child:
             self._selector.unregister(self._input)
 
     def read(self, descriptor: int) -> bytes:
-        """Read an output of the process. Return the data if it comes from standard output.
+        """Read from an output pipe of the process, and return the data from standard output.
 
-        The result is b"" if no data is available. Data on standard error is appended to `errors`
+        The result is b"" if no data is available. Data from standard error is appended to `errors`
         instead.
 
         Args:
-            descriptor: file descriptor of the output to read.
+            descriptor: file descriptor of the pipe.
         """
         stream = self._outputs[descriptor]
         try:
@@ -155,7 +155,7 @@ class Children:
         self._exiting: list[Child] = []  # children that have closed their output
 
     def start(self, name: str, command: Sequence[str], *, is_agent: bool = False) -> Child:
-        """Start a child process.
+        """Start a child process, and return it.
 
         Args:
             name: name by which the caller identifies the process.
@@ -170,7 +170,7 @@ class Children:
             return Child(name, command, self._selector, is_agent=is_agent)
         except BlockingIOError:
             raise LaunchError(
-                f"Cannot start the process for {name}, because the limit of processes is reached. "
+                f"Cannot start the process for {name}, because the limit on processes is reached. "
                 "Raise the limit with `ulimit -u`, or launch on fewer hosts."
             ) from None
 

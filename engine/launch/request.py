@@ -44,7 +44,7 @@ class LaunchRequest:
     A rendezvous on the launcher survives the loss of any host.
     """
     address: str | None = None
-    """The address of the first host for all hosts; None for the address that ssh uses."""
+    """Address at which all hosts reach the first host; None for the address that ssh uses."""
     port: int = 0
     """The port of the rendezvous; 0 for a free port."""
     interface: str | None = None

@@ -47,7 +47,7 @@ class _Agent:
         self._line: list[bytes] = []
 
     def split_lines(self, data: bytes) -> Iterator[str]:
-        """Return the lines that new output completes, or the incomplete last line at the end.
+        """Yield the lines that the new output completes. At the end, yield an incomplete last line.
 
         Args:
             data: new output; empty at the end.
@@ -62,8 +62,8 @@ class _Agent:
 class _Output:
     """Writer that prints the output of ranks, and stores the last lines of each rank and host.
 
-    A separate thread prints the lines, so the launcher can react to events even if its output
-    blocks.
+    A separate thread prints the lines, so the launcher can react to events while printing is
+    blocked.
     """
 
     def __init__(self, console: Console, out: IO[str]) -> None:

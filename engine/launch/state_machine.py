@@ -68,7 +68,7 @@ class _Event(Enum):
 
 
 class Action(NamedTuple):
-    """An action of the runner for one host."""
+    """An action that the runner executes for one host."""
 
     verb: Literal["start", "send", "kill", "print"]
     """Start the agent, send it `text`, kill the local process of the host, or print `text`."""
@@ -89,7 +89,7 @@ class Outcome:
     source: str = ""
     """The host (`node0`) or the rank (`node0:r1`) with the output that explains the failure."""
     last_lines: tuple[str, ...] = ()
-    """The last lines of output of ``source``."""
+    """The last output lines of ``source``."""
 
 
 class _Details(NamedTuple):

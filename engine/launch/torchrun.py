@@ -71,7 +71,7 @@ def remove_directory(pid: int) -> None:
 
 
 def _raise_open_file_limit(nnodes: str, nproc: str) -> None:
-    """Raise the limit on open files for the connections between ranks and to the store.
+    """Raise the limit on open files for the ranks' connections to each other and to the store.
 
     If the hard limit is too low, print a warning instead of an error, because not every script
     connects all ranks.

@@ -1,4 +1,4 @@
-"""Estimate the memory of a run with other ZeRO stages and offloading."""
+"""Estimate the memory of a run for each ZeRO stage, with and without offloading."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Alternative:
     settings: MemorySettings
     estimate: MemoryEstimate
     is_chosen: bool
-    """Whether the config selects this stage and this offloading."""
+    """Whether the config selects this ZeRO stage and these offload devices."""
 
 
 def list_alternatives(
@@ -53,7 +53,7 @@ def list_alternatives(
 
 
 def _normalize(settings: MemorySettings) -> MemorySettings:
-    """Return the settings without offloading that the backend or the stage does not support."""
+    """Return the settings with the offloading that the backend uses for the ZeRO stage."""
     optimizer, parameters = settings.offload_optimizer, settings.offload_param
     if settings.backend == "torch":
         # FSDP2 offloads the parameters together with the optimizer states.

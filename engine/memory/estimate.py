@@ -136,7 +136,7 @@ def _list_deepspeed_parts(model: Sequence[ParameterSize], settings: MemorySettin
 
 
 def _list_stage_2_parts(model: Sequence[ParameterSize], settings: MemorySettings) -> list[Part]:
-    """List the parts of the model states in DeepSpeed's ZeRO stages 1 and 2."""
+    """Return the parts of the model states in DeepSpeed's ZeRO stages 1 and 2."""
     trained = [each for each in model if each.is_trained]
     count = sum(each.count for each in trained)
     shard = math.ceil(count / settings.world_size)
@@ -210,7 +210,7 @@ def _list_stage_3_parts(model: Sequence[ParameterSize], settings: MemorySettings
 def _count_deepspeed_weights(
     model: Sequence[ParameterSize], settings: MemorySettings
 ) -> tuple[int, bool]:
-    """Return the bytes of all parameters in total, and whether DeepSpeed stores them in 16 bits."""
+    """Return the total parameter size in bytes, and whether DeepSpeed stores 16-bit parameters."""
     is_16_bit = settings.precision != "fp32"
     return sum(each.count * (_16_BIT if is_16_bit else each.itemsize) for each in model), is_16_bit
 

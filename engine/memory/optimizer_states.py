@@ -27,7 +27,7 @@ _STATES = {
     "Rprop": 2,
     "SGD": 0,
 }
-"""Number of states of the parameter's size that each optimizer keeps with its default params."""
+"""Number of parameter-sized states that each optimizer keeps with its default params."""
 
 _OPTIONAL_STATES = {
     "Adam": ("amsgrad",),
@@ -38,13 +38,13 @@ _OPTIONAL_STATES = {
     "RMSprop": ("momentum", "centered"),
     "SGD": ("momentum",),
 }
-"""The params that add one state each if they are not 0 or false."""
+"""Params of each optimizer that add one state each unless they are 0 or false."""
 
 _UNKNOWN = 2
 
 
 def has_known_states(optimizer: str) -> bool:
-    """Return whether the states of an optimizer are known. Those of a custom class are not.
+    """Return whether an optimizer's states are known. The states of a custom class are unknown.
 
     >>> has_known_states("AdamW"), has_known_states("my_module:MyOptimizer")
     (True, False)
@@ -63,7 +63,7 @@ def count_state_elements(
         optimizer: canonical name of the optimizer.
         params: hyperparameters, with defaults.
         shape: shape of the parameter.
-        has_adam: whether the optimizer trains parameters that are not matrices with Adam, as
+        has_adam: whether the optimizer uses Adam for parameters that are not matrices, as
             DeepSpeed's Muon does.
 
     >>> count_state_elements("SGD", {"momentum": 0.9}, (4, 5))

@@ -13,12 +13,12 @@ Device = Literal["GPU", "CPU", "NVMe"]
 
 MOMENTS = ("forward", "backward", "step")
 """The moments of a training step: the end of the last forward pass, the end of the last backward
-pass, and the optimizer step. Memory is largest at one of them."""
+pass, and the optimizer step. Memory use peaks at one of them."""
 
 
 @dataclass(frozen=True)
 class ParameterSize:
-    """The size of one parameter of a model, or of several that are treated as one.
+    """The size of one parameter of a model, or of several parameters treated as one.
 
     Args:
         shape: shape of the tensor.
@@ -79,5 +79,5 @@ class MemoryEstimate:
         )
 
     def peak(self, device: Device) -> int:
-        """Return the number of bytes on a device at the moment with the most bytes."""
+        """Return the largest number of bytes on a device at any of the `MOMENTS`."""
         return max(self.total(device))

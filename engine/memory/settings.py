@@ -39,9 +39,9 @@ class DeepSpeedSettings:
     """Whether the optimizer's copies of the parameters and gradients have 16 bits."""
     has_16_bit_states: bool = False
     max_live_parameters: int = 10**9
-    """Number of elements that stage 3 keeps gathered at most."""
+    """Maximum number of elements that stage 3 keeps gathered."""
     persistence_threshold: int = 10**5
-    """Number of elements up to which stage 3 does not shard a parameter."""
+    """Maximum number of elements of a parameter that stage 3 does not shard."""
     sub_group_size: int = 10**9
     """Number of elements that the optimizer updates at once in stage 3."""
 
@@ -65,14 +65,14 @@ class MemorySettings:
     offload_param: str = "none"
     """Device of the parameters: none, cpu or nvme."""
     master_weights: bool = True
-    """Whether trained 16-bit parameters are converted to float32 on PyTorch."""
+    """Whether the PyTorch backend converts trained 16-bit parameters to float32."""
     on_cpu: bool = False
     """Whether the run trains on the CPU."""
     deepspeed: DeepSpeedSettings = DeepSpeedSettings()
 
     @property
     def is_sharded(self) -> bool:
-        """Whether FSDP2 trains the model."""
+        """Whether FSDP2 shards the model."""
         return self.backend == "torch" and self.zero_stage > 0 and self.world_size > 1
 
 

@@ -41,12 +41,12 @@ def lr_range_test(
     Afterwards, the weights, buffers, optimizer, schedule, loss scale, counters and RNG states are
     restored bit for bit, even after an exception. On the CPU, a second call therefore measures the
     same curve. On a GPU, rounding may differ. Every rank must call this function. The loss is
-    averaged over all ranks. Calls of `set_gradient_accumulation_boundary` have no effect during the
+    averaged over all ranks. Calls to `set_gradient_accumulation_boundary` have no effect during the
     test.
 
     If `refine` is true, the function then trains short 1Cycle runs of `steps` steps. The runs use
     five maximum learning rates around the suggestion, each twice the previous one. More runs follow
-    until the best value is neither the smallest nor the largest. The refined suggestion is more
+    until the best maximum is neither the smallest nor the largest. The refined suggestion is more
     reliable, but takes five to ten times as long as the range test without `refine`.
 
     If param groups have different learning rates, all of them are multiplied by the same factor.
@@ -118,7 +118,7 @@ def lr_range_test(
 
 @contextlib.contextmanager
 def _trial_run(trainer: Engine, recorder: Recorder, schedule: Schedule[Any]) -> Iterator[None]:
-    """Train with a different schedule inside this context, and restore the training state on exit.
+    """Use a different schedule inside this context, and restore the training state on exit.
 
     The state is also restored after an exception. The recorder records every step in the context.
     """

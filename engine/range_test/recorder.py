@@ -14,7 +14,7 @@ from typing import Any
 __all__ = ["RECORD", "Recorder", "Run", "SweepOver"]
 
 RECORD = "record.jsonl"
-"""Name of the record file. It has a line of facts, a line per step, and a line for the end."""
+"""Name of the record file: a line of facts, a line per step, and the reason for the end."""
 
 _PATIENCE = 3  # consecutive losses that are not finite
 _SKIPS = 50  # consecutive skipped steps: more than any loss scale needs to adapt

@@ -37,13 +37,13 @@ class Refinement:
     """
 
     losses: Mapping[float, tuple[float, ...]]
-    """Maps each maximum learning rate to the final losses of its cycles; infinite if diverged."""
+    """Final losses of the cycles at each maximum learning rate; infinite for a diverged cycle."""
     initial_loss: float
     """Mean loss before training, over all cycles."""
     steps: int
     """Number of steps of each cycle."""
     training_steps: int | None = None
-    """Number of steps of the planned training."""
+    """Number of steps of the planned training; None if it equals `steps`."""
 
     @cached_property
     def lowest(self) -> float:
@@ -139,11 +139,11 @@ def refine(
     steps: int,
     training_steps: int | None = None,
 ) -> Refinement:
-    """Find the best maximum learning rate by training short cycles.
+    """Train short cycles to find the best maximum learning rate, and return the results.
 
     The search starts with five maximum learning rates, each twice the previous one. The search
-    continues until the best value is neither the smallest nor the largest. All values are between
-    `around` / 64 and `around` x 64.
+    continues until the best maximum is neither the smallest nor the largest. All maximum learning
+    rates are between `around` / 64 and `around` x 64.
 
     Args:
         train: function that takes a maximum learning rate and the index of the repeat, trains for a

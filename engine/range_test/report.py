@@ -47,7 +47,7 @@ class LRRangeReport:
 
     @property
     def max_lr(self) -> float | None:
-        """The suggested maximum learning rate, or its refined value.
+        """The suggested maximum learning rate, refined if `refinement` is set.
 
         The value is None if the test has no suggestion.
         """
@@ -55,7 +55,10 @@ class LRRangeReport:
 
     @property
     def min_lr(self) -> float | None:
-        """The learning rate at the start and end of a cycle: a tenth of `max_lr`."""
+        """The learning rate at the start and end of a cycle: a tenth of `max_lr`.
+
+        The value is None if the test has no suggestion.
+        """
         return None if self.max_lr is None else float(f"{self.max_lr / 10:.2g}")
 
     def refine(
@@ -94,9 +97,9 @@ class LRRangeReport:
     def suggestion(self) -> Suggestion:
         """The suggestion from all runs. If ``max_lr`` is None, ``reason`` explains why.
 
-        The smoothed curve and the rules of `suggest` use the points of all runs. If more than half
-        of several runs have their own suggestion, ``max_lr`` is the median of these suggestions. A
-        single run that diverged early therefore has little effect.
+        The smoothed curve and the rules of `suggest` use the points of all runs. If there
+        are several runs, and more than half of them have their own suggestion, ``max_lr`` is the
+        median of these suggestions. A single run that diverged early therefore has little effect.
         """
         lrs, losses = (
             np.concatenate([np.asarray(part, float) for part in parts])
@@ -112,7 +115,7 @@ class LRRangeReport:
         return Suggestion(rounded, reason, found.rules, found.smoothed)
 
     def _find_early_end(self, reason: str) -> str:
-        """Return a message if the script ended before the sweep, or an empty string.
+        """Return a message if the script ended during the sweep, and an empty string otherwise.
 
         Args:
             reason: reason why the recorded losses do not allow a suggestion.
@@ -190,7 +193,7 @@ class LRRangeReport:
         }
 
     def table(self) -> Table:
-        """Return a table of the learning rate of each rule and the suggestion."""
+        """Return a table with the learning rate of each rule and the suggestion."""
         from rich.table import Table
 
         suggestion = self.suggestion

@@ -30,9 +30,9 @@ __all__ = ["apply_sweep", "attach_recorder", "is_next_engine_swept", "spread_swe
 log = logging.getLogger("onecycle")
 
 _engines = itertools.count(1)
-"""Numbers of the engines that this process creates during `onecycle lr-test`."""
+"""Counter of the engines that this process creates during `onecycle lr-test`."""
 _reports: list[Path] = []
-"""Report directories of this process's engines with an LR range test as schedule."""
+"""Report directories of this process's engines whose schedule is an LR range test."""
 
 
 def is_next_engine_swept(sweep: Sweep) -> bool:
@@ -41,7 +41,7 @@ def is_next_engine_swept(sweep: Sweep) -> bool:
     Every other engine of the script trains with its own schedule.
 
     Raises:
-        MisuseError: if the script creates a second engine, but `sweep` does not select one.
+        MisuseError: if the script creates a second engine, but `sweep` does not select an engine.
     """
     number = next(_engines)
     if sweep.engine is None and number > 1:

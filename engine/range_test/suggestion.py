@@ -57,12 +57,12 @@ class Suggestion:
     """Suggested maximum; None if the curve does not allow a suggestion (see `reason`)."""
     reason: str = ""
     rules: Mapping[str, float] = field(default_factory=dict)
-    """Maps each rule of `EDGE` and `CAREFUL` that applies to its learning rate."""
+    """Learning rate selected by each applicable rule of `EDGE` and `CAREFUL`."""
     smoothed: SmoothedCurve | None = None
 
     @property
     def band(self) -> tuple[float, float] | None:
-        """The smallest and the largest learning rate of the three rules in `EDGE`.
+        """The smallest and the largest learning rate selected by the rules in `EDGE`.
 
         A narrow band means that the rules agree. The value is None if no rule in `EDGE` applies.
         """
@@ -88,10 +88,10 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     - valley: the middle, in log(lr), between 10 % and 90 % of the descent;
     - minimum / 10: a tenth of the learning rate with the lowest loss.
 
-    The suggestion is the median of the first three rules, without rules that do not apply. A cycle
-    reaches its maximum only briefly, so the maximum can be as large as the learning rate at which
-    the loss stops decreasing. The last three rules are intended for a constant learning rate and
-    are too small for the maximum of a cycle; see docs/results/lr_test.md.
+    The suggestion is the median of the first three rules. Rules that do not apply are ignored. A
+    cycle reaches its maximum only briefly, so the maximum can be as large as the learning rate at
+    which the loss stops decreasing. The last three rules are intended for a constant learning rate.
+    Their learning rates are too small for the maximum of a cycle; see docs/results/lr_test.md.
 
     Args:
         lrs: learning rate of each step, positive, in any order and spacing.
@@ -267,8 +267,7 @@ def _apply_rules(curve: SmoothedCurve, divergence: float | None) -> Suggestion:
 def _find_middle_of_basin(x: Array, loss: Array, limit: float) -> float:
     """Return the middle of the interval around the minimum in which the loss is below ``limit``.
 
-    At a flat minimum, noise affects the position of the lowest point, but hardly the middle of the
-    interval.
+    At a flat minimum, noise shifts the lowest point, but hardly affects the middle of the interval.
     """
     low = int(np.argmin(loss))
     above = np.flatnonzero(loss > limit)

@@ -1,4 +1,4 @@
-"""Steps of pipeline models, the loop over the training data, and trial runs."""
+"""Train pipeline models, evaluate batches, loop over the training data, and restore the state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The class `TrainingRun`: the state and the steps of a training run."""
+"""The state and the steps of a training run."""
 
 from __future__ import annotations
 
@@ -137,7 +137,10 @@ class TrainingRun:
 
     @property
     def scheduler(self) -> LRScheduler | None:
-        """The learning-rate scheduler, or None. It advances after each applied optimizer step."""
+        """The learning-rate scheduler; None if the run has none.
+
+        The scheduler advances after each applied optimizer step.
+        """
         return self._driver.scheduler
 
     @scheduler.setter
@@ -257,7 +260,7 @@ class TrainingRun:
         self._window.clear()
 
     def add_loss(self, loss: Tensor) -> None:
-        """Record the loss, without a graph, of a micro-batch passed to `backward` or `scale`."""
+        """Record a detached loss, and count it as passed to `backward` or `scale`."""
         self.accumulation.scaled_losses += 1
         self._window.add(loss)
         if self._deferring is None or not self.defers:
@@ -357,7 +360,7 @@ class TrainingRun:
             )
 
     def _finish_step(self) -> None:
-        """Count a step. If its outcome is already known, finish its bookkeeping."""
+        """Count a step. If the outcome of the step is already known, complete the step."""
         counters, batch = self.latest, self.config.batch
         counters.global_steps += 1
         counters.global_samples += (

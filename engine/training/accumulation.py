@@ -34,7 +34,7 @@ class Accumulation:
     has_gradients: bool = False
     """Whether trained parameters had gradients after the last micro-batch of this batch."""
     is_managed: bool = True
-    """Whether micro-batches are counted; if false, every call of `step` completes a batch."""
+    """Whether micro-batches are counted; if false, every call to `step` completes a batch."""
     averages_gradients: bool = True
     """Whether backward passes average gradients across ranks; false inside `no_sync`."""
     is_coalescing: bool = False
@@ -49,12 +49,12 @@ class Accumulation:
         return (self.micro_batches + 1) % self.steps == 0
 
     def set_boundary(self, is_boundary: bool) -> None:
-        """Set whether the next calls of `step` run the optimizer.
+        """Set whether the next calls to `step` run the optimizer.
 
         After this call, `step` no longer counts micro-batches to find the end of a batch.
 
         Raises:
-            RuntimeError: ``managed_gradient_accumulation`` is false, so every call of `step` runs
+            RuntimeError: ``managed_gradient_accumulation`` is false, so every call to `step` runs
                 the optimizer.
         """
         if not self.is_managed:

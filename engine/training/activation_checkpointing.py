@@ -23,9 +23,9 @@ def checkpoint_activations(
     """Enable activation checkpointing for a model's blocks, in place.
 
     Each block saves only its inputs and is recomputed in the backward pass. The random state is
-    restored for the recomputation, so dropout drops the same values. A model without blocks stays
-    unchanged, and a warning is logged. An error is not necessary, because activation checkpointing
-    does not change the results of training.
+    restored for the recomputation, so dropout drops the same values. A model without blocks
+    causes only a warning, not an error, because activation checkpointing does not change the
+    results of training.
 
     Args:
         model: module with the blocks to checkpoint.
@@ -38,8 +38,8 @@ def checkpoint_activations(
     blocks = find_blocks(model, wrap)
     if not blocks:
         log.warning(
-            "`activation_checkpointing` has no effect, because the model has no ModuleList of "
-            'layers of the same class; list the classes of the layers in "engine": {"wrap": […]}'
+            "`activation_checkpointing` has no effect, because the model has no ModuleList with "
+            'several layers of the same class; list the layer classes in "engine": {"wrap": […]}'
         )
     for block in blocks:
         block.forward = CheckpointedForward(block.forward, on_host=on_host)

@@ -31,7 +31,10 @@ class EpochOrder:
     name: str
     """Expression for ``length`` in error messages, such as ``len(training_data)``."""
     draw: Callable[[int], Sequence[Any]]
-    """Function that takes the index of an epoch and returns its items; the same in each call."""
+    """Function that takes the index of an epoch and returns the items of that epoch.
+
+    Calls with the same index return the same items.
+    """
     length: int
     """Number of items per epoch."""
     drop_last: bool
@@ -109,10 +112,10 @@ def set_epoch(source: Any, epoch: int) -> None:
 
 
 class GlobalBatchSampler(Sampler[Any]):
-    """Sampler of one rank's micro-batches, with batches that do not depend on the world size.
+    """Sampler of one rank's micro-batches. The batches do not depend on the world size.
 
     The order of an epoch is cut into batches of ``train_batch_size`` samples. Each batch is split
-    across ranks and micro-batches. Step k therefore trains on the same samples on any number of
+    across ranks and micro-batches. Step k therefore trains on the same samples for any number of
     ranks. For example, one rank can process a batch of 8 in 2 micro-batches of 4, or two ranks can
     process 4 samples each. If ``order.drop_last`` is true, an incomplete last batch is dropped. If
     false, the batch is filled with samples from the start of the epoch. Each iteration over the

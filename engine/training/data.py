@@ -26,7 +26,7 @@ __all__ = [
 
 
 def call_model(model: Callable[..., Any], batch: Any) -> Any:
-    """Call a model on a batch. Unpack a tuple, list or mapping into the model's arguments.
+    """Return a model's output for a batch. A tuple, list or mapping is unpacked into arguments.
 
     >>> call_model(max, (1, 3)), call_model(dict, {"x": 2})
     (3, {'x': 2})

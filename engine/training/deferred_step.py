@@ -98,8 +98,8 @@ class StepResult:
 class DeferredStep:
     """Runner that starts each optimizer step and reads the outcome of the step later.
 
-    The backward pass leaves unscaled, unclipped gradients in ``.grad``. The fused kernel divides
-    them by
+    The backward pass leaves scaled, unclipped gradients in ``.grad``. The fused kernel divides them
+    by
 
         grad_scale = scale * max(1, (norm + 1e-6) / clipping)
 
@@ -137,7 +137,7 @@ class DeferredStep:
         device: torch.device,
     ) -> None:
         self.scale: Tensor | None = None
-        """Loss scale for the next backward pass, if it depends on an unknown outcome."""
+        """Loss scale for the next backward pass; None if the scale is already known."""
         self.has_skipped = False
         """Whether the last step with a known outcome was skipped."""
         self._optimizer = optimizer
@@ -155,7 +155,7 @@ class DeferredStep:
 
         Args:
             norm: 2-norm of the unscaled gradients; float64 scalar on the device.
-            scale: factor to divide the gradients in ``.grad`` by.
+            scale: factor by which the gradients in ``.grad`` are scaled.
             loss: scalar tensor that `read` returns with the norm; None if no loss is known.
         """
         found_inf = (~torch.isfinite(norm)).float()

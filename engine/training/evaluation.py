@@ -180,7 +180,7 @@ class Evaluator:
 
 
 def _plan_split(loader: Iterable[Any]) -> tuple[int, int, bool, str] | None:
-    """Describe a loader's data. Return None if the data cannot be split across ranks.
+    """Return a description of a loader's data, or None if the data cannot be split across ranks.
 
     The description contains the number of samples, the batch size, ``drop_last`` and a hash of the
     first sample. Equal descriptions on all ranks mean that each rank has the same dataset, so it
@@ -226,7 +226,7 @@ def _copy_loader(
     num_workers: int,
     generator: torch.Generator | None,
 ) -> DataLoader[Any]:
-    """Copy a data loader, with ``batches`` as the lists of sample indices to load."""
+    """Return a copy of a data loader that loads the samples whose indices are in ``batches``."""
     return DataLoader(
         loader.dataset,
         batch_sampler=batches,

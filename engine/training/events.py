@@ -8,7 +8,7 @@ __all__ = ["Event"]
 
 
 class Event(NamedTuple):
-    """The name of a metric in DeepSpeed, its value, and the number of training samples so far."""
+    """A metric's name in DeepSpeed, its value, and the number of training samples so far."""
 
     name: str
     value: float

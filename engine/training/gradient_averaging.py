@@ -52,18 +52,18 @@ def _get_type(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
 
 @dataclasses.dataclass
 class _Bucket:
-    """Parameters with gradients that are averaged in one all-reduce."""
+    """Parameters whose gradients are averaged in one all-reduce."""
 
     parameters: list[nn.Parameter]
     buffer: Tensor
-    """Flat tensor of the gradients, one flag per parameter (whether it has a gradient), and the
-    number of the step."""
+    """Flat tensor that contains the gradients, a flag for each parameter (nonzero if it has a
+    gradient), and the step number."""
     views: list[Tensor]
     """The gradients inside the buffer, in the shapes of the parameters."""
     copied: set[int] = dataclasses.field(default_factory=set)
     """Indices of the gradients that the current backward pass has copied into the buffer."""
     work: Any = None
-    """Handle of the all-reduce in progress, or None."""
+    """Handle of the running all-reduce; None if no all-reduce is in progress."""
     is_stale: bool = False
     """Whether a gradient changed after its all-reduce started."""
 
@@ -77,8 +77,8 @@ class GradientAverager:
 
     Inside `overlap`, a bucket of gradients is averaged as soon as all gradients of the bucket are
     computed, while the backward pass continues. `finish` averages all remaining gradients.
-    Averaging a gradient twice is safe, because the second average does not change equal values. If
-    no rank has a gradient for a parameter, the gradient stays None.
+    Averaging a gradient twice is safe, because after the first time all ranks have the same values.
+    If no rank has a gradient for a parameter, the gradient stays None.
 
     All ranks must run the same backward passes. To detect violations, the ranks compare step
     numbers and gradient norms in the first three steps and in every hundredth step.
@@ -98,7 +98,7 @@ class GradientAverager:
         self._optimizer = optimizer
         self._ranks = ranks
         self.checks_every_step = ranks.device.type == "cpu"
-        """Whether to compare the ranks' step numbers in every step, which waits for the device."""
+        """Whether the ranks compare step numbers in every step. The check waits for the device."""
         self._model = model if any(True for _ in model.buffers()) else None
         self._sparse = find_sparse_weights(model)
         self._parameters: list[nn.Parameter] = []
@@ -359,7 +359,7 @@ def _split(tensors: Iterable[T], get_type: Callable[[T], object]) -> list[list[T
 
     Args:
         tensors: tensors to average, or the parameters whose gradients are averaged.
-        get_type: function that returns the device and the dtype of the buffer.
+        get_type: function that returns the device and the dtype of the buffer for a tensor.
     """
     buckets: list[list[T]] = []
     size, limit = 0, 0

@@ -21,7 +21,7 @@ __all__ = ["RunLoader", "has_state"]
 log = logging.getLogger("onecycle")
 
 _MAX_EMPTY_EPOCHS = 10_000
-"""Number of times that a script may loop over the data after the end of a run without an error."""
+"""Maximum number of loops over the data that a script may start after the end of a run."""
 
 
 def has_state(loader: object) -> bool:
@@ -40,8 +40,9 @@ class RunLoader:
         batches: data loader of this rank.
         ranks: device, rank and world size of this process.
         seed: seed of ``generator`` in epoch 0. It increases by 1 per epoch.
-        generator: random generator of ``batches`` for the seeds of the workers. It is seeded at the
-            start of each epoch. Without this generator, torch would use the global generator.
+        generator: random generator from which ``batches`` draws the seeds of its workers. It is
+            seeded at the start of each epoch. Without this generator, torch would use the global
+            generator.
         sampler: batch sampler of ``batches`` that can skip micro-batches when a run resumes.
             Without a sampler, the skipped micro-batches are loaded and discarded, unless the loader
             has a state dict.
@@ -87,15 +88,15 @@ class RunLoader:
 
     @property
     def epoch(self) -> int:
-        """Index of the current epoch, or of the next epoch between two epochs; starts at 0."""
+        """Index of the current epoch or, between two epochs, of the next epoch; starts at 0."""
         return self._epoch + 1 if self._is_finished else self._epoch
 
     @property
     def position(self) -> tuple[int, int, bool, bool, Any]:
         """The position in the training data. Assign a saved position to return to it.
 
-        If the data loader has a state dict, the position contains it after the start of the first
-        epoch. Reading the state dict earlier could start the worker processes of the loader.
+        If the data loader has a state dict, the position contains it once the first epoch has
+        started. Reading the state dict earlier could start the worker processes of the loader.
         """
         own = self._batches.state_dict() if has_state(self._batches) and self._epoch >= 0 else None
         return self._epoch, self._requested, self._is_finished, self.resumes, own
@@ -149,7 +150,7 @@ class RunLoader:
         """Stop the worker processes that keep running between epochs.
 
         Without this call, the workers stop when Python's garbage collector deletes them. The
-        garbage collector can delay the exit by several seconds.
+        garbage collector can delay the exit of the process by several seconds.
         """
         if getattr(self._batches, "persistent_workers", False):
             self._batches._iterator = None  # noqa: SLF001  # torch has no public way

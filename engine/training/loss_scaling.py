@@ -62,15 +62,15 @@ class LossScaler:
     def limit_to_float16(self) -> None:
         """Limit a dynamic scale to the largest power of two that float16 can represent.
 
-        The backward pass of a float16 loss starts with the scale as gradient. A larger scale would
-        be infinite in float16, so every step would be skipped.
+        The backward pass of a float16 loss starts with a gradient equal to the scale. A larger
+        scale would be infinite in float16, so every step would be skipped.
         """
         if self._dynamic and self.scale > _MAX_FLOAT16_SCALE:
             self.scale = _MAX_FLOAT16_SCALE
 
     @property
     def max_float16_scale(self) -> float:
-        """The largest loss scale for a float16 loss. A static scale is not limited."""
+        """The largest loss scale for a float16 loss; infinity if the scale is static."""
         return _MAX_FLOAT16_SCALE if self._dynamic else math.inf
 
     def find_next_scales(self) -> tuple[float, float]:

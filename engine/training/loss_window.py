@@ -41,7 +41,7 @@ class LossWindow:
         self._mean: float | None = None
 
     def add(self, loss: Tensor) -> None:
-        """Add the loss of a micro-batch, without a graph."""
+        """Add the detached loss of a micro-batch."""
         if self.is_kept:
             self._losses.append(loss)
 

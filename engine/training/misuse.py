@@ -178,7 +178,7 @@ class MisuseChecks:
     def note_scheduler(self, scheduler: Any) -> None:
         """Record how many steps the scheduler has taken.
 
-        Call this method after the engine has stepped the scheduler outside of a step.
+        Call this method after the engine has completed a deferred step, which steps the scheduler.
         """
         if scheduler is not self._scheduler:
             self._scheduler = scheduler if _has_position(scheduler) else None
@@ -322,9 +322,9 @@ def _find_trained(backend: CheckedBackend) -> set[Any]:
 
 
 def _has_position(scheduler: object) -> bool:
-    """Return whether only the engine may step a scheduler, and ``last_epoch`` counts its steps.
+    """Return whether a scheduler counts its steps in ``last_epoch``, and only the engine steps it.
 
-    The script may also step a scheduler that takes a metric, such as ``ReduceLROnPlateau``.
+    A scheduler that takes a metric, such as ``ReduceLROnPlateau``, may be stepped by the script.
     """
     takes_metric = isinstance(scheduler, ReduceLROnPlateau) or (
         isinstance(scheduler, ScheduleBinder) and scheduler.schedule.feedback == "metric"
@@ -335,7 +335,7 @@ def _has_position(scheduler: object) -> bool:
 def _raise_without_gradients(accumulation: Accumulation) -> None:
     if accumulation.scaled_losses == 0:
         raise MisuseError(
-            "`trainer.step()` was called without a backward pass since the last step. Call "
+            "`trainer.step()` was called, but no backward pass has run since the last step. Call "
             "`trainer.backward(loss)` before each `trainer.step()`."
         )
     raise MisuseError(

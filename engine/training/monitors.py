@@ -137,7 +137,7 @@ class TensorBoardMonitor:
         self._writer.flush()
 
     def rewind(self, samples: int) -> None:
-        """Start an event file that makes TensorBoard hide earlier events beyond ``samples``."""
+        """Start a new event file that makes TensorBoard hide old events after ``samples``."""
         self.close()
         self._purge_step = samples + 1
 

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
-"""Function that takes parameters or param groups and returns their optimizer."""
+"""Function that takes parameters or param groups and returns an optimizer for them."""
 
 _FUSED_OPTIMIZERS = {"Adam", "AdamW", "SGD"}
 
@@ -95,9 +95,9 @@ def build_optimizer(
 
 
 def set_optimizer_mode(optimizer: Optimizer, *, training: bool) -> None:
-    """Call ``train`` or ``eval`` on an optimizer that has them, such as a schedule-free one.
+    """Call ``train`` or ``eval`` if an optimizer has both methods, as schedule-free optimizers do.
 
-    In eval mode, such an optimizer replaces the weights by their average.
+    In eval mode, such an optimizer replaces the weights with their average.
     """
     if _has_modes(optimizer):
         getattr(optimizer, "train" if training else "eval")()
@@ -118,8 +118,8 @@ def check_modes(optimizer: Optimizer, wrapper: Optimizer) -> None:
     if _has_modes(optimizer) and wrapper is not optimizer:
         raise ValueError(
             f"{type(optimizer).__name__} replaces the weights for evaluation, so it does not work "
-            'on DeepSpeed with ZeRO or 16-bit training. Set "engine": {"backend": "torch"} in '
-            "the config."
+            'on the DeepSpeed backend with ZeRO or 16-bit training. Set "engine": {"backend": '
+            '"torch"} in the config.'
         )
 
 
@@ -194,7 +194,7 @@ def _construct(
 def check_shapes(
     model: nn.Module, block: OptimizerBlock | None, parameters: list[Any] | None
 ) -> None:
-    """Check that the config's optimizer can train parameters of these shapes.
+    """Check that the config's optimizer supports the shapes of the trained parameters.
 
     PyTorch's Muon accepts only parameters with two dimensions.
 
@@ -219,7 +219,7 @@ def check_shapes(
         )
         raise ValueError(
             f"PyTorch's Muon trains only parameters with two dimensions, but {len(invalid)} of "
-            f"{len(trained)} parameters are not matrices, such as {shown}. Pass only matrices as "
+            f"{len(trained)} parameters, such as {shown}, are not matrices. Pass only matrices as "
             '`model_parameters`, or set "engine": {"backend": "deepspeed"} so that DeepSpeed '
             "trains the other parameters with Adam."
         )
@@ -228,8 +228,8 @@ def check_shapes(
 def is_buildable(block: Mapping[str, Any]) -> bool:
     """Return whether `build_optimizer` can build a block's optimizer for DeepSpeed's engine.
 
-    The result is True if `torch.optim` or a custom module has the type with all params, and
-    DeepSpeed has no different optimizer of the same name.
+    The result is True if the type is in `torch.optim` or in a custom module and supports all
+    params, and if DeepSpeed has no different optimizer of the same name.
 
     >>> is_buildable({"type": "AdamW"}), is_buildable({"type": "Lamb"})
     (True, False)

@@ -21,7 +21,7 @@ from engine.training.activation_checkpointing import find_blocks
 __all__ = ["ParamGroup", "build_param_groups", "divide_parameters"]
 
 _HEAD = re.compile(r"(^|[._])(head|heads|classifier|fc|fc_norm|score|logits|qa_outputs)\b")
-"""Usual names of a model's last layers. A script can create them before the blocks."""
+"""Usual names of a model's last layers. A model can create these layers before its blocks."""
 _BLOCK_LISTS = {"block", "blocks", "h", "layer", "layers", "resblocks"}
 """Usual names of a transformer's list of blocks."""
 _SYNTAX = re.compile(r"[\\^$.*+?()\[\]{}|]+")
@@ -52,7 +52,7 @@ class ParamGroup:
         return {"params": list(self.parameters.values()), "name": self.name, **hyperparameters}
 
     def describe(self, block: OptimizerBlock, schedules: Mapping[int, str]) -> GroupRow:
-        """Return a description of the group that contains no tensors.
+        """Return a description of the group, without its tensors.
 
         Args:
             block: optimizer of the config.
@@ -104,7 +104,7 @@ def divide_parameters(
 
 
 def _list_members(each: Any) -> Any:
-    """Copy a param group with its parameters in a list, or return a parameter without its name.
+    """Return a copy of a param group with a list of parameters, or a parameter without its name.
 
     The list replaces a generator, because a generator can be iterated only once.
     """
@@ -125,8 +125,8 @@ def build_param_groups(
     """Divide the trained parameters of a model into param groups.
 
     Each parameter belongs to the first entry of ``optimizer.param_groups`` with a pattern that
-    matches one of its names, or to the last group. ``no_decay`` and ``layer_decay`` divide these
-    groups further.
+    matches one of its names. All other parameters belong to the last group. ``no_decay`` and
+    ``layer_decay`` divide these groups further.
 
     Args:
         model: module whose parameters are trained.
@@ -135,8 +135,8 @@ def build_param_groups(
         wrap: class names of the blocks for ``layer_decay``; see `find_blocks`.
 
     Raises:
-        ValueError: a pattern selects no trained parameter, ``parameters`` are param groups or not
-            in the model, or the model has no blocks for ``layer_decay``.
+        ValueError: a pattern selects no trained parameter, ``parameters`` contains param groups or
+            parameters outside the model, or the model has no blocks for ``layer_decay``.
 
     >>> settings = GroupSettings("head", ("^1",), {"lr": 0.1}, no_decay=False)
     >>> block = OptimizerBlock("SGD", {"lr": 0.01, "weight_decay": 0.0}, (settings,))
@@ -189,10 +189,9 @@ def _check_are_named(
     for parameter in parameters:
         if parameter not in names:
             raise ValueError(
-                "`model_parameters` must contain only parameters of `model`, because the config "
-                "divides them into groups by name, got a parameter of shape "
-                f"{tuple(parameter.shape)} that is not in the model. Register its module in the "
-                "model."
+                "`model_parameters` must contain only parameters of `model`, got a parameter of "
+                f"shape {tuple(parameter.shape)} that is not in the model. Register its module in "
+                "the model, because the config divides parameters into groups by name."
             )
 
 

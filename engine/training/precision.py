@@ -150,7 +150,7 @@ class _InputCast:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Cast floating-point tensors to a dtype, also in nested lists, tuples and dicts."""
+    """Cast floating-point tensors, including those in nested containers, to a dtype."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if type(value) in {list, tuple}:

@@ -57,8 +57,8 @@ class StepRecord:
     lr: Sequence[float]
     """Learning rate of each param group."""
     momentum: Sequence[float | None] | None
-    """Momentum (first beta for Adam) of each param group; None if there is none. In the sequence,
-    None stands for a group without momentum."""
+    """Momentum (first beta for Adam) of each param group; None if no group has momentum. In the
+    sequence, None stands for a group without momentum."""
     weight_decay: Sequence[float] | None
     """Weight decay of each param group; None if there is none."""
     loss: float | None
@@ -129,7 +129,7 @@ class ProgressReporter:
         self._is_averaged = False  # whether the losses are means over the ranks
 
     def add(self, loss: Tensor) -> None:
-        """Include the loss of a micro-batch, without a graph, in the mean loss of the next line."""
+        """Include the detached loss of a micro-batch in the mean loss of the next log line."""
         if self._is_logged:
             self._losses.append(loss)
             self._count += 1

@@ -17,7 +17,7 @@ from engine.distributed.ranks import Ranks
 __all__ = ["RepeatCheck"]
 
 _ROUNDS = 4
-"""Number of batches of each worker that are compared."""
+"""Number of batches to compare per worker."""
 _numbers = itertools.count()
 
 
@@ -43,7 +43,7 @@ class RepeatCheck:
         """Add the next batch, and return whether the check needs more batches.
 
         Raises:
-            ValueError: another rank loads the same batches, or all workers of this rank do.
+            ValueError: another rank, or each worker of this rank, loads the same batches.
         """
         digest, is_empty = hashlib.sha256(), True
         for data in _read_data(batch):

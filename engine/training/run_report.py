@@ -44,16 +44,16 @@ _LABELS = {
     "skipped_steps": "skipped steps",
     "loss_scale": "loss scale",
 }
-"""The panels in the order of the page; those of metrics passed to `Engine.report` follow."""
+"""Labels of the panels in page order. Panels of metrics passed to `Engine.report` follow."""
 _MAY_BE_UNUSED = {"momentum", "weight_decay"}
 """Panels that are left out if all values are 0."""
 _LOG_PANELS = {"train_loss", "lr", "grad_norm", "loss_scale"}
 _MAX_POINTS = 2000
 _MAX_CHECKPOINTS = 200
 _INTERVAL = 30.0
-"""Seconds between two writes while the run trains."""
+"""Minimum number of seconds between two writes of the report during training."""
 _MAX_COST = 0.01
-"""Largest fraction of the time that writing may take."""
+"""Maximum fraction of the training time that writing the report may take."""
 _GROUP = re.compile(r"(lr|momentum|weight_decay)_(group_\d+)")
 
 
@@ -67,8 +67,8 @@ class _Point(NamedTuple):
 class _Series:
     """The values of a metric, with a bounded number of points.
 
-    Each point is the mean of ``stride`` consecutive values, without those that are not finite, at
-    the step of the last value.
+    Each point is the mean of the finite values among ``stride`` consecutive values, at the step of
+    the last value.
     """
 
     stride: int = 1
@@ -77,7 +77,7 @@ class _Series:
     _count: int = 0
 
     def add(self, step: int, samples: int, value: float) -> None:
-        """Add a value; if there are too many points, replace each pair of points by its mean."""
+        """Add a value. If there are too many points, replace each pair of points with its mean."""
         if math.isfinite(value):
             self._finite.append(value)
         self._count += 1
@@ -161,7 +161,7 @@ class RunReport:
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("the report starts again, because %s cannot be read: %s", self.path, error)
+            log.warning("starting a new report, because %s cannot be read: %s", self.path, error)
             self._series, self._checkpoints, self._decision = {}, [], None
             return
         for series in self._series.values():

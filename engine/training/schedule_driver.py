@@ -29,7 +29,7 @@ class ScheduleDriver:
             has none.
         report: directory for plots of a feedback schedule's decisions, such as the decision to end
             the warmup. If None, no plots are saved.
-        note: function that receives the evidence of such a decision, if plots are saved.
+        note: function to call with the evidence for such a decision if plots are saved.
 
     Raises:
         MissingExtraError: plots of decisions are requested, but matplotlib is not installed.

@@ -42,7 +42,7 @@ def log_setup(
         backend: description of the backend.
         device: device of rank 0.
         precision: precision of weights and computation.
-        optimizer: name of the optimizer; None if the engine only runs the model.
+        optimizer: name of the optimizer; None if the engine only runs inference.
         num_parameters: number of elements in all trained parameters.
         scheduler: scheduler of the run; None if it has none.
         replacements: messages about config sections that arguments of `initialize` replace.

@@ -85,7 +85,7 @@ def analyze(
 def compute_for_text(
     text: str, name: str, settings: RunSettings, compared: Sequence[Mapping[str, Any]]
 ) -> CurveSet:
-    """Compute the curves of the config in a text, for an export.
+    """Compute the curves of a config for an export.
 
     Raises:
         ConfigError: the schedule is invalid.
@@ -143,9 +143,9 @@ def _describe_problems(document: Document, problems: Sequence[Problem]) -> list[
 
 
 def _offer_fix(document: Document, problem: Problem) -> Problem:
-    """For a problem without an automatic fix, add a fix that the user must confirm.
+    """Return a problem. If it has no automatic fix, add one that the user must confirm.
 
-    The fix replaces a misspelled name with the most similar known one.
+    The fix replaces a misspelled name with the most similar known name.
     """
     if problem.fix is not None or problem.pointer not in document.locations:
         return problem

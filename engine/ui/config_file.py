@@ -23,7 +23,7 @@ _BYTE_ORDER_MARK = "\ufeff"
 
 
 class Snapshot(NamedTuple):
-    """The text of the file with the editor's line endings, and a hash of the file's bytes.
+    """The text of a config file with the editor's line endings, and a hash of the file's bytes.
 
     The hash is empty if the file does not exist.
     """
@@ -105,7 +105,8 @@ class ConfigFile:
             return None
         if len(data) > _MAX_BYTES:
             raise ValueError(
-                f"{self.path.name} must be at most {_MAX_BYTES:,} bytes. Use a text editor."
+                f"{self.path.name} must be at most {_MAX_BYTES:,} bytes for this page. "
+                "Use a text editor."
             )
         return data
 
@@ -125,7 +126,7 @@ def _hash(data: bytes | None) -> str:
 
 
 def _restore_line_ends(text: str, old: str) -> str:
-    """Give each line of a text the line ending that it has in the old text."""
+    """Return a text with the line endings and the byte order mark of the old text."""
     mark = _BYTE_ORDER_MARK if old.startswith(_BYTE_ORDER_MARK) else ""
     ends = _LINE_END.findall(old)
     if set(ends) <= {"\n"}:

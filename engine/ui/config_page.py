@@ -1,4 +1,4 @@
-"""The page that edits a config: the actions that its script requests."""
+"""Actions that the script of the config page can request."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Frame:
     expects: str
     """Kind of the next token: "key", "colon", "value" or "comma"."""
     key: str = ""
-    """Key or index of the member that is read."""
+    """Key or index of the member that is being read."""
     keys: list[str] = field(default_factory=list)
     type: str | None = None
     """The value of the key ``type``."""
@@ -96,7 +96,7 @@ def locate(text: str, offset: int) -> Cursor:
 
 
 def _build(stack: Sequence[Frame], start: int, end: int, text: str | None) -> Cursor:
-    """Build the cursor for the token after those in ``stack``; ``text`` is None in a comment."""
+    """Build a cursor for a token inside the frames of ``stack``. In comments, ``text`` is None."""
     frames = tuple(stack[1:])
     # The path starts at the top of the config, which is not the value of a key.
     path = tuple(frame.key for frame in frames[:-1])

@@ -1,4 +1,4 @@
-"""Compute the curves that the config page draws, for the config and for those to compare with."""
+"""Compute the curves of a config, and of others to compare it with, for the config page."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["CurveSet", "compute_curves"]
 
 MAX_EXACT = 200_000
-"""Number of steps up to which the page receives the value at each step."""
+"""Maximum number of steps for which the page receives the value at each step."""
 _SAMPLES = 20_000
-"""Number of steps that the page receives of a longer range."""
+"""Number of steps whose values the page receives if the range is longer."""
 _MAX_STEPS = 10**9
 _MAX_CURVES = 200
 _MAX_COMPARED = 8
@@ -40,7 +40,7 @@ class Column(NamedTuple):
     group: str
     """Name of the param group; empty if all groups share the curve."""
     source: str
-    """File or schedule type that the curve is compared with; empty for the config itself."""
+    """File or schedule type of a curve to compare with; empty for the config itself."""
     curve: Curve
 
     @property
@@ -133,7 +133,7 @@ def _is_contiguous(steps: NDArray[np.float64]) -> bool:
 
 
 Examined = tuple[Sequence[Problem], RuleContext | None]
-"""What `examine` returns."""
+"""The result of `examine`: the problems and the context of a config."""
 
 
 def compute_curves(

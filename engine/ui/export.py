@@ -24,7 +24,7 @@ def export(curves: CurveSet, name: str, kind: str, *, log: bool) -> Download:
         curves: curves to export.
         name: file name of the config.
         kind: "png", "svg" or "csv".
-        log: whether the axis of the learning rate is logarithmic in an image.
+        log: whether an image has a logarithmic axis for the learning rate.
 
     Raises:
         ValueError: the kind is unknown, or a CSV file would have too many rows.

@@ -1,4 +1,4 @@
-"""The form of the scheduler block: its fields with the ranges of their sliders, and its edits."""
+"""The form for the scheduler block: its fields, their sliders, and its edits of the text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["build_form", "change_type", "list_gallery", "remove_param", "set_par
 _PARAMS = "/scheduler/params"
 _POINTS = 60
 _STEPS = 1000
-"""Length of the run for which the durations of an example are chosen if it is unknown."""
+"""Assumed length of a run, in steps, if the actual length is unknown."""
 _DURATION = re.compile(r"\s*[\d.eE+]+\s*(ep|ba|sp|dur)\s*")
 
 
@@ -123,7 +123,7 @@ def change_type(text: str, name: str, steps: int = _STEPS) -> str:
     """Change the type of the schedule, and return the new text.
 
     Parameters that both types have keep their values and comments. Other parameters are removed,
-    and those of the new type's example are added.
+    and the missing parameters of the new type's example are added.
 
     Args:
         text: text of the config.

@@ -1,4 +1,4 @@
-"""Read the metrics of a run while it is being written: CSV files and TensorBoard event files."""
+"""Read a run's metrics from CSV files and TensorBoard event files, even during the run."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = [
 
 _CHUNK = 8_000_000
 _MAX_PER_UPDATE = 48_000_000
-"""Bytes to read in one update. A larger file is shown step by step while it is read."""
+"""Maximum number of bytes to read in one update. Larger files are read in several updates."""
 _MAX_ROW = 1000
-"""Bytes of a row, of the header as well."""
+"""Maximum length of a row or of the header, in bytes."""
 _PREFIX = "Train_Samples_"
 _HEADER = re.compile(rb"step,[^\n,]+\r?\n")
 
@@ -91,7 +91,7 @@ class _CSVFile:
         self._parts: list[Numbers] = []
 
     def update(self, most: int) -> tuple[int, int]:
-        """Read at most ``most`` new bytes. Return the numbers of new bytes and of bytes left."""
+        """Read at most ``most`` new bytes. Return the numbers of bytes read and bytes left."""
         try:
             with self.path.open("rb") as file:
                 status = self.path.stat()
@@ -164,7 +164,7 @@ class CSVMetrics(MetricSource):
         self._files: dict[str, _CSVFile] = {}
 
     def update(self) -> float:
-        """Read new rows of all files."""
+        """Read new rows of all files, and return the fraction of the data that has been read."""
         for path in sorted(self._directory.glob("*.csv")):
             name = find_metric_name(path.stem)
             if name not in self._files and not path.is_symlink() and is_metric_file(path):
@@ -193,7 +193,7 @@ class EventMetrics(MetricSource):
         self._series: dict[str, Series] = {}
 
     def update(self) -> float:
-        """Read new events."""
+        """Read all new events, and return 1.0."""
         self._accumulator.Reload()
         self._series = dict(self._read())
         return 1.0

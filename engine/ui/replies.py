@@ -49,7 +49,7 @@ def build_response(reply: Mapping[str, Any] | Numbers | Download) -> Response:
 
 
 def _encode(reply: Numbers) -> bytes:
-    """Encode the length of the JSON text, the text padded to 8 bytes, and then the numbers."""
+    """Encode the JSON text's length, the text padded to a multiple of 8 bytes, and the numbers."""
     lengths = [len(array) for array in reply.arrays]
     text = _format_json({**reply.header, "lengths": lengths}).encode()
     text += b" " * (-(len(text) + 4) % 8)

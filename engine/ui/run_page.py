@@ -21,7 +21,7 @@ from engine.ui.server import Action
 __all__ = ["RunPage"]
 
 _MAX_POINTS = 3000
-"""Number of points of a series that the page receives. More are not visible."""
+"""Maximum number of points per series on the page. More points would not be visible."""
 _LABELS = {
     "train_loss": "loss",
     "lr": "learning rate",
@@ -32,7 +32,7 @@ _LABELS = {
     "loss_scale": "loss scale",
     "skipped_steps": "skipped steps",
 }
-"""The panels in their order. Other metrics follow."""
+"""Labels of the panels in page order. Panels of other metrics follow."""
 _NOTE = (
     "The event files are not shown: tensorboard is not installed. Run `pip install tensorboard`."
 )

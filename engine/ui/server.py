@@ -22,7 +22,7 @@ __all__ = ["Action", "Application", "Page", "start_server"]
 log = logging.getLogger("onecycle")
 
 _MAX_BODY = 8_000_000
-"""A config has at most 1 MB, and a request contains at most a few of them."""
+"""Maximum size of a request in bytes. A request contains a few configs of at most 1 MB each."""
 _MAX_PORT = 65535
 _HERE = Path(__file__).parent
 _STATIC = (_HERE / "static", _HERE.parent / "display" / "static")

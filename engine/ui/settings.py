@@ -1,4 +1,4 @@
-"""The settings of a run that the user enters on the page, because its config does not have them."""
+"""Settings of a run that the user enters on the page, because the config lacks them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class RunSettings:
     ) -> int | None:
         """Return the number of optimizer steps per epoch, or None if it is unknown.
 
-        It is derived from the size of the dataset, as for a data loader that the engine builds.
+        Unless the user entered the number, it is computed from the size of the dataset, as for a
+        data loader that the engine builds.
         """
         if self.steps_per_epoch is not None or self.dataset_size is None or batch is None:
             return self.steps_per_epoch

@@ -76,9 +76,9 @@ class Attachment:
         initial value is the current value.
 
         Returns:
-            The initial values, and the reason if they are uncertain, otherwise None. The values are
-            uncertain if a current value may come from a schedule or from the script, for example
-            after the optimizer's state was loaded, or with another library's scheduler.
+            The initial values, and the reason why they are uncertain; None if they are certain.
+            They are uncertain if either a schedule or the script may have set a current value, for
+            example after the optimizer's state was loaded, or with another library's scheduler.
         """
         values, doubt = [], None
         is_known = name in self._last_written and self.has_last_group(groups)

@@ -1,4 +1,4 @@
-"""Run a schedule on an optimizer with the interface of PyTorch's schedulers."""
+"""Apply a schedule to an optimizer through the interface of PyTorch's schedulers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ __all__ = ["ScheduleBinder"]
 
 log = logging.getLogger("onecycle")
 _SUBCLASSES: dict[str | None, type[Any]] = {}
-"""Subclasses of `ScheduleBinder` by the feedback that their schedules need."""
+"""Maps the feedback that a schedule needs, such as "metric", to a subclass of `ScheduleBinder`."""
 
 
 class ScheduleBinder(TorchInterface):
@@ -89,7 +89,7 @@ class ScheduleBinder(TorchInterface):
     """
 
     def __new__(cls, schedule: Schedule[Any] | None = None, *_: Any, **__: Any) -> Self:
-        """Create an instance of `MetricBinder` if the schedule depends on a metric."""
+        """Create an instance of this class, or of `MetricBinder` if the schedule needs a metric."""
         feedback = getattr(schedule, "feedback", None) if cls is ScheduleBinder else None
         chosen: type[Self] = _SUBCLASSES.get(feedback, cls)
         return super().__new__(chosen)
@@ -123,8 +123,8 @@ class ScheduleBinder(TorchInterface):
         self._bind(self._read_base(complete_base(base, len(optimizer.param_groups))))
         self._first_step = FirstStep(optimizer)
         self.evidence: Evidence | None = None
-        """Losses and learning rates that led to the last decision. None before the first decision,
-        and if the decision was restored from a checkpoint."""
+        """Losses and learning rates that led to the last decision. None before the first decision
+        or if the decision was restored from a checkpoint."""
         for warning in schedule.resolve(horizon).warnings():
             warnings.warn(warning, stacklevel=3)
         self._state, self.last_epoch = self.controller.init(), at
@@ -360,7 +360,7 @@ class ScheduleBinder(TorchInterface):
 
     @property
     def length(self) -> int | None:
-        """Number of steps after which the schedule has ended; None if it does not end."""
+        """Number of steps after which the schedule ends; None if it never ends."""
         length = self.schedule.resolve(self._horizon).length
         ratio = self._horizon.scale_ratio if self._horizon is not None else 1.0
         if length is None or not self.schedule.has_rate_per_step:
@@ -391,8 +391,8 @@ class ScheduleBinder(TorchInterface):
         Args:
             state_dict: saved state.
             override: whether to accept the state of a schedule with different parameters or initial
-                hyperparameters. This schedule keeps its own values, but continues from the saved
-                step.
+                hyperparameters. If true, this schedule keeps its own parameters and initial
+                hyperparameters, and continues from the saved step.
 
         Raises:
             ValueError: the state is from a different schedule, or has a different number of param
@@ -428,7 +428,7 @@ class ScheduleBinder(TorchInterface):
 
     @property
     def _compared(self) -> Collection[str]:
-        """Names of the hyperparameters whose initial values must match those of a saved state."""
+        """Names of the hyperparameters whose initial values must match the saved state."""
         return self._slots.keys()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Apply the keys that other libraries add to param groups, such as timm's ``lr_scale``.
 
 - ``lr_scale`` (timm, fairseq, MAE) and ``lr_mult`` (earlier versions of Megatron-LM) multiply the
-  learning rate of every schedule, and ``wd_mult`` (Megatron-LM) multiplies the weight decay.
-- ``max_lr``, ``min_lr``, ``start_wd`` and ``end_wd`` (Megatron-LM) replace the parameters of the
-  schedules that list them in `Schedule.group_keys`.
+  scheduled learning rate. ``wd_mult`` (Megatron-LM) multiplies the scheduled weight decay.
+- ``max_lr``, ``min_lr``, ``start_wd`` and ``end_wd`` (Megatron-LM) replace the parameters with the
+  same names, in schedules that list these names in `Schedule.group_keys`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _WRITTEN_BY_ONE_CYCLE_LR = {"initial_lr", "max_lr", "min_lr"}
 def bind_to_groups(
     schedule: Schedule[Any], base: Base, horizon: Horizon | None, groups: Sequence[Group]
 ) -> Controller[Any]:
-    """Return the controller of a schedule, with the effect of the keys in the param groups.
+    """Return a controller that runs a schedule and applies the keys of the param groups.
 
     Args:
         schedule: schedule to bind.
-        base: initial hyperparameters, without the factors in the groups.
+        base: initial hyperparameters, not yet multiplied by the factors in the groups.
         horizon: length of the run.
         groups: param groups of the optimizer.
 
@@ -71,7 +71,7 @@ def _read_factors(hyperparameter: str, groups: Sequence[Group]) -> tuple[float, 
 
 
 def _find_factor(names: Sequence[str], groups: Sequence[Group]) -> tuple[int, str]:
-    """Return the index of the first param group with a factor other than 1, and its key."""
+    """Return the index of the first group with a factor other than 1, and the key of the factor."""
     keys = [key for name in names for key in _MULTIPLIERS.get(name, ())]
     return next(
         (index, key) for index, group in enumerate(groups) for key in keys if group.get(key, 1) != 1
@@ -92,7 +92,7 @@ def _check_not_applied(
     if are_equal(before):
         key = _find_factor(["lr"], groups)[1]
         raise ValueError(
-            f"The schedule multiplies the learning rate of each param group by the group's key "
+            f"The schedule multiplies the learning rate of each param group by the group's "
             f"`{key}`, but the learning rates ({', '.join(f'{lr:g}' for lr in lrs)}) already "
             "include this factor. Remove the key, or give all groups the same learning rate."
         )

@@ -41,7 +41,7 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
         """Pass a metric to the schedule, and set the learning rates if the schedule changes them.
 
         Args:
-            metrics: value of the metric, a number or a scalar tensor; None if this step has none.
+            metrics: value of the metric, a number or a scalar tensor; None if there is no value.
             metric: alias of ``metrics``.
             loss: alias of ``metrics``.
         """
@@ -65,9 +65,9 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
         return self.controller.values(before) == self.controller.values(self._state)
 
     def _read_base(self, given: Base) -> Base:
-        """Return the current learning rates. The schedule multiplies them by its factor.
+        """Return the current learning rates, which the schedule multiplies by its factor.
 
-        With a warmup, return the initial learning rates. The warmup ends at these values.
+        With a warmup, return the initial learning rates, at which the warmup ends.
         """
         if getattr(self.schedule, "warmup_steps", 0):
             return super()._read_base(given)
@@ -90,7 +90,7 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
 
     @property
     def cooldown_counter(self) -> int:  # type: ignore[override]  # read-only here
-        """Number of metric values that remain in the cooldown after the last reduction."""
+        """Number of metric values left in the cooldown after the last reduction."""
         return int(self._state.plateau.rests)
 
     @property

@@ -26,7 +26,8 @@ __all__ = [
 ]
 
 BaseValues = float | Sequence[float] | Mapping[str, float | Sequence[float]]
-"""Initial learning rate of all param groups or of each, or a dict of initial hyperparameters."""
+"""Initial learning rate as a number or as a list with one number per param group, or a dict that
+maps the names of hyperparameters to such values."""
 
 _NAMES = ("lr", "momentum", "weight_decay")
 
@@ -41,7 +42,7 @@ class _SavedState:
     base: dict[str, tuple[Annotated[float, Range()], ...]]
     state: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
     is_written: bool = field(default=True, metadata=OPTIONAL)
-    """Whether the param groups had the values of this schedule, not of a different one."""
+    """Whether the param groups had the values of this schedule when the state was saved."""
 
 
 def complete_base(base: BaseValues | None, groups: int) -> Base:
@@ -83,7 +84,8 @@ def build_identity(schedule: Schedule[Any], horizon: Horizon | None) -> dict[str
 def _to_json(value: Any) -> Any:
     """Convert a value to JSON types.
 
-    A function becomes its import path, and any other object the import path of its class.
+    A tensor or an array becomes a list, and a function or a class becomes its import path. Any
+    other object becomes the import path of its class.
     """
     if isinstance(value, Mapping):
         return {str(key): _to_json(each) for key, each in value.items()}
@@ -213,6 +215,7 @@ def read_state(
         raise ValueError(f"The saved state of the schedule is damaged: {error}") from error
     if not all(math.isfinite(each) for group in values.values() for each in group):
         raise ValueError(
-            f"The saved state of the schedule is damaged: the values are not finite ({values})."
+            "The saved state of the schedule is damaged: the schedule would set values that are "
+            f"not finite ({values})."
         )
     return state

@@ -35,21 +35,23 @@ class TorchInterface(LRScheduler):
     controller: Controller[Any]
     _horizon: Horizon | None
     before_use: Callable[[], None] | None = None
-    """Function that the methods call first. The engine uses it to complete its last step."""
+    """Function that methods such as `get_last_lr` call first. The engine sets it to complete a
+    deferred step."""
     _extra_count = 0
     _losses: tuple[float, ...] = ()
     """Losses passed to `record_loss` since the last step."""
     _position: int
-    """Number of steps, which a script cannot set."""
+    """Number of steps. A script can set `last_epoch`, but not this attribute."""
     last_epoch: int
     """Number of optimizer steps so far, without skipped steps. As in PyTorch, a script can set it,
-    and the next `step` continues from there; with a feedback schedule, `step` raises an error."""
+    and the next `step` continues from there. For a feedback schedule, `step` raises an error."""
     _base: Base
     _base_lrs: BaseLRs
     _doubt: str | None
     """Why the initial hyperparameters are uncertain; None if they are known."""
     _writer: RangeWriter | None
-    """Writer of the current range of steps; None before the first step, and with feedback."""
+    """Writer of the current range of steps; None before the first step, and for feedback
+    schedules."""
     _slots: Mapping[str, Sequence[Slot]]
 
     @property
@@ -156,7 +158,7 @@ class TorchInterface(LRScheduler):
             self._losses += (_read_loss(loss),)
 
     def _take_loss(self, loss: Tensor | float | None) -> float | None:
-        """Return the mean of the recorded losses and discard them, or return ``loss``."""
+        """Return the mean of the recorded losses and discard them; without any, return ``loss``."""
         losses = self._losses
         if losses and loss is not None:
             raise ValueError(
@@ -173,7 +175,7 @@ class TorchInterface(LRScheduler):
         if self.schedule.feedback is not None and self.last_epoch != self._position:
             raise ValueError(
                 f"`last_epoch` must not be changed, because {self.schedule.type_name} depends on "
-                f"past values of the {self.schedule.feedback}, got {self.last_epoch} after "
+                f"past values of the {self.schedule.feedback}. It is now {self.last_epoch}, after "
                 f"{self._position} steps. Call step() for each step. To change the step, call "
                 "load_state_dict() with a saved state."
             )

@@ -28,7 +28,7 @@ Base = Mapping[str, tuple[float, ...]]
 "weight_decay") to its value in each param group."""
 
 DEFAULT_BASE: Base = {"lr": (0.1,), "momentum": (0.9,), "weight_decay": (0.0,)}
-"""Initial hyperparameters that are used if there is no optimizer, for a single param group."""
+"""Initial hyperparameters of a single param group, used if there is no optimizer."""
 
 Values = Mapping[str, tuple[float, ...]]
 """Maps the name of a hyperparameter to its value in each param group."""
@@ -46,7 +46,7 @@ class Decision(NamedTuple):
     """New learning rate of the first param group."""
     reason: str
     probability: float | None = None
-    """Probability that the loss has passed its minimum, if a test led to the change."""
+    """Probability that the loss has passed its minimum; None if no test led to the change."""
 
 
 class Band(NamedTuple):
@@ -56,7 +56,7 @@ class Band(NamedTuple):
     """
 
     positions: Sequence[float]
-    """Positions of the points, from 0 (start of the losses) to 1 (end)."""
+    """Positions at which the process is evaluated, from 0 (first loss) to 1 (end of the losses)."""
     mean: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]

@@ -380,7 +380,7 @@ def inverse_sqrt(start_value: float, steps: float) -> Curve:
 def inverse_sqrt_ramp(start_value: float, end_value: float, steps: float) -> Curve:
     """Return the inverse square root ramp ``f(k) = start / sqrt(1 + c * min(1, k / steps))``.
 
-    ``c = (start / end) ** 2 - 1``, so that the value at step ``steps`` is ``end``.
+    With ``c = (start / end) ** 2 - 1``, the value at step ``steps`` is ``end``.
 
     >>> [round(value, 6) for value in inverse_sqrt_ramp(1.0, 0.5, steps=3).values(5)]
     [1.0, 0.707107, 0.57735, 0.5, 0.5]

@@ -29,7 +29,7 @@ _TIME = re.compile(r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([a
 _WHOLE = ("ep", "ba", "sp", "tok")
 
 MAX_STEPS = 2**53
-"""Maximum length of a run or duration in steps. A float represents each step up to it exactly."""
+"""Maximum number of steps in a run or duration. Floats represent all integers up to it exactly."""
 
 
 _POSITIVE = (
@@ -169,8 +169,8 @@ def _count_per_step(unit: str, horizon: Horizon, text: str) -> float:
     """Return the number of samples or tokens in an optimizer step."""
     if unit == "tok" and horizon.tokens_per_sample is None:
         raise DurationError(
-            f"{text} requires the number of tokens per sample. All samples must have the same "
-            'number. Set "engine": {"tokens_per_sample": 2048} in the config, pass '
+            f"{text} requires the number of tokens per sample, which must be the same for all "
+            'samples. Set "engine": {"tokens_per_sample": 2048} in the config, pass '
             "horizon=Horizon(samples_per_step=…, tokens_per_sample=…) in a custom loop, or specify "
             'a number of steps ("500ba").'
         )

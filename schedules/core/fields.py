@@ -93,7 +93,7 @@ class AutoValue(NamedTuple):
 
 
 class AnyValue(NamedTuple):
-    """Marker for a field that accepts any JSON value: the wrapped scheduler validates it."""
+    """Marker for a field that accepts any JSON value, because the wrapped scheduler checks it."""
 
 
 PerGroup = float | Sequence[float]
@@ -252,7 +252,7 @@ class Field:
         return {"number", "array"} <= set(self.schema.get("type", ()))
 
     def complete(self, description: str, *, explain_time: bool = True) -> str:
-        """Append sentences about the accepted values and the unit to a description.
+        """Return a description, followed by sentences about the accepted values and the unit.
 
         Args:
             description: sentences about the meaning of the field.
@@ -327,7 +327,7 @@ def _to_plain(value: Any) -> Any:
 def _find_invalid(
     place: str, schema: Mapping[str, Any], value: Any
 ) -> tuple[str, Mapping[str, Any], Any]:
-    """Return the location, the schema and the value of the innermost invalid part of a value."""
+    """Return the path, the schema and the value of the most deeply nested invalid item."""
     parts: list[tuple[str, Mapping[str, Any], Any]] = []
     if isinstance(value, tuple) and "items" in schema:
         parts = [(f"{place}[{index}]", schema["items"], each) for index, each in enumerate(value)]
@@ -373,7 +373,7 @@ class _Annotation:
     free: bool = False
 
     def read(self, hint: Any) -> _Annotation:
-        """Read the types, limits and unit from a type hint and its parts, and return ``self``."""
+        """Read the types, limits and unit from a type hint, and return ``self``."""
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
         if origin is Annotated:
             for mark in arguments[1:]:

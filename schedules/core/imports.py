@@ -41,7 +41,7 @@ class ImportForbiddenError(ValueError):
 
 @contextmanager
 def imports_allowed(allowed: bool) -> Iterator[None]:
-    """Allow or forbid, inside this context, importing code that a config names.
+    """Allow or forbid imports of code named in a config, inside a ``with`` block.
 
     >>> with imports_allowed(False):  # doctest: +ELLIPSIS
     ...     import_attribute("math:pi")

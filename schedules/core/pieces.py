@@ -43,13 +43,13 @@ class Piece(NamedTuple):
     end: float
     formula: Formula
     elementwise: bool
-    """Whether arrays are evaluated in a loop, because numpy's sin and log round differently."""
+    """Whether to evaluate arrays in a loop, because numpy rounds sin and log unlike ``math``."""
     line: Line | None = None
     """Coefficients of the formula, if it is linear."""
 
 
 def constant_piece(value: float, start: float, end: float) -> Piece:
-    """Return a piece that has the same value at every step of ``start <= step < end``."""
+    """Return a piece that has the same value at every step in ``start <= step < end``."""
     line = Line(value, 0.0, start, 1.0)
     return Piece(start, end, lambda k: value, elementwise=False, line=line)
 
@@ -63,7 +63,7 @@ def find_next_step(piece: Piece, step: int, end: int) -> int:
     """Return the first whole step after the piece that contains ``step``, but at most ``end``.
 
     The result is always greater than ``step``, so that a loop over pieces advances even if rounding
-    makes ``step`` the end of the piece.
+    makes the piece end at ``step``.
     """
     return max(step + 1, math.ceil(piece.end)) if piece.end < end else end
 

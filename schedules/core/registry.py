@@ -49,7 +49,7 @@ _OTHER_NAMES = {
     "warmuplineardecaylr": "WarmupDecayLR",
     "wsd": "WarmupStableDecay",
 }
-"""Names of schedules in transformers and elsewhere, in lower case, and our closest schedules."""
+"""Maps lowercase names of schedules in other libraries to the closest built-in schedules."""
 
 
 class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
@@ -191,7 +191,7 @@ def find(name: str) -> type[Schedule[Any]]:
 
 
 def suggest(name: str) -> str | None:
-    """Return the known schedule name that is closest to an unknown name; None if none is close.
+    """Return the known schedule name that is closest to an unknown name; None if no name is close.
 
     >>> suggest("OneCicle"), suggest("cosine"), suggest("nonsense")
     ('OneCycle', 'cosine_schedule_with_warmup', None)

@@ -23,7 +23,7 @@ Size = Annotated[int, Range(at_least=1)]
 _MAX_INT = 2**63 - 1
 
 OPTIONAL = {"optional": True}
-"""Metadata of a dataclass field that a state saved by an earlier version may lack."""
+"""Metadata of a dataclass field that may be missing from a state saved by an earlier version."""
 
 _WORDS = {int: "a 64-bit whole number", float: "a number", bool: "true or false", str: "a string"}
 

@@ -58,7 +58,7 @@ _LENGTH_FIELDS = (
 """Names that other libraries use for the length of a schedule."""
 
 _SHOWN_STEPS = 1000
-"""Length of the run for which a notebook shows a schedule with fractions of the run."""
+"""Length of the run, in steps, that a notebook assumes for durations such as "0.1dur"."""
 
 C = TypeVar("C")
 S = TypeVar("S")
@@ -81,7 +81,7 @@ class Joint(NamedTuple):
     hyperparameter: str
     step: float
     field: str
-    """Parameter that defines the parts."""
+    """Name of the parameter that defines the phases."""
     fix: str
     """How to remove a jump at this step."""
 
@@ -147,10 +147,10 @@ class Schedule(ABC, Generic[S]):
     """Parameters that a param group of the optimizer can replace with a key of the same name."""
 
     feedback: ClassVar[Literal["loss", "metric"] | None] = None
-    """Value that the schedule receives at each step. None if it depends only on the step."""
+    """Feedback that the schedule receives at each step; None if it depends only on the step."""
 
     example: ClassVar[Mapping[str, Any]] = {}
-    """Parameters of the example in the documentation: 100 steps with 10 steps per epoch."""
+    """Parameters of the example in the documentation, a run of 100 steps (10 steps per epoch)."""
 
     def __init_subclass__(
         cls,
@@ -246,7 +246,7 @@ class Schedule(ABC, Generic[S]):
         return dataclasses.replace(self, **changes)
 
     def _check_minimum(self, name: str, steps: Any) -> None:
-        """Check that no time string is converted to 0 steps, unless the field allows 0."""
+        """Raise an error if a time string is 0 steps and the field requires at least 1 step."""
         least, given = read_fields(type(self))[name].minimum, as_tuple(getattr(self, name))
         for time, count in zip(given, as_tuple(steps), strict=True):
             if is_time_string(time) and count == 0 < least:
@@ -357,7 +357,7 @@ class Schedule(ABC, Generic[S]):
         """Return the learning rate at a step, or an array of learning rates at an array of steps.
 
         Args:
-            step: step or steps, at least 0.
+            step: a step or an array of steps, each at least 0.
             lr: initial learning rate of the param group.
             horizon: length of the run, used to convert time strings to steps and to scale
                 durations.

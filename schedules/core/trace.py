@@ -88,7 +88,7 @@ def complete_base(base: Mapping[str, float | Iterable[float]] | None) -> Base:
 
 
 class Replay(NamedTuple):
-    """Result of `replay`: hyperparameters at each step, and evidence for a feedback decision."""
+    """Result of `replay`: hyperparameters at each step, and evidence for the last decision."""
 
     rows: list[Values]
     """Values at each step. The last row is for the step after the last loss."""

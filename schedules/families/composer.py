@@ -365,7 +365,7 @@ class PolynomialScheduler(_Scheduler, example={"power": 2.0}):
 class PolynomialWithWarmupScheduler(
     _WithWarmup, PolynomialScheduler, example={"t_warmup": "0.2dur"}
 ):
-    """Linear warmup followed by the decay of `PolynomialScheduler`; quadratic by default.
+    """Linear warmup followed by `PolynomialScheduler`. The decay is quadratic by default.
 
     With x = min(1, (k - t_warmup) / (t_max - t_warmup))::
 

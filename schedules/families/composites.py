@@ -286,7 +286,7 @@ class ChainedScheduler(
 
 
 def _suggest_warmup(part: Schedule[Any]) -> str:
-    """Return advice for adding a warmup to a schedule that cannot be combined with others."""
+    """Return a hint to set ``warmup_steps``; "" if the schedule does not have this parameter."""
     return ", with `warmup_steps` for a warmup" if hasattr(part, "warmup_steps") else ""
 
 

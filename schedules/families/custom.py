@@ -180,7 +180,7 @@ def _make_class(
     parameters: Iterable[inspect.Parameter],
     namespace: dict[str, Any],
 ) -> type[C]:
-    """Create a subclass of a schedule class, with one field per parameter of a function."""
+    """Create a subclass of ``base`` with one field for each of ``parameters``."""
     fields = [
         (
             parameter.name,
@@ -206,7 +206,7 @@ def _make_class(
 
 
 def _convert_default(default: Any) -> Any:
-    """Return the default of a field. A list becomes a tuple, because fields hold no lists."""
+    """Convert the default of a parameter to the default of a field. A list becomes a tuple."""
     if default is inspect.Parameter.empty:
         return dataclasses.MISSING
     return tuple(default) if isinstance(default, list) else default
@@ -231,8 +231,8 @@ class WrappedScheduler(Schedule[int]):
         """Names of the hyperparameters that the scheduler sets during its first steps.
 
         The scheduler runs on a dummy optimizer to find these names. If a parameter is a list, it
-        may have one item per param group. The optimizer then has one param group per item of the
-        list or, if the scheduler raises an error, a single group.
+        may have one item per param group. The dummy optimizer then has one param group per item
+        or, if this makes the scheduler raise an error, a single group.
         """
         lists = {len(value) for value in self.params().values() if isinstance(value, list)}
         errors = []
@@ -285,11 +285,11 @@ class WrappedScheduler(Schedule[int]):
 
 
 _TRIAL = {"lr": 0.1, "momentum": 0.123, "weight_decay": 0.0123}
-"""Initial hyperparameters that a scheduler is unlikely to set itself."""
+"""Initial hyperparameters of the dummy optimizer: values that a scheduler is unlikely to set."""
 
 
 class _Recorder:
-    """Recorder of the values that a scheduler sets on a dummy optimizer in recent steps.
+    """Recorder of the latest values that a scheduler has set on a dummy optimizer.
 
     The number of recorded steps is limited, so that memory use does not grow with the length of the
     run. To return the values of an earlier step, the recorder runs the scheduler again from the
@@ -341,7 +341,7 @@ class _Recorder:
 
 
 def _import_params(schedule: Schedule[Any]) -> dict[str, Any]:
-    """Return the parameters that differ from their defaults, with import paths imported."""
+    """Return the parameters that differ from their defaults, with import paths resolved."""
     return {name: _import_functions(value) for name, value in schedule.params().items()}
 
 
@@ -392,7 +392,7 @@ class FunctionSchedule(LearningRateSchedule):
 
 
 def _optional_parameters(function: Any) -> list[inspect.Parameter]:
-    """Return the parameters of a function of the step that can be passed by name."""
+    """Return the parameters of a function, except the first, that can be passed by name."""
     try:
         parameters = _parameters(function)
     except (TypeError, ValueError):  # without a signature, such as some functions in C

@@ -1,4 +1,4 @@
-"""The schedulers of the book "Dive into Deep Learning", with MXNet's warmup.
+"""Schedulers from the book "Dive into Deep Learning", with MXNet's warmup.
 
 Learning rates are absolute values, not factors. Every schedule can start with a linear or constant
 warmup. The values match the book (https://d2l.ai/chapter_optimization/lr-scheduler.html). MXNet's
@@ -106,8 +106,8 @@ class SquareRootScheduler(_WithWarmup, example={}):
 class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.02}):
     """Multiply the learning rate by a factor at regular intervals, down to a minimum.
 
-    As in MXNet, the factor is applied every ``step`` steps. If ``step`` is null, the factor is
-    applied before every step, including the first. This matches the book::
+    As in MXNet, the factor is applied every ``step`` steps. If ``step`` is null, as in the
+    book, the factor is applied before every step, including the first::
 
         lr(k) = max(stop_factor_lr, base_lr * factor ** floor(k / step))  if step
         lr(k) = max(stop_factor_lr, base_lr * factor ** (k + 1))          otherwise

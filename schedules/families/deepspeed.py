@@ -113,8 +113,8 @@ class OneCycle(
     """Number of equal stairs in the second half of the cycle; 0 disables the staircase, and null
     uses `cycle_first_stair_count`."""
     decay_step_size: StepsOrZero | None = None
-    """Length of the decay intervals after the cycle. Each interval adds the decay rates to the
-    divisors. The decay does not end, so set engine.max_duration. 0 or null disables the decay."""
+    """Length of each decay interval after the cycle; see `decay_lr_rate`. The decay never ends, so
+    set `engine.max_duration` to end the run. 0 or null disables the decay."""
     post_cycle_decay_step_size: StepsOrZero | None = None
     """Alias of `decay_step_size`, used in DeepSpeed's tutorial. Set only one of the two keys."""
     cycle_momentum: bool = True
@@ -227,7 +227,7 @@ class LRRangeTest(
 
         lr(k) = lr_range_test_min_lr * (1 + lr_range_test_step_rate * x)
 
-    In a staircase, x is rounded down. Stop the run when the loss diverges.
+    With ``lr_range_test_staircase``, x is rounded down. Stop the run when the loss diverges.
 
     >>> test = LRRangeTest(lr_range_test_min_lr=0.1, lr_range_test_step_size=2)
     >>> [round(lr, 6) for lr in test.curves({"lr": (0.1,)})["lr"][0].values(5)]
@@ -402,11 +402,11 @@ class WarmupCosineLR(
     total_num_steps: Annotated[Steps, _AUTO]
     """Length of the run, including the warmup."""
     warmup_min_ratio: Ratio = 0.0
-    """Learning rate at the first step as a fraction of the param group's initial learning rate."""
+    """Learning rate at the first step, as a fraction of the param group's initial learning rate."""
     warmup_num_steps: Annotated[WarmupSteps, _AUTO] = 1000
     """Length of the warmup."""
     cos_min_ratio: Ratio = 0.0001
-    """Learning rate at and after the end of the run as a fraction of the param group's initial
+    """Learning rate at and after the end of the run, as a fraction of the param group's initial
     learning rate."""
     warmup_type: WarmupType = "log"
     """Shape of the warmup; with "log", the learning rate rises fastest in the first steps."""

@@ -99,9 +99,9 @@ class Phases(
     A phase is ``{"shape": …, "from": …, "to": …, "duration": …}``. "shape" is "linear" (the
     default), "constant", "cosine", "polynomial" (quadratic), "exponential" (linear on a log scale),
     "half-life" (Megatron-LM's exponential decay), "1-sqrt" (1 minus square root) or "inverse-sqrt"
-    (``from / sqrt(1 + c * x)`` with x from 0 to 1, and c such that it ends at "to"). "from"
-    defaults to the end value of the previous phase or, in the first phase, to the param group's
-    initial value. "to" defaults to the start value. After the last phase, the value stays constant.
+    (``from / sqrt(1 + c * x)`` with x from 0 to 1, and c chosen so that the phase ends at "to").
+    "from" defaults to the end value of the previous phase or, in the first phase, to the param
+    group's initial value. "to" defaults to "from". After the last phase, the value stays constant.
 
     The decay of Vaswani et al., ``peak * sqrt(W / k)`` after a warmup of W steps, is an
     "inverse-sqrt" phase of N steps from peak to ``peak * sqrt(W / (W + N))``.
@@ -117,7 +117,7 @@ class Phases(
     lr: PhaseList | None = None
     """Phases of the learning rate."""
     momentum: PhaseList | None = None
-    """Phases of momentum (betas[0] if the optimizer has betas)."""
+    """Phases of the momentum (betas[0] if the optimizer has betas)."""
     weight_decay: PhaseList | None = None
     """Phases of the weight decay."""
     relative: bool = False
@@ -283,8 +283,9 @@ class WarmupStableDecay(
     min_lr_ratio: Ratio = 0.0
     """Learning rate at the end of the decay as a fraction of the initial learning rate."""
     one_based_warmup: bool = False
-    """Whether the warmup counts its steps from 1, as (k + 1) / warmup_steps. The learning rate of
-    the first step is then not 0, and the warmup ends one step earlier."""
+    """Whether warmup steps are counted from 1: at step k, the learning rate is multiplied by
+    (k + 1) / warmup_steps. The learning rate of the first step is then not 0, and the warmup ends
+    one step earlier."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         needed, total = self._warmup + self._decay, as_number(self.total_steps)
@@ -335,8 +336,9 @@ class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
     """Number of steps after the warmup over which the learning rate falls to 1 / sqrt(2) of its
     peak; null uses `warmup_steps`."""
     one_based_warmup: bool = False
-    """Whether the warmup counts its steps from 1, as (k + 1) / warmup_steps. The learning rate of
-    the first step is then not 0, and the warmup ends one step earlier."""
+    """Whether warmup steps are counted from 1: at step k, the learning rate is multiplied by
+    (k + 1) / warmup_steps. The learning rate of the first step is then not 0, and the warmup ends
+    one step earlier."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if not (self.timescale or self.warmup_steps):

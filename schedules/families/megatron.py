@@ -46,8 +46,8 @@ class OptimizerParamScheduler(
 ):
     """Megatron-LM's scheduler: learning rate warmup and decay, and an increasing weight decay.
 
-    Durations are in optimizer steps. In Megatron-LM, durations are in samples. The decay ends at
-    step ``lr_decay_steps`` of the run, and the learning rate stays at ``min_lr`` afterwards. With
+    Unlike in Megatron-LM, durations are in optimizer steps, not in samples. The decay ends at step
+    ``lr_decay_steps`` of the run, and the learning rate stays at ``min_lr`` afterwards. With
     ``lr_decay_style`` "WSD", the learning rate is constant after the warmup and decays over the
     last ``wsd_decay_steps`` steps. With "constant", it does not decay.
 

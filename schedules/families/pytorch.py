@@ -2,8 +2,8 @@
 
 Formulas and defaults match torch/optim/lr_scheduler.py (2.13). PyTorch computes most values from
 the previous value. Here, each value depends only on the step k. After the end of a schedule, the
-last value is kept. PyTorch's CosineAnnealingLR rises again. The differences are described in
-docs/decisions/0006-pytorch-schedules.md.
+last value is kept, whereas PyTorch's CosineAnnealingLR rises again. The differences are described
+in docs/decisions/0006-pytorch-schedules.md.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class MultiStepLR(LearningRateSchedule, example={"milestones": [30, 60, 80], "ga
     """
 
     milestones: Milestones
-    """Steps at which the learning rate is multiplied by `gamma`, in any order. A step that occurs
-    twice multiplies the learning rate twice."""
+    """Steps at which the learning rate is multiplied by `gamma`, in any order. If a step is
+    listed twice, the learning rate is multiplied twice."""
     gamma: Factor = 0.1
     """Factor applied to the learning rate at each milestone."""
 
@@ -200,7 +200,7 @@ class CosineAnnealingLR(LearningRateSchedule, example={"T_max": 80, "eta_min": 0
 class CosineAnnealingWarmRestarts(LearningRateSchedule, example={"T_0": 15, "T_mult": 2}):
     """Cosine annealing with warm restarts.
 
-    Each cycle is ``T_mult`` times as long as the previous one. At fraction x of a cycle::
+    Each cycle is ``T_mult`` times as long as the previous one. After a fraction x of a cycle::
 
         lr(x) = eta_min + (lr - eta_min) * (1 + cos(pi * x)) / 2
 

@@ -51,8 +51,9 @@ class _WarmupAndDecay(_PeakSchedule):
     end_lr_ratio: Ratio = 0.1
     """Learning rate at and after the end of the run as a fraction of the peak learning rate."""
     one_based_warmup: bool = False
-    """Whether the warmup counts its steps from 1, as (k + 1) / warmup_steps. The learning rate of
-    the first step is then not 0, and the warmup ends one step earlier."""
+    """Whether warmup steps are counted from 1: at step k, the learning rate is multiplied by
+    (k + 1) / warmup_steps. The learning rate of the first step is then not 0, and the warmup ends
+    one step earlier."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if as_number(self.warmup_steps) > as_number(self.max_steps):
@@ -70,7 +71,7 @@ class _WarmupAndDecay(_PeakSchedule):
 
     @abstractmethod
     def _decay(self, lr: float, end: float, steps: float) -> Curve:
-        """Return the curve after the warmup: a decay from ``lr`` to ``end`` over ``steps``."""
+        """Return the curve after the warmup, a decay from ``lr`` to ``end`` in ``steps`` steps."""
 
 
 @schedule_class
@@ -139,8 +140,8 @@ class StepSchedule(
 
         lr(k) = lr * gamma ** floor(k / decay_steps)
 
-    Source: SambaFlow's documentation, example of a custom schedule that halves the learning rate
-    every 100 steps.
+    Source: SambaFlow's documentation, where an example of a custom schedule halves the learning
+    rate every 100 steps.
     """
 
     decay_steps: Steps = 100

@@ -24,14 +24,14 @@ Count = Annotated[int | None, Range(at_least=1)]
 
 @schedule_class
 class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "total_epochs": 10}):
-    """Increase the learning rate until the loss has passed its minimum, then decay it.
+    """Increase the learning rate, then decay it once the loss has passed its minimum.
 
     The warmup increases the learning rate exponentially from ``min_lr`` to ``max_lr``. Meanwhile, a
     Gaussian process fitted to the losses estimates the probability that the loss has passed its
     minimum. Several consecutive confident estimates (three with the default test) end the warmup.
     The learning rate then returns to its value at the minimum of the loss (``peak`` below). It
-    stays constant unless ``immediate_cooldown`` is true, and decays in the cooldown at the end of
-    the run::
+    stays constant until the cooldown at the end of the run. If ``immediate_cooldown`` is true, the
+    cooldown starts right after the warmup::
 
         warmup    lr(k) = min_lr * (max_lr / min_lr) ** (k / W)
         cooldown  lr(k) = peak * (1 + cos(pi * n / D)) / 2   after n of D steps
@@ -43,15 +43,15 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     group.
 
     The parameter ``test`` selects the test that makes these estimates and ends the warmup. The test
-    "reference" is that of the published code. It runs once per epoch, needs about thirty epochs,
+    "reference" comes from the published code. It runs once per epoch, needs about thirty epochs,
     and depends on the scale of the loss. The test "robust" runs about sixty times per warmup, does
     not depend on the scale of the loss, tolerates loss spikes, and starts the decay exactly at the
     peak.
 
-    If ``rollback`` is true, the weights and the optimizer state are restored when the warmup ends.
-    The restored values are those at the end of the test interval with the lowest mean loss. A test
-    interval consists of the steps from one test to the next. A rollback helps models that diverge
-    at high learning rates, for example without normalization layers.
+    If ``rollback`` is true, the warmup ends by restoring the weights and the optimizer state from
+    the end of the test interval with the lowest mean loss. A test interval consists of the steps
+    from one test to the next. A rollback helps models that diverge at high learning rates, such as
+    models without normalization layers.
 
     The engine passes the loss of ``trainer.backward(loss)`` to the schedule. In a custom loop, call
     ``step(loss=loss)``. Previews show a run on a synthetic loss.
@@ -88,14 +88,14 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     immediate_cooldown: bool = False
     """Whether the cooldown starts immediately after the warmup, without a constant phase."""
     decay_phase_stat: Literal["loss"] | None = None
-    """Statistic that determines when the learning rate is reduced in the constant phase; null
-    reduces it at most once, at the start of the phase. With "loss", the learning rate is multiplied
-    by `decay_phase_factor` whenever the mean loss per epoch has not improved for more than five
-    epochs."""
+    """Statistic that determines when the learning rate is reduced between the warmup and the
+    cooldown. With null, the learning rate is reduced at most once, right after the warmup. With
+    "loss", it is multiplied by `decay_phase_factor` whenever the mean loss per epoch has not
+    improved for more than five epochs."""
     decay_phase_factor: Annotated[float, Range(above=0, at_most=1)] = 1.0
-    """Factor applied to the learning rate in the constant phase. If `decay_phase_stat` is null, the
-    factor is applied once, when a test ends the warmup. If `decay_phase_stat` is "loss", the factor
-    is applied at each plateau of the loss."""
+    """Factor applied to the learning rate between the warmup and the cooldown. If
+    `decay_phase_stat` is null, the factor is applied once, when a test ends the warmup. If
+    `decay_phase_stat` is "loss", the factor is applied at each plateau of the loss."""
     cooldown_fraction: Fraction = 0.2
     """Length of the decay at the end of the run as a fraction of the run. The decay starts even if
     the warmup has not ended."""
@@ -105,8 +105,8 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     """Test that ends the warmup: the test of the published code ("reference"), or a test that does
     not depend on the scale of the loss ("robust")."""
     rollback: bool = False
-    """Whether to restore the weights and the optimizer state when the warmup ends. The restored
-    values are those at the end of the test interval with the lowest mean loss."""
+    """Whether the warmup ends by restoring the weights and the optimizer state from the end of the
+    test interval (the steps between two tests) with the lowest mean loss."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.min_lr >= self.max_lr:

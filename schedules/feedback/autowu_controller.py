@@ -27,12 +27,12 @@ class Decay:
 
     cooldown_type: Literal["cosine", "half_cosine"]
     cooldown_start: float
-    """Latest step at which the cooldown starts."""
+    """Last step at which the cooldown can start."""
     is_immediate: bool
     """Whether the cooldown starts right after the warmup, without a constant phase."""
     factor: float
     reduces_on_plateau: bool
-    """Whether the factor is applied at each plateau of the loss instead of after the warmup."""
+    """Whether `factor` is applied at each plateau of the loss instead of after the warmup."""
 
 
 class AutoWUController(FeedbackController[AutoWUState]):
@@ -44,8 +44,8 @@ class AutoWUController(FeedbackController[AutoWUState]):
         test: test that ends the warmup. Its attribute ``warmup`` holds the warmup's parameters.
         decay: parameters of the phases after the warmup.
         total_steps: length of the run in steps.
-        lrs: initial learning rate of each param group. Only their ratios to the first nonzero one
-            are used.
+        lrs: initial learning rate of each param group. Only the ratios to the first nonzero
+            learning rate are used.
     """
 
     def __init__(

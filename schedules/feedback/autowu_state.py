@@ -29,8 +29,8 @@ class AutoWUState:
     """State of the random number generator that samples losses. None before the first sample."""
     votes: tuple[bool, ...] = ()
     alone: Count = 0
-    """Number of consecutive robust tests that were confident that the current loss is above the
-    minimum, whether or not they were confident about the initial loss."""
+    """Number of consecutive robust tests that found the current loss to be above the minimum,
+    regardless of their result for the initial loss."""
     chance: float = 0.0
     """Probability that the loss has passed its minimum, according to the last test."""
     argmin: float = 1.0

@@ -33,9 +33,9 @@ class FeedbackController(Controller[S]):
         """
 
     def continue_from(self, state: S, values: Values) -> S:
-        """Return a state that continues from ``values``, the current values in the optimizer.
+        """Return a state that continues from ``values``, the optimizer's current hyperparameters.
 
-        Other code may have changed these values. By default, the state is returned unchanged.
+        Other code may have changed the hyperparameters. By default, return ``state`` unchanged.
         Override this method in a controller that multiplies the current values.
         """
         del values
@@ -61,7 +61,7 @@ class FeedbackSchedule(Schedule[S]):
 
     @abstractmethod
     def controller(self, base: Base) -> FeedbackController[S]:
-        """Build the controller for the initial hyperparameters ``base`` of an optimizer.
+        """Return the controller for an optimizer with the initial hyperparameters ``base``.
 
         Call this method only on a schedule returned by `resolve`.
         """
@@ -71,7 +71,7 @@ class FeedbackSchedule(Schedule[S]):
         """Return the synthetic loss at ``step`` with the learning rate ``lr``, for previews."""
 
     def bind(self, base: Base, horizon: Horizon | None = None) -> FeedbackController[S]:
-        """Convert all durations to steps with `resolve`, and build the controller."""
+        """Return the controller, after converting all durations to steps with `resolve`."""
         resolved: FeedbackSchedule[S] = self.resolve(horizon)
         return resolved.controller(base)
 

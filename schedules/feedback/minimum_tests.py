@@ -67,7 +67,7 @@ class PublishedResult(NamedTuple):
     def is_positive(self) -> bool:
         """Whether the loss has passed its minimum, according to most samples.
 
-        These are the samples whose probability exceeds `CONFIDENCE`.
+        A sample indicates this if its probability exceeds `CONFIDENCE`.
         """
         votes = sum(probability > CONFIDENCE for probability in self.probabilities)
         return votes > REDRAWS / 2

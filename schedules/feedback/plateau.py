@@ -27,7 +27,7 @@ class PlateauState(NamedTuple):
     bad: Count = 0
     """Number of consecutive metric values without an improvement."""
     rests: Count = 0
-    """Number of metric values that are still ignored after the last reduction."""
+    """Number of metric values still to be ignored after the last reduction."""
     factor: float = 1.0
     """Product of the factors of all reductions so far."""
     reductions: Count = 0
@@ -102,8 +102,8 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     ``trainer.step(metric=…)`` or, in a custom loop, to ``step(metric)``. Steps without a value do
     not change the learning rate, except in the warmup. Previews show a run on a synthetic metric.
 
-    The warmup counts the calls to ``step``. If a trainer calls ``step`` only after an evaluation,
-    as Hugging Face's does, the length of the warmup is a number of evaluations.
+    The warmup counts the calls to ``step``. If a trainer calls ``step`` once per evaluation, as
+    Hugging Face's ``Trainer`` does, the length of the warmup is measured in evaluations.
 
     >>> import torch, schedules
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
@@ -123,8 +123,8 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     factor: Annotated[float, Range(at_least=0)] = 0.1
     """Factor applied to the learning rate at each reduction."""
     patience: MetricCount = 10
-    """Number of consecutive metric values without improvement to tolerate. The learning rate is
-    reduced after one more."""
+    """Maximum number of consecutive metric values without an improvement. The next such value
+    reduces the learning rate."""
     threshold: Annotated[float, Range(at_least=0)] = 1e-4
     """Minimum change of the metric that counts as an improvement."""
     threshold_mode: Literal["rel", "abs"] = "rel"
@@ -137,11 +137,12 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     eps: Annotated[float, Range(at_least=0)] = 1e-8
     """Minimum reduction of the learning rate; smaller reductions are skipped."""
     warmup_steps: WarmupStepsOrZero = 0
-    """Length of a linear warmup from 0. Metric values during the warmup are ignored. Not in
-    PyTorch."""
+    """Length of a linear warmup from 0. Metric values during the warmup are ignored. PyTorch
+    does not have this parameter."""
     one_based_warmup: bool = False
-    """Whether the warmup counts its steps from 1, as (k + 1) / warmup_steps. The learning rate of
-    the first step is then not 0, and the warmup ends one step earlier."""
+    """Whether warmup steps are counted from 1: at step k, the learning rate is multiplied by
+    (k + 1) / warmup_steps. The learning rate of the first step is then not 0, and the warmup ends
+    one step earlier."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.factor >= 1:
@@ -181,7 +182,7 @@ class PlateauController(FeedbackController[_State]):
         return _State(0, self._rule.init(), self._warm_up(0))
 
     def _warm_up(self, step: int) -> tuple[float, ...]:
-        """Return the learning rates at a step of the warmup, or at its end for later steps."""
+        """Return the learning rates at a step: the initial ones, scaled down during the warmup."""
         factor = self._factors(step) if step < self._warmup_steps else 1.0
         return tuple(factor * lr for lr in self._lrs)
 

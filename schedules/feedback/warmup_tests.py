@@ -34,7 +34,7 @@ class Verdict(NamedTuple):
     """The result of one run of a `WarmupTest`."""
 
     state: AutoWUState
-    """State after the test, which includes its result."""
+    """State after the test, including the result of the test."""
     ends_warmup: bool
     argmins: Sequence[float]
     """Estimated positions of the minimum, from 0 (start of the losses) to 1 (end)."""
@@ -175,7 +175,7 @@ class RobustTest(WarmupTest):
 
 
 class TorchSampler:
-    """Sampler of indices without replacement. Draws the same indices as AutoWU's published code.
+    """Sampler that draws the same indices as AutoWU's published code, without replacement.
 
     The random numbers come from a PyTorch generator.
 

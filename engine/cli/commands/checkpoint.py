@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="output file of export (default: TAG.safetensors in the current directory)",
+        help="with export: file to write (default: TAG.safetensors in the current directory)",
     )
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 _WIDEST_CELL = 45
-"""Width to which names and values are padded, so that a long list does not push all rows right."""
+"""Maximum width to which cells are padded. A longer cell does not shift the other rows."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,9 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--model",
         metavar="MODULE:FUNCTION",
-        help="also print the param groups of a model. FUNCTION is a function that returns the "
-        "model, or the model's class. MODULE is imported; the current directory is searched first. "
-        "If possible, the model is built on the meta device, without memory for its weights",
+        help="also print the param groups of a model. FUNCTION is the model's class, or a function "
+        "that returns the model. MODULE is imported; the current directory is searched first. If "
+        "possible, the model is built on the meta device, without allocating its weights",
     )
     add_set(parser)
     add_allow_imports(parser)

@@ -146,7 +146,7 @@ def _check_deepspeed(*, list_ops: bool) -> Iterator[_Finding]:
 
 
 def _describe_op(builder: object) -> tuple[bool, str]:
-    """Return whether DeepSpeed can build an op, and the reason."""
+    """Return whether DeepSpeed can build an op, and a message that explains the result."""
     try:
         fits = bool(builder.is_compatible(verbose=False))  # type: ignore[attr-defined]
     except Exception as error:  # noqa: BLE001  # different ops raise different exceptions

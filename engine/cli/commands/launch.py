@@ -286,7 +286,10 @@ def _launch_by_slurm(args: argparse.Namespace, request: LaunchRequest, out: Text
         _print_gpu_hint(options, out)
         secrets = [name for name in request.env if is_secret(name)]
         if secrets:
-            print(f"Only you can read it, because it contains {', '.join(secrets)}.", file=out)
+            print(
+                f"Only you can read the job script, because it contains {', '.join(secrets)}.",
+                file=out,
+            )
         return OK
     if is_in_allocation():
         out.flush()

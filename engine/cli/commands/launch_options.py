@@ -50,10 +50,10 @@ _UNSUPPORTED = {
         *("--autotuning", "--save-pid", "--bind-core-list", "--log-level", "--quiet", "-q"),
     ),
 }
-"""Dict from an error message to the unsupported options of torchrun and deepspeed that cause it."""
+"""Maps each error message to the options of torchrun and deepspeed that cause it."""
 
 _ALWAYS_TRUE = ("--no-local-rank", "--force-multi")
-"""Flags of deepspeed that have no effect, because `onecycle launch` always behaves that way."""
+"""Flags of deepspeed that have no effect, because `onecycle launch` behaves as if they were set."""
 
 
 class _Unsupported(argparse.Action):
@@ -78,7 +78,7 @@ class _Group:
 
         Args:
             names: names of the option, as shown in the help.
-            also: names that torchrun or deepspeed use for the option. The help does not show them.
+            also: names of the option in torchrun or deepspeed. The help does not show them.
                 As in torchrun, underscores can replace the hyphens in each name.
             settings: keyword arguments for ``add_argument`` of ``argparse``.
         """
@@ -154,7 +154,7 @@ def _add_host_options(group: _Group) -> None:
         "repeated"
     )
     add("--ssh-opt", action="append", default=[], metavar="O", help=ssh_help)
-    add("--ssh-port", type=parse_positive_int, metavar="P", help="port of ssh on every host")
+    add("--ssh-port", type=parse_positive_int, metavar="P", help="ssh port on every host")
 
 
 def _add_rank_options(group: _Group) -> None:
@@ -187,7 +187,7 @@ def _add_rank_options(group: _Group) -> None:
         type=parse_positive_int,
         default=30,
         metavar="S",
-        help="seconds for the ranks to save a checkpoint before they are killed (default: 30)",
+        help="seconds for saving a checkpoint before the ranks are killed (default: 30)",
     )
 
 

@@ -118,7 +118,7 @@ def _add_repetition_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="after the sweep, do short training runs of --steps steps with a 1Cycle schedule, and "
         "suggest the maximum learning rate of the run with the lowest final loss. Five runs use "
-        "maximum learning rates around the suggestion of the sweep, each twice the previous one. "
+        "maximum learning rates around the sweep's suggestion, each twice the previous one. "
         "If the smallest or the largest of these learning rates is the best, more runs follow. "
         "With this option, the test takes five to ten times as long",
     )
@@ -126,7 +126,7 @@ def _add_repetition_arguments(parser: argparse.ArgumentParser) -> None:
         "--training-steps",
         type=parse_positive_int,
         metavar="N",
-        help="with --refine: number of steps of the planned training run. If N is larger than "
+        help="with --refine: number of steps in the planned training run. If N is larger than "
         "--steps, the suggestion is multiplied by (steps / N)**0.32, because a longer run needs a "
         "smaller learning rate (https://arxiv.org/abs/2409.19913)",
     )
@@ -368,7 +368,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _find_problem(status: int, run: Run, log: Path, args: argparse.Namespace) -> str:
-    """Return the reason why a run has no usable result, or an empty string if it has one."""
+    """Return the reason why a run's result is unusable, or an empty string if it is usable."""
     from engine.range_test.suggestion import MIN_POINTS
 
     name = " ".join(args.script).removeprefix("-- ")
@@ -407,7 +407,9 @@ def _print_result(
     console.print(report.table())
     ends = ", ".join(_END_REASONS.get(run.end, "the end of the script") for run in report.runs)
     steps = ", ".join(str(len(run.lrs)) for run in report.runs)
-    console.print(f"{steps} steps, ended by {ends}. Results: {picture}, {data}", markup=False)
+    console.print(
+        f"Stopped after {steps} steps by {ends}. Results: {picture}, {data}", markup=False
+    )
     if report.max_lr is None:
         console.print(f"no suggestion: {report.suggestion.reason}", markup=False)
         return INVALID

@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--model",
         metavar="MODULE:FUNCTION",
-        help="function that returns the model, or the model's class. MODULE is imported; the "
+        help="the model's class, or a function that returns the model. MODULE is imported; the "
         "current directory is searched first. If possible, the model is built on the meta device, "
-        "without memory for its weights",
+        "without allocating its weights",
     )
     parser.add_argument(
         "--world-size",
@@ -83,7 +83,7 @@ def _parse_count(text: str) -> int:
 
 
 def _read_config(name: str, world_size: int) -> tuple[MemorySettings, Sequence[str]]:
-    """Return the settings of a config, and the class names of the model's blocks."""
+    """Return the memory settings of a config, and the class names in ``engine.wrap``."""
     from engine.config import ConfigError, load_document
     from engine.config.validate import examine
     from engine.memory import read_settings

@@ -13,7 +13,7 @@ __all__ = ["build_model"]
 
 
 def build_model(path: str) -> nn.Module:
-    """Import a function or a class, and build its model on the meta device if that is possible.
+    """Return the model that a function or class builds, on the meta device if possible.
 
     Args:
         path: import path, such as "my_module:build_model".

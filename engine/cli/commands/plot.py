@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 _MAX_EXACT = 100_000
-"""Number of steps up to which each step is plotted in an image."""
+"""Maximum number of steps for which an image shows every step."""
 _SAMPLES = 10_000
-"""Number of steps to plot of a longer run."""
+"""Number of evenly spaced steps to plot if a run has too many steps."""
 _MAX_ROWS = 10_000_000
 _MAX_CURVES = 100
 
@@ -69,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE|TYPE",
-        help="configs or schedule types to add to the plot. The example of each TYPE is stretched "
-        "to the length of the config's run and scaled to the config's peak learning rate",
+        help="configs or schedule types to add to the plot. For each TYPE, its built-in example is "
+        "stretched to the length of the plot and scaled to the config's peak learning rate",
     )
     parser.add_argument(
         "--log", action="store_true", help="plot the learning rate on a logarithmic axis"
@@ -140,7 +140,7 @@ class _PlotData(NamedTuple):
     sources: Mapping[str, str]
     """The config or schedule of each column."""
     auto_values: Mapping[str, Mapping[str, Any]]
-    """The values that replaced "auto", by the path of the config and the name of the param."""
+    """The values that replaced "auto", by config path and parameter name."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -296,7 +296,7 @@ def _preview_configs(args: argparse.Namespace) -> _PlotData:
 
 
 def _find_source(name: str) -> str:
-    """Return the path of a config, or the name of a schedule, that ``--compare`` specifies.
+    """Return the config path or the schedule name for a ``--compare`` argument.
 
     Raises:
         ValueError: the name is neither a file nor a schedule.

@@ -81,8 +81,8 @@ def _choose_page(paths: list[Path]) -> Page:
         return RunPage(paths)
     if len(paths) > 1:
         raise ValueError(
-            "`onecycle ui` opens either one config or one or more run directories. Pass only one "
-            "kind."
+            "`onecycle ui` opens either one config, or one or more run directories. Pass a single "
+            "config, or only run directories."
         )
     file = ConfigFile(paths[0], TEMPLATE)
     file.read()  # An unreadable file is an error of the command.

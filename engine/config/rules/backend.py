@@ -39,7 +39,7 @@ def _check_support(context: RuleContext) -> Iterator[Problem]:
 def _find_torch_only(context: RuleContext) -> Iterator[Problem]:
     """Yield an error for each key that the DeepSpeed backend does not support.
 
-    A key with its default value and a key that does not affect the results are accepted.
+    Keys that have their default value or do not affect the results are accepted.
     """
     for member in context.members:
         torch_only = member.schema.get("x-backend") == "torch"

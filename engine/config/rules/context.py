@@ -38,7 +38,7 @@ class RuleContext:
     structure: Structure
     world_size: int | None
     needs_deepspeed: str | None = None
-    """Part of the model that only DeepSpeed supports, or None."""
+    """Model feature or keyword argument that only DeepSpeed supports; None if there is none."""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -105,11 +105,13 @@ class RuleContext:
     def find_schedule_error(self, schedule: Schedule[Any], base: Base, block: Any) -> str | None:
         """Return the reason why a schedule cannot run with the given initial hyperparameters.
 
+        Return None if the schedule can run. Also return None for schedules that are not checked:
+        feedback schedules, and schedules whose block names custom code.
+
         Args:
             schedule: schedule to check.
             base: initial hyperparameters of the param groups.
-            block: config block of the schedule. If the block names code, the schedule is not
-                checked.
+            block: config block of the schedule.
         """
         error = None
         if schedule.feedback is not None or any(find_named_code(block)):

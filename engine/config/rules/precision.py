@@ -89,7 +89,7 @@ def _check_master_weights(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_accumulation_dtype(context: RuleContext) -> Iterator[Problem]:
-    """Yield a warning if float32 accumulation is requested for possibly 16-bit gradients.
+    """Yield a warning if ``grad_accum_dtype`` is float32, but gradients may have 16 bits.
 
     On the PyTorch backend, a gradient has the data type of its parameter. The data type of the
     model is unknown before the run.

@@ -61,7 +61,7 @@ def _check_warmup_peak(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
-    """Yield a note for each optimizer parameter that the schedule overwrites."""
+    """Yield a note for each optimizer hyperparameter that the schedule overwrites."""
     evaluated = context.evaluated_schedule
     if evaluated is None:
         return

@@ -61,10 +61,7 @@ def _check_offload(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
-    """Yield a warning if the torch backend ignores the configured CPU offloading.
-
-    The torch backend ignores CPU offloading if the run has only one rank.
-    """
+    """Yield a warning for CPU offloading, which the torch backend ignores with only one rank."""
     if context.world_size != 1 or context.backend.name != "torch":
         return
     for name in ("offload_optimizer", "offload_param"):

@@ -194,7 +194,7 @@ def test_validate_and_config_set_override_values_of_the_file(file):
     ("assignment", "message"),
     [
         ("train_batch_size", "must have the form KEY=VALUE, got 'train_batch_size'"),
-        ("train_batch_size.x=1", "a section of `train_batch_size.x` is not an object"),
+        ("train_batch_size.x=1", "a parent of `train_batch_size.x` is not an object"),
     ],
 )
 def test_validate_set_that_cannot_be_applied_is_wrong_usage(file, assignment, message):
