@@ -196,8 +196,8 @@ class _Indices(list[int]):
 
     For each state tensor, `Optimizer.load_state_dict` searches all groups for the parameter,
     because it needs the settings ``fused`` and ``capturable`` of its group. With 10,000 groups, the
-    search takes minutes. Each list therefore claims to contain the parameters of all groups with
-    the same values of ``fused`` and ``capturable``.
+    search takes minutes. To end it at the first suitable group, each list claims to contain the
+    parameters of all groups with the same values of ``fused`` and ``capturable``.
     """
 
     def __init__(self, own: Iterable[int] = (), known: Collection[int] = ()) -> None:

@@ -49,7 +49,7 @@ def format_bytes(size: float) -> str:
 
 
 class EstimateTable(NamedTuple):
-    """A table as text. All columns but the first two and "" contain sizes."""
+    """A table as text. The columns contain sizes, except the first two and those without a name."""
 
     title: str
     columns: Sequence[str]

@@ -51,7 +51,7 @@ class SmoothedCurve:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The suggested maximum learning rate and the learning rate of each rule."""
+    """The suggested maximum learning rate, and the learning rate that each rule suggests."""
 
     max_lr: float | None
     """Suggested maximum; None if the curve does not allow a suggestion (see `reason`)."""

@@ -260,7 +260,7 @@ class TrainingRun:
         self._window.clear()
 
     def add_loss(self, loss: Tensor) -> None:
-        """Record a detached loss, and count it as passed to `backward` or `scale`."""
+        """Record a loss, without its graph, that the script has passed to `backward` or `scale`."""
         self.accumulation.scaled_losses += 1
         self._window.add(loss)
         if self._deferring is None or not self.defers:

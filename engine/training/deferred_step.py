@@ -74,7 +74,7 @@ class StepResult:
     def __init__(self, settle: Callable[[], None]) -> None:
         self._settle: Callable[[], None] | None = settle
         self.is_applied: bool | None = None
-        """The outcome; None if the host has not read it yet."""
+        """Whether the step was applied; None until the host has read the result."""
 
     def __bool__(self) -> bool:
         settle, self._settle = self._settle, None

@@ -111,9 +111,9 @@ class ScheduleBinder(TorchInterface):
     ) -> None:
         if at and schedule.feedback is not None:
             raise ValueError(
-                f"`at` must be 0, because {schedule.type_name} depends on past values of the "
-                f"{schedule.feedback}, got {at}. To start at a later step, call load_state_dict() "
-                "with a saved state."
+                f"`at` must be 0, got {at}. {schedule.type_name} depends on past values of the "
+                f"{schedule.feedback}. To start at a later step, call load_state_dict() with a "
+                "saved state."
             )
         self.schedule = schedule
         self.optimizer = optimizer

@@ -42,11 +42,11 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     param group. The learning rates of the other groups keep their initial ratios to the first
     group.
 
-    The parameter ``test`` selects the test that makes these estimates and ends the warmup. The test
+    The parameter ``test`` selects the test that makes these estimates and ends the warmup.
     "reference" comes from the published code. It runs once per epoch, needs about thirty epochs,
     and depends on the scale of the loss. The test "robust" runs about sixty times per warmup, does
-    not depend on the scale of the loss, tolerates loss spikes, and starts the decay exactly at the
-    peak.
+    not depend on the scale of the loss, and tolerates loss spikes. With "robust", the cooldown also
+    starts at exactly ``peak``.
 
     If ``rollback`` is true, the warmup ends by restoring the weights and the optimizer state from
     the end of the test interval with the lowest mean loss. A test interval consists of the steps
