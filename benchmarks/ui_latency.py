@@ -26,26 +26,12 @@ sys.path.insert(0, str(ROOT))
 from engine.ui.config_file import ConfigFile
 from engine.ui.config_page import ConfigPage
 from tests.testing.browser import open_browser, serve, wait_for
+from tests.testing.schedule_instances import TUTORIAL
 
-TUTORIAL = {
+CONFIG = {
     "train_batch_size": 32,
     "optimizer": {"type": "Adam", "params": {"lr": 0.001}},
-    "scheduler": {
-        "type": "OneCycle",
-        "params": {
-            "cycle_first_step_size": 1000,
-            "cycle_first_stair_count": 500,
-            "cycle_second_step_size": 1000,
-            "cycle_second_stair_count": 500,
-            "decay_step_size": 1000,
-            "cycle_min_lr": 0.0001,
-            "cycle_max_lr": 0.0010,
-            "decay_lr_rate": 0.001,
-            "cycle_min_mom": 0.85,
-            "cycle_max_mom": 0.99,
-            "decay_mom_rate": 0.0,
-        },
-    },
+    "scheduler": TUTORIAL,
 }
 """Config with the scheduler block of DeepSpeed's 1Cycle tutorial."""
 CORPUS = ROOT / "tests" / "corpus"
@@ -97,8 +83,8 @@ def main() -> None:
     args = parser.parse_args()
     largest = find_largest()
     cases = [
-        ("DeepSpeed's tutorial", json.dumps(TUTORIAL, indent=2), None),
-        ("DeepSpeed's tutorial", json.dumps(TUTORIAL, indent=2), 100_000),
+        ("DeepSpeed's tutorial", json.dumps(CONFIG, indent=2), None),
+        ("DeepSpeed's tutorial", json.dumps(CONFIG, indent=2), 100_000),
         (f"largest of the corpus ({largest.name})", largest.read_text(), 100_000),
     ]
     print("| config | steps | median ms | 95th percentile ms |")

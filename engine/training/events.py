@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["Event"]
+__all__ = ["METRIC_LABELS", "Event"]
+
+METRIC_LABELS = {
+    "train_loss": "loss",
+    "lr": "learning rate",
+    "momentum": "momentum",
+    "weight_decay": "weight decay",
+    "grad_norm": "gradient norm",
+    "samples_per_second": "samples per second",
+    "skipped_steps": "skipped steps",
+    "loss_scale": "loss scale",
+}
+"""Labels of a run's metrics in the order in which pages show them. Metrics of the script follow."""
 
 
 class Event(NamedTuple):

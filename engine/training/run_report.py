@@ -25,7 +25,7 @@ from engine.display.html_charts import (
     read_extra,
     write_html,
 )
-from engine.training.events import Event
+from engine.training.events import METRIC_LABELS, Event
 from schedules.core.controller import Evidence
 
 __all__ = ["RunReport"]
@@ -34,17 +34,6 @@ log = logging.getLogger("onecycle")
 
 _PREFIX = "Train/Samples/"
 _STEP = "step"
-_LABELS = {
-    "train_loss": "loss",
-    "lr": "learning rate",
-    "momentum": "momentum",
-    "weight_decay": "weight decay",
-    "grad_norm": "gradient norm",
-    "samples_per_second": "samples per second",
-    "skipped_steps": "skipped steps",
-    "loss_scale": "loss scale",
-}
-"""Labels of the panels in page order. Panels of metrics passed to `Engine.report` follow."""
 _MAY_BE_UNUSED = {"momentum", "weight_decay"}
 """Panels that are left out if all values are 0."""
 _LOG_PANELS = {"train_loss", "lr", "grad_norm", "loss_scale"}
@@ -232,7 +221,7 @@ class RunReport:
         )
 
     def _list_panels(self) -> Iterator[Panel]:
-        members: dict[str, dict[str, _Series]] = {name: {} for name in _LABELS}
+        members: dict[str, dict[str, _Series]] = {name: {} for name in METRIC_LABELS}
         for name, series in self._series.items():
             group = _GROUP.fullmatch(name)
             panel, label = group.groups() if group else (name, "")
@@ -248,7 +237,7 @@ def _has_values(lines: Mapping[str, _Series]) -> bool:
 
 
 def _build_panel(name: str, lines: Mapping[str, _Series]) -> Panel:
-    label = _LABELS.get(name, name)
+    label = METRIC_LABELS.get(name, name)
     steps = sorted({point.step for series in lines.values() for point in series.points})
     shown = []
     for each, series in lines.items():

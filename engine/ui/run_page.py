@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.training.events import METRIC_LABELS
 from engine.ui.decision import recompute_decision
 from engine.ui.metrics import Series
 from engine.ui.reduction import choose_points, smooth
@@ -22,17 +23,6 @@ __all__ = ["RunPage"]
 
 _MAX_POINTS = 3000
 """Maximum number of points per series on the page. More points would not be visible."""
-_LABELS = {
-    "train_loss": "loss",
-    "lr": "learning rate",
-    "momentum": "momentum",
-    "weight_decay": "weight decay",
-    "grad_norm": "gradient norm",
-    "samples_per_second": "samples per second",
-    "loss_scale": "loss scale",
-    "skipped_steps": "skipped steps",
-}
-"""Labels of the panels in page order. Panels of other metrics follow."""
 _NOTE = (
     "The event files are not shown: tensorboard is not installed. Run `pip install tensorboard`."
 )
@@ -146,7 +136,7 @@ class RunPage:
         panels: dict[str, dict[str, Any]] = {}
         arrays = []
         for column in columns:
-            label = _LABELS.get(column.panel, column.panel)
+            label = METRIC_LABELS.get(column.panel, column.panel)
             panel = panels.setdefault(
                 column.panel, {"name": column.panel, "label": label, "columns": []}
             )
@@ -221,7 +211,7 @@ def _convert_to_steps(samples: NDArray[np.float64], steps: Series) -> NDArray[np
 
 
 def _sort_key(column: _Column) -> tuple[int, str]:
-    order = list(_LABELS)
+    order = list(METRIC_LABELS)
     is_known = column.panel in order
     return order.index(column.panel) if is_known else len(order), column.panel
 

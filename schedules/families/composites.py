@@ -15,6 +15,7 @@ from schedules.core.curves import Curve, constant
 from schedules.core.durations import Horizon
 from schedules.core.fields import Items, Milestones, as_number
 from schedules.core.imports import ImportForbiddenError
+from schedules.core.parts import ScheduleOfParts
 from schedules.core.per_group import build_curve_per_group
 from schedules.core.registry import from_config
 from schedules.core.schedule import (
@@ -40,7 +41,7 @@ _MAX_SCHEDULES = 100
 
 
 @schedule_class
-class _Composite(Schedule[int]):
+class _Composite(ScheduleOfParts):
     schedulers: Blocks
     """Schedules to combine, each a block ``{"type": …, "params": {…}}`` or, in Python, a
     `Schedule`."""
@@ -100,28 +101,10 @@ class _Composite(Schedule[int]):
     def num_groups(self) -> int | None:
         return next((part.num_groups for part in self.parts if part.num_groups), None)
 
-    @property
-    def hyperparameters(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for part in self.parts for name in part.hyperparameters))
-
     def joints(self) -> Iterator[Joint]:
         for part in self.parts:
             for joint in part.joints():
                 yield joint._replace(field="schedulers")
-
-    @property
-    def length(self) -> int | None:
-        lengths = [part.length for part in self.parts]
-        return None if None in lengths else max(filter(None, lengths), default=0)
-
-    @property
-    def span(self) -> int:
-        return max(part.span for part in self.parts)
-
-    @property
-    def unresolved_fields(self) -> tuple[str, ...]:
-        nested = ("schedulers",) if any(part.unresolved_fields for part in self.parts) else ()
-        return super().unresolved_fields + nested
 
     def _durations(self, horizon: Horizon) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield from super()._durations(horizon)

@@ -9,13 +9,14 @@ from schedules.core.controller import Base, Curves
 from schedules.core.curves import Curve, constant
 from schedules.core.durations import Horizon
 from schedules.core.fields import AnyValue
+from schedules.core.parts import ScheduleOfParts
 from schedules.core.schedule import ParameterProblem, Schedule, schedule_class
 
 __all__ = ["PerGroup"]
 
 
 @schedule_class
-class PerGroup(Schedule[int]):
+class PerGroup(ScheduleOfParts):
     """Run a different schedule for each param group.
 
     `schedules.attach` builds this schedule from a mapping of param groups, and `engine.initialize`
@@ -53,23 +54,6 @@ class PerGroup(Schedule[int]):
             if part is not None and part not in found:
                 found.append(part)
         return tuple(found)
-
-    @property
-    def hyperparameters(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for part in self.parts for name in part.hyperparameters))
-
-    @property
-    def length(self) -> int | None:
-        lengths = [part.length for part in self.parts]
-        return None if None in lengths else max(filter(None, lengths), default=0)
-
-    @property
-    def span(self) -> int:
-        return max(part.span for part in self.parts)
-
-    @property
-    def unresolved_fields(self) -> tuple[str, ...]:
-        return ("schedulers",) if any(part.unresolved_fields for part in self.parts) else ()
 
     def warnings(self) -> Iterator[str]:
         for part in self.parts:

@@ -212,35 +212,22 @@ def _write_image(data: _PlotData, path: Path, *, log: bool | None) -> int:
     Returns:
         The number of steps in the plot.
     """
+    described: dict[str, Any] = {
+        "curves": data.curves,
+        "sources": data.sources,
+        "evidence": data.evidence,
+    }
     if path.suffix.lower() in {".html", ".htm"}:
         from engine.display.curve_pages import build_curve_page
         from engine.display.html_charts import write_html
 
         steps, columns = data.sample(_SAMPLES)
-        page = build_curve_page(
-            columns,
-            data.title,
-            steps=steps,
-            curves=data.curves,
-            sources=data.sources,
-            log=log,
-            evidence=data.evidence,
-        )
-        write_html(path, page)
-        return len(steps)
-    from engine.display.plots import draw
+        write_html(path, build_curve_page(columns, data.title, steps=steps, log=log, **described))
+    else:
+        from engine.display.plots import draw
 
-    steps, columns = data.sample(_MAX_EXACT)
-    draw(
-        columns,
-        path,
-        data.title,
-        steps=steps,
-        curves=data.curves,
-        sources=data.sources,
-        log=log,
-        evidence=data.evidence,
-    )
+        steps, columns = data.sample(_MAX_EXACT)
+        draw(columns, path, data.title, steps=steps, log=log, **described)
     return len(steps)
 
 
