@@ -166,7 +166,7 @@ class Experiment:
         return report.suggestion.max_lr
 
     def refine_max_lr(self, net: str, size: int, max_lr: float) -> float:
-        """Return a suggested maximum learning rate after refining it with short cycles."""
+        """Refine a suggested maximum learning rate with short cycles, and return the result."""
 
         def train_cycle(block: dict[str, Any], repeat: int) -> Run:
             trainer = self.build_engine(net, 100 + repeat, 1e-3, block)
@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("autowu_large_batch.png"))
-    parser.add_argument("--smoke", action="store_true", help="use few samples and one network")
+    parser.add_argument("--smoke", action="store_true", help="use a few samples and one network")
     args = parser.parse_args()
     if args.smoke:
         args.epochs = 40

@@ -37,7 +37,7 @@ WIDTH, LAYERS = 1024, 40
 
 
 def build_engine(backend: str, stage: int = 0, *, asynchronous: bool = False) -> engine.Engine:
-    """Build an engine with 42 million parameters (0.5 GB of state), and train one step."""
+    """Return an engine with 42 million parameters (0.5 GB of state), trained for one step."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
     config = {

@@ -6,8 +6,8 @@ The faults are real: the full file system is a mounted tmpfs, and the killed ran
 If the tmpfs cannot be mounted, the row says so. Only the jump of the system clock is simulated.
 
 The first table lists faults in checkpoints; its last column shows the step from which a new run
-resumes. Before each fault, three checkpoints exist, the last one at step 6. Before faults that need
-several ranks, only one checkpoint exists, at step 2. The second table lists faults in whole
+resumes. Before most faults, three checkpoints exist, the last one at step 6. Before a fault that
+needs several ranks, only one checkpoint exists, at step 2. The second table lists faults in whole
 programs.
 """
 

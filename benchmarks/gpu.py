@@ -1,4 +1,4 @@
-"""Compare speed, memory and synchronization on a GPU with a raw loop and other libraries.
+"""Compare onecycle with a raw loop and other libraries on a GPU: speed, memory, host syncs.
 
     python benchmarks/gpu.py --out gpu.json        # 8 minutes at most
     python benchmarks/gpu.py --dry-run             # a much smaller benchmark on the CPU
@@ -6,8 +6,8 @@
 The tasks are a GPT with 124M parameters in bf16, the same GPT compiled, and a small MLP whose step
 shows the overhead of each library. Each contender runs in its own process; the processes take
 turns, one round after another. The report is JSON: milliseconds per step (median of the rounds),
-tokens or samples per second, the median of the rounds' ratios to the raw loop, peak memory of the
-process in bytes, and how often the host waits for the device per step, counted with the profiler.
+tokens or samples per second, the median ratio to the raw loop, peak memory of the process in bytes,
+and the number of times per step that the host waits for the device, counted with the profiler.
 
 The raw loop uses fused AdamW, autocast, `clip_grad_norm_` and `zero_grad`. All contenders use
 torch's fused AdamW and clip gradients at norm 1; onecycle also follows a 1Cycle schedule. A library
@@ -309,7 +309,7 @@ def measure(task: Task, step: Step) -> tuple[float, int | None]:
 
 
 def count_syncs(task: Task, step: Step, steps: int = 4) -> float:
-    """Return how often the host waits for the device per step.
+    """Return how many times per step the host waits for the device.
 
     On the CPU, operations that read a value from a tensor are counted instead.
     """
@@ -334,7 +334,7 @@ def count_syncs(task: Task, step: Step, steps: int = 4) -> float:
 
 
 def serve(connection: Connection, make: Callable[[Task], Step]) -> None:
-    """Build and run tasks in this process, as the messages from the connection request."""
+    """Build and run tasks in this process, as requested by messages on the connection."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     os.dup2(2, 1)  # libraries print, but only the report belongs on the standard output

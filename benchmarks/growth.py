@@ -1,4 +1,4 @@
-"""Show how costs grow with param groups, parameters, the size of the config, and steps.
+"""Show how costs grow with the number of param groups, parameters, config entries and steps.
 
     python benchmarks/growth.py [--only groups] [--steps 1000000]
 

@@ -1,4 +1,4 @@
-"""Kill runs at random moments, and check that each resumes exactly like an uninterrupted run.
+"""Kill runs at random moments, and check that resumed runs match an uninterrupted run exactly.
 
     python benchmarks/kill_matrix.py --kills 200
 

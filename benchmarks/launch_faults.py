@@ -1,11 +1,11 @@
-"""Cause faults of hosts and ranks, and show how ``onecycle launch`` reports and handles them.
+"""Cause faults on hosts and ranks, and show how ``onecycle launch`` reports and handles them.
 
     python benchmarks/launch_faults.py [--only TEXT]
 
-Faults of hosts: the two hosts are network namespaces of this machine, each with its own sshd
+Faults on hosts: the two hosts are network namespaces of this machine, each with its own sshd
 (tests/testing/lab.sh; requires root). Each rank waits indefinitely, unless it causes the fault.
 
-Faults of ranks: two ranks train on this machine, and one of them fails while the other rank waits
+Faults on ranks: two ranks train on this machine, and one of them fails while the other rank waits
 for it in a collective (tests/testing/failing_rank.py).
 
 The tables show the launcher's message, the time in seconds from the fault to the exit of the
@@ -119,7 +119,7 @@ def break_rank(fault: str, kind: str, backend: str) -> str:
 
 
 def send_interrupt(launcher: subprocess.Popen[bytes], directory: Path, *, to_ranks: bool) -> None:
-    """Wait until both ranks train, and send SIGINT to them or to the launcher."""
+    """Wait until both ranks are training, and send SIGINT to them or to the launcher."""
     files = [directory / f"training.{rank}" for rank in range(2)]
     while not all(path.exists() for path in files):
         time.sleep(0.05)
@@ -148,7 +148,7 @@ def describe_end(directory: Path) -> str:
 
 
 def count_processes(mark: str) -> int:
-    """Return how many processes of a launch still run.
+    """Return how many processes of a launch are still running.
 
     Args:
         mark: unique value of the environment variable `MARK` in the processes of the launch.

@@ -71,7 +71,7 @@ def build_hostfile(count: int) -> str:
 
 
 def measure_part(part: str, directory: Path) -> dict[str, float]:
-    """Return the times of the plan or the preflight check, measured alone in this process."""
+    """Run the plan or the preflight check alone in this process, and return the times."""
     from engine.launch.hosts import read_hostfile
     from engine.launch.plan import build_plan
     from engine.launch.preflight import check_hosts
@@ -150,7 +150,7 @@ class Usage:
 
 
 def measure_run(directory: Path, environment: dict[str, str], count: int) -> dict[str, float]:
-    """Launch, let a host fail after all hosts have printed a line, and return the measurements."""
+    """Return measurements of a launch in which a host fails once all hosts have printed a line."""
     command = [sys.executable, "-m", "engine.cli.main", "launch", "--no-preflight"]
     command += ["--hostfile", str(directory / "hosts"), "--console", "all", str(__file__)]
     found: dict[str, float] = {}
@@ -184,7 +184,7 @@ def measure_run(directory: Path, environment: dict[str, str], count: int) -> dic
 
 
 def measure(count: int, delay: float) -> dict[str, dict[str, float]]:
-    """Return the measurements of each part of a launch on a number of hosts."""
+    """Return the measurements of each part of a launch on ``count`` hosts."""
     from engine.launch.probe import probe
 
     with tempfile.TemporaryDirectory(prefix="launch_many_hosts_") as name:

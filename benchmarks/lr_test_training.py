@@ -147,7 +147,7 @@ def build_engine(task: Task, seed: int, scheduler: dict[str, Any] | None) -> eng
 
 
 def suggest_maxima(task: Task, seed: int) -> dict[str, float]:
-    """Return the maximum learning rates that three range tests suggest: unrefined and refined."""
+    """Return the maximum learning rate from three range tests, without and with refinement."""
     runs = []
     for repeat in range(REPEATS):
         trainer = build_engine(task, seed + repeat, None)

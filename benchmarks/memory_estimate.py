@@ -1,4 +1,4 @@
-"""Compare the estimate of `onecycle memory` with the tensors that training really allocates.
+"""Compare the estimate of `onecycle memory` with the tensor memory that training allocates.
 
     python benchmarks/memory_estimate.py > docs/results/memory_estimate.md
 

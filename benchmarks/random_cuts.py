@@ -1,4 +1,4 @@
-"""Interrupt runs at random steps, and check that each resumes exactly like an uninterrupted run.
+"""Interrupt runs at random steps, and check that resumed runs match an uninterrupted run exactly.
 
     python benchmarks/random_cuts.py --cuts 30
 
@@ -45,7 +45,7 @@ once, because there is nothing to save.
 
 
 class Case(NamedTuple):
-    """A run to interrupt: training loop, world size, kind of interruption, and step to cut at."""
+    """A run to interrupt: its training loop and world size, and the interruption and its step."""
 
     loop: str
     ranks: int

@@ -1,4 +1,4 @@
-"""Compare the cost of 1Cycle, for single steps and whole curves, with PyTorch and DeepSpeed.
+"""Compare the cost of 1Cycle, per step and per curve, in onecycle, PyTorch and DeepSpeed.
 
     python benchmarks/scheduler_speed.py
 

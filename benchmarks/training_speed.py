@@ -1,4 +1,4 @@
-"""Compare the cost of an optimizer step with that of a raw PyTorch loop and other libraries.
+"""Compare the cost of an optimizer step in onecycle, a raw PyTorch loop and other libraries.
 
     python benchmarks/training_speed.py
 

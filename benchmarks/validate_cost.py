@@ -1,4 +1,4 @@
-"""Compare the cost of validating a config with onecycle and with DeepSpeed in a new process.
+"""Compare the cost of validating a config in a new process, with onecycle and with DeepSpeed.
 
     python benchmarks/validate_cost.py
 

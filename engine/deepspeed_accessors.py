@@ -101,7 +101,7 @@ class DeepSpeedAccessors(nn.Module):
 
     @property
     def basic_optimizer(self) -> Optimizer:
-        """The torch optimizer, unwrapped."""
+        """The torch optimizer without the backend's wrapper."""
         return self._backend.basic_optimizer
 
     def train(self, mode: bool = True) -> Self:
@@ -161,7 +161,7 @@ class DeepSpeedAccessors(nn.Module):
         return bool(self.config.raw.get("wall_clock_breakdown", False))
 
     def optimizer_name(self) -> str | None:
-        """Return the config's optimizer type in lowercase, or the class name of your optimizer.
+        """Return the config's optimizer type in lowercase, or the class name of your own optimizer.
 
         The result is None without an optimizer, for example during inference.
         """
@@ -233,7 +233,7 @@ class DeepSpeedAccessors(nn.Module):
 
     @property
     def global_steps(self) -> int:
-        """The number of completed batches, including skipped steps."""
+        """The number of completed batches, including batches whose step was skipped."""
         self._run.length.is_position_known = True
         return self._run.latest.global_steps
 

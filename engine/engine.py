@@ -127,7 +127,7 @@ class Engine(DeepSpeedAccessors):
         self._checkpointer.data.set_loader(loader)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward pass. Inputs are moved to this rank's device."""
+        """Move the inputs to this rank's device, run the model on them, and return its output."""
         self._backend.prepare_backward(is_last=self._start_pass())
         return self._backend.forward(*args, **kwargs)
 
@@ -338,7 +338,7 @@ class Engine(DeepSpeedAccessors):
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """Save a checkpoint from which the run can resume. Every rank must call this method.
+        """Save a checkpoint of the run, and return True. Every rank must call this method.
 
         Args:
             save_dir: directory that holds the run's checkpoints; created if missing.
@@ -384,7 +384,7 @@ class Engine(DeepSpeedAccessors):
             tag: name or number of the checkpoint; default: the newest complete checkpoint.
             load_module_strict: whether the model must have exactly the saved parameters. If false,
                 parameters without a saved value keep their values, and additional saved parameters
-                are ignored. DeepSpeed also requires ``load_optimizer_states=False``.
+                are ignored. On DeepSpeed, also pass ``load_optimizer_states=False``.
             load_optimizer_states: whether to restore the optimizer and the loss scale.
             load_lr_scheduler_states: whether to restore the schedule.
             load_module_only: whether to restore only the model.

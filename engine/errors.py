@@ -30,7 +30,7 @@ _MAX_LISTED = 100
 
 
 def escape(text: str) -> str:
-    """Escape the nonprintable characters of a string, so that it is safe to print or log.
+    """Return a string with nonprintable characters escaped, so that it is safe to print or log.
 
     Keys and values of a config can contain line breaks, terminal escape sequences, or characters
     that change the text direction.
@@ -76,7 +76,7 @@ class Problem:
     hint: str = ""
     fix: Fix | None = None
     suggestion: str = ""
-    """The known key that the user probably meant, or the JSON pointer of a missing key."""
+    """The key that the user probably meant, or the JSON pointer of a missing key; empty if none."""
 
     def __str__(self) -> str:
         return escape(f"{self.message} {self.hint}".strip())

@@ -308,7 +308,7 @@ def _prefer_arguments(
 
 
 def _check_inference(config: Config, lr_scheduler: object) -> None:
-    """Check that neither a schedule nor the ZeRO stage requires the missing optimizer."""
+    """Check that neither a schedule nor the ZeRO stage requires an optimizer."""
     need = None
     if config.schedule is not None or lr_scheduler is not None:
         need = f"{config.name} has a schedule" if config.schedule else "`lr_scheduler` is passed"

@@ -48,7 +48,7 @@ _NOT_IN_DEEPSPEED = ("post_cycle_decay_step_size", "relative")
 def _construct(
     type_name: str, optimizer: Optimizer, *positional: Any, **params: Any
 ) -> ScheduleBinder:
-    """Build a schedule by name and attach it to an optimizer.
+    """Build a schedule by name, attach it to an optimizer, and return the `ScheduleBinder`.
 
     Raises:
         TypeError: there are too many positional arguments, or an argument is passed both by

@@ -42,7 +42,7 @@ class Slot:
         self.key = key
 
     def get(self, group: Group) -> Any:
-        """Return the hyperparameter's value in a param group, a number or a tensor."""
+        """Return the hyperparameter's value (a number or a tensor) in a param group."""
         return group[self.key]
 
     def put(self, group: Group, value: Any) -> None:
@@ -73,7 +73,7 @@ class Slot:
             self.put(group, value)
 
     def holds(self, group: Group, value: float) -> bool:
-        """Return whether a param group already has the value to write, up to rounding."""
+        """Return whether a param group already holds ``value``, up to rounding."""
         current = self.get(group)
         if isinstance(current, torch.Tensor):
             value = torch.tensor(value, dtype=current.dtype).item()
@@ -127,7 +127,7 @@ def find_slots(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
 def read_momenta(optimizer: Optimizer) -> list[float | tuple[float, ...]] | None:
     """Return the momentum or the betas of each group; None if no group has either.
 
-    If only some groups have momentum or betas, the value of the other groups is 0.
+    If only some groups have momentum or betas, the value for the other groups is 0.
     """
     groups = optimizer.param_groups
     if not any("momentum" in group or "betas" in group for group in groups):
@@ -148,7 +148,7 @@ def read_lr(optimizer: Optimizer) -> list[float]:
 def read_momentum(optimizer: Optimizer) -> list[float] | None:
     """Return the momentum or the first beta of each group; None if no group has either.
 
-    If only some groups have momentum or betas, the value of the other groups is 0.
+    If only some groups have momentum or betas, the value for the other groups is 0.
     """
     momenta = read_momenta(optimizer)
     if momenta is None:

@@ -105,9 +105,9 @@ def plot(
 
 
 def _find_labels(schedules: Sequence[Schedule[Any]]) -> list[str]:
-    """Return the label of each schedule in the legend: its type, or its repr if a type is repeated.
+    """Return the legend label of each schedule: its type, or its repr if others have the same type.
 
-    A single schedule has no label.
+    The label of a single schedule is empty.
     """
     names = [each.type_name for each in schedules]
     if len(names) == 1:
@@ -312,7 +312,7 @@ def _draw_panel(
 
 
 def _mark_phases(axis: Axes, phases: Mapping[int, str], last: int, *, is_labeled: bool) -> None:
-    """Mark the first step of each phase, and write its name above the panel.
+    """Mark the first step of each phase. If ``is_labeled``, write the phase names above the panel.
 
     Names that would overlap are written in separate rows.
     """

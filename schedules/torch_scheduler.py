@@ -27,13 +27,13 @@ def attach(
     at: int = 0,
     **params: Any,
 ) -> ScheduleBinder:
-    """Attach a schedule to an optimizer, for use in a custom training loop.
+    """Attach a schedule to an optimizer in a custom training loop, and return a `ScheduleBinder`.
 
     Args:
         schedule: name of a schedule, a ``{"type": …, "params": {…}}`` block, a `Schedule`, a
             function that maps the step to a learning rate factor, or a PyTorch scheduler class. To
             attach a schedule per param group, pass a dict that maps the index or the ``"name"`` of
-            each group to one of these. All other groups keep their initial values.
+            a group to one of these. Groups that are not in the dict keep their initial values.
         optimizer: optimizer whose hyperparameters the schedule sets.
         horizon: length of the run, used to convert time strings to steps and to scale durations.
         base: initial learning rate of all param groups, or a list with one value per group. To set
@@ -56,8 +56,8 @@ def attach(
     is_name = not isinstance(schedule, Mapping | Schedule)
     if params and not is_name:
         raise ValueError(
-            "Schedule parameters can be passed as keywords only if `schedule` is a name, a "
-            f"function or a class, got {', '.join(params)} with {schedule!r}. Set them in the "
+            f"Schedule parameters ({', '.join(params)}) can be passed as keywords only if "
+            f"`schedule` is a name, a function or a class, got {schedule!r}. Set them in the "
             "schedule itself."
         )
     if is_name and params.pop("last_epoch", -1) != -1:
@@ -113,7 +113,7 @@ def _build_per_group(schedules: Mapping[Any, Any], optimizer: Optimizer) -> PerG
 def bind(
     schedule: Schedule[Any], optimizer: Optimizer, *, horizon: Horizon | None = None
 ) -> ScheduleBinder:
-    """Attach a `Schedule` to an optimizer.
+    """Attach a `Schedule` to an optimizer, and return the `ScheduleBinder`.
 
     Raises:
         ValueError: the schedule is incompatible with the optimizer, or requires the length of the

@@ -5,7 +5,7 @@
 The pages are the Markdown files and notebooks in ``docs``, README.md as the home page, and the
 other Markdown files at the top of the repository. Links between files of the repository become
 links between pages. A link to a file that is not part of the site, such as a source file, becomes
-text.
+plain text.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def find_pages() -> dict[str, str]:
 
 
 def collect_pages(target: Path) -> list[str]:
-    """Write the pages and assets to a directory. Return the locations of the pages."""
+    """Write the pages and assets to a directory, and return the locations of the pages."""
     files = find_pages()
     texts = build_api_pages()
     for name, location in files.items():
@@ -90,7 +90,7 @@ def collect_pages(target: Path) -> list[str]:
 
 
 def read_page(path: Path, target: Path) -> str:
-    """Return the Markdown of a page. Write the pictures of a notebook next to ``target``."""
+    """Return the Markdown of a page, and write the pictures of a notebook next to ``target``."""
     if path.suffix == ".md":
         return path.read_text(encoding="utf-8")
     notebook = nbformat.read(path, as_version=4)
@@ -151,7 +151,7 @@ def _list_pages(directory: str, texts: dict[str, str]) -> Iterator[str]:
 
 
 def expand_nav(nav: list[Any], pages: list[str]) -> list[Any]:
-    """Return a nav with its patterns replaced by the matching pages, without empty sections."""
+    """Return a nav with its patterns replaced by the matching pages and empty sections removed."""
     named = set(_list_names(nav))
 
     def expand(item: Any) -> Iterator[Any]:

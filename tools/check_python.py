@@ -23,7 +23,7 @@ def main() -> int:
     found = f"{sys.version_info[0]}.{sys.version_info[1]}"
     print(
         f"onecycle requires Python {needed} or newer, but `{sys.argv[1]}` is Python {found}. Set "
-        f"the interpreter, for example: make demo PYTHON=python{needed}"
+        f"PYTHON to a newer interpreter, for example: make demo PYTHON=python{needed}"
     )
     return 1
 

@@ -1,4 +1,4 @@
-"""Compare the schedule values of two checkouts bit for bit, and exchange checkpoints between them.
+"""Compare schedule values of two checkouts bit for bit, and load checkpoints of one in the other.
 
     python tools/compare_values.py BEFORE AFTER
 
@@ -208,7 +208,7 @@ def main() -> int:
         f"{len(different)} differ"
     )
     print(
-        f"{len(losses[0])} checkpoints saved by BEFORE and resumed by AFTER: {len(resumed)} differ"
+        f"{len(losses[0])} checkpoints saved by BEFORE and loaded by AFTER: {len(resumed)} differ"
     )
     for name in [*different, *resumed]:
         print(f"  {name}")

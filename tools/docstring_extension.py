@@ -10,7 +10,7 @@ from docstrings import to_markdown
 
 
 class MarkdownDocstrings(griffe.Extension):
-    """Griffe extension that converts each docstring before mkdocstrings parses its sections."""
+    """Griffe extension that converts docstrings to Markdown before mkdocstrings parses them."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Convert an object's docstring to Markdown in place."""

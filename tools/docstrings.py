@@ -14,7 +14,7 @@ _DOCTEST = re.compile(r"^>>> (?:.+\n)+", re.MULTILINE)
 
 
 def to_markdown(docstring: str) -> str:
-    """Return a docstring as Markdown: formulas and doctests in fences, names in one backtick.
+    """Return a docstring as Markdown: formulas and doctests in fences, names in single backticks.
 
     >>> print(to_markdown("At step k, with ``f``::\\n\\n    lr = f(k)"))
     At step k, with `f`:

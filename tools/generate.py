@@ -86,12 +86,12 @@ def build_stub(package: ModuleType) -> Iterator[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--pictures", action="store_true", help="also draw the plots of the reference"
+        "--pictures", action="store_true", help="also draw the plots of the schedules"
     )
     parser.add_argument(
         "--check",
         action="store_true",
-        help="exit with status 1 if a file is outdated; write nothing",
+        help="write nothing, and exit with status 1 if a file is outdated",
     )
     args = parser.parse_args()
     if args.pictures:

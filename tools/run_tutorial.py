@@ -51,7 +51,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--output", type=Path, default=TUTORIAL, help="file to write (default: the tutorial)"
+        "--output", type=Path, default=TUTORIAL, help="output file (default: docs/tutorial.ipynb)"
     )
     args = parser.parse_args()
     nbformat.write(execute(TUTORIAL), args.output)

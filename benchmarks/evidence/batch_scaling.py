@@ -55,7 +55,8 @@ def set_batch(config: Config, size: int, lr: float) -> Config:
 def train_to_target(config: Config, task: Task, seed: int) -> Row:
     """Train a model to the target, and return its row.
 
-    In the row, "samples" is the number of samples to the target; None if it was not reached.
+    In the row, "samples" is the number of samples after which the model reached the target, or None
+    if it did not.
     """
     size = config["train_batch_size"]
     row = train(

@@ -147,8 +147,8 @@ class Experiment:
             config: config with a OneCycle schedule, whose bounds are ignored.
             task: model and data.
             steps: number of steps in each of the three runs.
-            refine_for: number of steps of the planned training, for which short cycles refine the
-                suggestion; None to skip the refinement.
+            refine_for: length, in steps, of the run for which short cycles refine the suggestion;
+                None to skip the refinement.
 
         Returns:
             A row with the config's scheduler block, in which the suggested bounds are set.
@@ -218,7 +218,7 @@ class Results:
 
     @property
     def minutes(self) -> float:
-        """CPU time of all rows in minutes."""
+        """Total CPU time of the stored runs, in minutes."""
         seconds: float = sum(row["seconds"] for row in self.rows.values())
         return seconds / 60
 

@@ -62,7 +62,7 @@ def format_values(values: Iterable[float], digits: int = 3) -> str:
 
 
 def get_last(rows: Iterable[Row], name: str) -> list[float]:
-    """Return the value ``name`` from the last history entry of each row."""
+    """Return the value of ``name`` in the last history entry of each row."""
     return [row["history"][-1][name] for row in rows]
 
 

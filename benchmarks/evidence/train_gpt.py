@@ -46,7 +46,7 @@ class GPT(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, windows: Tensor) -> Tensor:
-        """Return the mean loss of predicting each next character.
+        """Return the mean loss of the next-character predictions.
 
         Args:
             windows: character codes of shape (batch, CONTEXT + 1).
@@ -78,7 +78,7 @@ def build_datasets() -> tuple[Windows, Windows]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train a GPT, and return its learning rates, losses and loss on held-out text.
+    """Train a GPT, and return its learning rates, training losses and held-out loss.
 
     Args:
         argv: command-line arguments; default: those of the process.

@@ -22,7 +22,7 @@ from engine.training.device_moves import move_to_device
 __all__ = ["DTYPES", "Backend", "DeferringBackend", "compute_norm", "get_gradient"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""The dtype of each reduced precision."""
+"""The torch dtype of each 16-bit precision."""
 
 
 def compute_norm(gradients: list[Tensor]) -> float:
@@ -69,9 +69,9 @@ class Backend(ABC):
     basic_optimizer: Optimizer
     """The underlying torch optimizer, unwrapped."""
     num_parameters: int
-    """Number of elements of all trained parameters, over all ranks."""
+    """Number of elements in all trained parameters, before sharding."""
     grad_norm: float | None
-    """2-norm of all gradients of the last step before clipping; None before the first step."""
+    """2-norm of all gradients in the last step, before clipping; None before the first step."""
 
     def __init__(
         self,

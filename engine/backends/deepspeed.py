@@ -132,9 +132,9 @@ class DeepSpeedBackend(Backend):
             self.engine.set_gradient_accumulation_boundary(is_last)
 
     def _start_backward(self, *, is_last: bool) -> None:
-        """Check the order of forward and backward passes, and mark the last backward pass.
+        """Check the order of the passes, and tell DeepSpeed whether this backward pass is the last.
 
-        The mark has an effect only if DeepSpeed manages gradient accumulation. Otherwise, DeepSpeed
+        DeepSpeed needs this information only if it manages gradient accumulation. Otherwise, it
         reduces all gradients in the optimizer step.
         """
         self._order.check(is_last=is_last and self._is_managed)

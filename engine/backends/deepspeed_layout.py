@@ -43,7 +43,7 @@ class Layout:
         ]
 
     def write(self, checkpoint_dir: Path, *, frozen: bool) -> None:
-        """Write the weights' shapes and dtypes to ``layout.json`` in the checkpoint directory.
+        """Write the layout to ``layout.json`` in the checkpoint directory.
 
         Args:
             checkpoint_dir: directory of the checkpoint.

@@ -36,7 +36,7 @@ _KEYS: Mapping[str, tuple[str, Any]] = {
     "torch_autocast_enabled": ("/torch_autocast/enabled", False),
     "zero_allow_untested_optimizer": ("/zero_allow_untested_optimizer", False),
 }
-"""JSON pointer and default of the key whose value each of these DeepSpeed methods returns."""
+"""JSON pointer and default of the key that each of these DeepSpeed methods reads."""
 
 _SETTINGS: Mapping[str, Callable[[Config], Any]] = {
     "dynamic_loss_scale": lambda config: _read(config, "/fp16/loss_scale", 0) == 0,

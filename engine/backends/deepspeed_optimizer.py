@@ -27,7 +27,7 @@ def prepare_optimizer(
     Args:
         model: the user's module.
         optimizer: the user's optimizer, or a function that takes the parameters and returns an
-            optimizer.
+            optimizer; if None, the config's optimizer is used.
         config: a validated config.
         parameters: tensors or param groups to train; if None, all that require gradients.
 

@@ -36,7 +36,7 @@ class SteppedRun(RunState, Protocol):
     """Protocol for the training run that `AutomaticCheckpoints.save_if_due` receives."""
 
     latest: Counters
-    """The counters. Unlike `RunState.counters`, they may lack the outcome of a deferred step."""
+    """The step counters. Unlike `RunState.counters`, they may omit a deferred step's outcome."""
 
     @property
     def defers(self) -> bool:

@@ -28,7 +28,7 @@ class _Attributes:
 
 
 def read_file(path: Path, *, trusts: bool = False) -> Any:
-    """Read a checkpoint file of DeepSpeed without importing DeepSpeed.
+    """Return the contents of a DeepSpeed checkpoint file without importing DeepSpeed.
 
     If possible, the file is memory-mapped, and tensors are read from it on first use.
 

@@ -156,7 +156,7 @@ def _find_differences(
 
 
 def _to_json(values: Mapping[str, Any], converted: set[str]) -> dict[str, Any]:
-    """Return values converted to JSON types.
+    """Return a copy of a mapping with its values converted to JSON types.
 
     The names of values that JSON cannot represent, such as tensors, are added to ``converted``.
     """

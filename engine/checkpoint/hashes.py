@@ -17,7 +17,7 @@ from xxhash import xxh3_128
 __all__ = ["compute_hash", "describe_files", "find_hash", "matches_hash"]
 
 _ALGORITHMS: Mapping[str, Callable[[], Any]] = {"xxh3_128": xxh3_128, "sha256": hashlib.sha256}
-"""Hash functions by their key in a manifest. The first function is used for new checkpoints."""
+"""Maps each hash's key in a manifest to the hash function. New checkpoints use the first one."""
 _ALGORITHM = next(iter(_ALGORITHMS))
 _CHUNK = 1 << 20  # bytes; stays in the cache of the core that hashes it
 
@@ -34,7 +34,7 @@ def compute_hash(path: Path, algorithm: str = _ALGORITHM) -> str:
 
 
 def describe_files(paths: Iterable[Path], directory: Path) -> dict[str, dict[str, Any]]:
-    """Return the size and hash of each file, keyed by the path relative to a directory."""
+    """Return the size and hash of each file, keyed by its path relative to a directory."""
     return {
         path.relative_to(directory).as_posix(): {
             "size": path.stat().st_size,

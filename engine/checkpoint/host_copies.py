@@ -14,7 +14,7 @@ __all__ = ["copy_to_host", "find_waiting"]
 
 
 def copy_to_host(value: Any, old: Any = None) -> Any:
-    """Copy the tensors in nested dicts, lists and tuples to host memory.
+    """Return a copy of nested dicts, lists and tuples, with all tensors in host memory.
 
     Copies from a GPU are asynchronous. Before you read them, call the function that `find_waiting`
     returns. A copy contains the values at the time of the call even if training continues, because
@@ -58,7 +58,7 @@ def find_waiting(value: Any) -> Callable[[], None]:
     Any thread may call the function.
 
     Args:
-        value: the nested tensors that `copy_to_host` has copied.
+        value: nested tensors that were passed to `copy_to_host`.
     """
     devices = {tensor.device for tensor in _find_tensors(value) if tensor.device.type != "cpu"}
     streams = [torch.get_device_module(device).current_stream(device) for device in devices]

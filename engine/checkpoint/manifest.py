@@ -39,11 +39,11 @@ class Manifest:
     frozen: bool = True
     """Whether the checkpoint contains the frozen parameters."""
     run: str = ""
-    """Identifier of the run, which stays the same after a resume."""
+    """Identifier of the run. A resumed run keeps its identifier."""
     is_automatic: bool = False
     """Whether the checkpoint was saved automatically. `prune` deletes only such checkpoints."""
     sequence: int = 0
-    """Sequence number within the directory. Unlike a timestamp, it never decreases."""
+    """Sequence number in the directory. Unlike timestamps, sequence numbers never decrease."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     checksum: str = ""
     """SHA-256 hash of the other keys; empty if an earlier version wrote the checkpoint."""
@@ -79,23 +79,30 @@ def read_manifest(checkpoint_dir: Path) -> Manifest:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
     if not isinstance(found, dict):
         raise CheckpointError(
-            f"{path} is damaged: expected a JSON object, got {type(found).__name__}."
+            f"{path} is damaged: expected a JSON object, got {type(found).__name__}. Use another "
+            "checkpoint."
         )
     if found.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} has format {found.get('format')!r}, but this version of onecycle only reads "
+            f"{path} has format {found.get('format')!r}, but this version of onecycle reads only "
             f"format {FORMAT}. Load the checkpoint with the version of onecycle that wrote it."
         )
     for name, is_valid in _CHECKS.items():
         if name in found and not is_valid(found[name]):
-            raise CheckpointError(f"{path} is damaged: the value of `{name}` is invalid.")
+            raise CheckpointError(
+                f"{path} is damaged: the value of `{name}` is invalid. Use another checkpoint."
+            )
     names = {each.name for each in fields(Manifest)}
     required = {"tag", "step", "world_size", "backend", "identity", "versions", "created"}
     if not required <= found.keys() <= names:
         wrong = escape(", ".join(sorted((required - found.keys()) | (found.keys() - names))))
-        raise CheckpointError(f"{path} is damaged: it has missing or unknown keys ({wrong}).")
+        raise CheckpointError(
+            f"{path} is damaged: it has missing or unknown keys ({wrong}). Use another checkpoint."
+        )
     if "checksum" in found and found["checksum"] != _compute_checksum(found):
-        raise CheckpointError(f"{path} is damaged: it does not match its checksum.")
+        raise CheckpointError(
+            f"{path} is damaged: it does not match its checksum. Use another checkpoint."
+        )
     return Manifest(**found)
 
 

@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 VALUES = "values.pt"
-"""File for values that are not tensors, such as param group settings.
+"""Name of the file for values that are not tensors, such as param group settings.
 
 These values are equal on all ranks, so only rank 0 writes the file.
 """
@@ -196,8 +196,8 @@ class _Indices(list[int]):
 
     For each state tensor, `Optimizer.load_state_dict` searches all groups for the parameter,
     because it needs the settings ``fused`` and ``capturable`` of its group. With 10,000 groups, the
-    search takes minutes. To end it at the first suitable group, each list claims to contain the
-    parameters of all groups with the same values of ``fused`` and ``capturable``.
+    search takes minutes. Each list claims to contain the parameters of all groups with the same
+    values of ``fused`` and ``capturable``, so the search ends at the first of these groups.
     """
 
     def __init__(self, own: Iterable[int] = (), known: Collection[int] = ()) -> None:
@@ -270,7 +270,7 @@ def _restore_lists(value: Any) -> Any:
 
 
 def _allocate(parameter: nn.Parameter | None, value: Any) -> Any:
-    """Return an uninitialized tensor to load a saved tensor into, sharded like the parameter.
+    """Return an uninitialized tensor, sharded like the parameter, to load a saved tensor into.
 
     If ``value`` does not describe a tensor, it is returned unchanged.
     """

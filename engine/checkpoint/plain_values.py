@@ -140,7 +140,9 @@ def unpickle(
     mmap: bool | None = None,
     fix: str = "Use another checkpoint.",
 ) -> Any:
-    """Load a ``torch.save`` file onto the CPU, and reject objects that could run code.
+    """Return the contents of a ``torch.save`` file, and reject objects that could run code.
+
+    All tensors in the result are on the CPU.
 
     Args:
         path: file to load.
@@ -190,7 +192,7 @@ def summarize(error: BaseException) -> str:
 
 
 def read_as(kind: Any, path: Path) -> Any:
-    """Read values from a file, and check that they have the structure of a given type.
+    """Return the values in a file, and check that they have the structure of a given type.
 
     Args:
         kind: type annotation of the values; see `schedules.core.saved_state.restore`.

@@ -148,7 +148,7 @@ class Restorer:
         return {**self._identity, "world_size": manifest.identity.get("world_size")}
 
     def _read_small_files(self, run: RunState, selected: Selected, parts: Parts) -> _SmallFiles:
-        """Read and check the contents of a checkpoint, except its tensors."""
+        """Read, check and return the contents of a checkpoint, except its tensors."""
         checkpoint_dir, manifest, state = selected.path, selected.manifest, selected.state
         random_state = position = schedule = snapshot = None
         if parts.optimizer:

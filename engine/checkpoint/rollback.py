@@ -29,7 +29,7 @@ class RestorableBackend(Protocol):
         ...
 
     def restore(self, snapshot: Any, *, only_check: bool = False) -> None:
-        """Restore a state returned by `snapshot`, or only check it with ``only_check=True``."""
+        """Restore a state returned by `snapshot` or, with ``only_check=True``, only check it."""
         ...
 
 

@@ -45,7 +45,7 @@ class SavedBackend(Protocol):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        """Save the same state as `save`, but write the files in the background."""
+        """Start to save the same state as `save` in the background, and return a future."""
         ...
 
     def load(

@@ -23,7 +23,11 @@ class _Position:
 
     epoch: _CountOrNone
     given: int
-    """Negative in some checkpoints of earlier versions. `DataPosition.read` then uses 0."""
+    """Number of micro-batches requested in the epoch.
+
+    In some checkpoints of earlier versions, the number is negative. `DataPosition.read` replaces it
+    with 0.
+    """
     finished: Count = field(default=0, metadata=OPTIONAL)
 
 
@@ -68,7 +72,7 @@ class _SavedRun:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Read the state of a run, and check its structure.
+    """Return the saved state of a run, and check its structure.
 
     Raises:
         CheckpointError: if the file is damaged.

@@ -19,7 +19,7 @@ from engine.errors import CheckpointError
 __all__ = ["RUN_STATE", "CheckpointSelector", "Selected", "find_foreign"]
 
 RUN_STATE = "engine.pt"
-"""File for the state of a run, without the model and the optimizer."""
+"""Name of the file for the state of a run, without the model and the optimizer."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ _MODEL = "model."
 
 
 class Source(Protocol):
-    """Protocol for a checkpoint that `read` restores: tensors and other values, by dotted name."""
+    """Protocol for the contents of a checkpoint that `read` restores."""
 
     @property
     def tensors(self) -> Mapping[str, TensorStorageMetadata]:
@@ -154,7 +154,7 @@ def read(
         source: contents of the checkpoint; default: the files that `write` wrote.
 
     Raises:
-        CheckpointError: if a parameter or buffer is missing, unexpected, or different in shape.
+        CheckpointError: if a parameter or buffer is missing or unexpected, or has another shape.
     """
     source = source or _Shards(directory)
     weights = _find_saved_weights(directory, model, source, strict=strict, frozen=frozen)
@@ -213,7 +213,7 @@ def _find_saved_weights(
 def _read_optimizer(
     directory: Path, model: nn.Module, optimizer: Optimizer, source: Source
 ) -> dict[str, Any]:
-    """Read and check the optimizer state and the optimized parameters outside the model."""
+    """Return the checked optimizer state and the optimized parameters that are not in the model."""
     with report_damage(directory / VALUES):
         saved = {**source.values, **source.tensors}
         own = build_empty_state(directory, model, optimizer, saved)

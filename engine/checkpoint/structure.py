@@ -26,7 +26,7 @@ _IMPLEMENTATION = {"fused", "foreach"}
 _NOT_IN_TEMPLATES = {*_IMPLEMENTATION, "capturable", "params"}
 _MAX_INT = 2**63 - 1
 _MAX_FLOAT = torch.finfo(torch.float32).max
-"""Largest setting by which an optimizer can multiply a float32 tensor in PyTorch."""
+"""Largest finite number by which PyTorch can multiply a float32 tensor."""
 HYPERPARAMETERS = ("lr", "momentum", "betas", "weight_decay")
 """Settings of a param group that a checkpoint must contain if the optimizer has them."""
 
@@ -139,8 +139,8 @@ def check_parameter_states(
 
     Args:
         saved: state of each parameter that has a state, keyed by the parameter's name or index.
-        groups: saved param groups that passed `check_param_groups`, with the keys of ``saved`` as
-            parameters.
+        groups: saved param groups that passed `check_param_groups`. Their ``params`` use the
+            same names or indices as the keys of ``saved``.
         optimizer: optimizer of this run, with or without state.
         parameters: parameters of the optimizer, keyed by name or index.
 
@@ -255,8 +255,8 @@ def _scale(value: Any, shape: torch.Size) -> Any:
     """Adapt a value from the state of a small parameter to a parameter of the given shape.
 
     The small parameter has size 2 in each dimension. A tensor with the same number of dimensions
-    becomes a meta tensor with the sizes of the parameter instead of 2. Any other value is returned
-    unchanged.
+    becomes a meta tensor with each size of 2 replaced by the parameter's size. Any other value is
+    returned unchanged.
     """
     if not isinstance(value, Tensor) or value.dim() != len(shape) or not shape:
         return value

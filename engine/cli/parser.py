@@ -68,7 +68,7 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": _HelpFormatter, **settings})
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse arguments. The error for an unknown option suggests a similar option."""
+        """Return the parsed arguments. The error for an unknown option suggests a similar one."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             options = [name for name in self._option_string_actions if name.startswith("--")]

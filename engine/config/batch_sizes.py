@@ -40,7 +40,7 @@ class BatchSizes:
     ``train`` is the number of samples per optimizer step, summed over all ranks. ``micro`` is the
     number of samples per forward pass on one rank. ``accumulation`` is the number of micro-batches
     per optimizer step. ``data_ranks`` is the number of ranks that load different samples. ``unit``
-    is their name in messages: "rank" or "data-parallel rank".
+    is the name of these ranks in messages: "rank" or "data-parallel rank".
     """
 
     train: int

@@ -19,8 +19,8 @@ def editor_schema() -> dict[str, Any]:
     """Build the JSON Schema that editors use for completion, tooltips and error highlighting.
 
     A config refers to this schema with the key ``$schema``. The schema selects the schema of
-    ``params`` by the value of ``type``. All other combinations of values are checked only by
-    `onecycle validate`.
+    ``params`` by the value of ``type``. Only `onecycle validate` checks other dependencies between
+    values.
     """
     schema = _inline_references(schemas.read(SCHEMA))
     schema["$schema"] = _DRAFT
@@ -49,7 +49,7 @@ def _inline_references(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy_for_editors(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a schema without ``$ref``, ``$schema`` and the schemas in ``properties``.
+    """Return a copy of a schema without ``$ref``, ``$schema`` or the schemas in ``properties``.
 
     The copy of a deprecated or removed key's schema contains a ``deprecationMessage`` for editors.
     """

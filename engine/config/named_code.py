@@ -61,7 +61,7 @@ def find_named_code(block: Any, pointer: str = "/scheduler") -> Iterator[NamedCo
 
 
 def find_optimizer_code(block: Any) -> list[NamedCode]:
-    """Return the import path in ``optimizer.type`` as a list, which is empty for other names.
+    """Return a list with the import path in ``optimizer.type``; empty if there is none.
 
     >>> [code.name for code in find_optimizer_code({"type": "my_module:MyOptimizer"})]
     ['my_module:MyOptimizer']
@@ -87,7 +87,7 @@ def _find_import_paths(value: Any, pointer: str) -> Iterator[NamedCode]:
 def check_named_code(
     document: Document, block: Mapping[str, Any], pointer: str = "/scheduler"
 ) -> Iterator[Problem]:
-    """Check each import path in a ``scheduler`` block; see `check_import`.
+    """Yield the result of `check_import` for each import path in a ``scheduler`` block.
 
     Args:
         document: parsed config.

@@ -42,10 +42,10 @@ def build_optimizer_block(
     backend: str,
     group_schedules: Mapping[int, Schedule[Any]] | None = None,
 ) -> OptimizerBlock | None:
-    """Return a valid ``optimizer`` section with its defaults, or None if the section is absent.
+    """Return the ``optimizer`` section with all defaults, or None if the section is absent.
 
     Args:
-        block: the section.
+        block: a valid ``optimizer`` section; None if the section is absent.
         backend: "torch" or "deepspeed"; some defaults depend on it.
         group_schedules: schedules of individual param groups, by index in ``param_groups``.
     """

@@ -336,7 +336,7 @@ def _describe_value(document: Document, pointer: str, new: Any) -> str:
 
 
 def _replace_values(document: Document, value: Any, changes: Sequence[Override]) -> Document:
-    """Return a document with a new value, but without positions inside the replaced values."""
+    """Return a copy of a document with a new value, without locations inside replaced values."""
     origins = {change.pointer: change.argument for change in changes}
     below = tuple(f"{pointer}/" for pointer in origins)
     origins = {**document.arguments, **origins}

@@ -131,12 +131,12 @@ def find_group_schedulers(config: Mapping[str, Any]) -> Iterator[tuple[int, str,
 
 
 def check_param_groups(document: Document, optimizer: str, entries: Any) -> Iterator[Problem]:
-    """Check each entry of ``optimizer.param_groups`` separately.
+    """Check each entry of ``optimizer.param_groups`` separately, and yield the problems.
 
     Args:
         document: parsed config.
         optimizer: canonical name of the optimizer.
-        entries: value of the key.
+        entries: value of the key ``optimizer.param_groups``.
     """
     if not isinstance(entries, list) or not entries:
         return

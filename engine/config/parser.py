@@ -147,7 +147,7 @@ def is_finite(number: float) -> bool:
 
 
 def parse(text: str, name: str) -> Document:
-    """Parse the text of a config.
+    """Parse the text of a config into a `Document`.
 
     If a syntax error prevents parsing, the ``value`` of the returned document is None, and its
     ``problems`` contain the error.

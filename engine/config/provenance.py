@@ -105,7 +105,7 @@ def _describe_origin(document: Document, member: Member) -> str:
 
 
 def as_config(entries: Sequence[Entry]) -> dict[str, Any]:
-    """Convert entries to a config, as a nested dict.
+    """Build a config as a nested dict from its entries.
 
     >>> as_config([Entry("/fp16/enabled", False, "default")])
     {'fp16': {'enabled': False}}

@@ -102,7 +102,7 @@ class ReportPaths:
     page: str
     """HTML file with the charts of the run."""
     directory: str
-    """Directory for plots of AutoWU or LRRangeTest results."""
+    """Directory for the plots of AutoWU and the results of LRRangeTest."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class DataSettings:
     pin_memory: bool
     """Whether batches are loaded into pinned memory, if there is a GPU."""
     shuffle: bool
-    """Whether the samples of a map-style dataset have a new order in each epoch."""
+    """Whether the samples of a map-style dataset are reshuffled in each epoch."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Config(Mapping[str, Any]):
     diagnostics: Diagnostics
     data: DataSettings
     report: ReportPaths | None
-    """The files of the report; None if the run writes none."""
+    """Paths of the report; None if the run writes no report."""
     checkpoint: CheckpointPlan
     monitors: Mapping[str, Mapping[str, Any]]
     """The sections ``tensorboard``, ``csv_monitor`` and ``wandb``."""

@@ -32,7 +32,7 @@ def check_scheduler(
 
     Args:
         document: parsed config.
-        block: block that has a ``type`` and is valid against the schema of the section.
+        block: block that has a ``type`` and is valid against the schema of ``scheduler``.
         pointer: JSON pointer of the block.
     """
     if not are_imports_allowed():
@@ -69,7 +69,7 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
-    """Return a problem with a hint that names schedules that accept the unknown parameter.
+    """Add a hint that lists the schedules with the unknown parameter, and return the problem.
 
     A problem that does not report an unknown parameter is returned unchanged.
     """

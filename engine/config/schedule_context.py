@@ -100,10 +100,9 @@ def find_horizon(
 def list_possible_horizons(
     schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None
 ) -> list[Horizon]:
-    """Return the length of the run, or a list of possible lengths if it is unknown.
+    """Return the lengths of the run to try: the actual length if it is known, otherwise examples.
 
-    Callers check the config with each length. If every check fails, the config is treated as
-    invalid for any length.
+    Callers check the config with each length. The config is invalid only if every check fails.
 
     Args:
         schedule: schedule with durations to convert to steps.
@@ -223,7 +222,7 @@ class EvaluatedSchedule:
         return {}
 
     def find_infinite(self) -> tuple[str, int, float] | None:
-        """Return the hyperparameter, step and value of the first non-finite value in the run.
+        """Return the first non-finite value in the run, as (hyperparameter, step, value).
 
         Return None if all values of the run are finite. To save time, each piece of a curve, such
         as the warmup, is evaluated only at its first and last step.

@@ -42,7 +42,7 @@ OPTIMIZERS: Mapping[str, dict[str, Any]] = schemas.read("optimizers.json")["$def
 ABSENT: Any = object()
 """Marks an absent key without a default."""
 SECTION: Mapping[str, Any] = {}
-"""Marks an absent section with defaults for its keys."""
+"""Marks an absent section whose keys have defaults."""
 
 
 def is_ignored(key: str) -> bool:
@@ -163,7 +163,7 @@ def walk(
 
 
 def _find_replaced_keys(value: Mapping[str, Any], properties: Mapping[str, Any]) -> set[str | None]:
-    """Return the canonical names of keys that an object sets by an old name or an alias.
+    """Return the canonical names of keys that an object sets under an old name or an alias.
 
     The set can also contain None and hint texts. They have no effect, because callers only test
     whether a key name is in the set.

@@ -1,7 +1,7 @@
 """Set or remove one value in the text of a config, and preserve all other text.
 
-Comments, whitespace and the order of keys stay as they are. A new key becomes the last one of its
-object and is indented like its siblings.
+Comments, whitespace and the order of keys stay as they are. A new key is added at the end of
+its object and indented like its siblings.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def remove_key(document: Document, pointer: str) -> str:
 
 
 def _widen_to_line(text: str, start: int, end: int) -> tuple[int, int]:
-    """Extend a removed span to the whole line if the line contains nothing else.
+    """Return a span extended to its whole line if the line contains nothing else.
 
-    Otherwise, extend the span by the spaces after it.
+    Otherwise, return the span extended by the spaces after it.
     """
     line_start = text.rfind("\n", 0, start) + 1
     if not text[line_start:start].strip() and text[end : end + 1] == "\n":
@@ -104,7 +104,7 @@ def find_span(document: Document, pointer: str) -> tuple[int, int]:
     if text[start] not in "{[":
         plain = _PLAIN.match(text, start)
         if plain is None:
-            raise ValueError(f"The value of `{pointer}` is not valid JSON. Correct it in the text.")
+            raise ValueError(f"The value of `{pointer}` is not valid JSON. Correct the value.")
         return start, plain.end()
     depth = 0
     for token in _find_tokens(text, start):
@@ -154,7 +154,7 @@ def _first(document: Document, parent: str) -> str:
 
 
 def _find_tokens(text: str, start: int) -> Iterator[re.Match[str]]:
-    """Yield the strings, brackets and commas of a text, without its comments."""
+    """Yield the strings, brackets and commas after an offset in a text, and skip comments."""
     for token in _TOKEN.finditer(text, start):
         if not token.group().startswith(("//", "#", "/*")):
             yield token

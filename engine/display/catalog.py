@@ -51,7 +51,7 @@ _SOURCES = {
     "feedback.autowu": "Driven by the loss or a metric",
     "feedback.plateau": "Driven by the loss or a metric",
 }
-"""Maps each module of schedules to the heading under which the list shows it."""
+"""Maps each module of schedules to the heading of these schedules in the list."""
 _BASE = {**DEFAULT_BASE, "weight_decay": (0.01,)}
 
 

@@ -35,9 +35,9 @@ class Line:
 
     label: str
     values: Sequence[float | None]
-    """Value at each step of the panel; None or NaN if there is none."""
+    """Value at each step of the panel; None or NaN if the value is missing."""
     color: int | None = None
-    """Index of the color; None to use the index of the line in the panel."""
+    """Index of the color in the palette; None to use the index of the line in the panel."""
     is_compared: bool = False
     """Whether the line is dashed, as for a schedule that is compared with others."""
     has_gaps: bool = False

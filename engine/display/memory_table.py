@@ -49,7 +49,7 @@ def format_bytes(size: float) -> str:
 
 
 class EstimateTable(NamedTuple):
-    """A table as text. The columns contain sizes, except the first two and those without a name."""
+    """A table of strings. All named columns after the first two contain sizes."""
 
     title: str
     columns: Sequence[str]
@@ -107,10 +107,10 @@ def describe_run(model: Sequence[ParameterSize], settings: MemorySettings) -> st
 
 
 def build_tables(alternatives: Sequence[Alternative]) -> tuple[EstimateTable, EstimateTable]:
-    """Return the estimate for the config by component, and the totals for all ZeRO stages.
+    """Return a table of the config's estimate by component, and a table of all ZeRO stages.
 
     Args:
-        alternatives: estimates for all stages, including that of the config.
+        alternatives: estimates for all ZeRO stages, including the stage of the config.
     """
     chosen = next(each for each in alternatives if each.is_chosen)
     return _build_parts_table(chosen.estimate), _build_stages_table(alternatives)
@@ -164,7 +164,7 @@ def _describe_offload(settings: MemorySettings) -> str:
 
 
 def list_notes(settings: MemorySettings) -> Iterator[str]:
-    """Yield the assumptions of an estimate, and what it does not count."""
+    """Yield the assumptions of an estimate, and the memory that it does not count."""
     if not settings.has_optimizer:
         yield "The config has no optimizer, so AdamW is assumed."
     elif not has_known_states(settings.optimizer.type):

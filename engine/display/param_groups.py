@@ -27,7 +27,7 @@ class GroupRow:
         hyperparameters: values to show, such as the learning rate.
         parameters: names of the parameters.
         num_elements: total number of elements of the parameters.
-        schedule: type of the group's separate schedule; None if it follows the config's schedule.
+        schedule: type of the group's own schedule; None if the group follows the config's schedule.
     """
 
     name: str

@@ -91,9 +91,9 @@ class Preview:
 
         if isinstance(self.schedule, WrappedScheduler) and steps > _MAX_RUN_STEPS:
             raise ValueError(
-                f"A plot of {self.schedule.type_name} can have at most {_MAX_RUN_STEPS:,} steps, "
-                f"got {steps:,}, because PyTorch must compute each step. Set `--steps` to plot "
-                "only the first steps."
+                f"PyTorch must compute each step of {self.schedule.type_name}, so a plot can have "
+                f"at most {_MAX_RUN_STEPS:,} steps, got {steps:,}. Set `--steps` to plot only the "
+                "first steps."
             )
 
     @property

@@ -13,7 +13,7 @@ __all__ = ["format_rows", "get_width", "supports_color", "wrap"]
 _GAP = 2
 _INDENT = 4
 _LEAST = 32
-"""Minimum width for wrapping a cell next to others. With less space, it starts on a new line."""
+"""Minimum width for wrapping a cell next to others. A cell with less space starts on a new line."""
 
 
 def supports_color(stream: IO[str]) -> bool:
@@ -27,7 +27,7 @@ def supports_color(stream: IO[str]) -> bool:
 
 
 def get_width(stream: IO[str]) -> int | None:
-    """Return the number of columns of a terminal, or None if a stream is not a terminal.
+    """Return the number of columns of the terminal, or None if the stream is not a terminal.
 
     Output to a file or a pipe is not wrapped, so that each result is one line for other programs.
     """

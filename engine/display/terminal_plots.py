@@ -215,7 +215,7 @@ def choose_ticks(values: Sequence[float], most: int, *, is_log: bool = False) ->
 
 
 def _list_round_values(low: float, high: float, most: int) -> list[float]:
-    """Return multiples of 1, 2 or 5 times a power of ten that lie between ``low`` and ``high``."""
+    """Return up to ``most`` evenly spaced round numbers between ``low`` and ``high``."""
     span = (high - low) / max(1, most - 1)
     if span <= 0:
         return []

@@ -29,7 +29,7 @@ PREFIX = "ONECYCLE_"
 """Prefix of the variables below, all of which `onecycle launch` passes to the ranks."""
 
 ELASTIC = "ONECYCLE_ELASTIC"
-"""Set if hosts may join or leave during the run. The batch size then stays the same."""
+"""Set if hosts may join or leave during the run, while the batch size stays the same."""
 
 FAILURE_FILE = "ONECYCLE_FAILURE"
 """Path of the file to which each failed node of a Slurm job appends the time and exit status."""
@@ -38,7 +38,7 @@ JOB_ID = "ONECYCLE_JOB_ID"
 """Unique name of the launch; the same on all ranks."""
 
 LR_TEST = "ONECYCLE_LR_TEST"
-"""The sweep that `initialize` must run, as JSON. Set by `onecycle lr-test`."""
+"""The LR range test that `initialize` must run, as JSON. Set by `onecycle lr-test`."""
 
 SET = "ONECYCLE_SET"
 """``KEY=VALUE`` strings that override config values, as JSON. Set by the option ``--set``."""
@@ -56,7 +56,7 @@ USAGE = 2
 """Exit status: wrong usage, or a file that cannot be read or written."""
 
 UNREACHABLE = 69
-"""Exit status: a host did not respond or differs from this host (EX_UNAVAILABLE)."""
+"""Exit status: a host failed the preflight check (EX_UNAVAILABLE)."""
 
 SAVED_AND_ENDED = 75
 """Exit status: the run received a signal, saved a checkpoint and exited (EX_TEMPFAIL: retry)."""

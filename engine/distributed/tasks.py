@@ -51,7 +51,7 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
         ``WORLD_SIZE`` differs from the number of tasks.
 
     Raises:
-        ValueError: if srun or mpirun started several tasks, but a value is unknown.
+        ValueError: if srun or mpirun started several tasks, but one of the values is unknown.
 
     >>> names = ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
     >>> values = dict(zip((f"OMPI_COMM_WORLD_{name}" for name in names), "2112", strict=True))

@@ -33,7 +33,7 @@ from engine.launch.torchrun import remove_directory
 __all__ = ["STARTED", "find_descendants", "main", "map_slots_to_devices"]
 
 STARTED = "\x1eonecycle-started"
-"""Line that the agent prints after acquiring the lock, before starting the job."""
+"""Line that the agent prints after it acquires the lock and before it starts the job."""
 
 _MAX_SILENCE = 30.0
 _MASK = "CUDA_VISIBLE_DEVICES"
@@ -41,7 +41,7 @@ _SUBREAPER, _PARENT_DEATH = 36, 1  # PR_SET_CHILD_SUBREAPER and PR_SET_PDEATHSIG
 
 
 class _Job:
-    """The torchrun process of this host and its ranks."""
+    """The torchrun process of this host, and the ranks that it starts."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self._grace = float(spec["grace"])

@@ -23,7 +23,7 @@ class Failure:
     time: float = math.inf
     """The time of the failure in seconds since the Unix epoch."""
     reason: str = ""
-    """The error message of torchrun, if torchrun itself failed."""
+    """The error message of torchrun if torchrun itself failed; empty if a rank failed."""
 
 
 def format_failure(failure: Failure) -> str:

@@ -77,7 +77,7 @@ def read_hostfile(path: Path, nproc: str = "auto") -> list[Host]:
             raise LaunchError(f"{path}:{number}: {error}") from None
         if host.name in hosts:
             raise LaunchError(
-                f"{path}:{number}: {host.name} is listed more than once. Merge these lines."
+                f"{path}:{number}: {host.name} is listed more than once. Merge its lines."
             )
         hosts[host.name] = host
     if not hosts:
@@ -197,10 +197,10 @@ def parse_nnodes(text: str | None) -> tuple[int | None, int | None]:
 
 
 def parse_nproc(text: str) -> int:
-    """Parse ``--nproc``, the number of processes per host.
+    """Return the number of processes per host that ``--nproc`` requests.
 
-    ``auto`` is the number of GPUs of this host, or 1 without a GPU. As in torchrun, ``gpu`` is the
-    number of GPUs, and ``cpu`` is the number of CPUs.
+    ``auto`` requests one process per GPU of this host, or one process if the host has no GPU. As in
+    torchrun, ``gpu`` requests one process per GPU, and ``cpu`` one process per CPU.
 
     Raises:
         LaunchError: if ``text`` is neither one of these words nor an integer >= 1, or if ``text``

@@ -57,7 +57,7 @@ class HostFacts:
     interface: str | None = None
     port: int | None = None
     launcher: str | None = None
-    """Address of the launcher, as seen from this host."""
+    """Address of the launcher, as seen from this host; None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class LaunchPlan:
     min_nodes: int
     world_size: int
     store_port: int | None = None
-    """Port of the rendezvous if the launcher runs it; None if the first host runs it."""
+    """Port of the rendezvous on the launcher; None if the first host runs the rendezvous."""
     patience: int = 0
     """Maximum time in seconds for reconnecting to a lost host; 0 disables reconnecting."""
 
@@ -130,9 +130,8 @@ class LaunchPlan:
     def describe(self, *, as_json: bool = False) -> str:
         """Return the plan as text: the ranks, slots and command of each host.
 
-        Each command can be pasted into a shell. A command does not contain secrets: if the name of
-        a variable suggests a secret, the command reads the variable from the shell, and fails if
-        the variable is not set.
+        Each command can be pasted into a shell. A command does not contain secrets: it reads each
+        variable whose name suggests a secret from the shell, and fails if the variable is not set.
 
         Args:
             as_json: whether to return the plan as indented JSON instead.
@@ -161,7 +160,7 @@ def build_plan(
 
     Args:
         request: script, hosts and options of the launch.
-        facts: network settings by host name. Without an entry, the address of a host is its name.
+        facts: network settings by host name. The address of a host without an entry is its name.
         environment: environment variables of the launcher. The ranks receive variables that match a
             built-in pattern, such as ``NCCL_*``, or a pattern in ``request.pass_env``.
 
@@ -334,7 +333,7 @@ def format_assignments(env: Mapping[str, str], *, hide_secrets: bool) -> list[st
     Args:
         env: environment variables.
         hide_secrets: whether to omit the values of variables whose names suggest a secret. The
-            shell then uses the current value of the variable, and fails if it is not set.
+            shell then uses the current value of each such variable, and fails if one is not set.
 
     >>> format_assignments({"A": "b c", "HF_TOKEN": "hf_123"}, hide_secrets=True)
     ["A='b c'", 'HF_TOKEN="${HF_TOKEN:?}"']

@@ -67,7 +67,7 @@ def check_hosts(request: LaunchRequest, config: str | None) -> list[HostCheck]:
 def _open_rendezvous_port(
     request: LaunchRequest, first: HostCheck
 ) -> Iterator[tuple[str | None, int]]:
-    """Open the rendezvous port inside this context, and yield its address and port number.
+    """Keep the rendezvous port open inside this context, and yield its address and number.
 
     If the port is on the launcher's host, the address is None, because each host may use a
     different address for the launcher.

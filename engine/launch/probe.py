@@ -48,7 +48,7 @@ def probe(config: str | None, port: int = 0) -> dict[str, Any]:
 
 
 def find_free_port(port: int = 0) -> int | None:
-    """Return ``port`` if the port is free, or None if not. For 0, return any free port."""
+    """Return ``port`` if it is free, or None otherwise. If ``port`` is 0, return any free port."""
     with socket.socket() as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # TCPStore sets the same option
         try:

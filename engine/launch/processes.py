@@ -60,7 +60,7 @@ class Child:
 
     @property
     def returncode(self) -> int | None:
-        """The return code that `poll` found last; None if the process was still running."""
+        """The return code at the last `poll`; None if the process was still running then."""
         return self._process.returncode
 
     @property
@@ -181,8 +181,8 @@ class Children:
             timeout: maximum time in seconds.
 
         Returns:
-            Each child with new output, and the output. The output is b"" if the child has exited
-            and all of its output has been read.
+            A pair (child, output) for each child that printed output or exited. The output is b""
+            if the child has exited and all of its output has been read.
         """
         events = []
         for key, _ in self._selector.select(_EXIT_TICK if self._exiting else timeout):
@@ -217,7 +217,7 @@ class Finished(NamedTuple):
 
 
 def run_commands(commands: Mapping[str, Sequence[str]], timeout: float) -> dict[str, Finished]:
-    """Run at most `MAX_CONNECTING` commands in parallel, and return their results.
+    """Run commands, at most `MAX_CONNECTING` at the same time, and return their results by name.
 
     Args:
         commands: commands with their arguments, by name.

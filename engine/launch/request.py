@@ -39,7 +39,7 @@ class LaunchRequest:
     timeout: int = 600
     rendezvous_timeout: int = 300
     store: tuple[str, int] | None = None
-    """Host name and port of the rendezvous on the launcher; None if the first host runs it.
+    """Host name and port of the launcher's rendezvous; None if the first host runs the rendezvous.
 
     A rendezvous on the launcher survives the loss of any host.
     """

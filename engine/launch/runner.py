@@ -133,10 +133,10 @@ class _Runner:
         self.output = _Output(console, out)
 
     def run(self, signals: queue.SimpleQueue[int], pinger: Pinger) -> Outcome:
-        """Start the agents of all hosts, and handle events until every agent has exited.
+        """Start all agents, handle events until every agent has exited, and return the outcome.
 
         Args:
-            signals: queue of the numbers of the signals that the launcher receives.
+            signals: queue with the number of each signal that the launcher receives.
             pinger: process that sends pings to the agents.
         """
         while not self._machine.is_over:

@@ -71,7 +71,7 @@ class Action(NamedTuple):
     """An action that the runner executes for one host."""
 
     verb: Literal["start", "send", "kill", "print"]
-    """Start the agent, send it `text`, kill the local process of the host, or print `text`."""
+    """Whether to start the agent, send it `text`, kill the local process, or print `text`."""
     host: str
     text: str = ""
 
@@ -87,7 +87,7 @@ class Outcome:
     """
     reason: str = ""
     source: str = ""
-    """The host (`node0`) or the rank (`node0:r1`) with the output that explains the failure."""
+    """The host (`node0`) or the rank (`node0:r1`) whose output explains the failure."""
     last_lines: tuple[str, ...] = ()
     """The last output lines of ``source``."""
 

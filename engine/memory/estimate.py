@@ -1,7 +1,7 @@
 """Estimate the memory of the model states: parameters, gradients and optimizer states.
 
-The formulas count the tensors that PyTorch, FSDP2 and DeepSpeed 0.19 allocate. The command
-``benchmarks/memory_estimate.py`` compares them with the tensors of real runs.
+The formulas count the tensors that PyTorch, FSDP2 and DeepSpeed 0.19 allocate. The script
+``benchmarks/memory_estimate.py`` compares the estimates with the tensors of real runs.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ _OPTIONAL_STATES = {
     "RMSprop": ("momentum", "centered"),
     "SGD": ("momentum",),
 }
-"""Params of each optimizer that add one state each unless they are 0 or false."""
+"""For each optimizer, the params that add one state each unless they are 0 or false."""
 
 _UNKNOWN = 2
 

@@ -36,12 +36,12 @@ class DeepSpeedSettings:
     accumulates_in_float32: bool = False
     """Whether 16-bit gradients are accumulated in float32 (``data_types.grad_accum_dtype``)."""
     has_16_bit_masters: bool = False
-    """Whether the optimizer's copies of the parameters and gradients have 16 bits."""
+    """Whether the optimizer's copies of the parameters and gradients are 16-bit."""
     has_16_bit_states: bool = False
     max_live_parameters: int = 10**9
-    """Maximum number of elements that stage 3 keeps gathered."""
+    """Maximum number of parameter elements that stage 3 keeps gathered."""
     persistence_threshold: int = 10**5
-    """Maximum number of elements of a parameter that stage 3 does not shard."""
+    """Number of elements up to which stage 3 does not shard a parameter."""
     sub_group_size: int = 10**9
     """Number of elements that the optimizer updates at once in stage 3."""
 
@@ -61,9 +61,9 @@ class MemorySettings:
     accumulates: bool = False
     """Whether a step has several micro-batches."""
     offload_optimizer: str = "none"
-    """Device of the optimizer states: none, cpu or nvme."""
+    """Offload device of the optimizer states: none, cpu or nvme."""
     offload_param: str = "none"
-    """Device of the parameters: none, cpu or nvme."""
+    """Offload device of the parameters: none, cpu or nvme."""
     master_weights: bool = True
     """Whether the PyTorch backend converts trained 16-bit parameters to float32."""
     on_cpu: bool = False

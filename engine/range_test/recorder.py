@@ -1,4 +1,4 @@
-"""Record the learning rate and loss of each step of an LR range test, and detect its end."""
+"""Record the learning rate and loss of each step of an LR range test, and detect the test's end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from typing import Any
 __all__ = ["RECORD", "Recorder", "Run", "SweepOver"]
 
 RECORD = "record.jsonl"
-"""Name of the record file: a line of facts, a line per step, and the reason for the end."""
+"""Name of the record file.
+
+It contains a line of facts about the engine, a line per step, and the reason why the run ended.
+"""
 
 _PATIENCE = 3  # consecutive losses that are not finite
 _SKIPS = 50  # consecutive skipped steps: more than any loss scale needs to adapt

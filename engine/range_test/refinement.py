@@ -114,7 +114,10 @@ class Refinement:
         }
 
     def _find_lowest(self, losses: Array) -> float:
-        """Return the lr at the minimum of a parabola in log(lr), fitted near the lowest loss."""
+        """Return the learning rate at the minimum of a parabola fitted near the lowest loss.
+
+        The parabola is a function of log(lr).
+        """
         maxima = np.array(list(self.losses))
         order = np.argsort(maxima)
         x, y = np.log(maxima[order]), losses[order]

@@ -193,7 +193,7 @@ class LRRangeReport:
         }
 
     def table(self) -> Table:
-        """Return a table with the learning rate of each rule and the suggestion."""
+        """Return a table of the suggestion and of the learning rate that each rule selects."""
         from rich.table import Table
 
         suggestion = self.suggestion

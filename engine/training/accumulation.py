@@ -71,10 +71,10 @@ class Accumulation:
         return self.averages_gradients and self.is_boundary()
 
     def restart(self, micro_batches: int = 0) -> None:
-        """Set the position in the current batch, and forget earlier backward passes.
+        """Set the number of micro-batches since the last step, and forget earlier backward passes.
 
         Args:
-            micro_batches: number of micro-batches that the run has processed.
+            micro_batches: number of micro-batches since the start of the run.
         """
         self.micro_batches = micro_batches % self.steps if self.is_managed else 0
         self.scaled_losses = 0

@@ -91,7 +91,7 @@ def check_is_trainable(model: nn.Module) -> None:
 def check_are_in_model(model: nn.Module, groups: Iterable[Any], backend: str) -> None:
     """Check that all trained parameters belong to the model.
 
-    The backend does not save parameters outside of the model or average their gradients.
+    The backend neither saves parameters outside of the model nor averages their gradients.
 
     Args:
         model: module to train.

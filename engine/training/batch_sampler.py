@@ -65,10 +65,10 @@ def order_dataset(samples: int, config: Config) -> EpochOrder:
 
 
 def order_sampler(source: Any, config: Config, **settings: Any) -> EpochOrder:
-    """Return the sample order of a sampler, seeded by ``engine.seed`` and the epoch.
+    """Return the order in which each epoch visits the items of a sampler.
 
-    In each epoch, the global random generators and the sampler's generators are seeded before
-    sampling. Afterwards, the previous states of the generators are restored.
+    Before each epoch is sampled, the global random generators and the sampler's generators are
+    seeded with ``engine.seed`` and the epoch. Afterwards, their previous states are restored.
 
     Args:
         source: sampler or batch sampler with a length.
@@ -178,8 +178,8 @@ class GlobalBatchSampler(Sampler[Any]):
 class _SeededItems:
     """Items of one micro-batch, with a seed for the worker process.
 
-    The worker is seeded when it unpickles the items. torch seeds a worker only when it starts, so
-    its random numbers would depend on earlier micro-batches and differ in a resumed run.
+    The worker is seeded when it unpickles the items. Otherwise, torch would seed the worker only at
+    its start, and random numbers in a resumed run would differ from those in the original run.
     """
 
     def __init__(self, items: Any, seed: str) -> None:

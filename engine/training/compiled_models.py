@@ -11,10 +11,10 @@ __all__ = ["unwrap_compiled"]
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:
-    """Unwrap a model returned by `torch.compile`, and keep its module compiled.
+    """Return the module that `torch.compile` wrapped, and keep the module compiled.
 
     The wrapper adds ``_orig_mod.`` to the keys of the state dict, so an uncompiled model could not
-    load its checkpoints. A model without the wrapper is returned unchanged.
+    load the wrapper's checkpoints. A model without the wrapper is returned unchanged.
 
     >>> import torch
     >>> inner = nn.Linear(2, 1)

@@ -81,7 +81,9 @@ def read_epoch(loader: RunLoader | None) -> int:
 
 
 def count_steps_per_epoch(loader: RunLoader | None, config: Config) -> int | None:
-    """Return the number of optimizer steps per epoch, or None if unknown.
+    """Return the number of optimizer steps per epoch.
+
+    The result is None if there is no loader or its length is unknown.
 
     Raises:
         ValueError: an epoch has fewer micro-batches than one optimizer step requires.

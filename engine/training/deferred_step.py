@@ -74,7 +74,7 @@ class StepResult:
     def __init__(self, settle: Callable[[], None]) -> None:
         self._settle: Callable[[], None] | None = settle
         self.is_applied: bool | None = None
-        """Whether the step was applied; None until the host has read the result."""
+        """Whether the step was applied; None until the host has read the outcome."""
 
     def __bool__(self) -> bool:
         settle, self._settle = self._settle, None
@@ -96,7 +96,7 @@ class StepResult:
 
 
 class DeferredStep:
-    """Runner that starts each optimizer step and reads the outcome of the step later.
+    """Runner that starts each optimizer step and reads its outcome later.
 
     The backward pass leaves scaled, unclipped gradients in ``.grad``. The fused kernel divides them
     by
@@ -137,7 +137,7 @@ class DeferredStep:
         device: torch.device,
     ) -> None:
         self.scale: Tensor | None = None
-        """Loss scale for the next backward pass; None if the scale is already known."""
+        """Loss scale for the next backward pass; None if the host already knows the scale."""
         self.has_skipped = False
         """Whether the last step with a known outcome was skipped."""
         self._optimizer = optimizer
@@ -192,7 +192,7 @@ class DeferredStep:
             self._is_limited = True
 
     def read(self) -> tuple[float, float]:
-        """Wait for the last step, update the loss scaler, and return the step's norm and loss.
+        """Wait for the last step, update the loss scaler, and return the gradient norm and loss.
 
         Raises:
             FloatingPointError: the gradients overflow at the minimum loss scale.

@@ -36,5 +36,5 @@ class DivergenceCheck:
             f"Training diverges: the gradients of the last {self._limit} steps are not finite "
             f"(step {counters.global_steps}{loss}, lr {lr:g}). Check the data and the model for "
             "NaN, lower the learning rate, or use bf16 instead of fp16. "
-            "`engine.max_skipped_steps` sets the limit."
+            "`engine.max_skipped_steps` limits the number of consecutive skipped steps."
         )

@@ -61,7 +61,7 @@ class Evaluator:
     """Evaluator that averages metrics over a dataset and gathers tensors from all ranks.
 
     All ranks process the same number of batches, because a forward pass may gather parameters from
-    all ranks. A rank without a remaining batch repeats an earlier batch and drops its results.
+    all ranks. A rank that has no batch left repeats an earlier batch and drops the results.
 
     Args:
         ranks: rank, world size and device of this process.
@@ -78,7 +78,7 @@ class Evaluator:
         if isinstance(loader, RunLoader):
             raise ValueError(  # noqa: TRY004  # it is the wrong loader, not the wrong type
                 "`loader` must not be the training loader, because an evaluation would start the "
-                "next epoch. Pass a new `DataLoader` of the dataset."
+                "next epoch. Pass a new `DataLoader` for the dataset."
             )
         rows: list[_Row] = []
         try:
@@ -95,7 +95,7 @@ class Evaluator:
         return _compute_means([row for part in self._gather_objects(own) for row in part])
 
     def gather(self, value: Any) -> Any:
-        """Concatenate the tensors of all ranks; see `Engine.gather`."""
+        """Return the concatenated tensors of all ranks; see `Engine.gather`."""
         return map_leaves(self._gather_tensor, value)
 
     def _gather_tensor(self, value: Any) -> Tensor:
@@ -299,8 +299,8 @@ def _compute_means(rows: Sequence[_Row]) -> Any:
     for name, value, count in rows:
         if not count >= 0:
             raise ValueError(
-                f"`fn` must return a number of samples >= 0, got {count:g}. Count the samples that "
-                "the metrics are averaged over."
+                f"`fn` must return a number of samples >= 0, got {count:g}. Return the number of "
+                "samples over which the metrics are averaged."
             )
         if count > 0:
             named.setdefault(name, []).append((value * count, count))

@@ -16,7 +16,7 @@ METRIC_LABELS = {
     "skipped_steps": "skipped steps",
     "loss_scale": "loss scale",
 }
-"""Labels of a run's metrics in the order in which pages show them. Metrics of the script follow."""
+"""Labels of a run's metrics, in the order in which pages show them. The script's metrics follow."""
 
 
 class Event(NamedTuple):

@@ -69,7 +69,7 @@ def profile_modules(model: nn.Module, device: torch.device) -> Iterator[list[Mod
 
 
 def _add_up_containers(profiles: Sequence[ModuleProfile]) -> None:
-    """Assign each container that is not called, such as a ModuleList, its members' total cost."""
+    """Set the cost of each uncalled container, such as a ModuleList, to its members' total cost."""
     for container in reversed(profiles):
         if container.calls == 0 and container.name:
             members = [each for each in profiles if each.name.rpartition(".")[0] == container.name]

@@ -86,7 +86,7 @@ class GradientAverager:
     Args:
         model: replicated module; rank 0's parameters and buffers are copied to all ranks.
         optimizer: optimizer that holds the trained parameters. Parameters can be added later.
-        ranks: rank and world size of this process, at least 2.
+        ranks: rank and world size of this process. The world size is at least 2.
 
     Raises:
         ValueError: the ranks' models have different parameters.
@@ -314,7 +314,7 @@ class GradientAverager:
             raise MisuseError(
                 "The ranks have run different numbers of backward passes, so gradients of "
                 "different steps were averaged. Call `trainer.backward(loss)` the same number of "
-                "times on every rank; compute extra losses under `torch.no_grad()`."
+                "times on every rank. Compute extra losses under `torch.no_grad()`."
             )
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ _MIN_FLOAT16 = 2.0**-24
 
 @dataclass(frozen=True)
 class ScalerState:
-    """The result of `LossScaler.state_dict`."""
+    """Fields and types of the dict that `LossScaler.state_dict` returns."""
 
     scale: Annotated[float, Range(above=0)]
     hysteresis: Count
@@ -74,7 +74,7 @@ class LossScaler:
         return _MAX_FLOAT16_SCALE if self._dynamic else math.inf
 
     def find_next_scales(self) -> tuple[float, float]:
-        """Return the scale after a step without overflow and after a step with overflow.
+        """Return the scales after a step without overflow and after a step with overflow.
 
         >>> LossScaler(LossScaling(0, 4, 2, 1, False, 1)).find_next_scales()
         (16.0, 8.0)

@@ -258,10 +258,10 @@ class MisuseChecks:
         names = [f"`{name}`" for name, parameter in unfrozen if id(parameter) not in trained]
         if names:
             self._warn(
-                "These parameters require gradients but are not trained, because they were frozen "
-                f"when the engine was built and are in no param group: {_shorten(names)}. Pass "
-                "frozen parameters to `initialize` as `model_parameters` or, if there is no "
-                "schedule, call `optimizer.add_param_group`."
+                "These parameters require gradients but are not trained: "
+                f"{_shorten(names)}. They were frozen when the engine was built, and are in no "
+                "param group. Pass frozen parameters to `initialize` as `model_parameters` or, if "
+                "there is no schedule, call `optimizer.add_param_group`."
             )
 
     def _warn(self, text: str) -> None:
@@ -322,7 +322,7 @@ def _find_trained(backend: CheckedBackend) -> set[Any]:
 
 
 def _has_position(scheduler: object) -> bool:
-    """Return whether a scheduler counts its steps in ``last_epoch``, and only the engine steps it.
+    """Return whether a scheduler counts steps in ``last_epoch`` and is stepped only by the engine.
 
     A scheduler that takes a metric, such as ``ReduceLROnPlateau``, may be stepped by the script.
     """

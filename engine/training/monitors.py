@@ -85,7 +85,7 @@ class RunDirectories:
 
 
 _OWNERS: weakref.WeakValueDictionary[Path, RunDirectories] = weakref.WeakValueDictionary()
-"""For each directory, the run of this process that chose it last."""
+"""Maps each directory to the `RunDirectories` object that chose it last in this process."""
 
 
 def _add_number(directory: str, number: int) -> Path:
@@ -137,7 +137,7 @@ class TensorBoardMonitor:
         self._writer.flush()
 
     def rewind(self, samples: int) -> None:
-        """Start a new event file that makes TensorBoard hide old events after ``samples``."""
+        """Start an event file that makes TensorBoard hide old events after ``samples`` samples."""
         self.close()
         self._purge_step = samples + 1
 

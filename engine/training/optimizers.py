@@ -178,7 +178,7 @@ def _construct(
         optimizer_class.add_param_group(optimizer, group)
         if not known.isdisjoint(group["params"]):
             raise ValueError(
-                "some parameters appear in more than one parameter group. Pass each parameter once."
+                "Some parameters appear in more than one parameter group. Pass each parameter once."
             )
         known.update(group["params"])
         earlier.extend(optimizer.param_groups)

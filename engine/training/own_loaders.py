@@ -105,7 +105,7 @@ def _read_batch_size(loader: Any) -> int | None:
 
 
 def _overrides_iteration(loader: DataLoader[Any]) -> bool:
-    """Return whether a subclass of torch's DataLoader overrides how batches are yielded."""
+    """Return whether a data loader's class changes how torch's DataLoader yields batches."""
     names = ("__iter__", "_get_iterator")
     return any(getattr(type(loader), name) is not getattr(DataLoader, name) for name in names)
 
@@ -121,7 +121,7 @@ def _use_loader(loader: Any, config: Config, ranks: Ranks) -> RunLoader:
     if not has_state(loader) and ranks.rank == 0:
         log.warning(
             "%s overrides how batches are yielded, so a resumed run loads and discards the "
-            "batches before the saved position. Make sure that the order of each epoch is "
+            "batches before the saved position; make sure that the order of each epoch is "
             "reproducible",
             type(loader).__name__,
         )
@@ -156,7 +156,7 @@ def _check_shard(source: Any, ranks: Ranks) -> bool:
 
 
 def _rebuild_loader(loader: DataLoader[Any], config: Config, ranks: Ranks) -> tuple[RunLoader, str]:
-    """Return a new loader with the same dataset and settings, and a description for the log."""
+    """Return a new loader with the same dataset and settings, and its description for the log."""
     settings = {name: getattr(loader, name) for name in _SETTINGS if hasattr(loader, name)}
     settings["pin_memory"] &= ranks.device.type == "cuda"  # torch warns on the CPU
     if not settings.get("in_order", True) and ranks.rank == 0:

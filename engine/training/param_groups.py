@@ -88,7 +88,7 @@ def divide_parameters(
         descriptions.
 
     Raises:
-        ValueError: a group of the config does not match the model, or ``parameters`` already are
+        ValueError: a group of the config does not match the model, or ``parameters`` are already
             param groups.
     """
     given = None if parameters is None else [_list_members(each) for each in parameters]
@@ -294,7 +294,8 @@ def _find_without_decay(
 ) -> set[nn.Parameter]:
     """Return the parameters that usually have no weight decay.
 
-    These are biases, parameters of normalization layers, and all others with at most one dimension.
+    These are biases, parameters of normalization layers, and all other parameters with at most one
+    dimension.
     """
     found = {
         parameter
@@ -345,7 +346,7 @@ def _find_layers(
 def _find_outermost_blocks(model: nn.Module, wrap: Sequence[str]) -> list[nn.Module]:
     """Return the blocks that are not inside another block, in the order of their parameters.
 
-    By default, blocks are the items of a ModuleList, or of a Sequential named as in timm.
+    By default, blocks are the items of a ModuleList or of a Sequential with a name like ``blocks``.
     """
     blocks = find_blocks(model, wrap)
     for name, module in () if wrap else model.named_modules():

@@ -60,12 +60,12 @@ class StepRecord:
     """Momentum (first beta for Adam) of each param group; None if no group has momentum. In the
     sequence, None stands for a group without momentum."""
     weight_decay: Sequence[float] | None
-    """Weight decay of each param group; None if there is none."""
+    """Weight decay of each param group that sets it; empty or None if no group sets it."""
     loss: float | None
     """Mean loss over micro-batches and ranks; None if it is unknown or was not needed."""
     grad_norm: float | None
     loss_scale: float | None
-    """Loss scale; None without fp16."""
+    """Factor by which the loss is multiplied; None if the run does not use fp16."""
     batch_size: int
 
 
@@ -110,7 +110,7 @@ class ProgressReporter:
         )
         self.monitors = monitors
         self.timer: PassTimer | None = None
-        """Timer whose times are logged with each progress line; rank 0 only."""
+        """Timer whose mean times are logged with each progress line; None if nothing is timed."""
         self.has_bar = settings.has_bar and is_first and ProgressBar.is_supported()
         """Whether `move_bar` must be called after each step."""
         self._bar: ProgressBar | None = None

@@ -34,7 +34,7 @@ def get_rng_state() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _RngState:
-    """The result of `get_rng_state`."""
+    """Fields and types of the dict that `get_rng_state` returns."""
 
     python: tuple[int, tuple[int, ...], float | None]
     numpy: tuple[

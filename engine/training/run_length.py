@@ -42,8 +42,7 @@ class RunLength:
             steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
         Returns:
-            Whether the number of steps is known. A length in epochs requires
-            ``steps_per_epoch``.
+            False if the length cannot be determined without ``steps_per_epoch``; True otherwise.
 
         Raises:
             DurationError: the length is shorter than one step, or too large.

@@ -256,7 +256,7 @@ def _read_decision(value: Mapping[str, Any]) -> Decision:
 
 
 def _write_at_exit(report: RunReport) -> Any:
-    """Write the report when the process ends, for a script that does not call ``destroy``."""
+    """Register a function that writes the report when the process ends, and return it."""
     reference = weakref.ref(report)
 
     def write() -> None:

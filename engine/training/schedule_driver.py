@@ -29,7 +29,7 @@ class ScheduleDriver:
             has none.
         report: directory for plots of a feedback schedule's decisions, such as the decision to end
             the warmup. If None, no plots are saved.
-        note: function to call with the evidence for such a decision if plots are saved.
+        note: function to call with the evidence for each decision, if plots are saved.
 
     Raises:
         MissingExtraError: plots of decisions are requested, but matplotlib is not installed.
@@ -43,7 +43,7 @@ class ScheduleDriver:
     ) -> None:
         self.scheduler = scheduler
         self.metric: float | None = None
-        """Last metric, averaged over the ranks, kept until the scheduler receives it."""
+        """Last metric, averaged over the ranks; None once the scheduler has received it."""
         self._report = report
         self._note = note
         if report is not None and self.feedback is not None:

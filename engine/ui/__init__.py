@@ -1,5 +1,5 @@
-"""A local page in the browser that edits a config and shows a run.
+"""Local web pages, one to edit a config and one to show runs.
 
-All logic for configs is in Python: the page sends the text of the editor to the local server, and
-draws the reply.
+All logic for configs is in Python: the config page sends the text of the editor to the local
+server, and draws the reply.
 """

@@ -23,7 +23,8 @@ _CONTENT_POLICY = (
     "img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""The page loads nothing from other hosts. CodeMirror adds its styles to the page."""
+"""Content security policy: the page can load nothing from other hosts. Inline styles are allowed,
+because CodeMirror adds its styles to the page."""
 
 
 def create_token() -> str:
@@ -55,7 +56,7 @@ def _read_host_name(host: str) -> str | None:
 
 
 def add_security_headers(response: Response) -> None:
-    """Add headers so that the page cannot load from other websites or be embedded in them."""
+    """Add headers so that the page cannot load files from other websites or be embedded in them."""
     response.headers["Content-Security-Policy"] = _CONTENT_POLICY
     response.headers["Referrer-Policy"] = "no-referrer"
     response.headers["X-Content-Type-Options"] = "nosniff"

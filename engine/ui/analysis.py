@@ -143,9 +143,9 @@ def _describe_problems(document: Document, problems: Sequence[Problem]) -> list[
 
 
 def _offer_fix(document: Document, problem: Problem) -> Problem:
-    """Return a problem. If it has no automatic fix, add one that the user must confirm.
+    """Return a problem with its fix or, if it has none, with a fix that the user must confirm.
 
-    The fix replaces a misspelled name with the most similar known name.
+    The added fix replaces a misspelled name with the most similar known name, if there is one.
     """
     if problem.fix is not None or problem.pointer not in document.locations:
         return problem
@@ -161,7 +161,7 @@ def _offer_fix(document: Document, problem: Problem) -> Problem:
 
 
 def _find_range(document: Document, problem: Problem) -> tuple[int, int]:
-    """Return the range of the token to underline. For a section, underline only its key."""
+    """Return the range of the token to underline for a problem; for a section, that of its key."""
     text = document.text
     if not problem.line:
         return 0, min(1, len(text))

@@ -56,7 +56,7 @@ def describe(text: str, offset: int) -> dict[str, Any]:
 
     Args:
         text: text of the editor.
-        offset: position, in UTF-16 code units.
+        offset: position in the text, in UTF-16 code units.
 
     Returns:
         The range of the token, a title and paragraphs; no paragraphs if nothing is known.
@@ -181,7 +181,7 @@ def _list_types(schema: Mapping[str, Any]) -> list[str]:
 
 
 def _find_object_schema(cursor: Cursor) -> Mapping[str, Any]:
-    """Return the schema of the innermost object; empty if it is unknown."""
+    """Return the schema of the innermost object around the cursor; empty if unknown."""
     schema: Mapping[str, Any] = schemas.read(SCHEMA)
     for depth, key in enumerate(cursor.path, start=1):
         schema = _find_member(schema, cursor.path[:depth], cursor.frames[depth - 1], key)
@@ -189,7 +189,7 @@ def _find_object_schema(cursor: Cursor) -> Mapping[str, Any]:
 
 
 def _find_schema(cursor: Cursor, key: str) -> Mapping[str, Any]:
-    """Return the schema of a key of the innermost object; empty if it is unknown."""
+    """Return the schema of a key of the innermost object around the cursor; empty if unknown."""
     around = _find_object_schema(cursor)
     return _find_member(around, (*cursor.path, key), cursor.frames[-1], key)
 

@@ -52,7 +52,7 @@ class ConfigFile:
         self._template = template
 
     def read(self) -> Snapshot:
-        """Read the file.
+        """Return the text and the hash of the file, or the template if the file does not exist.
 
         Raises:
             OSError: the file cannot be read.
@@ -105,8 +105,8 @@ class ConfigFile:
             return None
         if len(data) > _MAX_BYTES:
             raise ValueError(
-                f"{self.path.name} must be at most {_MAX_BYTES:,} bytes for this page. "
-                "Use a text editor."
+                f"{self.path.name} must be at most {_MAX_BYTES:,} bytes to be edited on this "
+                "page. Use a text editor instead."
             )
         return data
 
@@ -126,7 +126,7 @@ def _hash(data: bytes | None) -> str:
 
 
 def _restore_line_ends(text: str, old: str) -> str:
-    """Return a text with the line endings and the byte order mark of the old text."""
+    """Return a text with the line endings and the byte order mark of ``old``."""
     mark = _BYTE_ORDER_MARK if old.startswith(_BYTE_ORDER_MARK) else ""
     ends = _LINE_END.findall(old)
     if set(ends) <= {"\n"}:

@@ -50,7 +50,7 @@ class ConfigPage:
 
     @property
     def actions(self) -> Mapping[str, Action]:
-        """The actions by name."""
+        """Dict from the name of each action to the function that runs it."""
         return {
             "open": self._open,
             "version": lambda _: {"version": self._file.find_version()},

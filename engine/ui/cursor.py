@@ -51,7 +51,7 @@ class Frame:
     """Key or index of the member that is being read."""
     keys: list[str] = field(default_factory=list)
     type: str | None = None
-    """The value of the key ``type``."""
+    """Value of the object's key ``type``; None until it is read."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Cursor:
     """The token at the cursor, or the position of a new one.
 
     Args:
-        role: "key", "value" or "" if neither can be written here.
+        role: "key" or "value"; "" if neither can be written at the cursor.
         frames: objects and arrays around the token, outermost first.
         start: offset of the start of the token.
-        end: offset of its end; equal to ``start`` without a token.
+        end: offset of the end of the token; equal to ``start`` if there is no token.
         text: the token, such as ``"lr"`` with its quotes.
         key: key of the token or, for a value, the key that it belongs to.
         path: keys and indices of the objects and arrays around the token.
@@ -78,7 +78,7 @@ class Cursor:
 
 
 def locate(text: str, offset: int) -> Cursor:
-    """Find the token that contains or ends at an offset.
+    """Return the cursor for the token that contains an offset or ends at it.
 
     The whole text is read, because the ``type`` that decides which params are valid can follow the
     params.

@@ -27,7 +27,7 @@ __all__ = ["CurveSet", "compute_curves"]
 MAX_EXACT = 200_000
 """Maximum number of steps for which the page receives the value at each step."""
 _SAMPLES = 20_000
-"""Number of steps whose values the page receives if the range is longer."""
+"""Number of steps whose values the page receives if it draws more than `MAX_EXACT` steps."""
 _MAX_STEPS = 10**9
 _MAX_CURVES = 200
 _MAX_COMPARED = 8
@@ -40,7 +40,7 @@ class Column(NamedTuple):
     group: str
     """Name of the param group; empty if all groups share the curve."""
     source: str
-    """File or schedule type of a curve to compare with; empty for the config itself."""
+    """File name or schedule type that the curve comes from; empty for the config itself."""
     curve: Curve
 
     @property

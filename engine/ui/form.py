@@ -1,4 +1,4 @@
-"""The form for the scheduler block: its fields, their sliders, and its edits of the text."""
+"""The form for the scheduler block: its fields, their sliders, and the edits that it makes."""
 
 from __future__ import annotations
 
@@ -186,7 +186,9 @@ def _scale(value: Any, schema: Mapping[str, Any], steps: int, has_length: bool) 
 def _parse(text: str) -> Document:
     document = parse(text, "config")
     if not isinstance(document.value, Mapping):
-        raise ValueError("The form needs a valid JSON object. Correct the text.")
+        raise ValueError(
+            "The form cannot edit a text that is not a valid JSON object. Correct the text."
+        )
     return document
 
 

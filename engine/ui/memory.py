@@ -21,13 +21,13 @@ def describe_memory(
     """Return the tables of ``onecycle memory`` for the page.
 
     Args:
-        context: valid values of the config; None if it has none.
+        context: valid values of the config; None if the config is not a JSON object.
         problems: problems of the config.
         settings: settings of the run. Without a world size, one rank is assumed.
 
     Returns:
-        The tables and notes, or the reason why the memory cannot be estimated as ``summary``; None
-        if the number of parameters is unknown or the config has errors.
+        The tables and notes. If the memory cannot be estimated, ``summary`` contains the reason.
+        None if the number of parameters is unknown or the config has errors.
     """
     has_errors = any(problem.severity == "error" for problem in problems)
     if settings.parameters is None or context is None or has_errors:

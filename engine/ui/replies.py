@@ -49,7 +49,10 @@ def build_response(reply: Mapping[str, Any] | Numbers | Download) -> Response:
 
 
 def _encode(reply: Numbers) -> bytes:
-    """Encode the JSON text's length, the text padded to a multiple of 8 bytes, and the numbers."""
+    """Return a reply as bytes: the length of the JSON text, the text, and the numbers.
+
+    The text is padded, so that the numbers start at a multiple of 8 bytes.
+    """
     lengths = [len(array) for array in reply.arrays]
     text = _format_json({**reply.header, "lengths": lengths}).encode()
     text += b" " * (-(len(text) + 4) % 8)

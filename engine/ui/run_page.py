@@ -58,7 +58,7 @@ class RunPage:
 
     @property
     def actions(self) -> Mapping[str, Action]:
-        """The actions by name."""
+        """Dict from the name of each action to the function that runs it."""
         return {
             "summary": self._locked(self._summarize),
             "metrics": self._locked(self._read_metrics),
@@ -113,7 +113,7 @@ class RunPage:
         }
 
     def _read_metrics(self, body: Mapping[str, Any]) -> Numbers:
-        """Return the points to draw, unless nothing has changed since the last request."""
+        """Return the points to draw, or no points if nothing has changed since the last request."""
         window = body.get("window")
         window = tuple(map(float, window)) if isinstance(window, list) else None
         is_by_sample = body.get("axis") == "samples"
@@ -160,7 +160,7 @@ class RunPage:
         return Numbers(header, arrays)
 
     def _find_decision(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Return AutoWU's decision in a run."""
+        """Return AutoWU's decision to end the warmup of a run."""
         for run in self._runs:
             if run.name == body.get("run"):
                 checkpoints = run.list_checkpoints()

@@ -65,7 +65,7 @@ class Run:
 
     @property
     def series(self) -> Mapping[str, Series]:
-        """The metrics by name. If several directories contain a metric, the first one is used."""
+        """The metrics by name. A metric in several directories is read from the first directory."""
         found: dict[str, Series] = {}
         for source in self._sources.values():
             found = {**source.series, **found}
@@ -91,7 +91,7 @@ class Run:
         return read_saved_settings(checkpoints)
 
     def find_range_test(self) -> Mapping[str, Any] | None:
-        """Return the report of an LR range test, if there is one."""
+        """Return the report of an LR range test, or None if there is none."""
         for directory in _walk(self.root):
             report = _read_json(directory / "report.json")
             if isinstance(report, Mapping) and {"suggestion", "runs"} <= report.keys():
@@ -174,7 +174,7 @@ def compare_settings(settings: Mapping[str, Mapping[str, Any]]) -> list[dict[str
     """Return the settings that differ between runs; for a single run, all its settings.
 
     Args:
-        settings: settings of each run, by its name.
+        settings: settings of each run, by the name of the run.
 
     >>> compare_settings({"a": {"x": 1, "y": {"z": 2}}, "b": {"x": 1, "y": {"z": 3}}})
     [{'key': 'y.z', 'values': ['2', '3']}]

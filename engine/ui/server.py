@@ -1,4 +1,4 @@
-"""The local web server: checks each request, then serves a file or runs an action of the page."""
+"""Local web server that checks each request, then serves a file or runs an action of the page."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Page(Protocol):
 
     @property
     def actions(self) -> Mapping[str, Action]:
-        """The actions by name."""
+        """Dict from the name of each action to the function that runs it."""
         ...
 
 
@@ -118,7 +118,7 @@ def _build_error(status: int, message: str) -> Response:
 
 
 class _SilentHandler(WSGIRequestHandler):
-    """Handler of connections that does not log each request."""
+    """Request handler that does not log requests."""
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Do nothing."""

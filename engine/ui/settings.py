@@ -22,7 +22,7 @@ _MAX = 10**15
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The settings of a run that its config does not contain; None if unknown."""
+    """Settings of a run that its config does not contain. Each is None if unknown."""
 
     world_size: int | None = None
     steps_per_epoch: int | None = None
@@ -38,7 +38,7 @@ class RunSettings:
         """Read the settings in a request from the page.
 
         Raises:
-            ValueError: a value is not a positive whole number or null.
+            ValueError: a value is neither a positive whole number nor null.
         """
         given = values if isinstance(values, Mapping) else {}
         known = {each.name: given.get(each.name) for each in fields(cls)}

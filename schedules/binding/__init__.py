@@ -1,1 +1,1 @@
-"""The parts of `schedules.torch_scheduler.ScheduleBinder`."""
+"""Implementation of `schedules.torch_scheduler.ScheduleBinder`."""

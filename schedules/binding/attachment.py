@@ -25,7 +25,7 @@ class _Writer(Protocol):
 class Attachment:
     """The schedules that are attached to one optimizer, and the last values that they wrote.
 
-    This object exists as long as the optimizer, even if a schedule is deleted. When a second
+    This object exists as long as the optimizer does, even if a schedule is deleted. When a second
     schedule is attached, this object shows whether the current learning rate comes from the first
     schedule or from the script.
     """
@@ -76,7 +76,7 @@ class Attachment:
         initial value is the current value.
 
         Returns:
-            The initial values, and the reason why they are uncertain; None if they are certain.
+            The initial values, and the reason why they are uncertain, or None if they are certain.
             They are uncertain if either a schedule or the script may have set a current value, for
             example after the optimizer's state was loaded, or with another library's scheduler.
         """

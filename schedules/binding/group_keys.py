@@ -51,8 +51,8 @@ def bind_to_groups(
     if not isinstance(controller, OpenLoop):
         raise ValueError(  # noqa: TRY004  # it is a value of the optimizer
             f"{schedule.type_name} does not support the key `{key}` in param groups, but param "
-            f"group {index} has `{key}` {groups[index][key]:g}. Remove the key, and multiply the "
-            "group's initial value by this factor."
+            f"group {index} sets `{key}` to {groups[index][key]:g}. Remove the key, and multiply "
+            "the group's initial learning rate or weight decay by this factor."
         )
     if "lr" in factors:
         _check_not_applied(base["lr"], factors["lr"], groups)
@@ -116,7 +116,7 @@ def _replace_parameters(schedule: Schedule[Any], groups: Sequence[Group]) -> Sch
         elif key == "max_lr" and not groups[index].keys() >= _WRITTEN_BY_ONE_CYCLE_LR:
             raise ValueError(
                 f"{schedule.type_name} does not support the key `{key}` in param groups, but param "
-                f"group {index} has `{key}` {groups[index][key]:g}. Set the learning rates of the "
-                "schedule to lists with one value per param group, and remove the key."
+                f"group {index} sets `{key}` to {groups[index][key]:g}. Set the learning rates of "
+                "the schedule to lists with one value per param group, and remove the key."
             )
     return dataclasses.replace(schedule, **changes) if changes else schedule

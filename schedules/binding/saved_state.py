@@ -34,7 +34,7 @@ _NAMES = ("lr", "momentum", "weight_decay")
 
 @dataclass(frozen=True)
 class _SavedState:
-    """The result of `ScheduleBinder.state_dict`."""
+    """Contents of the dict that `ScheduleBinder.state_dict` returns."""
 
     type: str
     params: dict[str, Any]

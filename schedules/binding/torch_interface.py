@@ -41,17 +41,19 @@ class TorchInterface(LRScheduler):
     _losses: tuple[float, ...] = ()
     """Losses passed to `record_loss` since the last step."""
     _position: int
-    """Number of steps. A script can set `last_epoch`, but not this attribute."""
+    """Number of steps that a feedback schedule has taken. A script can set `last_epoch`, but not
+    this attribute."""
     last_epoch: int
-    """Number of optimizer steps so far, without skipped steps. As in PyTorch, a script can set it,
-    and the next `step` continues from there. For a feedback schedule, `step` raises an error."""
+    """Number of optimizer steps so far, not counting skipped steps. As in PyTorch, a script can set
+    it, and the next `step` continues from there. For a feedback schedule, the next `step` raises an
+    error instead."""
     _base: Base
     _base_lrs: BaseLRs
     _doubt: str | None
     """Why the initial hyperparameters are uncertain; None if they are known."""
     _writer: RangeWriter | None
-    """Writer of the current range of steps; None before the first step, and for feedback
-    schedules."""
+    """Writes the scheduled values for the current range of steps; None before the first step and
+    for feedback schedules."""
     _slots: Mapping[str, Sequence[Slot]]
 
     @property
@@ -158,7 +160,10 @@ class TorchInterface(LRScheduler):
             self._losses += (_read_loss(loss),)
 
     def _take_loss(self, loss: Tensor | float | None) -> float | None:
-        """Return the mean of the recorded losses and discard them; without any, return ``loss``."""
+        """Return the mean of the recorded losses, and discard them.
+
+        If no loss was recorded, return ``loss``.
+        """
         losses = self._losses
         if losses and loss is not None:
             raise ValueError(

@@ -81,8 +81,8 @@ def join(parts: Iterable[Curve], boundaries: Iterable[float], names: Sequence[st
         parts: curves to concatenate, in order.
         boundaries: steps at which the second and later parts start, in ascending order. A part
             between two equal boundaries is skipped.
-        names: names of the parts, shown in plots. A part with named phases shows the names of its
-            phases instead.
+        names: names of the parts, shown in plots. For a part with named phases, plots show
+            the names of these phases instead.
 
     Raises:
         ValueError: the number of boundaries is not one less than the number of parts, or the
@@ -92,7 +92,7 @@ def join(parts: Iterable[Curve], boundaries: Iterable[float], names: Sequence[st
     if len(boundaries) != len(parts) - 1:
         raise ValueError(
             f"`boundaries` must have {len(parts) - 1} entries for {len(parts)} parts, "
-            f"got {boundaries}. Pass the start of each part after the first."
+            f"got {boundaries}. Pass the start step of each part except the first."
         )
     if list(boundaries) != sorted(boundaries) or (boundaries and boundaries[0] < 0):
         raise ValueError(f"`boundaries` must be >= 0 and in ascending order, got {boundaries}.")
@@ -287,7 +287,7 @@ class _Pointwise(Curve):
 
 
 def pointwise(combine: Callable[[float, float], float], left: Curve, right: Curve) -> Curve:
-    """Combine two curves step by step. The value at step k is ``combine(left(k), right(k))``.
+    """Return the combination of two curves, ``f(k) = combine(left(k), right(k))``.
 
     >>> from schedules.core.curves import constant, linear
     >>> list(pointwise(max, linear(1.0, 0.0, steps=4), constant(0.3)).values(5))
@@ -324,7 +324,7 @@ class _Dilate(Curve):
 
 
 def dilate(curve: Curve, ratio: float) -> Curve:
-    """Stretch a curve in time. The value at step k is the value of ``curve`` at ``k / ratio``.
+    """Return a stretched curve. Its value at step k is the value of ``curve`` at ``k / ratio``.
 
     >>> from schedules.core.curves import linear
     >>> list(dilate(linear(0.0, 1.0, steps=2), ratio=2).values(5))
@@ -349,7 +349,7 @@ class _Delay(Curve):
 
 
 def delay(curve: Curve, steps: float) -> Curve:
-    """Shift a curve in time. The value at step k is the value of ``curve`` at ``k - steps``.
+    """Return a shifted curve. Its value at step k is the value of ``curve`` at ``k - steps``.
 
     With a negative ``steps``, the curve starts earlier and its first steps are skipped.
 
@@ -377,7 +377,7 @@ class _Scale(Curve):
 
 
 def scale(curve: Curve, factor: float) -> Curve:
-    """Multiply a curve by a factor. The value at step k is ``curve(k) * factor``.
+    """Return the product of a curve and a factor, ``f(k) = curve(k) * factor``.
 
     >>> from schedules.core.curves import linear
     >>> list(scale(linear(0.0, 1.0, steps=2), factor=0.5).values(4))

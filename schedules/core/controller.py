@@ -46,7 +46,7 @@ class Decision(NamedTuple):
     """New learning rate of the first param group."""
     reason: str
     probability: float | None = None
-    """Probability that the loss has passed its minimum; None if no test led to the change."""
+    """Probability that the loss has passed its minimum; None if it was not estimated."""
 
 
 class Band(NamedTuple):
@@ -56,7 +56,7 @@ class Band(NamedTuple):
     """
 
     positions: Sequence[float]
-    """Positions at which the process is evaluated, from 0 (first loss) to 1 (end of the losses)."""
+    """Positions at which the process is evaluated: 0 is the first loss, 1 just after the last."""
     mean: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
@@ -71,7 +71,7 @@ class Evidence(NamedTuple):
     losses: Sequence[float]
     """Loss of each step before the decision."""
     band: Band | None
-    """Gaussian process fitted to the losses; None if no test was run."""
+    """Gaussian process fitted to the losses; None if no process was fitted."""
 
 
 class Controller(Protocol[S]):

@@ -307,7 +307,7 @@ def half_life(start_value: float, end_value: float, steps: float) -> Curve:
 
 
 def geometric(start_value: float, end_value: float, steps: float) -> Curve:
-    """Return the geometric ramp ``f(k) = s * (e / s) ** min(1, k / steps)`` from s to e.
+    """Return the geometric ramp ``f(k) = start * (end / start) ** min(1, k / steps)``.
 
     The ramp is a straight line on a logarithmic scale.
 

@@ -1,6 +1,6 @@
 """Convert durations to optimizer steps. A duration is a number of steps or a time string.
 
-Time strings have Composer's format, a number followed by a unit. ``"10ep"`` is 10 epochs,
+Time strings have Composer's format: a number followed by a unit. ``"10ep"`` is 10 epochs,
 ``"500ba"`` is 500 batches (optimizer steps), ``"4096sp"`` is 4096 samples, ``"1e9tok"`` is a
 billion tokens, and ``"0.1dur"`` is a tenth of the run. Epochs, samples, tokens and fractions of the
 run are converted with a `Horizon`, which holds the length of the run.
@@ -29,7 +29,7 @@ _TIME = re.compile(r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([a
 _WHOLE = ("ep", "ba", "sp", "tok")
 
 MAX_STEPS = 2**53
-"""Maximum number of steps in a run or duration. Floats represent all integers up to it exactly."""
+"""Maximum number of steps in a run or duration. Floats represent integers up to 2**53 exactly."""
 
 
 _POSITIVE = (

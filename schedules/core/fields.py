@@ -89,7 +89,7 @@ class AutoValue(NamedTuple):
     """Marker for a field that accepts "auto", which an integration replaces with a value."""
 
     integrations: str
-    """Names of the integrations, such as "transformers"."""
+    """Names of the integrations that replace "auto", such as "transformers"."""
 
 
 class AnyValue(NamedTuple):

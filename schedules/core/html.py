@@ -67,7 +67,7 @@ def _draw_panel(name: str, curves: Sequence[Curve], steps: int, current: int | N
 def _place(
     positions: Sequence[int], values: Sequence[float], last: int, low: float, high: float
 ) -> Iterator[str]:
-    """Yield the point of each finite value, as "x,y" in pixels."""
+    """Yield the coordinates of each finite value, as "x,y" in pixels."""
     for step, value in zip(positions, values, strict=True):
         if math.isfinite(value):
             x = _LEFT + step / last * _WIDTH

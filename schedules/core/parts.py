@@ -14,12 +14,12 @@ __all__ = ["ScheduleOfParts"]
 
 
 class ScheduleOfParts(Schedule[int]):
-    """A schedule that consists of other schedules, in its field ``schedulers``."""
+    """A schedule that consists of the schedules in its field ``schedulers``."""
 
     @property
     @abstractmethod
     def parts(self) -> Sequence[Schedule[Any]]:
-        """The other schedules."""
+        """The schedules that this schedule consists of."""
 
     @property
     @override

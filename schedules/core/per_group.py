@@ -22,8 +22,8 @@ __all__ = [
 ]
 
 PRECISION = 1e-6
-"""Largest relative difference between values that count as equal. Schedulers round differently,
-and a tensor can have only 32 bits."""
+"""Largest relative difference at which two values count as equal. Schedulers round differently,
+and a tensor may be in single precision."""
 
 
 def are_equal(base: tuple[float, ...]) -> bool:

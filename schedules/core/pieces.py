@@ -43,7 +43,8 @@ class Piece(NamedTuple):
     end: float
     formula: Formula
     elementwise: bool
-    """Whether to evaluate arrays in a loop, because numpy rounds sin and log unlike ``math``."""
+    """Whether to evaluate arrays in a loop, because numpy and ``math`` round sin and log
+    differently."""
     line: Line | None = None
     """Coefficients of the formula, if it is linear."""
 

@@ -102,7 +102,9 @@ C = TypeVar("C", bound=type[Schedule[Any]])
 
 
 def register(cls: C) -> C:
-    """Register a custom schedule under its class name. This function can be used as a decorator.
+    """Register a custom schedule under its class name, and return the class.
+
+    This function can be used as a decorator.
 
     Raises:
         ValueError: the name is already in use, the class is not a frozen, keyword-only dataclass,
@@ -290,7 +292,7 @@ def _load(path: str) -> type[Schedule[Any]]:
 
 
 def to_class(path: str, found: Any) -> type[Schedule[Any]]:
-    """Convert the object that a schedule's name refers to into a schedule class.
+    """Return a schedule class for the object that a schedule's name refers to.
 
     Args:
         path: import path of ``found``, or the name of its entry point.

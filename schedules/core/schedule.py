@@ -58,7 +58,7 @@ _LENGTH_FIELDS = (
 """Names that other libraries use for the length of a schedule."""
 
 _SHOWN_STEPS = 1000
-"""Length of the run, in steps, that a notebook assumes for durations such as "0.1dur"."""
+"""Run length, in steps, that notebook plots assume for durations such as "0.1dur"."""
 
 C = TypeVar("C")
 S = TypeVar("S")
@@ -136,8 +136,8 @@ class Schedule(ABC, Generic[S]):
     """
 
     type_name: ClassVar[str]
-    """Name of the schedule in a config. Defaults to the class name; the class statement can pass
-    ``type_name=`` to change it."""
+    """Name of the schedule in a config. Defaults to the class name. To change it, pass
+    ``type_name=`` in the class statement."""
 
     has_rate_per_step: ClassVar[bool] = False
     """Whether a parameter is a rate per step. If so, `Horizon.scale_ratio` stretches whole curves,
@@ -147,10 +147,10 @@ class Schedule(ABC, Generic[S]):
     """Parameters that a param group of the optimizer can replace with a key of the same name."""
 
     feedback: ClassVar[Literal["loss", "metric"] | None] = None
-    """Feedback that the schedule receives at each step; None if it depends only on the step."""
+    """Feedback on which the schedule depends; None if the schedule depends only on the step."""
 
     example: ClassVar[Mapping[str, Any]] = {}
-    """Parameters of the example in the documentation, a run of 100 steps (10 steps per epoch)."""
+    """Parameters of the documentation's example, which runs for 100 steps (10 per epoch)."""
 
     def __init_subclass__(
         cls,
@@ -410,7 +410,7 @@ class Schedule(ABC, Generic[S]):
 
     @property
     def num_groups(self) -> int | None:
-        """Length of the lists with one number per param group; None if no field holds a list."""
+        """Length of the lists with one number per param group; None if there is no such list."""
         return next(map(len, self.lists_per_group.values()), None)
 
     @property

@@ -91,7 +91,7 @@ class Replay(NamedTuple):
     """Result of `replay`: hyperparameters at each step, and evidence for the last decision."""
 
     rows: list[Values]
-    """Values at each step. The last row is for the step after the last loss."""
+    """Hyperparameters at each step. The last row is for the step after the last loss."""
     evidence: Evidence | None
     """Losses and learning rates that led to the last decision; None if there was no decision."""
 

@@ -76,9 +76,9 @@ class _WithWarmup(_Scheduler):
     scale_warmup: bool = False
     """Whether `engine.scale_schedule_ratio` also scales the warmup."""
     one_based_warmup: bool = False
-    """Whether the warmup counts its steps from 1, as (k + 1) / t_warmup. The learning rate of the
-    first step is then not 0, and the warmup ends one step earlier. Composer does not have this
-    parameter."""
+    """Whether the warmup counts its steps from 1, with the factor (k + 1) / t_warmup at step k. The
+    learning rate of the first step is then not 0, and the warmup ends one step earlier. Composer
+    does not have this parameter."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         yield from super().find_problems()
@@ -231,7 +231,7 @@ class LinearScheduler(_Scheduler, example={"alpha_f": 0.1}):
     alpha_f: Factor = 0.0
     """Multiplier of the learning rate at `t_max` and afterwards."""
     t_max: Steps = "1dur"
-    """Step at which `alpha_f` is reached."""
+    """Step at which the multiplier reaches `alpha_f`."""
 
     def _peak(self, lr: float) -> float:
         return self.alpha_i * lr
@@ -288,7 +288,7 @@ class CosineAnnealingScheduler(_Scheduler, example={"alpha_f": 0.1}):
     """
 
     t_max: Steps = "1dur"
-    """Step at which `alpha_f` is reached."""
+    """Step at which the multiplier reaches `alpha_f`."""
     alpha_f: Factor = 0.0
     """Multiplier of the learning rate at `t_max` and afterwards."""
 
@@ -316,8 +316,8 @@ class CosineAnnealingWithWarmupScheduler(
 class CosineAnnealingWarmRestartsScheduler(_Scheduler, example={"t_0": "2ep", "t_mult": 2.0}):
     """Cosine annealing with warm restarts.
 
-    Each cycle is ``t_mult`` times as long as the previous one, truncated to whole steps. At
-    fraction x of a cycle::
+    Each cycle is ``t_mult`` times as long as the previous one, rounded down to whole steps. After
+    a fraction x of a cycle::
 
         lr(x) = lr * (alpha_f + (1 - alpha_f) * (1 + cos(pi * x)) / 2)
 
@@ -351,7 +351,7 @@ class PolynomialScheduler(_Scheduler, example={"power": 2.0}):
     power: Power
     """Exponent of the polynomial."""
     t_max: Steps = "1dur"
-    """Step at which `alpha_f` is reached."""
+    """Step at which the multiplier reaches `alpha_f`."""
     alpha_f: Factor = 0.0
     """Multiplier of the learning rate at `t_max` and afterwards."""
 

@@ -106,8 +106,8 @@ class SquareRootScheduler(_WithWarmup, example={}):
 class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.02}):
     """Multiply the learning rate by a factor at regular intervals, down to a minimum.
 
-    As in MXNet, the factor is applied every ``step`` steps. If ``step`` is null, as in the
-    book, the factor is applied before every step, including the first::
+    As in MXNet, the factor is applied every ``step`` steps. If ``step`` is null, as in
+    "Dive into Deep Learning", the factor is applied before every step, including the first::
 
         lr(k) = max(stop_factor_lr, base_lr * factor ** floor(k / step))  if step
         lr(k) = max(stop_factor_lr, base_lr * factor ** (k + 1))          otherwise

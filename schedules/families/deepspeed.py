@@ -243,10 +243,10 @@ class LRRangeTest(
     """Number of steps over which the learning rate increases by `lr_range_test_step_rate` times
     `lr_range_test_min_lr`."""
     lr_range_test_step_rate: Rate = 1.0
-    """Increase of the learning rate every `lr_range_test_step_size` steps, in multiples of
+    """Increase in the learning rate over `lr_range_test_step_size` steps, as a multiple of
     `lr_range_test_min_lr`."""
     lr_range_test_staircase: bool = False
-    """Whether the learning rate increases in stairs of `lr_range_test_step_size` steps each."""
+    """Whether the learning rate increases only once every `lr_range_test_step_size` steps."""
     relative: bool = False
     """Whether `lr_range_test_min_lr` is a multiple of each param group's initial learning rate. If
     false, it is an absolute learning rate."""
@@ -341,15 +341,15 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
 class WarmupDecayLR(
     WarmupLR, example={"total_num_steps": "1dur", "warmup_num_steps": 20, "warmup_type": "linear"}
 ):
-    """Warmup, then linear decay to the minimum at step ``total_num_steps``.
+    """Warmup, then linear decay to ``warmup_min_lr`` at step ``total_num_steps``.
 
     The warmup is the same as in `WarmupLR`. With N = ``warmup_num_steps`` and
-    T = ``total_num_steps``, the decay at step N <= k <= T is::
+    T = ``total_num_steps``, the decay for N <= k <= T is::
 
         lr(k) = warmup_max_lr + (warmup_min_lr - warmup_max_lr) * (k - N) / (T - N)
 
-    After step T, the learning rate stays at the minimum. If ``warmup_max_lr`` is null, the maximum
-    is the param group's initial learning rate. In DeepSpeed, the maximum is then 0.001.
+    After step T, the learning rate stays constant. If ``warmup_max_lr`` is null, the maximum
+    is the param group's initial learning rate; in DeepSpeed, it is 0.001.
 
     >>> decay = WarmupDecayLR(total_num_steps=6, warmup_num_steps=2, warmup_type="linear")
     >>> list(decay.curves({"lr": (1.0,)})["lr"][0].values(8))

@@ -115,11 +115,11 @@ class Phases(
     """
 
     lr: PhaseList | None = None
-    """Phases of the learning rate."""
+    """Phases of the learning rate; null leaves it unchanged."""
     momentum: PhaseList | None = None
-    """Phases of the momentum (betas[0] if the optimizer has betas)."""
+    """Phases of the momentum (betas[0] if the optimizer has betas); null leaves it unchanged."""
     weight_decay: PhaseList | None = None
-    """Phases of the weight decay."""
+    """Phases of the weight decay; null leaves it unchanged."""
     relative: bool = False
     """Whether "from" and "to" are multiples of the param group's initial value. If false,
     they are absolute values."""

@@ -69,7 +69,7 @@ class OptimizerParamScheduler(
     lr_warmup_steps: WarmupStepsOrZero = 0
     """Length of the warmup."""
     lr_decay_steps: Steps
-    """Length of the warmup and the decay together."""
+    """Total length of the warmup and the decay."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
     """Shape of the decay after the warmup."""
     wsd_decay_steps: Steps | None = None
@@ -79,8 +79,8 @@ class OptimizerParamScheduler(
     start_wd: WeightDecay | None = None
     """Weight decay at the start; null means 0 if `end_wd` is set."""
     end_wd: WeightDecay | None = None
-    """Weight decay at the end. If this key and `start_wd` are both null, the schedule does not
-    change the weight decay."""
+    """Weight decay at step `wd_incr_steps` and afterwards. If this key and `start_wd` are both
+    null, the schedule does not change the weight decay."""
     wd_incr_steps: StepsOrZero = 0
     """Step at which the weight decay reaches `end_wd`."""
     wd_incr_style: Literal["constant", "linear", "cosine"] = "linear"
@@ -92,7 +92,7 @@ class OptimizerParamScheduler(
 
     @property
     def _weight_decays(self) -> tuple[PerGroup, PerGroup] | None:
-        """Weight decay at the start and at the end; None if neither is set."""
+        """Weight decay at the start and at the end; None if both parameters are null."""
         if self.start_wd is None and self.end_wd is None:
             return None
         return self.start_wd or 0.0, self.end_wd or 0.0

@@ -125,7 +125,7 @@ class LinearLR(LearningRateSchedule, example={"total_iters": 60}):
     start_factor: Factor = 1 / 3
     """Factor applied to the learning rate at the start."""
     end_factor: Factor = 1.0
-    """Factor applied to the learning rate at `total_iters` and afterwards."""
+    """Factor applied to the learning rate from step `total_iters` on."""
     total_iters: Steps = 5
     """Step at which `end_factor` is reached."""
 
@@ -261,8 +261,8 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     final_div_factor: Divisor = 1e4
     """Ratio of the learning rate at the first step to the final learning rate."""
     three_phase: bool = False
-    """Whether a separate phase returns the learning rate to its value at the first step before it
-    falls to its final value."""
+    """Whether the learning rate falls in two phases: first to its value at the first step, then to
+    its final value."""
     relative: bool = False
     """Whether `max_lr` is a multiple of each param group's initial learning rate. If false, it is
     an absolute learning rate."""
@@ -360,7 +360,7 @@ class CyclicLR(
     """Cycle the learning rate linearly between two values, and momentum in the opposite direction.
 
     A factor s rises from 0 to 1 over ``step_size_up`` steps and falls to 0 over
-    ``step_size_down``::
+    ``step_size_down`` steps::
 
         lr(k)       = base_lr + (max_lr - base_lr) * s(k) * A
         momentum(k) = max_momentum - (max_momentum - base_momentum) * s(k) * A
@@ -384,7 +384,7 @@ class CyclicLR(
     """Length of the falling part of each triangle; null uses `step_size_up`."""
     mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
     """How the height of the triangles changes: it stays constant ("triangular"), halves after each
-    triangle ("triangular2"), or decreases by the factor `gamma` after every step ("exp_range")."""
+    triangle ("triangular2"), or is multiplied by `gamma` after every step ("exp_range")."""
     gamma: Gamma = 1.0
     """Factor by which the height of the triangles is multiplied after every step, if `mode` is
     "exp_range"."""

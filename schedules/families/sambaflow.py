@@ -71,7 +71,7 @@ class _WarmupAndDecay(_PeakSchedule):
 
     @abstractmethod
     def _decay(self, lr: float, end: float, steps: float) -> Curve:
-        """Return the curve after the warmup, a decay from ``lr`` to ``end`` in ``steps`` steps."""
+        """Return the decay curve after the warmup, from ``lr`` to ``end`` over ``steps`` steps."""
 
 
 @schedule_class

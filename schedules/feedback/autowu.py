@@ -97,13 +97,13 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     `decay_phase_stat` is null, the factor is applied once, when a test ends the warmup. If
     `decay_phase_stat` is "loss", the factor is applied at each plateau of the loss."""
     cooldown_fraction: Fraction = 0.2
-    """Length of the decay at the end of the run as a fraction of the run. The decay starts even if
-    the warmup has not ended."""
+    """Length of the cooldown at the end of the run, as a fraction of the run. The cooldown starts
+    even if the warmup has not ended."""
     cooldown_type: Literal["cosine", "half_cosine"] = "cosine"
-    """Shape of the decay; "half_cosine" starts at half of the peak learning rate."""
+    """Shape of the cooldown; "half_cosine" starts at half of the peak learning rate."""
     test: Literal["reference", "robust"] = "reference"
-    """Test that ends the warmup: the test of the published code ("reference"), or a test that does
-    not depend on the scale of the loss ("robust")."""
+    """Test that ends the warmup: the test from the published code ("reference"), or a test that
+    does not depend on the scale of the loss ("robust")."""
     rollback: bool = False
     """Whether the warmup ends by restoring the weights and the optimizer state from the end of the
     test interval (the steps between two tests) with the lowest mean loss."""
@@ -136,8 +136,8 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
         consist of whole epochs is treated as a single epoch.
 
         Raises:
-            ScheduleError: the schedule uses the reference test, but the run does not consist of
-                whole epochs, or the scaled run has too many steps.
+            ScheduleError: the scaled run has too many steps, or the schedule uses the reference
+                test and the run does not consist of whole epochs.
         """
         if horizon is None:
             return self

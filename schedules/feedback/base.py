@@ -71,7 +71,7 @@ class FeedbackSchedule(Schedule[S]):
         """Return the synthetic loss at ``step`` with the learning rate ``lr``, for previews."""
 
     def bind(self, base: Base, horizon: Horizon | None = None) -> FeedbackController[S]:
-        """Return the controller, after converting all durations to steps with `resolve`."""
+        """Resolve the schedule for ``horizon``, and return the resolved schedule's controller."""
         resolved: FeedbackSchedule[S] = self.resolve(horizon)
         return resolved.controller(base)
 

@@ -86,7 +86,7 @@ class Statistics(NamedTuple):
 
         Args:
             phi: features of each position, of shape (positions, features).
-            y: loss, or mean of several losses, at each position, of shape (positions,).
+            y: loss (or mean of several losses) at each position, of shape (positions,).
             weights: number of losses averaged in each element of y, of shape (positions,). By
                 default, all weights are 1.
         """

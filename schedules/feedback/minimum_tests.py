@@ -41,8 +41,8 @@ __all__ = [
 Array = NDArray[np.float64]
 
 Sampler = Callable[[int, int], Array]
-"""Function that samples losses. Its arguments are the number of losses and the number of samples.
-It returns the indices of the samples."""
+"""Function that samples losses. Its arguments are the number of losses and the number of losses to
+sample. It returns the indices of the sampled losses."""
 
 CONFIDENCE = 0.95
 REDRAWS = 5
@@ -65,7 +65,7 @@ class PublishedResult(NamedTuple):
 
     @property
     def is_positive(self) -> bool:
-        """Whether the loss has passed its minimum, according to most samples.
+        """Whether most samples indicate that the loss has passed its minimum.
 
         A sample indicates this if its probability exceeds `CONFIDENCE`.
         """
@@ -150,9 +150,9 @@ def run_robust_test(losses: Array) -> RobustResult:
     """Run the robust test of whether the loss has passed its minimum.
 
     The test tolerates noise and loss spikes, and does not depend on the scale of the loss. It clips
-    losses that differ from the lowest loss by more than twice the decrease of the loss so far.
-    Losses that are not finite are replaced with the upper limit of the clipping. The losses are
-    then compressed with asinh and averaged in at most 256 bins. Unlike the published test, this
+    losses that differ from the lowest loss by more than twice the decrease in the loss so far.
+    Losses that are not finite are replaced with the upper clipping limit. The losses are then
+    compressed with asinh and averaged in at most 256 bins. Unlike the published test, this
     test needs neither random samples nor Adam, because it can compute the most likely noise
     variance directly.
 

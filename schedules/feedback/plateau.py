@@ -99,8 +99,9 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
         lr = max(lr * factor, min_lr)
 
     Whenever a new value of the metric is available, for example at the end of an epoch, pass it to
-    ``trainer.step(metric=…)`` or, in a custom loop, to ``step(metric)``. Steps without a value do
-    not change the learning rate, except in the warmup. Previews show a run on a synthetic metric.
+    ``trainer.step(metric=…)`` or, in a custom loop, to ``step(metric)``. Steps without a new
+    value do not change the learning rate, except during the warmup. Previews show a run with a
+    synthetic metric.
 
     The warmup counts the calls to ``step``. If a trainer calls ``step`` once per evaluation, as
     Hugging Face's ``Trainer`` does, the length of the warmup is measured in evaluations.
@@ -126,14 +127,14 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     """Maximum number of consecutive metric values without an improvement. The next such value
     reduces the learning rate."""
     threshold: Annotated[float, Range(at_least=0)] = 1e-4
-    """Minimum change of the metric that counts as an improvement."""
+    """Minimum change in the metric that counts as an improvement."""
     threshold_mode: Literal["rel", "abs"] = "rel"
     """Whether `threshold` is a fraction of the best metric value ("rel") or an absolute difference
     ("abs")."""
     cooldown: MetricCount = 0
     """Number of metric values to ignore after each reduction of the learning rate."""
     min_lr: LearningRate = 0.0
-    """Lower bound of the learning rate."""
+    """Lower bound on the learning rate."""
     eps: Annotated[float, Range(at_least=0)] = 1e-8
     """Minimum reduction of the learning rate; smaller reductions are skipped."""
     warmup_steps: WarmupStepsOrZero = 0
@@ -182,7 +183,7 @@ class PlateauController(FeedbackController[_State]):
         return _State(0, self._rule.init(), self._warm_up(0))
 
     def _warm_up(self, step: int) -> tuple[float, ...]:
-        """Return the learning rates at a step: the initial ones, scaled down during the warmup."""
+        """Return the initial learning rates, scaled down if ``step`` is part of the warmup."""
         factor = self._factors(step) if step < self._warmup_steps else 1.0
         return tuple(factor * lr for lr in self._lrs)
 

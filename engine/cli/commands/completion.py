@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print the completion script for a shell."""
+    """Print the completion script for a shell, and return the exit status."""
     import shtab
 
     from engine.cli.parser import COMMANDS, build_parser

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print the resolved config, or its differences from another config (``--diff``)."""
+    """Print the resolved config or a diff (``--diff``), and return the exit status."""
     from engine.config.provenance import as_config
 
     entries, context = _resolve(args.file, args, args.set)

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "reason for each feature that does not work."
     )
     parser.add_argument(
-        "--ops", action="store_true", help="also list each op that DeepSpeed can build"
+        "--ops", action="store_true", help="also list each DeepSpeed op and whether it can be built"
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_examples(parser, "onecycle doctor", "onecycle doctor --json")

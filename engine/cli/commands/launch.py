@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Validate the config, check the hosts, and launch the script."""
+    """Validate the config, check the hosts, launch the script, and return the exit status."""
     script = tuple(args.script[1:] if args.script[:1] == ["--"] else args.script)
     _check_script(args, script)
     _check_options(args)

@@ -187,7 +187,7 @@ def _add_rank_options(group: _Group) -> None:
         type=parse_positive_int,
         default=30,
         metavar="S",
-        help="seconds for saving a checkpoint before the ranks are killed (default: 30)",
+        help="seconds to wait for the ranks to save a checkpoint before killing them (default: 30)",
     )
 
 

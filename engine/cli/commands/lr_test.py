@@ -139,7 +139,7 @@ def _add_script_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help=f"{SET_HELP}. The values apply to each config that the script passes to "
-        "engine.initialize and, during the test, to the configs of --config and --write",
+        "engine.initialize and, during the test, to the files passed to --config and --write",
     )
     parser.add_argument(
         "--engine",
@@ -178,7 +178,7 @@ def _add_script_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Run the LR range test, and print the suggested learning-rate bounds."""
+    """Run the LR range test, print the suggested bounds, and return the exit status."""
     from rich.console import Console
 
     from engine.range_test.refinement import check_training_steps

@@ -33,7 +33,7 @@ __all__ = ["add_arguments", "run"]
 _MAX_EXACT = 100_000
 """Maximum number of steps for which an image shows every step."""
 _SAMPLES = 10_000
-"""Number of evenly spaced steps to plot if a run has too many steps."""
+"""Number of evenly spaced steps to plot if a run is too long to plot every step."""
 _MAX_ROWS = 10_000_000
 _MAX_CURVES = 100
 
@@ -134,11 +134,11 @@ class _PlotData(NamedTuple):
     curves: Mapping[str, Curve]
     """The curve of each column, with its named phases; empty if recorded losses are replayed."""
     recorded: Mapping[str, list[float]]
-    """The values of each column at each step, if recorded losses are replayed."""
+    """The values of each column at each step; empty unless recorded losses are replayed."""
     evidence: Evidence | None
     summary: str
     sources: Mapping[str, str]
-    """The config or schedule of each column."""
+    """The name of each column's config or schedule; empty if recorded losses are replayed."""
     auto_values: Mapping[str, Mapping[str, Any]]
     """The values that replaced "auto", by config path and parameter name."""
 
@@ -151,8 +151,8 @@ class _PlotData(NamedTuple):
         """Return the steps to plot, and the values of each column at these steps.
 
         Args:
-            most: maximum number of steps to return without sampling. For a longer run, a fixed
-                number of evenly spaced steps is returned.
+            most: maximum number of steps to return without sampling. For a longer run,
+                `_SAMPLES` evenly spaced steps are returned.
         """
         if not self.curves:
             return range(self.steps), self.recorded
@@ -174,7 +174,7 @@ class _PlotData(NamedTuple):
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Plot a config's schedule as an image or in the terminal, or write its values as CSV."""
+    """Plot a config's schedule or write its values as CSV, and return the exit status."""
     if args.losses and args.compare:
         raise ValueError("`--losses` and `--compare` cannot be combined. Use one of them.")
     data = _replay_losses(args) if args.losses else _preview_configs(args)
@@ -232,7 +232,7 @@ def _write_image(data: _PlotData, path: Path, *, log: bool | None) -> int:
 
 
 def _preview_configs(args: argparse.Namespace) -> _PlotData:
-    """Compute the schedule curves of the config and of each ``--compare`` argument."""
+    """Return the schedule curves of the config and of each ``--compare`` argument."""
     from engine.display.auto_values import AutoValues
     from engine.display.catalog import fit_example
     from engine.display.preview import preview
@@ -298,7 +298,7 @@ def _find_source(name: str) -> str:
 
 
 def _replay_losses(args: argparse.Namespace) -> _PlotData:
-    """Compute the values of a loss-driven schedule for the losses in the ``--losses`` file."""
+    """Return the values of a loss-driven schedule for the losses in the ``--losses`` file."""
     from engine.display.preview import preview
 
     data = preview(

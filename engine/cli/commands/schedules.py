@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """List all schedules, or print the documentation of one."""
+    """List all schedules or print the documentation of one, and return the exit status."""
     from engine.display.catalog import format_page, list_schedules
 
     width = get_width(out)

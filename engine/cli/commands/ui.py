@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Serve the page until the user presses Ctrl+C."""
+    """Serve the page until the user presses Ctrl+C, and return the exit status."""
     require_package("werkzeug", "`onecycle ui`")
     from engine.ui.server import start_server
 

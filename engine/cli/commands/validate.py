@@ -138,7 +138,9 @@ def _apply_fixes(
     text = apply_fixes(document, problems, accept)
     if refused and not can_ask and args.format == "text":
         suggestions = count_noun(len(refused), "suggested name")
-        print(f"{name}: {suggestions} not applied. Use `--yes` to accept them.", file=out)
+        print(
+            f"{name}: {suggestions} not applied. Use `--yes` to accept every suggestion.", file=out
+        )
     if text == document.text:
         return document, problems
     if args.diff:
@@ -152,7 +154,7 @@ def _apply_fixes(
 
 
 def _ask(document: Document, problem: Problem, out: TextIO) -> bool:
-    """Ask in the terminal whether to apply a fix."""
+    """Ask the user in the terminal whether to apply a fix, and return the answer."""
     assert problem.fix is not None
     if problem.fix.key:
         old, new = get_last_key(problem.pointer), problem.fix.key

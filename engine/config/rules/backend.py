@@ -121,7 +121,7 @@ _COMPILERS = {
     "ts",
     "tvm",
 }
-"""Backends of torch.compile that PyTorch registers itself."""
+"""Backends of torch.compile that PyTorch itself registers."""
 
 
 def _check_compiler(context: RuleContext) -> Iterator[Problem]:

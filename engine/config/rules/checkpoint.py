@@ -1,4 +1,4 @@
-"""Rule for ``engine.checkpoint``: report keys that require ``dir``."""
+"""Rule for ``engine.checkpoint``: report keys that have no effect without ``dir``."""
 
 from __future__ import annotations
 

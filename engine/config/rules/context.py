@@ -154,7 +154,7 @@ class RuleContext:
     def is_absent(self, pointer: str) -> bool:
         """Return whether a key is absent.
 
-        A key with an invalid value, the value "auto" or a probable misspelling is not absent.
+        A key is not absent if its value is invalid or "auto", or if the key is probably misspelled.
         """
         if is_within(pointer, self.unresolved):
             return False

@@ -1,4 +1,4 @@
-"""Documentation of the validation rules for `onecycle explain`."""
+"""Documentation of the validation rules, for `onecycle explain` and the SARIF format."""
 
 from __future__ import annotations
 

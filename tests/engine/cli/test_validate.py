@@ -145,7 +145,9 @@ def test_validate_fix_without_terminal_applies_suggested_names_only_with_yes(fil
     path = file(MISSPELLED)
     status, out = run("validate", "--fix", path)
     assert status == 1
-    assert out.startswith(f"{path}: 3 suggested names not applied. Use `--yes` to accept them.\n")
+    assert out.startswith(
+        f"{path}: 3 suggested names not applied. Use `--yes` to accept every suggestion.\n"
+    )
     only_commas = MISSPELLED.replace(", ]", " ]").replace(",}", "}").replace("}},\n}", "}}\n}")
     assert path.read_text() == only_commas
     assert '\n+  "gradient_clipping": 1.0' in run("validate", "--diff", "--yes", path)[1]

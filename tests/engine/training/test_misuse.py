@@ -301,7 +301,7 @@ def test_unfrozen_parameters_that_are_not_trained_are_named_once(steps_before, c
     model.requires_grad_(True)
     train(trainer, 51)
     (message,) = read_warnings(caplog)
-    assert "are in no param group: `0.weight`, `0.bias`." in message
+    assert "are not trained: `0.weight`, `0.bias`." in message
 
 
 def test_parameters_added_to_the_optimizer_or_left_out_at_the_start_do_not_warn(caplog):

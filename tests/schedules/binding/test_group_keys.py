@@ -82,7 +82,7 @@ def test_attach_a_feedback_schedule_to_a_group_with_a_factor_is_rejected(name):
     params = {"steps_per_epoch": 5, "total_epochs": 9} if name == "AutoWU" else {}
     optimizer = build({}, {"lr_scale": 0.5}, lr=0.1)
     with pytest.raises(
-        ValueError, match="param group 1 has `lr_scale` 0.5. Remove the key, and multiply"
+        ValueError, match="param group 1 sets `lr_scale` to 0.5. Remove the key, and multiply"
     ):
         attach(name, optimizer, **params)
 
@@ -112,7 +112,7 @@ def test_megatrons_schedule_reads_the_bounds_in_the_groups():
 
 def test_attach_another_schedule_to_a_group_with_max_lr_is_rejected():
     optimizer = build({}, {"max_lr": 0.5}, lr=0.1)
-    with pytest.raises(ValueError, match=r"param group 1 has `max_lr` 0.5. Set the learning rates"):
+    with pytest.raises(ValueError, match=r"param group 1 sets `max_lr` to 0.5. Set the learning"):
         attach("OneCycle", optimizer, **CYCLE)
 
 
