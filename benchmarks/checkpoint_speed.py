@@ -58,7 +58,7 @@ def read_into(path: Path, memory: memoryview) -> None:
 
 
 def measure(work: Callable[[Path], object], path: Path) -> tuple[float, float]:
-    """Return the CPU time and the wall-clock time of a call in seconds."""
+    """Call ``work(path)``, and return its CPU time and wall-clock time in seconds."""
     starts = time.thread_time(), time.perf_counter()
     work(path)
     return time.thread_time() - starts[0], time.perf_counter() - starts[1]

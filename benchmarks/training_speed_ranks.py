@@ -1,10 +1,10 @@
-"""Compare the cost of a step on two ranks in onecycle, hand-written loops and DeepSpeed.
+"""Compare the cost of a step on two ranks between onecycle, hand-written loops and DeepSpeed.
 
     torchrun --standalone --nproc_per_node 2 benchmarks/training_speed_ranks.py
 
-The script prints the CPU time of rank 0 with one thread (medians of interleaved rounds), and the
-median ratio to the hand-written loop, which uses fused AdamW and a single all-reduce of all
-gradients.
+For each, the script prints the CPU time per step on rank 0 with one thread (the median of
+interleaved rounds), and the median ratio to the first hand-written loop, which uses fused AdamW and
+a single all-reduce of all gradients.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Experiment:
         name: name shared by the config directory, the page, the plot and the stored results.
         seeds: random seeds of the runs.
         is_smoke: whether to use only a few samples and steps, to check that the script works.
-        output: directory of the page, the plot and the stored results.
+        output: directory for the page, the plot and the stored results.
         results: stored rows of the runs that have completed.
     """
 
@@ -96,7 +96,7 @@ class Experiment:
             "--output",
             type=Path,
             default=ROOT / "docs" / "results",
-            help="directory of the page, the plot and the stored results (default: docs/results)",
+            help="directory for the page, the plot and the stored results (default: docs/results)",
         )
         arguments = parser.parse_args()
         # Models of this size train fastest on one thread.

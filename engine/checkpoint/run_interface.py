@@ -45,7 +45,7 @@ class SavedBackend(Protocol):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        """Start to save the same state as `save` in the background, and return a future."""
+        """Save the same state as `save`, but in the background. The future completes afterwards."""
         ...
 
     def load(

@@ -1,4 +1,4 @@
-"""Build a self-contained draft-07 JSON Schema of configs for editors."""
+"""Build a self-contained draft-07 JSON Schema for configs, for use in editors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Start a training script on one or several hosts.
+"""Start a training script on one or more hosts.
 
 This package builds a launch plan. ``--dry-run`` prints the plan. To run the plan, the package
 starts torchrun on each host with ssh or Slurm, and stops the job on all hosts if a host fails. On

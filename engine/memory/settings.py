@@ -61,9 +61,9 @@ class MemorySettings:
     accumulates: bool = False
     """Whether a step has several micro-batches."""
     offload_optimizer: str = "none"
-    """Offload device of the optimizer states: none, cpu or nvme."""
+    """Device to which the optimizer states are offloaded: none, cpu or nvme."""
     offload_param: str = "none"
-    """Offload device of the parameters: none, cpu or nvme."""
+    """Device to which the parameters are offloaded: none, cpu or nvme."""
     master_weights: bool = True
     """Whether the PyTorch backend converts trained 16-bit parameters to float32."""
     on_cpu: bool = False

@@ -188,7 +188,7 @@ def refine(
 
 
 def _final_loss(run: Run, steps: int) -> float:
-    """Return the mean loss over the last 10 % of the steps, or infinity if the run diverged."""
+    """Return the mean loss over the last 10% of the steps, or infinity if the run diverged."""
     last = float(np.mean(run.losses[-max(1, steps // 10) :]))
     return last if math.isfinite(last) and run.end != "divergence" else math.inf
 

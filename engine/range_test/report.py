@@ -71,7 +71,7 @@ class LRRangeReport:
     ) -> LRRangeReport:
         """Return a copy of this report with a suggestion refined by short cycles.
 
-        Without a suggestion, return this report without training.
+        If this report has no suggestion, return it without training.
 
         Args:
             train: function that takes a scheduler block and the index of the repeat, trains with

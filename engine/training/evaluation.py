@@ -1,4 +1,4 @@
-"""Evaluate a model on a dataset, on one or several ranks."""
+"""Evaluate a model on a dataset, on one or more ranks."""
 
 from __future__ import annotations
 

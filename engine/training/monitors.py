@@ -70,7 +70,7 @@ class RunDirectories:
         if number is None or _OWNERS.get(_add_number(directory, number)) is not self:
             number = self.numbers[directory] = _create_unused(directory)
             _OWNERS[_add_number(directory, number)] = self
-            log.info("metrics are written to %s", _add_number(directory, number))
+            log.info("writing metrics to %s", _add_number(directory, number))
         path = _add_number(directory, number)
         path.mkdir(parents=True, exist_ok=True)
         return path

@@ -346,7 +346,8 @@ def _find_layers(
 def _find_outermost_blocks(model: nn.Module, wrap: Sequence[str]) -> list[nn.Module]:
     """Return the blocks that are not inside another block, in the order of their parameters.
 
-    By default, blocks are the items of a ModuleList or of a Sequential with a name like ``blocks``.
+    By default, a block is an item of a ModuleList, or of a Sequential whose name is typical of a
+    list of blocks, such as ``blocks`` or ``layers``.
     """
     blocks = find_blocks(model, wrap)
     for name, module in () if wrap else model.named_modules():

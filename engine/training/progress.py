@@ -82,7 +82,7 @@ class StepRecorder(Protocol):
 
 
 class ProgressReporter:
-    """Reporter of the progress of a run: log lines or a progress bar, and events for the monitors.
+    """Reporter of a run's progress, as log lines or a progress bar and as events for the monitors.
 
     By default, a line is logged for the first step of the process, for every 10th step up to step
     100, and for every 100th step after that. All ranks must report the same steps, because the loss

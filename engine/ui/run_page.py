@@ -229,7 +229,7 @@ def _find_last(values: NDArray[np.float64]) -> float | None:
 
 
 def _reduce_range_test(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of the report of an LR range test that the page draws."""
+    """Return the parts of an LR range test's report that the page plots."""
     suggestion = report["suggestion"] if isinstance(report["suggestion"], Mapping) else {}
     sweeps = []
     for sweep in report["runs"] if isinstance(report["runs"], list) else []:

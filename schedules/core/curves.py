@@ -226,38 +226,36 @@ def constant(value: float) -> Curve:
     return _Constant(value)
 
 
-def linear(start_value: float, end_value: float, steps: float) -> Curve:
+def linear(start: float, end: float, steps: float) -> Curve:
     """Return the linear ramp ``f(k) = start + (end - start) * min(1, k / steps)``.
 
     >>> list(linear(1.0, 2.0, steps=4).values(6))
     [1.0, 1.25, 1.5, 1.75, 2.0, 2.0]
     """
-    return _Linear(start_value, end_value, steps)
+    return _Linear(start, end, steps)
 
 
-def ramp(
-    start_value: float, end_value: float, steps: float, rise: Callable[[float], float]
-) -> Curve:
+def ramp(start: float, end: float, steps: float, rise: Callable[[float], float]) -> Curve:
     """Return a ramp of any shape: ``f(k) = start + (end - start) * rise(min(1, k / steps))``.
 
     Args:
-        start_value: value at step 0.
-        end_value: value at and after step ``steps``.
+        start: value at step 0.
+        end: value at and after step ``steps``.
         steps: length of the ramp in steps.
         rise: function on [0, 1] with ``rise(0) == 0`` and ``rise(1) == 1``.
 
     >>> list(ramp(0.0, 1.0, steps=4, rise=lambda x: x * x).values(6))
     [0.0, 0.0625, 0.25, 0.5625, 1.0, 1.0]
     """
-    change = end_value - start_value
+    change = end - start
 
     def formula(origin: float) -> Formula:
-        return lambda k: start_value + change * rise((k - origin) / steps)
+        return lambda k: start + change * rise((k - origin) / steps)
 
-    return _Shape(formula, steps=steps, end_value=end_value, elementwise=True)
+    return _Shape(formula, steps=steps, end_value=end, elementwise=True)
 
 
-def cosine(start_value: float, end_value: float, steps: float) -> Curve:
+def cosine(start: float, end: float, steps: float) -> Curve:
     """Return the cosine ramp ``f(k) = end + (start - end) * (1 + cos(pi * k / steps)) / 2``.
 
     After step ``steps``, the value is ``end``.
@@ -269,19 +267,19 @@ def cosine(start_value: float, end_value: float, steps: float) -> Curve:
     """
     # (1 + cos(pi x)) / 2 == 1 - sin(pi x / 2)**2. The right-hand side is exactly 1 at the start.
     quarter = math.pi / 2
-    return ramp(start_value, end_value, steps, lambda x: math.sin(quarter * x) ** 2)
+    return ramp(start, end, steps, lambda x: math.sin(quarter * x) ** 2)
 
 
-def polynomial(start_value: float, end_value: float, steps: float, power: float) -> Curve:
+def polynomial(start: float, end: float, steps: float, power: float) -> Curve:
     """Return the ramp ``f(k) = end + (start - end) * (1 - min(1, k / steps)) ** power``.
 
     >>> list(polynomial(1.0, 0.0, steps=4, power=2.0).values(6))
     [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0]
     """
-    return ramp(start_value, end_value, steps, lambda x: 1 - (1 - x) ** power)
+    return ramp(start, end, steps, lambda x: 1 - (1 - x) ** power)
 
 
-def one_minus_sqrt(start_value: float, end_value: float, steps: float) -> Curve:
+def one_minus_sqrt(start: float, end: float, steps: float) -> Curve:
     """Return the ramp ``f(k) = start + (end - start) * sqrt(min(1, k / steps))``.
 
     The ramp is steepest at the start.
@@ -291,10 +289,10 @@ def one_minus_sqrt(start_value: float, end_value: float, steps: float) -> Curve:
 
     Source: Hägele et al., https://arxiv.org/abs/2405.18392, section 3.
     """
-    return ramp(start_value, end_value, steps, math.sqrt)
+    return ramp(start, end, steps, math.sqrt)
 
 
-def half_life(start_value: float, end_value: float, steps: float) -> Curve:
+def half_life(start: float, end: float, steps: float) -> Curve:
     """Return the ramp ``f(k) = start + (end - start) * 2 * (1 - 2 ** -min(1, k / steps))``.
 
     >>> [round(value, 6) for value in half_life(1.0, 0.0, steps=2).values(4)]
@@ -303,10 +301,10 @@ def half_life(start_value: float, end_value: float, steps: float) -> Curve:
     Source: the exponential decay of ``OptimizerParamScheduler``,
     megatron/core/optimizer_param_scheduler.py.
     """
-    return ramp(start_value, end_value, steps, lambda x: 2 - 2 * 0.5**x)
+    return ramp(start, end, steps, lambda x: 2 - 2 * 0.5**x)
 
 
-def geometric(start_value: float, end_value: float, steps: float) -> Curve:
+def geometric(start: float, end: float, steps: float) -> Curve:
     """Return the geometric ramp ``f(k) = start * (end / start) ** min(1, k / steps)``.
 
     The ramp is a straight line on a logarithmic scale.
@@ -314,15 +312,15 @@ def geometric(start_value: float, end_value: float, steps: float) -> Curve:
     >>> [round(value, 6) for value in geometric(1.0, 0.01, steps=2).values(4)]
     [1.0, 0.1, 0.01, 0.01]
     """
-    ratio = end_value / start_value
+    ratio = end / start
 
     def formula(origin: float) -> Formula:
-        return lambda k: start_value * ratio ** ((k - origin) / steps)
+        return lambda k: start * ratio ** ((k - origin) / steps)
 
-    return _Shape(formula, steps=steps, end_value=end_value, elementwise=True)
+    return _Shape(formula, steps=steps, end_value=end, elementwise=True)
 
 
-def log(start_value: float, end_value: float, steps: float) -> Curve:
+def log(start: float, end: float, steps: float) -> Curve:
     """Return the ramp ``f(k) = start + (end - start) * min(1, ln(1 + k) / ln(max(2, steps)))``.
 
     This is DeepSpeed's logarithmic warmup. It reaches its end value at ``k = max(2, steps) - 1``.
@@ -333,23 +331,23 @@ def log(start_value: float, end_value: float, steps: float) -> Curve:
     Source: ``WarmupLR._get_gamma`` of deepspeed/runtime/lr_schedules.py.
     """
     last = max(2, steps) - 1
-    return ramp(start_value, end_value, last, lambda x: math.log1p(x * last) / math.log1p(last))
+    return ramp(start, end, last, lambda x: math.log1p(x * last) / math.log1p(last))
 
 
-def power_of(start_value: float, factor: float, exponent: float) -> float:
-    """Return ``start_value * factor ** exponent``, or infinity if the result is too large.
+def power_of(start: float, factor: float, exponent: float) -> float:
+    """Return ``start * factor ** exponent``, or infinity if the result is too large.
 
     >>> power_of(0.5, 2.0, 3), power_of(0.5, 10.0, 1e6), power_of(0.0, 10.0, 1e6)
     (4.0, inf, 0.0)
     """
     try:
-        value: float = start_value * factor**exponent
+        value: float = start * factor**exponent
     except OverflowError:
-        return math.inf if start_value else 0.0
+        return math.inf if start else 0.0
     return value
 
 
-def exponential(start_value: float, factor: float, steps: float) -> Curve:
+def exponential(start: float, factor: float, steps: float) -> Curve:
     """Return the exponential curve ``f(k) = start * factor ** (k / steps)``.
 
     A value that is too large for a float becomes infinity.
@@ -359,12 +357,12 @@ def exponential(start_value: float, factor: float, steps: float) -> Curve:
     """
 
     def formula(origin: float) -> Formula:
-        return lambda k: power_of(start_value, factor, (k - origin) / steps)
+        return lambda k: power_of(start, factor, (k - origin) / steps)
 
     return _Shape(formula, elementwise=True)
 
 
-def inverse_sqrt(start_value: float, steps: float) -> Curve:
+def inverse_sqrt(start: float, steps: float) -> Curve:
     """Return the inverse square root decay ``f(k) = start / sqrt(1 + k / steps)``.
 
     >>> list(inverse_sqrt(1.0, steps=1).values(4))[::3]
@@ -372,12 +370,12 @@ def inverse_sqrt(start_value: float, steps: float) -> Curve:
     """
 
     def formula(origin: float) -> Formula:
-        return lambda k: start_value / math.sqrt(1 + (k - origin) / steps)
+        return lambda k: start / math.sqrt(1 + (k - origin) / steps)
 
     return _Shape(formula, elementwise=True)
 
 
-def inverse_sqrt_ramp(start_value: float, end_value: float, steps: float) -> Curve:
+def inverse_sqrt_ramp(start: float, end: float, steps: float) -> Curve:
     """Return the inverse square root ramp ``f(k) = start / sqrt(1 + c * min(1, k / steps))``.
 
     With ``c = (start / end) ** 2 - 1``, the value at step ``steps`` is ``end``.
@@ -385,16 +383,16 @@ def inverse_sqrt_ramp(start_value: float, end_value: float, steps: float) -> Cur
     >>> [round(value, 6) for value in inverse_sqrt_ramp(1.0, 0.5, steps=3).values(5)]
     [1.0, 0.707107, 0.57735, 0.5, 0.5]
     """
-    ratio = start_value / end_value
+    ratio = start / end
     change = ratio * ratio - 1  # infinite if it is too large, where ** would raise an error
 
     def formula(origin: float) -> Formula:
-        return lambda k: start_value / math.sqrt(1 + change * ((k - origin) / steps))
+        return lambda k: start / math.sqrt(1 + change * ((k - origin) / steps))
 
-    return _Shape(formula, steps=steps, end_value=end_value, elementwise=True)
+    return _Shape(formula, steps=steps, end_value=end, elementwise=True)
 
 
-def inverse_time(start_value: float, rate: float, steps: float) -> Curve:
+def inverse_time(start: float, rate: float, steps: float) -> Curve:
     """Return the inverse time decay ``f(k) = start / (1 + rate * k / steps)``.
 
     >>> list(inverse_time(1.0, rate=1.0, steps=2).values(5))
@@ -402,12 +400,12 @@ def inverse_time(start_value: float, rate: float, steps: float) -> Curve:
     """
 
     def formula(origin: float) -> Formula:
-        return lambda k: start_value / (1 + rate * ((k - origin) / steps))
+        return lambda k: start / (1 + rate * ((k - origin) / steps))
 
     return _Shape(formula)
 
 
-def linear_growth(start_value: float, rate: float, steps: float) -> Curve:
+def linear_growth(start: float, rate: float, steps: float) -> Curve:
     """Return the unbounded linear growth ``f(k) = start * (1 + rate * k / steps)``.
 
     >>> list(linear_growth(0.5, rate=1.0, steps=2).values(4))
@@ -415,7 +413,7 @@ def linear_growth(start_value: float, rate: float, steps: float) -> Curve:
     """
 
     def formula(origin: float) -> Formula:
-        return lambda k: start_value * (1 + rate * ((k - origin) / steps))
+        return lambda k: start * (1 + rate * ((k - origin) / steps))
 
     return _Shape(formula)
 

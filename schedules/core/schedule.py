@@ -144,7 +144,7 @@ class Schedule(ABC, Generic[S]):
     because scaling the durations does not scale a rate."""
 
     group_keys: ClassVar[tuple[str, ...]] = ()
-    """Parameters that a param group of the optimizer can replace with a key of the same name."""
+    """Parameters that a param group of the optimizer can override with a key of the same name."""
 
     feedback: ClassVar[Literal["loss", "metric"] | None] = None
     """Feedback on which the schedule depends; None if the schedule depends only on the step."""

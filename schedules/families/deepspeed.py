@@ -212,7 +212,7 @@ class OneCycle(
         after = constant(ends)
         if self._decay_steps and decay_rate:
             after = inverse_time(ends, decay_rate, self._decay_steps)
-        names = ("first half", "second half", "after the cycle")
+        names = ("first part", "second part", "after the cycle")
         return join([rise, fall, after], boundaries=[first, first + second], names=names)
 
 

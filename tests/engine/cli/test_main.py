@@ -109,7 +109,7 @@ def test_plot_terminal_names_the_phases(tutorial):
     status, out, _ = run("plot", tutorial, "--terminal")
     assert status == OK
     assert "learning rate" in out
-    phases = "first half from step 0, second half from step 1,000, after the cycle from step 2,000"
+    phases = "first part from step 0, second part from step 1,000, after the cycle from step 2,000"
     assert " ".join(out.split()).endswith(phases)
     assert "\x1b" not in out
 

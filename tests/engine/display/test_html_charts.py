@@ -87,7 +87,7 @@ def test_plot_writes_a_page_with_the_values_of_the_trace(config, tmp_path):
     assert [panel["name"] for panel in data["panels"]] == ["lr", "momentum"]
     for panel in data["panels"]:
         assert panel["lines"][0]["values"] == expected[panel["name"]][:, 0].tolist()
-    assert data["marks"][0] == {"position": 0, "name": "first half"}
+    assert data["marks"][0] == {"position": 0, "name": "first part"}
 
 
 def test_plot_page_of_a_long_run_is_sampled(config, tmp_path):
