@@ -39,6 +39,7 @@ __all__ = [
     "find",
     "find_damage",
     "has_any_checkpoint",
+    "is_checkpoint",
     "list_checkpoints",
     "prune",
     "to_directory",
@@ -186,6 +187,11 @@ def list_checkpoints(directory: Path) -> list[tuple[Path, Manifest]]:
                 if not any(find_damage(checkpoint_dir, manifest, hashes=False)):
                     found.append((checkpoint_dir, manifest))
     return sorted(found, key=lambda each: (each[1].sequence, each[1].created, each[1].step))
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Return whether a directory is one checkpoint, written by onecycle or DeepSpeed."""
+    return (directory / MANIFEST).exists() or any(directory.glob("*_model_states.pt"))
 
 
 def has_any_checkpoint(directory: Path) -> bool:

@@ -38,7 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["ls", "verify", "show", "export"],
         help="operation on the checkpoints",
     )
-    parser.add_argument("dir", metavar="DIR", type=Path, help="checkpoint directory of the run")
+    parser.add_argument(
+        "dir",
+        metavar="DIR",
+        type=Path,
+        help="checkpoint directory of the run, or (except with ls) of one checkpoint, DIR/TAG",
+    )
     parser.add_argument(
         "--tag",
         help="tag of the checkpoint (default: the newest checkpoint; for verify, all checkpoints)",
@@ -54,8 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """List, verify, show or export checkpoints, and return the exit status."""
-    actions = {"ls": _list, "verify": _verify, "show": _show, "export": _export}
-    return actions[args.action](args, out)
+    if args.action == "ls":
+        return _list(args, out)
+    if args.tag is None and storage.is_checkpoint(args.dir):
+        path = args.dir.absolute()
+        args.dir, args.tag = path.parent, path.name
+    return {"verify": _verify, "show": _show, "export": _export}[args.action](args, out)
 
 
 def _list(args: argparse.Namespace, out: TextIO) -> int:
@@ -105,7 +114,7 @@ def _list_tags(directory: Path) -> list[str]:
 
 def _show(args: argparse.Namespace, out: TextIO) -> int:
     path, manifest = storage.find(args.dir, args.tag)
-    fields = {**vars(manifest), "place": str(path), "size": manifest.size}
+    fields = {**vars(manifest), "path": str(path), "size": manifest.size}
     print(json.dumps(fields, indent=2), file=out)
     return OK
 

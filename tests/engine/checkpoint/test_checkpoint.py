@@ -640,6 +640,15 @@ def run(*arguments):
     return main([str(argument) for argument in arguments], out, out), out.getvalue()
 
 
+def test_checkpoint_command_accepts_the_directory_of_one_checkpoint(saved):
+    one = saved / "global_step4"
+    assert run("checkpoint", "verify", one) == (0, "global_step4: valid\n")
+    assert json.loads(run("checkpoint", "show", one)[1])["step"] == 4
+    path = saved / "weights.safetensors"
+    assert run("checkpoint", "export", one, "-o", path)[0] == 0
+    assert path.is_file()
+
+
 def test_checkpoint_command_lists_verifies_shows_and_exports(saved):
     status, out = run("checkpoint", "ls", saved)
     assert status == 0
