@@ -226,7 +226,7 @@ class DeepSpeedBackend(Backend):
                 self._skip_step()
                 self.engine._step_applied = False  # noqa: SLF001  # private in DeepSpeed
 
-        self.engine._take_model_step = take_finite_step  # noqa: SLF001
+        self.engine._take_model_step = take_finite_step  # noqa: SLF001  # private in DeepSpeed
 
     def _skip_step(self) -> None:
         self.engine.zero_grad()

@@ -27,5 +27,5 @@ def unwrap_compiled(model: nn.Module) -> nn.Module:
     wrapper: Any = model
     inner: nn.Module = wrapper._orig_mod  # noqa: SLF001  # private in torch
     # Compile like `nn.Module.compile`, with the backend and the options of the wrapper.
-    inner._compiled_call_impl = wrapper.dynamo_ctx(inner._call_impl)  # noqa: SLF001
+    inner._compiled_call_impl = wrapper.dynamo_ctx(inner._call_impl)  # noqa: SLF001  # private
     return inner
