@@ -142,7 +142,7 @@ def test_groups_of_a_config_and_an_argument_with_groups_are_an_error():
 def test_groups_of_a_config_and_an_optimizer_argument_are_an_error(factory):
     model = build_model()
     given = torch.optim.SGD if factory else torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="`optimizer.param_groups` in config applies to the opt"):
+    with pytest.raises(ValueError, match="`optimizer.param_groups` in config applies only to"):
         engine.initialize(model=model, config=build_config(), optimizer=given)
 
 

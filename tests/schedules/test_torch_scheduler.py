@@ -289,7 +289,7 @@ def test_binder_group_added_to_a_schedule_with_lists_is_an_error_that_changes_no
     ("call", "message"),
     [
         (lambda o: attach("OneCycle", o, **CYCLE).step(5), "step() must be called without a loss"),
-        (lambda o: attach(schedules.WarmupLR(), o, warmup_num_steps=5), "with WarmupLR("),
+        (lambda o: attach(schedules.WarmupLR(), o, warmup_num_steps=5), "WarmupLR()"),
         (lambda o: attach("OneCicle", o), "Did you mean `OneCycle`?"),
     ],
 )

@@ -96,7 +96,7 @@ def misuse_each_stage():
         model = build_model()
         trainer, _, _, scheduler = engine.initialize(model=model, config=config)
         train_step(trainer)
-        with pytest.raises(MisuseError, match="without a backward pass"):
+        with pytest.raises(MisuseError, match="no backward pass"):
             trainer.step()
         scheduler.step()
         trainer.basic_optimizer.step()

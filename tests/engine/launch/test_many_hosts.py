@@ -171,7 +171,7 @@ def test_raise_open_file_limit_changes_a_low_limit_and_reports_the_hard_one():
     )
     assert done.stdout.split() == ["200", "628"]
     assert (
-        "The hard limit on open files must be >= 5128, got 1000. Raise the limit with"
+        "The hard limit on open files must be >= 5128, got 1000."
         in done.stderr
     )
 
