@@ -34,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import engine
 from benchmarks.fault_runs import run_faults
-from engine.checkpoint import collectives
 from engine.checkpoint.hashes import describe_files
 from tests.engine.checkpoint.test_checkpoint import Bomb, damage
 from tests.engine.test_initialization import model, start, train
@@ -161,6 +160,7 @@ def fail_on_rank(directory: Path) -> Iterator[tuple[str, str, str]]:
         start_time = time.monotonic()
         saved_dir = directory / case
         command = ["-m", "engine.cli.main", "launch", "--no-preflight", "--nproc", "2"]
+        command += ["--timeout", "10"]  # seconds; the default is ten minutes
         done = subprocess.run(
             [sys.executable, *command, __file__, "--as-rank", case, str(saved_dir)],
             capture_output=True,
@@ -175,7 +175,6 @@ def fail_on_rank(directory: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def run_rank(case: str, directory: str) -> None:
-    collectives._TIMEOUT = 5.0
     config = {"train_batch_size": 4, "optimizer": {"type": "AdamW"}}
     trainer, *_ = engine.initialize(config=config, model=model())
     trainer.backward(trainer(torch.ones(2, 4)).mean())
@@ -184,7 +183,7 @@ def run_rank(case: str, directory: str) -> None:
     if trainer.global_rank == 1:
         if case == "dead":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(10)
+        time.sleep(20)  # longer than the timeout of rank 0
         return
     trainer.save_checkpoint(directory, tag="next")
 
