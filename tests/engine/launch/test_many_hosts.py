@@ -170,10 +170,7 @@ def test_raise_open_file_limit_changes_a_low_limit_and_reports_the_hard_one():
         [sys.executable, "-c", LIMIT], capture_output=True, text=True, check=False
     )
     assert done.stdout.split() == ["200", "628"]
-    assert (
-        "The hard limit on open files must be >= 5128, got 1000."
-        in done.stderr
-    )
+    assert "The hard limit on open files must be >= 5128, got 1000." in done.stderr
 
 
 def test_run_too_many_hosts_for_the_limit_of_open_files_starts_nothing(tmp_path, monkeypatch):
