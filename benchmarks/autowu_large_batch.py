@@ -54,7 +54,10 @@ BATCHES = (256, 2048, 8192)
 METHODS = ("fixed", "scaled", "cosine", "1Cycle", "refined", "AutoWU", "AutoWU 1/4")
 ONLY_LARGE = ("refined", "AutoWU 1/4")
 CYCLE_STEPS = 32
-"""Number of steps in each short cycle that refines a maximum: a third of the shortest run."""
+"""Number of steps in each short cycle that refines the maximum learning rate.
+
+This is a third of the shortest run.
+"""
 CANDIDATES = (1e-3, 2e-3, 4e-3)
 
 

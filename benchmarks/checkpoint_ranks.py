@@ -1,12 +1,12 @@
-"""Compare the time and memory of sharded checkpoints with raw I/O and other libraries.
+"""Compare the time and memory of sharded checkpoints with those of raw I/O and other libraries.
 
     torchrun --standalone --nproc_per_node 2 benchmarks/checkpoint_ranks.py
 
 The script prints one table for saving and one for loading. Each table shows the CPU time, summed
 over the ranks, and the wall-clock time. It also shows the ratio of each time to that of a baseline,
 in which every rank writes or reads the raw bytes of its shard. The column "memory" is the largest
-increase of a rank's resident memory during the call (without memory-mapped files), as a fraction of
-the size of the rank's tensors.
+increase of a rank's resident memory during the call (excluding memory-mapped files), as a fraction
+of the size of the rank's tensors.
 
 The contenders are onecycle with FSDP2 (stage 3 of the PyTorch backend),
 torch.distributed.checkpoint, which neither hashes nor syncs, and DeepSpeed stages 0 and 2 with and
@@ -59,7 +59,7 @@ def build_engine(backend: str, stage: int) -> engine.Engine:
 
 
 def read_resident_bytes() -> int:
-    """Return the resident memory of this process in bytes, without memory-mapped files."""
+    """Return the resident memory of this process in bytes, excluding memory-mapped files."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
@@ -88,7 +88,11 @@ class PeakMemory:
 
 
 def measure(work: Work, path: Path) -> tuple[float, float, float]:
-    """Return a call's CPU time (summed over ranks), wall-clock time and memory increase."""
+    """Call ``work(path)``, and return its CPU time, wall-clock time and memory increase.
+
+    The times are in seconds; the CPU time is summed over all ranks. The memory increase is the
+    largest of any rank, in bytes.
+    """
     dist.barrier()
     with PeakMemory() as memory:
         starts = time.process_time(), time.perf_counter()

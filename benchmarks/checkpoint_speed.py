@@ -1,4 +1,4 @@
-"""Compare the cost of onecycle's checkpoints with raw I/O, torch.save and DeepSpeed.
+"""Compare the cost of onecycle's checkpoints with that of raw I/O, torch.save and DeepSpeed.
 
     python benchmarks/checkpoint_speed.py
 

@@ -21,7 +21,7 @@ __all__ = ["run_faults"]
 ROOT = Path(__file__).parent.parent
 _MAX_LENGTH = 220
 _OF_SHELL = re.compile(r"(environment: line \d+: )?\s*(\d+ )?(Done|Killed|Terminated)\b.*")
-"""Pattern of the lines in which the shell reports the end of a process."""
+"""Pattern that matches the lines in which the shell reports the end of a process."""
 _PRELUDE = """
 # The shell's `python` reads a script from standard input, which starts with the helpers of tests.
 onecycle() { "$PYTHON" -m engine.cli.main "$@"; }

@@ -194,7 +194,7 @@ def main() -> None:
     )
     parser.add_argument("--as-rank", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument(
-        "--only", metavar="TEXT", help="cause only whole-program faults whose names contain TEXT"
+        "--only", metavar="TEXT", help="run only whole-program faults whose names contain TEXT"
     )
     args = parser.parse_args()
     if args.as_rank:

@@ -282,7 +282,7 @@ CONTENDERS: dict[str, tuple[str, Callable[[Task], Step]]] = {
     "Accelerate": ("accelerate", accelerate),
     "Fabric": ("lightning_fabric", fabric),
 }
-"""The package that each contender needs, and the function that builds its step."""
+"""Maps each contender to the package that it needs and the function that builds its step."""
 
 
 def wait(task: Task) -> None:
@@ -425,7 +425,7 @@ def count_parallel_builds() -> int:
 def run_task(
     task: Task, contenders: list[Contender], rounds: int, start: float
 ) -> dict[str, dict[str, Any]]:
-    """Build a task in several processes at once, measure it in turns, and return the results.
+    """Build a task for several contenders at once, measure them in turn, and return the results.
 
     Args:
         task: task to run.

@@ -264,7 +264,7 @@ def print_rows(title: str, rows: dict[str, Row]) -> None:
 
 
 def print_sizes(title: str, task: list[Any], sizes: list[int]) -> None:
-    """Measure and print one row per size, and the exponent of the column that grows fastest."""
+    """Measure each size, and print one row per size, including the growth exponent."""
     rows: dict[str, Row] = {}
     last: Row = {}
     for size, last_size in zip(sizes, [0, *sizes], strict=False):

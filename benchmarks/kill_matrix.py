@@ -8,8 +8,8 @@ and two processes, with synchronous and asynchronous saves, with PyTorch and Dee
 engine and two engines in the script; two engines save to nested directories.
 
 At each start, the clock is set back by another hour, because the choice of the newest checkpoint
-must not depend on the clock. The run keeps two automatic checkpoints. The same directory contains a
-checkpoint that the script saves explicitly, and that must never be deleted. At each step, the
+must not depend on the clock. Each run keeps two automatic checkpoints. Its directory also contains
+a checkpoint that the script saves explicitly and that must never be deleted. At each step, the
 learning rate, the data and a hash of the weights are compared with those of an uninterrupted run.
 
 The exit status is 1 if a step differs, a run fails to restart, the explicit checkpoint is missing
@@ -105,7 +105,7 @@ class Run:
 
 
 def is_row(line: str) -> bool:
-    """Return whether an output line is a complete row of results instead of a log message."""
+    """Return whether an output line is a complete row of results rather than a log message."""
     fields = line.split()
     is_step = bool(fields) and fields[0].removeprefix(SECOND).isdigit()
     return is_step and len(fields) == 4 and len(fields[3]) == 16

@@ -1,4 +1,4 @@
-"""Cause faults on hosts and ranks, and show how ``onecycle launch`` reports and handles them.
+"""Inject faults into hosts and ranks, and show how ``onecycle launch`` reports and handles them.
 
     python benchmarks/launch_faults.py [--only TEXT]
 
@@ -73,7 +73,7 @@ MARK = "LAUNCH_FAULTS"
 
 
 def break_host(fault: str, what: str, until: str, happens: str, settle: int) -> str:
-    """Cause a fault on one of two hosts, and return the row of the table for this fault."""
+    """Inject a fault into one of two hosts, and return the table row for this fault."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         (directory / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
@@ -94,7 +94,7 @@ def break_host(fault: str, what: str, until: str, happens: str, settle: int) -> 
 
 
 def break_rank(fault: str, kind: str, backend: str) -> str:
-    """Cause a fault in one of two ranks, and return the row of the table for this fault."""
+    """Inject a fault into one of two ranks, and return the table row for this fault."""
     with tempfile.TemporaryDirectory() as name:
         directory, mark = Path(name), uuid.uuid4().hex
         is_signal = kind in {"launcher", "ranks"}
@@ -119,7 +119,7 @@ def break_rank(fault: str, kind: str, backend: str) -> str:
 
 
 def send_interrupt(launcher: subprocess.Popen[bytes], directory: Path, *, to_ranks: bool) -> None:
-    """Wait until both ranks are training, and send SIGINT to them or to the launcher."""
+    """Wait until both ranks are training, then send SIGINT to them or to the launcher."""
     files = [directory / f"training.{rank}" for rank in range(2)]
     while not all(path.exists() for path in files):
         time.sleep(0.05)
@@ -165,7 +165,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="cause only faults whose names contain TEXT"
+        "--only", default="", metavar="TEXT", help="inject only faults whose names contain TEXT"
     )
     only = parser.parse_args().only
     host_faults = [each for each in HOST_FAULTS if only in each[0]]

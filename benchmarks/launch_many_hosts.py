@@ -8,15 +8,15 @@ No rank trains. One host fails on request, and all others exit when the launcher
 
 The first table shows CPU seconds, which hardly depend on other programs on this machine:
 
-- plan: `build_plan`, and the job of each host as JSON;
+- plan: building the launch plan, and encoding the job of each host as JSON;
 - preflight: the launcher's own CPU time for both rounds of the check;
 - run: the launcher's own CPU time from the start of the agents to its exit;
-- stubs: the CPU time of the shell scripts, which a real launcher does not spend.
+- stubs: the CPU time of the shell scripts, which a real launch does not run.
 
 The second table shows wall-clock seconds, which include the CPU time of the stubs, and counts:
 
 - preflight: both rounds of the check; the delay of a host is part of each round;
-- corrected: preflight minus the CPU time of the stubs divided by the number of cores;
+- corrected: preflight, minus the stubs' CPU time divided by the number of cores;
 - outputs: from the start of the launcher until it has printed the first line or all lines;
 - notice: from the failure of a host until the launcher stops another host;
 - exit: from the failure until the launcher has exited;
@@ -71,7 +71,7 @@ def build_hostfile(count: int) -> str:
 
 
 def measure_part(part: str, directory: Path) -> dict[str, float]:
-    """Run the plan or the preflight check alone in this process, and return the times."""
+    """Build the launch plan or run the preflight check in this process, and return the times."""
     from engine.launch.hosts import read_hostfile
     from engine.launch.plan import build_plan
     from engine.launch.preflight import check_hosts

@@ -9,7 +9,7 @@ losses one by one, and smooths and evaluates them with its own code. A suggestio
 differs from the true value by less than a factor of 3. For the maximum of a cycle, the true value
 is the middle of the region in which the loss exceeds its minimum by less than 5 % of the descent.
 For the rule "steepest", which is the only rule of the other tools, the true value is the learning
-rate at which the loss falls fastest over log(lr).
+rate at which the loss falls most steeply as a function of log(lr).
 """
 
 from __future__ import annotations

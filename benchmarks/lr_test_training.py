@@ -47,7 +47,7 @@ CONTEXT, WIDTH = 64, 64
 
 Batch = tuple[Tensor, Tensor]
 Cells = dict[float, list[float]]
-"""Maps each maximum to the accuracies of its runs."""
+"""Maps each maximum learning rate to the accuracies of the runs that use it."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def build_engine(task: Task, seed: int, scheduler: dict[str, Any] | None) -> eng
 
 
 def suggest_maxima(task: Task, seed: int) -> dict[str, float]:
-    """Return the maximum learning rate from three range tests, without and with refinement."""
+    """Return the maximum learning rates that range tests suggest, without and with refinement."""
     runs = []
     for repeat in range(REPEATS):
         trainer = build_engine(task, seed + repeat, None)
@@ -249,7 +249,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=4, help="runs per maximum (default: 4)")
+    parser.add_argument(
+        "--seeds", type=int, default=4, help="runs per maximum learning rate (default: 4)"
+    )
     parser.add_argument(
         "--first-seed", type=int, default=0, help="first seed of the runs (default: 0)"
     )

@@ -5,7 +5,7 @@
 A small model trains for four steps with every backend, ZeRO stage, precision and offloading option,
 on one rank and on two. The script adds up the sizes of all tensors that exist at the end of a
 forward pass, at the end of a backward pass and in the optimizer step. The second table compares the
-estimate for a large model with DeepSpeed's own estimators.
+estimate for a large model with the results of DeepSpeed's own estimators.
 """
 
 from __future__ import annotations

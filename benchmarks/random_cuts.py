@@ -83,7 +83,8 @@ def count_differences(case: Case, directory: Path, expected: list[str]) -> tuple
     """Interrupt and resume a run, and compare its rows with those of an uninterrupted run.
 
     Returns:
-        The number of rows that differ, and the number of rows that were written twice.
+        The number of rows that differ, and the number of rows that were written again. Rows that
+        were written again count as different, unless the run was killed.
     """
     status = start(directory, case)
     assert status in STATUS[case.cut], (case, status, (directory / "output").read_text()[-3000:])

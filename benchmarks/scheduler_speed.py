@@ -1,4 +1,4 @@
-"""Compare the cost of 1Cycle, per step and per curve, in onecycle, PyTorch and DeepSpeed.
+"""Compare the cost of 1Cycle steps and whole 1Cycle curves in onecycle, PyTorch and DeepSpeed.
 
     python benchmarks/scheduler_speed.py
 
@@ -62,7 +62,7 @@ def repeat_step(step: Step) -> Callable[[int], None]:
 
 
 def build_contenders(groups: int) -> dict[str, Callable[[int], None]]:
-    """Return a dict from the name of each contender to a function that runs ``n`` steps."""
+    """Return, for each contender, a function that runs a given number of steps."""
     from deepspeed.runtime.lr_schedules import OneCycle
 
     own = CYCLE | {

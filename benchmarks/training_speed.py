@@ -238,7 +238,7 @@ def cpu_time(step: Step, steps: int) -> float:
 
 
 def serve(connection: Connection, make: Callable, task: Callable[[], tuple], counts: bool) -> None:
-    """Run a contender in this process, and send its function calls and CPU time per step.
+    """Run a contender in this process, and send its number of function calls and CPU time per step.
 
     The number of function calls is sent first. Then, for each number of steps received, the
     contender runs that many steps, and the CPU time per step is sent back.

@@ -1,4 +1,4 @@
-"""Measure the time from a keystroke in `onecycle ui` to the redrawn problems and curves.
+"""Measure how long `onecycle ui` takes to redraw the problems and curves after a keystroke.
 
     python benchmarks/ui_latency.py
 

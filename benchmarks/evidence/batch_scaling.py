@@ -1,4 +1,4 @@
-"""Count the samples needed to reach a target accuracy when the batch is eight times as large.
+"""Count the samples needed to reach a target accuracy with batch sizes of 64 and 512.
 
     python benchmarks/evidence/batch_scaling.py
 
@@ -53,7 +53,7 @@ def set_batch(config: Config, size: int, lr: float) -> Config:
 
 
 def train_to_target(config: Config, task: Task, seed: int) -> Row:
-    """Train a model to the target, and return its row.
+    """Train a model until it reaches the target accuracy, and return the results as a row.
 
     In the row, "samples" is the number of samples after which the model reached the target, or None
     if it did not.

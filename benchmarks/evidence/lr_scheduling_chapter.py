@@ -29,7 +29,7 @@ CHAPTER = {
     "cosine": "0.904",
     "cosine_with_warmup": "0.901",
 }
-"""Test accuracy that the PyTorch edition of the chapter reports for one run per schedule."""
+"""Test accuracy of one run with each schedule, as reported in the chapter's PyTorch edition."""
 SHORT = ("cosine_in_10_epochs", "one_cycle")
 
 

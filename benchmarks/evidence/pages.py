@@ -78,7 +78,7 @@ def build_figure(panels: int) -> tuple[Figure, list[Axes]]:
 
 
 def plot_lr(axis: Axes, row: Row, *, scale: float = 1, **style: str | None) -> None:
-    """Plot the learning rate of a run over its steps, which are multiplied by ``scale``."""
+    """Plot the learning rate of a run against the step, multiplied by ``scale``."""
     stride = row["lr_stride"] * scale
     axis.plot([stride * index for index in range(len(row["lr"]))], row["lr"], **style)
 

@@ -22,7 +22,7 @@ __all__ = ["build", "find_data_shard", "find_deepspeed_need"]
 
 
 def find_deepspeed_need(model: nn.Module, **arguments: Any) -> str | None:
-    """Return a description of the feature that requires DeepSpeed, or None if there is none.
+    """Return a description of the feature that requires DeepSpeed, or None if no feature does.
 
     The feature is the first argument in ``arguments`` that is not None. If all arguments are None,
     the model is checked for model parallelism, such as MoE layers.

@@ -36,7 +36,7 @@ _KEYS: Mapping[str, tuple[str, Any]] = {
     "torch_autocast_enabled": ("/torch_autocast/enabled", False),
     "zero_allow_untested_optimizer": ("/zero_allow_untested_optimizer", False),
 }
-"""JSON pointer and default of the key that each of these DeepSpeed methods reads."""
+"""Maps DeepSpeed methods to the JSON pointer and the default of the config key that they read."""
 
 _SETTINGS: Mapping[str, Callable[[Config], Any]] = {
     "dynamic_loss_scale": lambda config: _read(config, "/fp16/loss_scale", 0) == 0,
@@ -51,7 +51,7 @@ _SETTINGS: Mapping[str, Callable[[Config], Any]] = {
     "zero_optimization_partition_gradients": lambda config: config.zero_stage >= 2,
     "zero_optimization_partition_weights": lambda config: config.zero_stage == 3,
 }
-"""Functions that compute the results of other DeepSpeed methods from the config."""
+"""Maps other DeepSpeed methods to functions that compute their results from the config."""
 
 _WITHOUT_PARALLELISM = {
     "has_moe_layers": False,

@@ -84,7 +84,7 @@ class BackwardOrder:
 
     @contextlib.contextmanager
     def explain_errors(self) -> Iterator[None]:
-        """Replace DeepSpeed's errors about unsupported backward passes with errors that name a fix.
+        """Add a suggested fix to DeepSpeed's errors about unsupported backward passes.
 
         Run the backward pass inside this context. DeepSpeed does not support, for example, the
         backward pass of a GAN's generator, because the generator's loss depends on two engines.

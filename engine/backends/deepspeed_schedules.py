@@ -11,10 +11,9 @@ def register_with_deepspeed(*, replace: bool = False) -> list[str]:
     """Register onecycle's schedules with DeepSpeed, for ``deepspeed.initialize`` and Accelerate.
 
     After this call, ``scheduler.type`` in the config accepts the names of the schedules. DeepSpeed
-    looks up the type in the module ``deepspeed.runtime.lr_schedules``. DeepSpeed calls the
-    scheduler's ``step()`` after each optimizer step that it does not report as skipped. Specify
-    durations as numbers of steps. A string such as "10ep" (10 epochs) requires the number of steps
-    per epoch, which DeepSpeed does not provide.
+    calls the scheduler's ``step()`` after each optimizer step, except after steps that it reports
+    as skipped. Specify durations as numbers of steps. A string such as "10ep" (10 epochs) requires
+    the number of steps per epoch, which DeepSpeed does not provide.
 
     Args:
         replace: whether to replace DeepSpeed's own five schedules with onecycle's versions.

@@ -55,7 +55,7 @@ class FSDPBackend(PyTorchBackend):
     _input_casts: Sequence[Any] = ()
     """Handles of the hooks that cast the inputs of layers."""
     _has_unreduced = False
-    """Whether gradients of the last backward pass have not been reduced across ranks yet."""
+    """Whether the gradients of the last backward pass still have to be reduced across ranks."""
     _frozen_16_bits: list[tuple[str, nn.Parameter]]
     """Parameters that stay in 16 bits because they were frozen at the start, with their names."""
 

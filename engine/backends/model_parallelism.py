@@ -28,9 +28,9 @@ _PACKAGES = (
 def find_model_parallelism(model: nn.Module) -> str | None:
     """Return a description of the part of a model that implements its own parallelism.
 
-    An example is an MoE layer. Each rank may hold different experts, so averaging all gradients
+    For example, the ranks may hold different experts of an MoE layer, so averaging all gradients
     over all ranks would be incorrect. The description is a noun phrase for error messages. Return
-    None if the model does not implement parallelism.
+    None if the model does not implement its own parallelism.
 
     >>> find_model_parallelism(nn.Linear(2, 2))
     """
@@ -51,8 +51,8 @@ def find_model_parallelism(model: nn.Module) -> str | None:
 def find_data_shard(model: Any, mpu: Any, mesh_param: Any) -> tuple[int, int] | None:
     """Return the index of this rank's data shard and the number of shards.
 
-    DeepSpeed uses the same values. Return None if neither the model nor an argument determines
-    them.
+    The values are the same as in DeepSpeed. Return None if neither the model nor an argument
+    determines them.
 
     Args:
         model: model of the run. A PipelineModule defines which ranks form a pipeline.

@@ -36,7 +36,10 @@ class SteppedRun(RunState, Protocol):
     """Protocol for the training run that `AutomaticCheckpoints.save_if_due` receives."""
 
     latest: Counters
-    """The step counters. Unlike `RunState.counters`, they may omit a deferred step's outcome."""
+    """The step counters.
+
+    Unlike `RunState.counters`, they may not show yet whether a deferred step was applied.
+    """
 
     @property
     def defers(self) -> bool:

@@ -36,9 +36,9 @@ _calls = itertools.count()
 def wait_for_ranks(ranks: Ranks, call: str) -> None:
     """Wait up to ten minutes until every rank has called this function.
 
-    After 30 seconds, the lowest waiting rank logs the missing ranks. A missing rank may be busy,
-    for example with an evaluation. The environment variable ``ONECYCLE_TIMEOUT`` sets a different
-    limit, in seconds.
+    The environment variable ``ONECYCLE_TIMEOUT`` sets a different limit, in seconds. After 30
+    seconds, the lowest waiting rank logs the missing ranks, which may be busy, for example with an
+    evaluation.
 
     Args:
         ranks: rank and world size of this process.

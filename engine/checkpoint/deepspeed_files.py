@@ -58,9 +58,9 @@ class _Piece(NamedTuple):
     """The part of a parameter that the flat tensors of one rank contain."""
 
     states: Mapping[str, Any]
-    """State of the optimizer for the flat tensor."""
+    """Optimizer state of the flat tensor that contains this part."""
     master: Tensor | None
-    """Flat tensor of float32 master weights; None if the checkpoint does not contain them."""
+    """Flat tensor of float32 master weights; None if the checkpoint does not contain any."""
     start: int
     size: int
 
@@ -228,7 +228,7 @@ class DeepSpeedFiles:
 
     @cached_property
     def _aliases(self) -> dict[str, str]:
-        """The saved name of each tied parameter, by its alias."""
+        """The name under which each tied parameter is saved, by alias."""
         return dict(self._model.get("shared_params") or {})
 
     @cached_property

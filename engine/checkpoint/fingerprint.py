@@ -29,7 +29,7 @@ Identity = Mapping[str, Any]
 KERNEL_SETTINGS = frozenset({"fused", "foreach", "capturable"})
 """Settings of a param group that select a kernel but do not change results.
 
-For example, a CUDA graph requires ``capturable``, but a run on the CPU cannot use it.
+For example, a CUDA graph requires ``capturable``, but a run on the CPU cannot use this setting.
 """
 
 _CONVERTED = "converted"
@@ -110,7 +110,7 @@ def check_identity(checkpoint_dir: Path, saved: Identity, own: Identity) -> None
         own: identity of this run.
 
     Raises:
-        CheckpointError: if the identities differ. The message lists the different settings.
+        CheckpointError: if the identities differ. The message lists the settings that differ.
     """
     # Checkpoints of earlier versions do not contain all settings.
     own = {name: value for name, value in own.items() if name in saved or name not in _ADDED}

@@ -43,10 +43,10 @@ class Manifest:
     is_automatic: bool = False
     """Whether the checkpoint was saved automatically. `prune` deletes only such checkpoints."""
     sequence: int = 0
-    """Sequence number in the directory. Unlike timestamps, sequence numbers never decrease."""
+    """Sequence number within the directory. Unlike timestamps, sequence numbers never decrease."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     checksum: str = ""
-    """SHA-256 hash of the other keys; empty if an earlier version wrote the checkpoint."""
+    """SHA-256 hash of the rest of the manifest; empty if an older onecycle version wrote it."""
     format: int = FORMAT
 
     @property

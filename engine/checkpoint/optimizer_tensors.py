@@ -20,9 +20,9 @@ def keep_tensors(optimizer: Optimizer) -> Iterator[None]:
     """Make `Optimizer.load_state_dict` update tensors in place inside this context.
 
     By default, `Optimizer.load_state_dict` replaces the tensors, but a CUDA graph or a compiled
-    step continues to use the old tensors. It also replaces hyperparameters: a tensor can become a
-    number, or a number a tensor. In this context, tensors are updated in place, and numbers stay
-    numbers.
+    step continues to use the old tensors. The method also replaces hyperparameters: a tensor can
+    become a number, or a number can become a tensor. In this context, tensors are updated in place,
+    and numbers stay numbers.
 
     >>> lr = torch.tensor(0.1)
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=lr)

@@ -209,9 +209,10 @@ def read_as(kind: Any, path: Path) -> Any:
 
 @contextlib.contextmanager
 def report_damage(path: Path) -> Iterator[None]:
-    """Convert any exception in a ``with`` block to a CheckpointError that reports a damaged file.
+    """Convert any exception in a ``with`` block to a CheckpointError.
 
-    If the block fails, it must leave the state of the run unchanged.
+    The error reports that the file is damaged or missing. If the block fails, it must leave the
+    state of the run unchanged.
 
     Args:
         path: file that the block reads or checks.
