@@ -48,7 +48,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class _SmallFiles:
-    """The contents of a checkpoint, except its tensors. States that are not restored are None."""
+    """Saved states other than the model and optimizer. States that are not restored are None."""
 
     random_state: Any = None
     position: Any = None
@@ -59,10 +59,10 @@ class _SmallFiles:
 
 
 class Restorer:
-    """Object that restores a run from a checkpoint. Every rank must call `restore`.
+    """Loader that restores a run from a checkpoint. Every rank must call `restore`.
 
     Args:
-        plan: settings of the section ``engine.checkpoint``.
+        plan: settings of the ``engine.checkpoint`` section.
         backend: backend that loads the model and the optimizer.
         identity: settings that must match between this run and a checkpoint.
         data: position in the training data.
@@ -84,7 +84,7 @@ class Restorer:
             run: state of the run to restore.
             selected: checkpoint to restore from.
             parts: states to restore in addition to the model.
-            strict: whether the model must have all saved parameters and buffers.
+            strict: whether the checkpoint and the model must have the same parameters and buffers.
 
         Raises:
             CheckpointError: if the checkpoint is damaged, or does not match the model or the run.
@@ -148,7 +148,7 @@ class Restorer:
         return {**self._identity, "world_size": manifest.identity.get("world_size")}
 
     def _read_small_files(self, run: RunState, selected: Selected, parts: Parts) -> _SmallFiles:
-        """Read, check and return the contents of a checkpoint, except its tensors."""
+        """Read and check the random state, data position, scheduler state and AutoWU snapshot."""
         checkpoint_dir, manifest, state = selected.path, selected.manifest, selected.state
         random_state = position = schedule = snapshot = None
         if parts.optimizer:
@@ -170,7 +170,10 @@ class Restorer:
         return _SmallFiles(random_state, position, schedule, snapshot)
 
     def _read_random_state(self, checkpoint_dir: Path, manifest: Manifest) -> Any:
-        """Return this rank's saved random state, or None if the world size has changed."""
+        """Return this rank's saved random state.
+
+        Return None if the state was not saved or the world size has changed.
+        """
         path = checkpoint_dir / f"random.{self._ranks.rank}.pt"
         if not path.is_file() or manifest.world_size != self._ranks.world_size:
             return None
@@ -181,7 +184,7 @@ class Restorer:
 
 
 def _restore_counters(run: RunState, state: Mapping[str, Any]) -> None:
-    """Restore the step counters, converted to the new batch sizes if these have changed."""
+    """Restore the step counters, and convert them if the batch sizes have changed."""
     batch = run.config.batch
     saved = state.get("batch") or asdict(batch)
     counters = Counters(**state["counters"])

@@ -1,4 +1,4 @@
-"""Roll back a run to its state at the lowest warmup loss, if AutoWU has ``"rollback": true``."""
+"""Roll back a run to its state at the lowest warmup loss, if AutoWU's ``rollback`` is true."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RestorableBackend(Protocol):
 
 
 class Rollback:
-    """Object that restores the model, optimizer and loss scaler to their lowest-loss state.
+    """Manager that rolls back the model, optimizer and loss scaler to their lowest-loss state.
 
     AutoWU computes the mean loss of each test interval. `update` takes a snapshot whenever this
     mean is the lowest so far, and restores the last snapshot when AutoWU switches from warmup to
@@ -45,10 +45,10 @@ class Rollback:
         self._backend = backend
         self._ranks = backend.ranks
         self.snapshot: Any = None
-        """Snapshot at the lowest loss so far; None before the first one and after the warmup."""
+        """Snapshot at the lowest loss so far; None if none was taken yet, and after the warmup."""
 
     def update(self, scheduler: object) -> None:
-        """Take a snapshot at each new loss minimum. Restore the last snapshot before the decay.
+        """Take a snapshot at each new loss minimum, and restore the last one when the decay starts.
 
         Args:
             scheduler: AutoWU scheduler that has already received the loss of the last step.

@@ -1,4 +1,4 @@
-"""Protocols for the run and the backend that checkpoints save and restore."""
+"""Protocols for the run and the backend whose state is saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["RunState", "SavedBackend"]
 
 
 class SavedBackend(Protocol):
-    """Protocol for the methods of `engine.backends.base.Backend` that checkpoints use."""
+    """Protocol for the methods of `engine.backends.base.Backend` that the checkpoint code uses."""
 
     @property
     def optimizer(self) -> Optimizer:
@@ -45,7 +45,11 @@ class SavedBackend(Protocol):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        """Save the same state as `save`, but in the background. The future completes afterwards."""
+        """Save the same state as `save`, but in the background.
+
+        Returns:
+            A future that completes when this rank has written its files.
+        """
         ...
 
     def load(
@@ -56,7 +60,7 @@ class SavedBackend(Protocol):
 
 
 class RunState(Protocol):
-    """Protocol for the training run that checkpoints save and restore."""
+    """Protocol for a training run whose state is saved in checkpoints."""
 
     config: Config
     is_trial: bool

@@ -68,7 +68,7 @@ def prepare_schedule_state(
         scheduler: scheduler of this run.
         state: saved state of the run.
         config: config of this run.
-        steps: number of applied steps at which the run continues.
+        steps: number of optimizer steps that were applied before the run continues.
         override: whether this run's schedule replaces the saved schedule.
 
     Returns:
@@ -128,7 +128,7 @@ def _check_schedule_state(scheduler: LRScheduler, state: dict[str, Any]) -> None
 
 
 def _fix_lengths(value: Any) -> Any:
-    """Convert nested lists to tuples, because only the lengths of tuples are checked."""
+    """Convert lists to tuples, for which `check_same_structure` requires the exact length."""
     if isinstance(value, dict):
         return {key: _fix_lengths(each) for key, each in value.items()}
     return tuple(map(_fix_lengths, value)) if isinstance(value, list) else value

@@ -31,11 +31,11 @@ class Selected:
     state: dict[str, Any]
     """State of the run, without the model and the optimizer."""
     is_foreign: bool
-    """Whether DeepSpeed wrote the checkpoint without this library."""
+    """Whether DeepSpeed wrote the checkpoint without onecycle."""
 
 
 class CheckpointSelector:
-    """Object that selects the checkpoint with a given tag, or the newest checkpoint.
+    """Selector that finds the checkpoint with a given tag, or the newest checkpoint.
 
     Args:
         config: config of the run.

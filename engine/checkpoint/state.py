@@ -100,8 +100,8 @@ def write_async(
     """Copy this rank's shards of the model and the optimizer, and write them in the background.
 
     Every rank must call this function. The copies are in host memory, so training can continue as
-    soon as the function returns. If the tensors are on a GPU, the background thread waits for the
-    copies.
+    soon as the function returns. If the tensors are on a GPU, the background thread waits until the
+    copies are complete.
 
     Args:
         directory: existing directory to write to.

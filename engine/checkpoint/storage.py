@@ -82,7 +82,7 @@ def to_directory(path: str | os.PathLike[str]) -> Path:
 
 
 def create_directory(directory: Path) -> None:
-    """Create the directory for a run's checkpoints, unless it exists.
+    """Create the directory for a run's checkpoints, unless it already exists.
 
     Raises:
         OSError: if the directory cannot be created, or its path is a file.
@@ -190,7 +190,7 @@ def list_checkpoints(directory: Path) -> list[tuple[Path, Manifest]]:
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Return whether a directory is one checkpoint, written by onecycle or DeepSpeed."""
+    """Return whether a directory is itself a checkpoint, written by onecycle or DeepSpeed."""
     return (directory / MANIFEST).exists() or any(directory.glob("*_model_states.pt"))
 
 
@@ -290,7 +290,7 @@ def find_damage(checkpoint_dir: Path, manifest: Manifest, *, hashes: bool = True
 
 
 def prune(directory: Path, run: str, keep: int | None, keep_every: int | None) -> list[str]:
-    """Delete old automatic checkpoints of a run, and return the deleted tags.
+    """Delete the oldest of a run's automatically saved checkpoints, and return their tags.
 
     Args:
         directory: directory that holds the run's checkpoints.

@@ -43,7 +43,7 @@ def check_same_structure(saved: Any, own: Any, name: str) -> None:
         name: name of the value, for the error message.
 
     Raises:
-        ValueError: a key or an item is missing, or a value has the wrong type or shape.
+        ValueError: if a key or an item is missing, or a value has the wrong type or shape.
 
     >>> check_same_structure({"last_epoch": "3"}, {"last_epoch": 0}, "lr_scheduler")
     Traceback (most recent call last):
@@ -115,7 +115,7 @@ def check_param_groups(saved: Any, own: Sequence[Mapping[str, Any]]) -> None:
         own: param groups of this run, with the same parameter names or indices as ``saved``.
 
     Raises:
-        ValueError: a value is missing, has the wrong type or is out of range.
+        ValueError: if a value is missing, has the wrong type or is out of range.
     """
     name = "optimizer.param_groups"
     check_same_structure(saved, [], name)
@@ -145,7 +145,7 @@ def check_parameter_states(
         parameters: parameters of the optimizer, keyed by name or index.
 
     Raises:
-        ValueError: a value is missing, has the wrong type or shape, or is out of range.
+        ValueError: if a value is missing, has the wrong type or shape, or is out of range.
     """
     check_same_structure(saved, {}, "optimizer.state")
     templates = _Templates(optimizer)

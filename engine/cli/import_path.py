@@ -1,4 +1,4 @@
-"""Find the user's modules for commands that import them."""
+"""Let commands import the user's modules from the current directory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["current_directory_on_path"]
 
 @contextlib.contextmanager
 def current_directory_on_path() -> Iterator[None]:
-    """Allow imports from the current directory inside this context."""
+    """Allow imports from the current directory inside a ``with`` block."""
     directory = str(Path.cwd())
     sys.path.insert(0, directory)
     try:

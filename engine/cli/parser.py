@@ -93,7 +93,7 @@ def find_command(name: str) -> str:
     """Return the subcommand with the given name, ignoring case.
 
     Raises:
-        ValueError: the name is unknown; the message suggests a similar one.
+        ValueError: if the name is unknown. The message suggests a similar name.
     """
     if name.lower() in COMMANDS:
         return name.lower()
@@ -113,8 +113,8 @@ def build_parser(complete: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Build the parser of the ``onecycle`` command, whose help lists the subcommands.
 
     Args:
-        complete: subcommands to add with all of their arguments; other subcommands have only a
-            name.
+        complete: subcommands to add with all of their arguments. The other subcommands have only a
+            name and a one-line help.
     """
     parser = CommandParser(
         prog="onecycle",

@@ -62,7 +62,7 @@ class BatchSizes:
         The number of gradient accumulation steps changes accordingly.
 
         Raises:
-            ValueError: ``train`` is not a positive multiple of the micro-batch size times the
+            ValueError: if ``train`` is not a positive multiple of the micro-batch size times the
                 number of ranks that load different samples.
         """
         at_once = self.micro * self.data_ranks
@@ -80,7 +80,7 @@ class BatchSizes:
         The train batch size changes accordingly.
 
         Raises:
-            ValueError: the micro-batch size is not positive.
+            ValueError: if the micro-batch size is not positive.
         """
         if micro <= 0:
             raise ValueError(
@@ -123,7 +123,7 @@ RankCounter = Callable[[Mapping[str, Any], int], DataRanks]
 
 
 def count_ranks_per_model(config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the number of ranks that each config key splits a model across.
+    """Return the number of ranks across which each config key splits a model.
 
     >>> count_ranks_per_model({"sequence_parallel_size": 2})
     {'sequence_parallel_size': 2}
@@ -159,10 +159,10 @@ def derive_batch_sizes(given: Mapping[str, int], ranks: DataRanks | int) -> Batc
     Args:
         given: values that the config sets, by key (see `BATCH_KEYS`); each is at least 1.
         ranks: number of ranks that load different samples, at least 1. Like DeepSpeed, the function
-            also accepts a train batch size that counts each rank of tensor parallelism separately.
+            also accepts a train batch size that counts each tensor-parallel rank separately.
 
     Raises:
-        BatchError: the values are inconsistent, or neither the train batch size nor the
+        BatchError: if the values are inconsistent, or neither the train batch size nor the
             micro-batch size is set.
 
     >>> given = {"train_batch_size": 32, "gradient_accumulation_steps": 2}

@@ -51,7 +51,7 @@ def _inline_references(schema: Mapping[str, Any]) -> dict[str, Any]:
 def _copy_for_editors(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of a schema without ``$ref``, ``$schema`` or the schemas in ``properties``.
 
-    The copy of a deprecated or removed key's schema contains a ``deprecationMessage`` for editors.
+    For a deprecated or removed key, the copy contains a ``deprecationMessage`` for editors.
     """
     copy = {key: value for key, value in schema.items() if key not in {"$ref", "$schema"}}
     if "properties" in copy:
@@ -65,7 +65,7 @@ def _branch_on_type(of_types: Mapping[str, Mapping[str, Any]], *, any_case: bool
     """Build a schema that selects the schema of ``params`` by the value of ``type``.
 
     Args:
-        of_types: dict from each type to the schema of its ``params``.
+        of_types: dict that maps each type to the schema of its ``params``.
         any_case: whether types are matched case-insensitively.
 
     Returns:

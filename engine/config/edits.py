@@ -87,8 +87,8 @@ def write_scheduler(path: Path, block: Mapping[str, Any]) -> Path:
         Path of the backup: the config's path with ``.bak`` appended.
 
     Raises:
-        ConfigError: the config cannot be read.
-        OSError: the config or its backup cannot be written.
+        ConfigError: if the config cannot be read.
+        OSError: if the config or its backup cannot be written.
     """
     document = load_document(path)
     text = replace_scheduler(document, block)

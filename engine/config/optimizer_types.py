@@ -29,9 +29,9 @@ _ANY_PARAMS: Mapping[str, Any] = {}
 def find_optimizer_schema(document: Document, name: str) -> Mapping[str, Any] | Problem:
     """Return the JSON schema of an optimizer's ``params``, or a problem with ``optimizer.type``.
 
-    If imports are allowed, a custom class is imported. The schema of a custom class contains the
-    names of the constructor's arguments, but not their types. If imports are not allowed, the
-    result is usually a note that the class is not checked.
+    If imports are allowed, a custom class is imported. Its schema contains the names of the
+    constructor's arguments, but not their types. If imports are not allowed, the result for a
+    custom class is usually a note that the class is not checked.
 
     Args:
         document: parsed config.

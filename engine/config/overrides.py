@@ -248,8 +248,9 @@ def apply_assignments(
         The config with the new values, and one `Override` per assignment.
 
     Raises:
-        ConfigError: a value is not a finite number.
-        ValueError: a string does not have this form, or the parent of a key is not an object.
+        ConfigError: if a value contains NaN, an infinity or an integer too large for a float.
+        ValueError: if a string does not have the form ``KEY=VALUE``, or a parent of the key is not
+            an object.
 
     >>> from engine.config.source import load_document
     >>> document = load_document({"optimizer": {"type": "SGD"}})
@@ -280,7 +281,7 @@ def parse_assignments(assignments: Sequence[str]) -> list[tuple[str, str, Any]]:
     """Return the key, the JSON pointer and the new value of each ``KEY=VALUE`` string.
 
     Raises:
-        ValueError: a string does not have this form.
+        ValueError: if a string does not have the form ``KEY=VALUE``.
 
     >>> parse_assignments(["fp16.enabled=true", "/engine/report=plots"])
     [('fp16.enabled', '/fp16/enabled', True), ('/engine/report', '/engine/report', 'plots')]
@@ -336,7 +337,7 @@ def _describe_value(document: Document, pointer: str, new: Any) -> str:
 
 
 def _replace_values(document: Document, value: Any, changes: Sequence[Override]) -> Document:
-    """Return a copy of a document with a new value, without locations inside replaced values."""
+    """Return a copy of a document with a new value, and drop locations inside replaced values."""
     origins = {change.pointer: change.argument for change in changes}
     below = tuple(f"{pointer}/" for pointer in origins)
     origins = {**document.arguments, **origins}

@@ -117,7 +117,7 @@ def _drop_auto(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_group_schedulers(config: Mapping[str, Any]) -> Iterator[tuple[int, str, Any]]:
-    """Yield the index, JSON pointer and block of each ``scheduler`` in a param group.
+    """Yield the group index, JSON pointer and block of each param group's ``scheduler``.
 
     >>> config = {"optimizer": {"param_groups": [{"scheduler": {"type": "StepLR"}}]}}
     >>> list(find_group_schedulers(config))

@@ -130,7 +130,7 @@ class ModelSettings:
     """Settings for preparing and training the model."""
 
     wrap_classes: tuple[str, ...]
-    """Class names of the modules that are each sharded and recomputed as one unit."""
+    """Class names of the model's blocks. Each block is sharded and recomputed as a unit."""
     activation_checkpointing: Literal["device", "host"] | None
     """Memory in which activation checkpointing saves block inputs; None if disabled."""
     compile_backend: str | None
@@ -138,9 +138,9 @@ class ModelSettings:
     master_weights: bool
     """Whether the PyTorch backend converts trainable 16-bit parameters to float32."""
     cast_inputs: bool
-    """Whether layers with 16-bit weights cast their floating-point inputs."""
+    """Whether layers with 16-bit weights cast floating-point inputs to the weights' dtype."""
     deferred_step: bool | None
-    """Whether the PyTorch backend defers steps if possible; None to do so only on a GPU."""
+    """Whether the PyTorch backend defers optimizer steps if possible; None means only on a GPU."""
     device: Literal["auto", "cuda", "cpu"]
     """Device type to train on; "auto" means a GPU if PyTorch finds one, otherwise the CPU."""
 

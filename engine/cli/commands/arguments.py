@@ -78,7 +78,7 @@ def find_schedule(name: str) -> type[Schedule[Any]]:
     """Return the schedule class with the given name (case-insensitive) or import path.
 
     Raises:
-        ValueError: the name is unknown, or the imported object is not a schedule. For an unknown
+        ValueError: if the name is unknown, or the imported object is not a schedule. For an unknown
             name, the message suggests a similar one.
     """
     from schedules.core.registry import find, suggest

@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dir",
         metavar="DIR",
         type=Path,
-        help="checkpoint directory of the run, or (except with ls) of one checkpoint, DIR/TAG",
+        help="checkpoint directory of the run. All actions except ls also accept the directory of "
+        "a single checkpoint",
     )
     parser.add_argument(
         "--tag",

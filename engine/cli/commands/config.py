@@ -111,7 +111,7 @@ def _list_param_groups(context: RuleContext, path: str) -> list[str]:
     """Return one line per param group of a model, as in the log of a run.
 
     Raises:
-        ValueError: the model cannot be imported or built, or does not fit the config.
+        ValueError: if the model cannot be imported or built, or does not fit the config.
     """
     from engine.config.optimizer_block import build_optimizer_block
     from engine.config.param_groups import find_group_schedulers

@@ -138,7 +138,7 @@ def _check_options(args: argparse.Namespace) -> None:
     """Check the command-line options.
 
     Raises:
-        LaunchError: an option has an invalid value, or is not supported by this kind of launch
+        LaunchError: if an option has an invalid value, or is not supported by this kind of launch
             (local, ssh or Slurm).
     """
     if not 0 <= args.port < 2**16:

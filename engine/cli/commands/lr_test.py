@@ -145,7 +145,7 @@ def _add_script_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         type=parse_positive_int,
         metavar="N",
-        help="test the N-th engine that the script creates; required if the script calls "
+        help="test the Nth engine that the script creates; required if the script calls "
         "engine.initialize several times. The other engines train with their own schedules",
     )
     parser.add_argument(
@@ -246,7 +246,7 @@ def _train(
     """Run the script once with the learning rates of ``sweep``, and return the recorded run.
 
     Raises:
-        _TestFailedError: the script failed, did not call `engine.initialize`, or ended after too
+        _TestFailedError: if the script failed, did not call `engine.initialize`, or ended after too
             few steps.
     """
     from engine.range_test.recorder import RECORD, Run

@@ -19,7 +19,7 @@ def build_model(path: str) -> nn.Module:
         path: import path, such as "my_module:build_model".
 
     Raises:
-        ValueError: the path cannot be imported, or does not build a model.
+        ValueError: if the path cannot be imported, or does not build a model.
     """
     import torch
     from torch import nn

@@ -286,7 +286,7 @@ def _find_source(name: str) -> str:
     """Return the config path or the schedule name for a ``--compare`` argument.
 
     Raises:
-        ValueError: the name is neither a file nor a schedule.
+        ValueError: if the name is neither a file nor a schedule.
     """
     if Path(name).is_file():
         return name
