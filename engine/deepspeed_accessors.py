@@ -80,14 +80,14 @@ class DeepSpeedAccessors(nn.Module):
 
     @property
     def data_parallel_group(self) -> Any:
-        """The process group that averages gradients, or None with a single process."""
+        """The process group across which gradients are averaged, or None for a single process."""
         if self.config.backend.name == "deepspeed":
             return self._backend.get_attribute("data_parallel_group")
         return dist.group.WORLD if dist.is_initialized() else None
 
     @property
     def cur_scale(self) -> float:
-        """The loss scale of the next backward pass; 1 without fp16."""
+        """The loss scale for the next backward pass; 1 without fp16."""
         return self._run.settled_backend.loss_scale
 
     @property
@@ -107,14 +107,14 @@ class DeepSpeedAccessors(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Put the model into training mode, or eval mode if ``mode`` is false. Return the engine.
 
-        An optimizer with the methods ``train`` and ``eval`` is put into the same mode.
+        If the optimizer has ``train`` and ``eval`` methods, it is put into the same mode.
         """
         super().train(mode)
         set_optimizer_mode(self.basic_optimizer, training=mode)
         return self
 
     def mean(self, value: float) -> float:
-        """Return the mean of a number over the ranks. Every rank must call this method."""
+        """Return the mean of a number over all ranks. Every rank must call this method."""
         return self._backend.mean(value)
 
     def train_batch_size(self) -> int:
@@ -233,7 +233,7 @@ class DeepSpeedAccessors(nn.Module):
 
     @property
     def global_steps(self) -> int:
-        """The number of completed batches, including batches whose step was skipped."""
+        """The number of completed optimizer steps, including skipped steps."""
         self._run.length.is_position_known = True
         return self._run.latest.global_steps
 
@@ -243,7 +243,7 @@ class DeepSpeedAccessors(nn.Module):
 
     @property
     def global_samples(self) -> int:
-        """The number of samples in the completed batches, summed over all ranks."""
+        """The number of samples in the completed steps, summed over all ranks."""
         return self._run.latest.global_samples
 
     @property

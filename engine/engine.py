@@ -41,9 +41,9 @@ LoaderT = TypeVar("LoaderT", bound=Iterable[Any])
 class Engine(DeepSpeedAccessors):
     """A training engine that wraps the model and is called like the model.
 
-    For each micro-batch ``x``, compute the loss from ``trainer(x)``, the output of the engine. Then
-    call ``trainer.backward(loss)`` and ``trainer.step()``. `step` applies an optimizer step once
-    every ``gradient_accumulation_steps()`` calls.
+    For each micro-batch ``x``, compute the loss from the engine's output, ``trainer(x)``. Then call
+    ``trainer.backward(loss)`` and ``trainer.step()``. `step` applies an optimizer step once every
+    ``gradient_accumulation_steps()`` calls.
     """
 
     def __init__(
@@ -166,7 +166,10 @@ class Engine(DeepSpeedAccessors):
         return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)
 
     def _start_pass(self) -> bool:
-        """Check that accumulated gradients still exist. Return whether the pass ends a batch."""
+        """Check that the gradients accumulated so far still exist.
+
+        Return whether the next backward pass averages the gradients across ranks.
+        """
         accumulation = self._run.accumulation
         if accumulation.has_gradients:
             self._run.misuse.check_accumulated(accumulation)
@@ -255,8 +258,9 @@ class Engine(DeepSpeedAccessors):
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """Train on the micro-batches of one step, and return their mean loss.
 
-        The model must return the loss of a micro-batch. A tuple, list or mapping is unpacked into
-        the model's arguments. By default, ``data_iter`` cycles through the training data.
+        The model must return the loss of a micro-batch. A micro-batch that is a tuple, list or
+        mapping is unpacked into the model's arguments. By default, ``data_iter`` cycles through the
+        training data.
         """
         if (whole := train_pipeline(data_iter, self.training_dataloader, self._run)) is not None:
             self._automatic.save_if_due(self._run)
@@ -343,8 +347,8 @@ class Engine(DeepSpeedAccessors):
         Args:
             save_dir: directory that holds the run's checkpoints; created if missing.
             tag: name or number of this checkpoint; default: ``global_stepN`` after N batches.
-            client_state: your own numbers, strings and tensors. `load_checkpoint` returns this
-                dict.
+            client_state: dict of your own numbers, strings and tensors, which `load_checkpoint`
+                returns.
             save_latest: whether `load_checkpoint` may load this checkpoint if no tag is passed.
             exclude_frozen_parameters: whether to leave out parameters that do not require
                 gradients, such as the base model in LoRA. When the checkpoint is loaded, these
@@ -445,6 +449,6 @@ class Engine(DeepSpeedAccessors):
 
     @property
     def epoch(self) -> int:
-        """The index of the current epoch, from 0. It increases after the last batch of an epoch."""
+        """The zero-based index of the current epoch. It increases after an epoch's last batch."""
         self._run.length.is_position_known = True
         return read_epoch(self.training_dataloader)

@@ -76,7 +76,7 @@ class Problem:
     hint: str = ""
     fix: Fix | None = None
     suggestion: str = ""
-    """The key that the user probably meant, or the JSON pointer of a missing key; empty if none."""
+    """The key that the user probably meant, the JSON pointer of a missing key, or ""."""
 
     def __str__(self) -> str:
         return escape(f"{self.message} {self.hint}".strip())

@@ -159,14 +159,14 @@ class ProgressSettings:
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Settings of the diagnostics that a run logs."""
+    """Settings for the diagnostics that a run logs."""
 
     wall_clock_breakdown: bool
     """Whether each progress line includes the mean forward, backward and step times."""
     dump_state: bool
     """Whether the resolved config and the state of the engine are logged at the start."""
     flops_profiler: Mapping[str, Any]
-    """The section ``flops_profiler`` with its defaults."""
+    """The ``flops_profiler`` section, with defaults filled in."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class Config(Mapping[str, Any]):
     raw: Mapping[str, Any]
     """The user's config, including command-line overrides, without defaults."""
     zero_stage: int
-    """ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters."""
+    """ZeRO stage: 0 shards nothing, 1 optimizer states, 2 also gradients, 3 also parameters."""
     cpu_offload: bool
     """Whether parameters or optimizer states are offloaded to CPU memory."""
     model: ModelSettings
@@ -203,11 +203,11 @@ class Config(Mapping[str, Any]):
     """The sections ``tensorboard``, ``csv_monitor`` and ``wandb``."""
     overrides: tuple[Override, ...]
     warnings: tuple[Problem, ...]
-    """Problems of severity "warning", which are probably mistakes but do not prevent the run."""
+    """Problems of severity "warning": likely mistakes that do not prevent the run from starting."""
     keys_without_effect: tuple[str, ...]
     """Dotted names of the keys that do not affect the results of this run."""
     run: Mapping[str, Any]
-    """The keys of the section ``engine`` that set or scale the length of the run."""
+    """The keys and values of the ``engine`` section that set or scale the length of the run."""
 
     def __getitem__(self, key: str) -> Any:
         return self.raw[key]
@@ -259,8 +259,8 @@ class Config(Mapping[str, Any]):
             steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
         Raises:
-            DurationError: ``max_duration`` is in epochs, but ``steps_per_epoch`` is None, or the
-                run is longer than 2**53 steps.
+            DurationError: ``max_duration`` is in epochs and ``steps_per_epoch`` is None, or the run
+                is shorter than one step or longer than 2**53 steps.
         """
         return build_horizon(
             self.run, samples_per_step=self.batch.train, steps_per_epoch=steps_per_epoch
@@ -288,8 +288,8 @@ def load_config(
             values.
         assignments: ``KEY=VALUE`` strings that override config values, such as
             "optimizer.params.lr=0.01". They take precedence over ``args``.
-        needs_deepspeed: model feature or keyword argument that only DeepSpeed supports; None if
-            there is none. If set, the default backend is DeepSpeed.
+        needs_deepspeed: model feature or keyword argument that requires DeepSpeed, or None. If set,
+            the default backend is DeepSpeed.
         count_ranks: function that takes the config and the world size, and returns the number of
             ranks that load different samples. By default, this number is derived from the config's
             parallelism settings.

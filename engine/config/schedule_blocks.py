@@ -69,9 +69,10 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
-    """Add a hint that lists the schedules with the unknown parameter, and return the problem.
+    """Return a copy of the problem with a hint that lists the schedules with the unknown parameter.
 
-    A problem that does not report an unknown parameter is returned unchanged.
+    Return the problem unchanged if it does not report an unknown parameter, if its hint already
+    suggests a key, or if no schedule has the parameter.
     """
     if problem.rule != "unknown-key" or "`" in problem.hint:
         return problem

@@ -1,4 +1,4 @@
-"""Compute the hyperparameter curves of a schedule for the optimizer and run length of a config."""
+"""Compute a schedule's hyperparameter curves for a config's optimizer and run length."""
 
 from __future__ import annotations
 
@@ -100,12 +100,12 @@ def find_horizon(
 def list_possible_horizons(
     schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None
 ) -> list[Horizon]:
-    """Return the lengths of the run to try: the actual length if it is known, otherwise examples.
+    """Return the run lengths to try: the actual length if it is known; otherwise, examples.
 
     Callers check the config with each length. The config is invalid only if every check fails.
 
     Args:
-        schedule: schedule with durations to convert to steps.
+        schedule: schedule whose durations will be converted to steps.
         config: config without invalid values.
         ranks: number of ranks that load different samples; None if unknown.
 
@@ -158,8 +158,8 @@ def build_base_values(
 
     Args:
         config: config without "auto" values.
-        schedule: schedule of the config. If a param is a list, its length is the number of param
-            groups.
+        schedule: schedule of the config. If a schedule parameter is a list, the length of the list
+            is the number of param groups.
         group: hyperparameters of a param group that override the optimizer's hyperparameters.
     """
     block = config.get("optimizer", {"type": "Adam"})
@@ -240,9 +240,9 @@ class EvaluatedSchedule:
         """Yield each jump in a hyperparameter between two phases of the schedule.
 
         Yields:
-            The step of the jump as a `Joint`, the value at this step in the earlier phase, and the
-            value in the later phase. If a jump occurs in several param groups, only the first
-            group is reported.
+            The `Joint` at which the jump occurs, and the hyperparameter's values at this step in
+            the earlier and the later phase. If a jump occurs in several param groups, only the
+            first group is reported.
         """
         largest = {name: self.get_range(name)[1] for name in self.curves}
         for joint in self.schedule.joints():
@@ -273,10 +273,10 @@ class EvaluatedSchedule:
 def evaluate_schedule(
     schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None
 ) -> EvaluatedSchedule | None:
-    """Compute the curves of a schedule for the optimizer and run length of a config.
+    """Compute a schedule's curves for a config's optimizer and run length.
 
-    Return None if the curves depend on the loss, on the number of steps per epoch, or on an unknown
-    batch size.
+    Return None if the curves depend on the loss or a metric, on the number of steps per epoch, or
+    on an unknown batch size.
 
     Raises:
         ValueError: the schedule is invalid for this run length or optimizer.

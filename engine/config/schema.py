@@ -40,9 +40,9 @@ IGNORED_PREFIXES = ("x-", "//", "_")
 OPTIMIZERS: Mapping[str, dict[str, Any]] = schemas.read("optimizers.json")["$defs"]
 
 ABSENT: Any = object()
-"""Marks an absent key without a default."""
+"""Placeholder for the value of an absent key that has no default."""
 SECTION: Mapping[str, Any] = {}
-"""Marks an absent section whose keys have defaults."""
+"""Placeholder for the value of an absent section whose keys have defaults."""
 
 
 def is_ignored(key: str) -> bool:
@@ -74,7 +74,7 @@ def is_import_path(name: str) -> bool:
 
 
 def optimizer_schema(name: str) -> Mapping[str, Any]:
-    """Return the JSON schema of the ``params`` of an optimizer, given its canonical name.
+    """Return the JSON schema of an optimizer's ``params``, given the optimizer's canonical name.
 
     The schema of a custom optimizer accepts all params.
     """

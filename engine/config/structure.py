@@ -40,7 +40,7 @@ class Structure:
     members: Sequence[Member]
     """The config's keys with their schemas, except keys that the schema rejects."""
     unresolved: Collection[str]
-    """Pointers of invalid values, "auto" values, and probably misspelled keys."""
+    """JSON pointers of invalid values, "auto" values, and probably misspelled keys."""
     schedule: Schedule[Any] | None
     """The schedule in ``config``; None if it is absent or cannot be constructed."""
     data_ranks: DataRanks | None

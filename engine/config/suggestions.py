@@ -43,15 +43,15 @@ _IMPLEMENTATIONS = (
     "32bit",
     "8bit",
 )
-"""Affixes of optimizer names in DeepSpeed, transformers and other libraries."""
+"""Parts of optimizer names in other libraries that only name an implementation or a device."""
 
 
 class Suggestion(NamedTuple):
     """A suggestion for an unknown key.
 
-    ``hint`` is the sentence to show to the user, or an empty string. ``meant`` is the key that the
-    user probably meant, if it belongs to the same object. ``fix`` renames the key. The fix is
-    certain only if the unknown key is a known alias.
+    ``hint`` is the sentence to show to the user, or an empty string. ``meant`` is the key of the
+    same object that the user probably meant, or an empty string. ``fix`` renames the unknown key to
+    ``meant``. The fix is certain only if the unknown key is a known alias.
     """
 
     hint: str

@@ -154,7 +154,7 @@ def _first(document: Document, parent: str) -> str:
 
 
 def _find_tokens(text: str, start: int) -> Iterator[re.Match[str]]:
-    """Yield the strings, brackets and commas after an offset in a text, and skip comments."""
+    """Yield the strings, brackets and commas that follow an offset in a text, skipping comments."""
     for token in _TOKEN.finditer(text, start):
         if not token.group().startswith(("//", "#", "/*")):
             yield token

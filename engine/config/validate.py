@@ -78,10 +78,10 @@ def examine(
         document: parsed config.
         world_size: number of ranks to validate the batch sizes for. If None, the batch sizes must
             be valid for at least one number of ranks.
-        reject_auto: whether to report every "auto" value as an error. Only integrations such as the
-            Hugging Face Trainer replace "auto" before the run.
-        needs_deepspeed: model feature or keyword argument that only DeepSpeed supports; None if
-            there is none.
+        reject_auto: whether to report "auto" values as errors, because only integrations such as
+            the Hugging Face Trainer can replace them. Values for which DeepSpeed uses the default
+            instead are not reported.
+        needs_deepspeed: model feature or keyword argument that requires DeepSpeed, or None.
         count_ranks: function that takes the config and the world size, and returns the number of
             ranks that load different samples.
         allow_imports: whether to import and check the code that the config names.

@@ -23,7 +23,7 @@ __all__ = ["MAX_SUGGESTIONS", "check_against_schema", "get_suggested_pointer"]
 
 _RANGE = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems"}
 MAX_SUGGESTIONS = 100
-"""Maximum number of problems that get a suggestion. Finding a suggestion is slow."""
+"""Maximum number of problems that get a suggestion, because finding suggestions is slow."""
 _NO_SUGGESTION = Suggestion("")
 _REGISTRY: Registry[Any] = Registry(
     retrieve=lambda uri: Resource.from_contents(schemas.read(uri))  # type: ignore[call-arg]  # mypy does not know that attrs renames the field
@@ -70,7 +70,7 @@ def get_suggested_pointer(problem: Problem) -> str:
 def _convert_error(
     document: Document, error: jsonschema.ValidationError, pointer: str, suggestions: int
 ) -> Iterator[Problem]:
-    """Convert an error of the ``jsonschema`` package into problems of the config.
+    """Convert an error of the ``jsonschema`` package into problems in the config.
 
     For errors about unknown keys, only the first ``suggestions`` keys get a suggestion.
     """
@@ -128,7 +128,7 @@ def _convert_error(
 
 
 def _suggest_fraction_of_run(value: Any, schema: Mapping[str, Any]) -> str:
-    """Return a hint if a duration is probably meant as a fraction of the run; otherwise ""."""
+    """Return a hint if a value was probably meant as a fraction of the run, or "" if not."""
     accepts_fractions = "[dD][uU][rR]" in schema.get("pattern", "")
     if not accepts_fractions or not isinstance(value, float) or not 0 < value < 1:
         return ""

@@ -21,9 +21,9 @@ class AutoValues:
     learning_rate: float = 5e-5
     """Learning rate of the optimizer. The default is the same as in transformers."""
     total_steps: int | None = None
-    """Length of the run. Defaults to ``engine.max_duration`` or, if it is absent, 1,000 steps."""
+    """Length of the run in steps; None for ``engine.max_duration`` or, without it, 1,000 steps."""
     warmup_steps: int | None = None
-    """Length of the warmup; defaults to a tenth of the run."""
+    """Length of the warmup in steps; None for a tenth of the run."""
 
 
 def replace_auto_values(document: Document, values: AutoValues) -> tuple[Document, dict[str, Any]]:

@@ -51,7 +51,7 @@ _SOURCES = {
     "feedback.autowu": "Driven by the loss or a metric",
     "feedback.plateau": "Driven by the loss or a metric",
 }
-"""Maps each module of schedules to the heading of these schedules in the list."""
+"""Maps each module to the heading under which its schedules are listed."""
 _BASE = {**DEFAULT_BASE, "weight_decay": (0.01,)}
 
 
@@ -91,7 +91,7 @@ def _sample(curve: Curve, steps: int) -> Iterable[float]:
 
 
 def list_schedules(width: int | None = None) -> Iterator[str]:
-    """Yield a table of all schedules: name, small plot of the learning rate, and summary.
+    """Yield the lines of a table of all schedules: name, small learning-rate plot, and summary.
 
     Args:
         width: number of columns of the terminal; None to print each schedule on one line.

@@ -1,4 +1,4 @@
-"""Build the page of interactive charts for schedules, and the chart of AutoWU's decision."""
+"""Build a page of interactive charts for schedules, and a chart of why AutoWU ended its warmup."""
 
 from __future__ import annotations
 

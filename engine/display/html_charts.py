@@ -39,7 +39,7 @@ class Line:
     color: int | None = None
     """Index of the color in the palette; None to use the index of the line in the panel."""
     is_compared: bool = False
-    """Whether the line is dashed, as for a schedule that is compared with others."""
+    """Whether the line is dashed, for example for a schedule that is compared with others."""
     has_gaps: bool = False
     """Whether the line connects the points on both sides of a missing value."""
 
@@ -66,7 +66,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Decision:
-    """The decision of a feedback schedule to end its warmup, with a chart."""
+    """The decision of a loss-driven schedule to end its warmup, with charts."""
 
     text: str
     panels: Sequence[Panel]

@@ -49,7 +49,7 @@ def format_bytes(size: float) -> str:
 
 
 class EstimateTable(NamedTuple):
-    """A table of strings. All named columns after the first two contain sizes."""
+    """A table of strings. All columns contain sizes, except the first two and unnamed columns."""
 
     title: str
     columns: Sequence[str]
@@ -61,7 +61,7 @@ class EstimateTable(NamedTuple):
 def print_estimate(
     name: str, model: Sequence[ParameterSize], alternatives: Sequence[Alternative], out: TextIO
 ) -> None:
-    """Print the estimate for the config by component, and the totals for all ZeRO stages.
+    """Print the config's memory estimate by component, and the peak memory for each ZeRO stage.
 
     Args:
         name: path of the config.

@@ -76,7 +76,7 @@ def _format_parameters(group: GroupRow) -> str:
 
 
 def abbreviate_names(names: Sequence[str]) -> list[str]:
-    """Merge names that differ only in one index, such as the names of transformer layers.
+    """Merge names that differ only in their indices, such as the names of transformer layers.
 
     >>> abbreviate_names(["h.0.bias", "h.1.bias", "h.2.bias", "head.bias"])
     ['h.0-2.bias', 'head.bias']

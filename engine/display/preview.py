@@ -50,7 +50,7 @@ class Preview:
 
     @property
     def title(self) -> str:
-        """The schedule's type, followed by "on a synthetic loss" if it is loss-driven."""
+        """The schedule's type, followed by "on a synthetic loss" if the schedule is loss-driven."""
         note = " on a synthetic loss" if self.schedule.feedback else ""
         return f"{self.schedule.type_name}{note}"
 

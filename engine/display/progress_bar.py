@@ -16,7 +16,7 @@ _SECONDS = 0.1  # between two redraws
 
 
 class ProgressBar:
-    """A bar with the number of completed steps, a short text, the speed and the remaining time.
+    """A progress bar that shows the completed steps, a short text, the speed and the time left.
 
     `move_to` draws the bar on standard error. While the bar is visible, all output of the script
     appears above the bar.

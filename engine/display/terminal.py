@@ -13,7 +13,7 @@ __all__ = ["format_rows", "get_width", "supports_color", "wrap"]
 _GAP = 2
 _INDENT = 4
 _LEAST = 32
-"""Minimum width for wrapping a cell next to others. A cell with less space starts on a new line."""
+"""Minimum width of a wrapped cell. A cell with less space left starts on a new line."""
 
 
 def supports_color(stream: IO[str]) -> bool:
@@ -29,7 +29,7 @@ def supports_color(stream: IO[str]) -> bool:
 def get_width(stream: IO[str]) -> int | None:
     """Return the number of columns of the terminal, or None if the stream is not a terminal.
 
-    Output to a file or a pipe is not wrapped, so that each result is one line for other programs.
+    Output to a file or a pipe is not wrapped, so that other programs can read one result per line.
     """
     return shutil.get_terminal_size().columns if stream.isatty() else None
 

@@ -57,12 +57,12 @@ def draw_on_terminal(
 ) -> str:
     """Return a text plot of columns against the step, with one panel per hyperparameter.
 
-    The plot fits the terminal, including a line for the next prompt, unless there are too many
-    panels for its height.
+    The plot fits the terminal, including a line for the next prompt, unless it has too many panels
+    for the terminal's height.
 
     Args:
         columns: values at each step, by column name.
-        title: first paragraph of the text.
+        title: title of the plot, printed above the panels.
         steps: step of each value, in ascending order (default: 0, 1, 2, …).
         curves: curve of each column; its phases are listed below the plot.
         sources: schedule that each column belongs to, if several schedules are compared.

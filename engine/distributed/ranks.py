@@ -116,7 +116,7 @@ def init_distributed(
         always_create_group: whether to create a process group even for a single process. Some
             libraries require a process group.
         port: port of rank 0, used if `MASTER_PORT` is not set.
-        device: "cuda", "cpu", or "auto" for a GPU if PyTorch finds one.
+        device: "cuda", "cpu", or "auto" to use a GPU if PyTorch finds one and the CPU otherwise.
 
     Returns:
         The ranks and the device of this process.
@@ -160,10 +160,10 @@ def _uses_gpu(device: str) -> bool:
 def _find_gpu() -> int:
     """Return the device index of this rank's GPU.
 
-    The index is ``LOCAL_RANK``. A script that creates the process group itself may not set
-    ``LOCAL_RANK``. In this case, the index is the device of the process group or, if the group has
-    no device, the current CUDA device. If CUDA is not initialized either, the ranks of a host use
-    the GPUs in turn, as in torch's ``DeviceMesh``.
+    The index is ``LOCAL_RANK``, or 0 if it is not set. If the script itself has created a process
+    group without setting ``LOCAL_RANK``, the index is that of the group's device or, if the group
+    has no device, of the current CUDA device. If CUDA is not initialized either, the index is the
+    rank modulo the number of GPUs, as in torch's ``DeviceMesh``.
 
     Raises:
         ValueError: if the GPU does not exist.

@@ -91,7 +91,7 @@ class Signals:
 
         Args:
             ranks: rank and world size of this process.
-            is_deferred: whether to return the result of the previous call. The ranks then do not
+            is_deferred: whether to return the result of the previous call, so that the ranks do not
                 wait for each other. For a single process, this argument has no effect.
         """
         self._last_check = time.monotonic()

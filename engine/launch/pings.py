@@ -4,7 +4,7 @@ An agent stops its job if the agent does not receive input for a while. The sepa
 pings even while the launcher is suspended (Ctrl-Z), and does not receive signals from the terminal.
 When the launcher exits, this process exits and closes the standard input of every agent.
 
-The process runs this file without importing onecycle, so it starts fast.
+The process runs this file without importing onecycle, so it starts quickly.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def build_plan(
 
     Args:
         request: script, hosts and options of the launch.
-        facts: network settings by host name. The address of a host without an entry is its name.
+        facts: network settings by host name. A host without an entry is addressed by its name.
         environment: environment variables of the launcher. The ranks receive variables that match a
             built-in pattern, such as ``NCCL_*``, or a pattern in ``request.pass_env``.
 
@@ -272,7 +272,7 @@ def build_environment(request: LaunchRequest, size: int) -> dict[str, str]:
 
 
 def _select_variables(request: LaunchRequest, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the launcher's environment variables that are passed to the ranks."""
+    """Return the launcher's environment variables to pass to the ranks."""
     patterns = (*_PASSED_PATTERNS, *request.pass_env)
     return {
         name: value

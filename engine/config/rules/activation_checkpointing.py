@@ -1,4 +1,4 @@
-"""Rule for the requirements of ``contiguous_memory_optimization``."""
+"""Rule for ``contiguous_memory_optimization``: report required keys that are not set."""
 
 from __future__ import annotations
 

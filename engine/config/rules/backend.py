@@ -39,7 +39,7 @@ def _check_support(context: RuleContext) -> Iterator[Problem]:
 def _find_torch_only(context: RuleContext) -> Iterator[Problem]:
     """Yield an error for each key that the DeepSpeed backend does not support.
 
-    Keys that have their default value or do not affect the results are accepted.
+    A key is accepted if it has its default value or does not affect the results of the run.
     """
     for member in context.members:
         torch_only = member.schema.get("x-backend") == "torch"
@@ -121,7 +121,7 @@ _COMPILERS = {
     "ts",
     "tvm",
 }
-"""Backends of torch.compile that PyTorch itself registers."""
+"""Names of the ``torch.compile`` backends that PyTorch itself registers."""
 
 
 def _check_compiler(context: RuleContext) -> Iterator[Problem]:

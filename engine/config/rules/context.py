@@ -38,7 +38,7 @@ class RuleContext:
     structure: Structure
     world_size: int | None
     needs_deepspeed: str | None = None
-    """Model feature or keyword argument that only DeepSpeed supports; None if there is none."""
+    """Model feature or keyword argument that requires DeepSpeed, or None."""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -93,7 +93,7 @@ class RuleContext:
     def find_incompatibility(self) -> str | None:
         """Return the reason why the schedule cannot run with the config's optimizer.
 
-        Return None if the schedule can run, or if the result is unknown before launch.
+        Return None if the schedule can run, or if this cannot be determined before launch.
         """
         schedule, config = self.schedule, self.config
         if schedule is None or not self.is_run_resolved:
@@ -106,7 +106,7 @@ class RuleContext:
         """Return the reason why a schedule cannot run with the given initial hyperparameters.
 
         Return None if the schedule can run. Also return None for schedules that are not checked:
-        feedback schedules, and schedules whose block names custom code.
+        schedules that depend on the loss or a metric, and schedules whose block names custom code.
 
         Args:
             schedule: schedule to check.
@@ -154,7 +154,7 @@ class RuleContext:
     def is_absent(self, pointer: str) -> bool:
         """Return whether a key is absent.
 
-        A key is not absent if its value is invalid or "auto", or if the key is probably misspelled.
+        A key counts as present if its value is invalid or "auto", or if it is probably misspelled.
         """
         if is_within(pointer, self.unresolved):
             return False

@@ -1,7 +1,7 @@
 """Rules for the optimizer.
 
-The rules report schedules that set a hyperparameter missing from the optimizer. They also report
-optimizer params that conflict or have no effect.
+The rules report schedules that set a hyperparameter that the optimizer does not have. They also
+report optimizer params that conflict or have no effect.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ class RulePage:
     """The documentation of one rule.
 
     ``summary`` describes the problem, ``reason`` explains why the rule exists, and ``fix``
-    describes how to fix the problem. ``example`` is a config that violates only this rule; it can
-    be empty.
+    describes how to fix the problem. ``example`` is a config that violates only this rule, or an
+    empty string.
     """
 
     summary: str
@@ -28,4 +28,4 @@ class RulePage:
 RULEBOOK: Mapping[str, RulePage] = {
     rule: RulePage(**page) for rule, page in schemas.read("rules.json").items()
 }
-"""Maps rule IDs to the documentation of the rules, in alphabetical order."""
+"""Documentation of each rule, by rule ID."""

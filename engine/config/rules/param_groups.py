@@ -1,6 +1,6 @@
 """Rules for the param groups of the optimizer.
 
-The rules report schedules that do not fit a group, and ``no_decay`` keys without effect.
+The rules report schedules that do not fit a group, and ``no_decay`` keys that have no effect.
 """
 
 from __future__ import annotations

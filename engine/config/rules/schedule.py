@@ -1,6 +1,6 @@
 """Rules for the schedule.
 
-The rules report conflicts with the optimizer or the run length, and keys without effect.
+The rules report conflicts with the optimizer or the run length, and keys that have no effect.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def _get_onecycle_default(name: str) -> Any:
 
 
 def _format_first_step_size(cycle: Mapping[str, Any]) -> str:
-    """Return the value or the default of ``cycle_first_step_size``, as JSON."""
+    """Return ``cycle_first_step_size``, or its default if the key is not set, as JSON."""
     return json.dumps(
         cycle.get("cycle_first_step_size", _get_onecycle_default("cycle_first_step_size"))
     )

@@ -1,6 +1,6 @@
 """Rules for ZeRO.
 
-The rules report keys that conflict with the stage or the optimizer, and keys without effect.
+The rules report keys that conflict with the stage or the optimizer, or that have no effect.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _check_offload(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
-    """Yield a warning for CPU offloading, which the torch backend ignores with only one rank."""
+    """Yield a warning for CPU offloading with only one rank, which the torch backend ignores."""
     if context.world_size != 1 or context.backend.name != "torch":
         return
     for name in ("offload_optimizer", "offload_param"):
