@@ -306,7 +306,7 @@ def _build_transport(request: LaunchRequest, host: Host) -> tuple[str, ...]:
 
 
 def build_ssh_command(request: LaunchRequest, host: Host) -> tuple[str, ...]:
-    """Return the ssh command for a host, without the command to run on the host.
+    """Return the ssh command that connects to a host, without a remote command.
 
     >>> request = LaunchRequest((), (), ssh_options=("ProxyJump=gate", "-p 22", "-oUser=me"))
     >>> build_ssh_command(request, Host("node0", (0,)))[:7]

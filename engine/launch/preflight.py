@@ -105,7 +105,7 @@ def _check_connections(
     Args:
         request: launch request.
         checks: successful probe result of each host.
-        address: address of the rendezvous; None if the launcher runs it.
+        address: address of the rendezvous; None if the rendezvous is on the launcher.
         port: port of the rendezvous.
     """
     addresses = [address or str(check.facts and check.facts.launcher) for check in checks]

@@ -32,7 +32,7 @@ _EXIT_TICK = 0.01  # seconds between two checks of a child that has closed its o
 
 
 class Child:
-    """A child process with non-blocking pipes. `Children` starts the process."""
+    """A child process with non-blocking pipes. `Children.start` creates it."""
 
     def __init__(
         self, name: str, command: Sequence[str], selector: selectors.BaseSelector, *, is_agent: bool
@@ -139,7 +139,7 @@ class Child:
 
 
 class Children:
-    """Child processes that one thread starts, reads and waits for."""
+    """A group of child processes that are managed from one thread."""
 
     def __init__(self, most: int) -> None:
         """Raise the limit on open files for the pipes of the child processes.
@@ -208,7 +208,7 @@ class Children:
 
 
 class Finished(NamedTuple):
-    """Result of a command in `run_commands`."""
+    """Result of a command that `run_commands` has run."""
 
     returncode: int | None
     """The return code, as in `subprocess`; None if the command was killed after the timeout."""

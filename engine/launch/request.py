@@ -30,7 +30,7 @@ class LaunchRequest:
     """The script and its arguments, or any command if ``is_command`` is true."""
     hosts: tuple[Host, ...]
     is_local: bool = True
-    """Whether the job runs only on this machine. If false, hosts are reached with ssh."""
+    """Whether the job runs only on this machine. If false, the hosts are reached over ssh."""
     is_command: bool = False
     is_module: bool = False
     min_nodes: int | None = None
@@ -116,8 +116,9 @@ def read_variables(file: Path | None, assignments: Sequence[str]) -> dict[str, s
         assignments: strings of the form ``NAME=VALUE``.
 
     Raises:
-        LaunchError: if a line or an assignment does not have the form ``NAME=VALUE``, or a name
-            contains characters other than letters, digits and underscores.
+        LaunchError: if a line or an assignment does not have the form ``NAME=VALUE``, a name starts
+            with a digit or contains characters other than letters, digits and underscores, or a
+            value contains a null character.
         OSError: if a file cannot be read.
     """
     default = Path(".deepspeed_env")

@@ -47,10 +47,12 @@ class _Agent:
         self._line: list[bytes] = []
 
     def split_lines(self, data: bytes) -> Iterator[str]:
-        """Yield the lines that the new output completes. At the end, yield an incomplete last line.
+        """Yield the lines that are complete after new output has arrived.
+
+        At the end of the output, also yield an incomplete last line.
 
         Args:
-            data: new output; empty at the end.
+            data: new output; empty at the end of the output.
         """
         first, *others = data.split(b"\n")
         self._line.append(first)
@@ -76,7 +78,7 @@ class _Output:
         self._thread.start()
 
     def print(self, line: str, host: str) -> None:
-        """Store an output line, and print the line if its rank is selected.
+        """Store an output line, and print it unless the console setting excludes it.
 
         Args:
             line: output line. A line of a rank starts with a prefix such as ``[node0:r1]``. All

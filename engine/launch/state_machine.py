@@ -71,7 +71,7 @@ class Action(NamedTuple):
     """An action that the runner executes for one host."""
 
     verb: Literal["start", "send", "kill", "print"]
-    """Whether to start the agent, send it `text`, kill the local process, or print `text`."""
+    """What to do: start the agent, send it `text`, kill the local process, or print `text`."""
     host: str
     text: str = ""
 

@@ -53,7 +53,7 @@ def list_alternatives(
 
 
 def _normalize(settings: MemorySettings) -> MemorySettings:
-    """Return the settings with the offloading that the backend uses for the ZeRO stage."""
+    """Return the settings with the offload devices that the backend uses at the ZeRO stage."""
     optimizer, parameters = settings.offload_optimizer, settings.offload_param
     if settings.backend == "torch":
         # FSDP2 offloads the parameters together with the optimizer states.

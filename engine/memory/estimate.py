@@ -22,8 +22,8 @@ _16_BIT = 2
 def estimate_memory(model: Sequence[ParameterSize], settings: MemorySettings) -> MemoryEstimate:
     """Estimate the memory that the model states need on each rank.
 
-    Activations, buffers of the model, temporary tensors, communication buffers of fixed size and
-    fragmentation are not counted.
+    The estimate does not include activations, model buffers, temporary tensors, fixed-size
+    communication buffers or fragmentation.
 
     Args:
         model: parameters of the model.
@@ -263,7 +263,7 @@ def _count_whole(parameter: ParameterSize) -> int:
 
 
 def _on_several(size: int, settings: MemorySettings) -> int:
-    """Return ``size`` if the run has several ranks, and 0 otherwise."""
+    """Return ``size`` if the run has more than one rank, and 0 otherwise."""
     return size if settings.world_size > 1 else 0
 
 

@@ -27,7 +27,7 @@ _STATES = {
     "Rprop": 2,
     "SGD": 0,
 }
-"""Number of parameter-sized states that each optimizer keeps with its default params."""
+"""Number of parameter-sized states that each optimizer keeps with its default hyperparameters."""
 
 _OPTIONAL_STATES = {
     "Adam": ("amsgrad",),
@@ -38,13 +38,15 @@ _OPTIONAL_STATES = {
     "RMSprop": ("momentum", "centered"),
     "SGD": ("momentum",),
 }
-"""For each optimizer, the params that add one state each unless they are 0 or false."""
+"""For each optimizer, the hyperparameters that each add one state unless they are 0 or false."""
 
 _UNKNOWN = 2
 
 
 def has_known_states(optimizer: str) -> bool:
-    """Return whether an optimizer's states are known. The states of a custom class are unknown.
+    """Return whether the size of an optimizer's states is known.
+
+    The size is unknown for a custom class.
 
     >>> has_known_states("AdamW"), has_known_states("my_module:MyOptimizer")
     (True, False)

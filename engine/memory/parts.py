@@ -49,7 +49,7 @@ class ParameterSize:
 
 
 class Part(NamedTuple):
-    """A part of the model states, with its device and its bytes at each of the `MOMENTS`."""
+    """A part of the model states: its device, and its size in bytes at each of the `MOMENTS`."""
 
     name: str
     device: Device

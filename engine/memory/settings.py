@@ -39,11 +39,11 @@ class DeepSpeedSettings:
     """Whether the optimizer's copies of the parameters and gradients are 16-bit."""
     has_16_bit_states: bool = False
     max_live_parameters: int = 10**9
-    """Maximum number of parameter elements that stage 3 keeps gathered."""
+    """Maximum number of parameter elements that ZeRO stage 3 keeps gathered."""
     persistence_threshold: int = 10**5
-    """Number of elements up to which stage 3 does not shard a parameter."""
+    """Maximum number of elements of a parameter that ZeRO stage 3 does not shard."""
     sub_group_size: int = 10**9
-    """Number of elements that the optimizer updates at once in stage 3."""
+    """Number of elements that the optimizer updates at once in ZeRO stage 3."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class MemorySettings:
     has_optimizer: bool = True
     """Whether the config has an optimizer; if not, AdamW is assumed."""
     accumulates: bool = False
-    """Whether a step has several micro-batches."""
+    """Whether a step has more than one micro-batch."""
     offload_optimizer: str = "none"
     """Device to which the optimizer states are offloaded: none, cpu or nvme."""
     offload_param: str = "none"

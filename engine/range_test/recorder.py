@@ -16,7 +16,7 @@ __all__ = ["RECORD", "Recorder", "Run", "SweepOver"]
 RECORD = "record.jsonl"
 """Name of the record file.
 
-It contains a line of facts about the engine, a line per step, and the reason why the run ended.
+The file contains a line about the engine, a line per step, and the reason why the run ended.
 """
 
 _PATIENCE = 3  # consecutive losses that are not finite
@@ -86,9 +86,9 @@ class Recorder:
     averaged over ranks.
 
     Args:
-        steps: number of steps of the sweep; if None, record until the script ends. Without a limit,
-            a record has at most 20,000 points. When the record is full, every second point is
-            removed, and only every second step is recorded afterwards.
+        steps: number of steps of the sweep; if None, record until the script ends. In that case, at
+            most 20,000 points are kept: whenever this limit is reached, every second point is
+            removed, and half as many steps are recorded from then on.
         divergence: maximum ratio of the smoothed loss to its previous minimum; a larger ratio ends
             the sweep.
         path: path of the record file; None on ranks other than 0.
@@ -124,7 +124,8 @@ class Recorder:
             lr: learning rate of the step.
             momentum: momentum of the step; None if the optimizer has none.
             loss: mean loss over the batch and all ranks.
-            applied: whether the step was applied; False if it was skipped.
+            applied: whether the optimizer step was applied. A skipped step is recorded only if its
+                loss is not finite.
         """
         if self.run.end:
             return

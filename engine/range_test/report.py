@@ -49,7 +49,7 @@ class LRRangeReport:
     def max_lr(self) -> float | None:
         """The suggested maximum learning rate, refined if `refinement` is set.
 
-        The value is None if the test has no suggestion.
+        The value is None if the test yields no suggestion.
         """
         return self.refinement.max_lr if self.refinement else self.suggestion.max_lr
 
@@ -57,7 +57,7 @@ class LRRangeReport:
     def min_lr(self) -> float | None:
         """The learning rate at the start and end of a cycle: a tenth of `max_lr`.
 
-        The value is None if the test has no suggestion.
+        The value is None if the test yields no suggestion.
         """
         return None if self.max_lr is None else float(f"{self.max_lr / 10:.2g}")
 
@@ -152,12 +152,12 @@ class LRRangeReport:
             known: OneCycle scheduler block with the remaining params; None to use the defaults.
 
         Raises:
-            ValueError: if the range test has no suggestion.
+            ValueError: if the range test yields no suggestion.
         """
         if self.max_lr is None:
             raise ValueError(
-                f"The range test has no suggestion: {self.suggestion.reason}. Repeat the test with "
-                "a different range of learning rates or more steps."
+                f"The range test yields no suggestion: {self.suggestion.reason}. Repeat the test "
+                "with a different range of learning rates or more steps."
             )
         params = dict(known.get("params", {})) if known and known["type"] == "OneCycle" else {}
         params["cycle_min_lr"], params["cycle_max_lr"] = self.min_lr, self.max_lr

@@ -38,7 +38,7 @@ _reports: list[Path] = []
 def is_next_engine_swept(sweep: Sweep) -> bool:
     """Return whether the next engine runs the LR range test.
 
-    Every other engine of the script trains with its own schedule.
+    All other engines of the script train with their own schedules.
 
     Raises:
         MisuseError: if the script creates a second engine, but `sweep` does not select an engine.

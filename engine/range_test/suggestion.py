@@ -79,14 +79,15 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     loss from its highest value before the minimum to the minimum. Each rule selects a learning
     rate:
 
-    - end of descent: the learning rate at which the loss has completed 90 % of its descent;
+    - end of descent: the learning rate at which the loss has completed 90% of its descent;
     - minimum: the middle, in log(lr), of the range in which the loss exceeds its minimum by less
-      than 5 % of the descent;
-    - divergence / 10: a tenth of the learning rate at which the loss has risen by 90 % of the
+      than 5% of the descent;
+    - divergence / 10: a tenth of the learning rate at which the loss has risen by 90% of the
       descent, is not finite, or has diverged so far that the test ends;
     - steepest: the learning rate at which the loss falls fastest over log(lr);
-    - valley: the middle, in log(lr), between 10 % and 90 % of the descent;
-    - minimum / 10: a tenth of the learning rate with the lowest loss.
+    - valley: the middle, in log(lr), of the range from 10% to 90% of the descent;
+    - minimum / 10: a tenth of the learning rate with the lowest loss, but at least the learning
+      rate at 10% of the descent.
 
     The suggestion is the median of the first three rules. Rules that do not apply are ignored. A
     cycle reaches its maximum only briefly, so the maximum can be as large as the learning rate at

@@ -27,8 +27,8 @@ class Sweep:
         min_lr: learning rate of the first step.
         max_lr: learning rate of the last step.
         steps: number of steps.
-        shape: shape of the increase: "exponential", "linear", or "staircase" (20 stairs of equal
-            height).
+        shape: shape of the increase: "exponential", "linear", or "staircase" (at most 20 stairs of
+            equal height).
         momentum: momentum of the first step and of the last step; it changes linearly in between.
             If None, the momentum stays constant.
         block: scheduler block to use; if None, a block is built from the other arguments.

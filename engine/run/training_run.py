@@ -65,11 +65,11 @@ class TrainingRun:
     has a recorder.
     """
     latest: Counters = field(default_factory=Counters)
-    """The counters. While a step is deferred, `skipped_steps` and `applied` are not known yet."""
+    """The step counters. While a step is deferred, `skipped_steps` and `applied` are not final."""
     _deferring: DeferringBackend | None = None
-    """The backend, if it can defer steps."""
+    """The backend if it can defer steps; None otherwise."""
     _pending: tuple[StepResult, LossWindow] | None = None
-    """The deferred step whose outcome is not known yet, and its losses."""
+    """The deferred step and its losses; None if no step is deferred."""
 
     @classmethod
     def start(
@@ -192,7 +192,7 @@ class TrainingRun:
         Without a deferred step, do nothing. The ranks may call this method at different times.
 
         Raises:
-            FloatingPointError: training diverges.
+            FloatingPointError: training has diverged.
         """
         if self._pending is None or self._deferring is None:
             return
@@ -222,7 +222,7 @@ class TrainingRun:
             raise MisuseError(
                 "The batch size can change only between two optimizer steps, not after "
                 f"{count_noun(self.accumulation.micro_batches, 'micro-batch')} of a step. Change "
-                "it directly after a `trainer.step()` that runs the optimizer."
+                "it right after a `trainer.step()` that runs the optimizer."
             )
         self.settle()
         self.config = replace(self.config, batch=batch)
@@ -260,7 +260,7 @@ class TrainingRun:
         self._window.clear()
 
     def add_loss(self, loss: Tensor) -> None:
-        """Record a loss, without its graph, that the script has passed to `backward` or `scale`."""
+        """Record the detached loss that the script has passed to `backward` or `scale`."""
         self.accumulation.scaled_losses += 1
         self._window.add(loss)
         if self._deferring is None or not self.defers:
@@ -373,7 +373,7 @@ class TrainingRun:
             self._complete_step(self._window)
 
     def _complete_step(self, window: LossWindow) -> None:
-        """Report a step. Step the scheduler if the optimizer step was applied."""
+        """Report a step, and advance the scheduler if the optimizer step was applied."""
         counters = self.latest
         if not counters.applied:
             counters.skipped_steps += 1

@@ -32,7 +32,7 @@ class Accumulation:
     boundary: bool | None = None
     """Value set by `Engine.set_gradient_accumulation_boundary`; None to count micro-batches."""
     has_gradients: bool = False
-    """Whether trained parameters had gradients after the last micro-batch of this batch."""
+    """Whether trained parameters had gradients after the previous micro-batch of this batch."""
     is_managed: bool = True
     """Whether micro-batches are counted; if false, every call to `step` completes a batch."""
     averages_gradients: bool = True
@@ -71,10 +71,10 @@ class Accumulation:
         return self.averages_gradients and self.is_boundary()
 
     def restart(self, micro_batches: int = 0) -> None:
-        """Set the number of micro-batches since the last step, and forget earlier backward passes.
+        """Reset the counts to a position in the run, for example after a checkpoint was loaded.
 
         Args:
-            micro_batches: number of micro-batches since the start of the run.
+            micro_batches: position, as the number of micro-batches since the start of the run.
         """
         self.micro_batches = micro_batches % self.steps if self.is_managed else 0
         self.scaled_losses = 0

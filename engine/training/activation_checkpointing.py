@@ -48,7 +48,7 @@ def checkpoint_activations(
 class CheckpointedForward:
     """A block's ``forward`` with activation checkpointing.
 
-    A copied or unpickled block gets its own method, bound to the weights of the new block.
+    If a block is copied or unpickled, the new block gets its own method, bound to its own weights.
 
     Args:
         forward: bound ``forward`` method of a block.

@@ -117,8 +117,8 @@ class GlobalBatchSampler(Sampler[Any]):
     The order of an epoch is cut into batches of ``train_batch_size`` samples. Each batch is split
     across ranks and micro-batches. Step k therefore trains on the same samples for any number of
     ranks. For example, one rank can process a batch of 8 in 2 micro-batches of 4, or two ranks can
-    process 4 samples each. If ``order.drop_last`` is true, an incomplete last batch is dropped. If
-    false, the batch is filled with samples from the start of the epoch. Each iteration over the
+    process 4 samples each. If ``order.drop_last`` is true, an incomplete last batch is dropped.
+    Otherwise, it is filled with samples from the start of the epoch. Each iteration over the
     sampler is one epoch.
 
     Args:

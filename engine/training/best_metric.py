@@ -26,7 +26,10 @@ class BestMetric:
     name: str
     mode: Literal["min", "max"] = "min"
     patience: int | None = None
-    """Number of consecutive reports without improvement that end the run; None for no limit."""
+    """Number of consecutive reports without improvement after which the run ends.
+
+    None sets no limit.
+    """
     value: float | None = None
     """Best value so far; None before the first report."""
     step: int = 0

@@ -17,10 +17,11 @@ def map_leaves(
     value: Any,
     is_leaf: Callable[[Any], bool] = lambda value: False,
 ) -> Any:
-    """Apply a function to each value in nested containers.
+    """Apply a function to each leaf of nested containers, and return the result.
 
-    Containers are tuples, namedtuples, lists, mappings and dataclasses, at any depth. A container
-    whose values do not change is returned as is. All other containers are copied.
+    Containers are tuples, namedtuples, lists, mappings and dataclasses, at any depth. Every other
+    value is a leaf. A container whose values do not change is returned as is. All other containers
+    are copied.
 
     Args:
         function: function that takes a leaf and returns its replacement.

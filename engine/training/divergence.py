@@ -13,7 +13,7 @@ class DivergenceCheck:
     """Counter of consecutive skipped steps that raises an error when it reaches a limit.
 
     Args:
-        limit: number of consecutive skipped steps that ends the run; None for no limit.
+        limit: number of consecutive skipped steps after which the run ends; None for no limit.
     """
 
     def __init__(self, limit: int | None) -> None:
@@ -33,7 +33,7 @@ class DivergenceCheck:
             return
         loss = "" if self.last_loss is None else f", loss {float(self.last_loss):g}"
         raise FloatingPointError(
-            f"Training diverges: the gradients of the last {self._limit} steps are not finite "
+            f"Training has diverged: the gradients of the last {self._limit} steps are not finite "
             f"(step {counters.global_steps}{loss}, lr {lr:g}). Check the data and the model for "
             "NaN, lower the learning rate, or use bf16 instead of fp16. "
             "`engine.max_skipped_steps` limits the number of consecutive skipped steps."

@@ -16,11 +16,14 @@ METRIC_LABELS = {
     "skipped_steps": "skipped steps",
     "loss_scale": "loss scale",
 }
-"""Labels of a run's metrics, in the order in which pages show them. The script's metrics follow."""
+"""Labels of the built-in metrics, in the order in which reports show them.
+
+Metrics that the script defines are shown after the built-in metrics.
+"""
 
 
 class Event(NamedTuple):
-    """A metric's name in DeepSpeed, its value, and the number of training samples so far."""
+    """The DeepSpeed name of a metric, its value, and the number of training samples so far."""
 
     name: str
     value: float

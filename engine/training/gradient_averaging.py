@@ -98,7 +98,10 @@ class GradientAverager:
         self._optimizer = optimizer
         self._ranks = ranks
         self.checks_every_step = ranks.device.type == "cpu"
-        """Whether the ranks compare step numbers in every step. The check waits for the device."""
+        """Whether the ranks compare step numbers in every step.
+
+        By default, the value is true only on the CPU, because the comparison waits for the device.
+        """
         self._model = model if any(True for _ in model.buffers()) else None
         self._sparse = find_sparse_weights(model)
         self._parameters: list[nn.Parameter] = []

@@ -39,7 +39,7 @@ class RunLoader:
     Args:
         batches: data loader of this rank.
         ranks: device, rank and world size of this process.
-        seed: seed of ``generator`` in epoch 0. It increases by 1 per epoch.
+        seed: seed of ``generator`` in epoch 0; the seed increases by 1 per epoch.
         generator: random generator from which ``batches`` draws the seeds of its workers. It is
             seeded at the start of each epoch. Without this generator, torch would use the global
             generator.
@@ -149,14 +149,14 @@ class RunLoader:
     def close(self) -> None:
         """Stop the worker processes that keep running between epochs.
 
-        Without this call, the workers stop when Python's garbage collector deletes them. The
-        garbage collector can delay the exit of the process by several seconds.
+        Without this call, the workers stop only when they are garbage-collected, which can delay
+        the exit of the process by several seconds.
         """
         if getattr(self._batches, "persistent_workers", False):
             self._batches._iterator = None  # noqa: SLF001  # torch has no public way
 
     def check_before_resuming(self, check_resume: Callable[[], None]) -> None:
-        """Register a function to call before the first loop, if that loop starts after epoch 0."""
+        """Register a function to call before the first loop, unless that loop starts in epoch 0."""
         self._check_resume = check_resume
 
     def stop_when(self, run_is_over: Callable[[], bool], save_last: Callable[[], None]) -> None:
@@ -223,7 +223,7 @@ class RunLoader:
         self._empty_epochs += 1
         if self._empty_epochs > _MAX_EMPTY_EPOCHS:
             raise MisuseError(
-                "The run is over, but the training loop requests further batches. Exit the loop "
+                "The run is over, but the training loop keeps requesting batches. Exit the loop "
                 "when `trainer.run_is_over` is true, or increase `engine.max_duration`."
             )
         self._save_last()

@@ -107,7 +107,7 @@ class LossScaler:
                 self._hysteresis -= 1
             elif self.scale <= minimum:
                 raise FloatingPointError(
-                    f"Training diverges: the gradients overflow even at the minimum loss scale, "
+                    "Training has diverged: the gradients overflow even at the minimum loss scale, "
                     f"{self.scale:g}. Lower the learning rate, or use bf16 or fp32."
                 )
             else:

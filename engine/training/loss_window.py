@@ -31,7 +31,8 @@ class LossWindow:
 
     Args:
         average: function that averages a number over all ranks.
-        is_kept: whether to keep the losses for feedback schedules, monitors and LR range tests.
+        is_kept: whether to keep the losses, for example for an LR range test, a monitor, or a
+            schedule that depends on the loss.
     """
 
     def __init__(self, average: Callable[[float], float], *, is_kept: bool) -> None:
@@ -82,7 +83,7 @@ class LossWindow:
         self._mean = mean
 
     def renew(self) -> LossWindow:
-        """Return a window without losses, built with the same arguments as this one."""
+        """Return an empty window with the same settings."""
         return LossWindow(self._average, is_kept=self.is_kept)
 
     def clear(self) -> None:
