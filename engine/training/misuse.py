@@ -115,7 +115,7 @@ class MisuseChecks:
             )
 
     def check_accumulated(self, accumulation: Accumulation) -> None:
-        """Check that the gradients of the earlier micro-batches of a batch still exist.
+        """Check that the gradients of a batch's earlier micro-batches have not been cleared.
 
         Raises:
             RuntimeError: the gradients were cleared.
@@ -123,10 +123,10 @@ class MisuseChecks:
         if not self._backend.has_gradients():
             done, steps = accumulation.micro_batches, accumulation.steps
             raise MisuseError(
-                f"The optimizer step accumulates {count_noun(steps, 'micro-batch')}, but the "
-                f"gradients of {count_noun(done, 'micro-batch')} were cleared before the step. "
-                "Remove the call to `zero_grad()`. `trainer.step()` clears the gradients after "
-                "each optimizer step."
+                "Each optimizer step accumulates the gradients of "
+                f"{count_noun(steps, 'micro-batch')}, but the gradients of "
+                f"{count_noun(done, 'micro-batch')} were cleared before the step. Remove the call "
+                "to `zero_grad()`. `trainer.step()` clears the gradients after each optimizer step."
             )
 
     def check_step(
@@ -178,7 +178,8 @@ class MisuseChecks:
     def note_scheduler(self, scheduler: Any) -> None:
         """Record how many steps the scheduler has taken.
 
-        Call this method after the engine has completed a deferred step, which steps the scheduler.
+        Call this method after the engine has completed a deferred step, because completing it also
+        steps the scheduler.
         """
         if scheduler is not self._scheduler:
             self._scheduler = scheduler if _has_position(scheduler) else None
@@ -190,7 +191,7 @@ class MisuseChecks:
         """Check, at the end of an epoch, that `step` was called if `backward` was called.
 
         Args:
-            micro_steps: number of calls of `step` so far.
+            micro_steps: number of calls to `step` so far.
             accumulation: counter of the micro-batches since the last optimizer step.
 
         Raises:

@@ -39,7 +39,7 @@ class Monitor(Protocol):
         ...
 
     def rewind(self, samples: int) -> None:
-        """Remove the events after the given number of samples.
+        """Remove the events recorded after the given number of samples.
 
         A resumed run writes these events again.
         """
@@ -53,15 +53,17 @@ class Monitor(Protocol):
 class RunDirectories:
     """The directories for a run's metric files. Two runs never share a directory.
 
-    The first run writes to ``DIR``, and later runs write to ``DIR-2``, ``DIR-3`` and so on.
+    If the config specifies the directory ``DIR``, the first run writes to ``DIR``, and later runs
+    write to ``DIR-2``, ``DIR-3`` and so on.
     """
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
-        """Number of this run's directory for each ``DIR``. Checkpoints contain these numbers."""
+        """Maps each directory in the config to the number of this run's directory, such as 2 for
+        ``runs-2``. Checkpoints contain these numbers."""
 
     def get(self, directory: str) -> Path:
-        """Return the directory in which this run writes the files of a monitor.
+        """Return the directory to which this run writes a monitor's files.
 
         The first call chooses ``directory`` itself if no earlier run has used it. Otherwise, the
         first call chooses a numbered directory, such as ``runs-2`` for ``runs``.
@@ -76,7 +78,7 @@ class RunDirectories:
         return path
 
     def take_over(self) -> None:
-        """Use the directories in ``numbers``, even if an earlier engine of this process uses them.
+        """Use the directories in ``numbers``, even if an earlier engine in this process uses them.
 
         If the earlier engine writes more metrics, it chooses new directories.
         """
@@ -94,7 +96,10 @@ def _add_number(directory: str, number: int) -> Path:
 
 
 def _create_unused(directory: str) -> int:
-    """Create the first directory that no run has used, and return its number."""
+    """Create a run's directory, and return its number.
+
+    The directory is the first of ``DIR``, ``DIR-2``, ``DIR-3`` and so on that no run has used.
+    """
     first = Path(directory)
     if first.is_dir() and not any(first.iterdir()):  # the user has created it
         return 1
@@ -137,7 +142,10 @@ class TensorBoardMonitor:
         self._writer.flush()
 
     def rewind(self, samples: int) -> None:
-        """Start an event file that makes TensorBoard hide old events after ``samples`` samples."""
+        """Make TensorBoard hide the events recorded after ``samples`` samples.
+
+        The next call to `write_events` starts a new event file, which hides these events.
+        """
         self.close()
         self._purge_step = samples + 1
 
@@ -175,7 +183,7 @@ class CSVMonitor:
                 writer.writerow([event.samples, event.value])
 
     def rewind(self, samples: int) -> None:
-        """Remove rows with more than ``samples`` samples, and an incomplete last row."""
+        """Remove rows recorded after ``samples`` samples, and any incomplete last row."""
         if self._directory not in self._directories.numbers:
             return
         for path in self._directories.get(self._directory).glob("*.csv"):
@@ -287,7 +295,7 @@ class Monitors:
     def resume(self, state: Mapping[str, int], samples: int) -> None:
         """Continue writing to the files of the run that saved a checkpoint.
 
-        Before new events are written, the events after the given number of samples are removed.
+        The next call to `write_events` first removes the events recorded after ``samples`` samples.
         """
         self._directories.numbers.update(state)
         self._resumes_after = samples

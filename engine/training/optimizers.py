@@ -95,9 +95,10 @@ def build_optimizer(
 
 
 def set_optimizer_mode(optimizer: Optimizer, *, training: bool) -> None:
-    """Call ``train`` or ``eval`` if an optimizer has both methods, as schedule-free optimizers do.
+    """Switch an optimizer to train or eval mode if it has the methods ``train`` and ``eval``.
 
-    In eval mode, such an optimizer replaces the weights with their average.
+    Schedule-free optimizers have these methods. In eval mode, such an optimizer replaces the
+    weights with their average.
     """
     if _has_modes(optimizer):
         getattr(optimizer, "train" if training else "eval")()
@@ -108,12 +109,11 @@ def check_modes(optimizer: Optimizer, wrapper: Optimizer) -> None:
 
     Args:
         optimizer: torch optimizer, unwrapped.
-        wrapper: the backend's optimizer; ``optimizer`` itself if the backend does not wrap the
-            optimizer.
+        wrapper: the backend's optimizer; ``optimizer`` itself if the backend does not wrap it.
 
     Raises:
-        ValueError: DeepSpeed has wrapped a schedule-free optimizer, so that the optimizer holds
-            copies of the weights.
+        ValueError: DeepSpeed has wrapped a schedule-free optimizer, which therefore holds copies of
+            the weights.
     """
     if _has_modes(optimizer) and wrapper is not optimizer:
         raise ValueError(
@@ -128,7 +128,7 @@ def _has_modes(optimizer: Optimizer) -> bool:
 
 
 def _convert(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return params with the list of betas converted to a tuple, as in PyTorch's defaults."""
+    """Return a copy of ``params`` with ``betas`` as a tuple, as in PyTorch's defaults."""
     has_list = isinstance(params.get("betas"), list)
     return {**params, "betas": tuple(params["betas"])} if has_list else dict(params)
 
@@ -146,11 +146,11 @@ def _build_custom(path: str, groups: list[Any], params: Mapping[str, Any]) -> Op
 
 
 def _start_momenta(optimizer: Optimizer, *_: Any) -> None:
-    """Create zero momentum buffers for the parameters that have a gradient and no buffer.
+    """Create momentum buffers of zeros for the parameters that have a gradient but no buffer.
 
-    PyTorch's fused SGD fails if only some parameters have a momentum buffer. If the device skips
-    the first step, the buffers that fused SGD creates itself stay uninitialized. Without
-    dampening, a buffer of zeros gives the same result as no buffer.
+    PyTorch's fused SGD fails if only some parameters have a momentum buffer. If the fused kernel
+    skips the first step because a gradient is not finite, the buffers that fused SGD creates itself
+    stay uninitialized. Without dampening, a buffer of zeros gives the same result as no buffer.
     """
     state, groups = optimizer.state, optimizer.param_groups
     if len(state) == sum(len(group["params"]) for group in groups):
@@ -164,7 +164,7 @@ def _start_momenta(optimizer: Optimizer, *_: Any) -> None:
 def _construct(
     optimizer_class: type[Optimizer], groups: list[Any], params: Mapping[str, Any]
 ) -> Optimizer:
-    """Construct an optimizer in time that is linear in the number of param groups.
+    """Construct an optimizer in time linear in the number of param groups.
 
     `Optimizer.add_param_group` compares each new group with all earlier groups. For 10,000 groups,
     these comparisons take half a minute. This function compares each new group with a set of all
@@ -226,10 +226,10 @@ def check_shapes(
 
 
 def is_buildable(block: Mapping[str, Any]) -> bool:
-    """Return whether `build_optimizer` can build a block's optimizer for DeepSpeed's engine.
+    """Return whether `build_optimizer` can build a block's optimizer in place of DeepSpeed.
 
     The result is True if the type is in `torch.optim` or in a custom module and supports all
-    params, and if DeepSpeed has no different optimizer of the same name.
+    params, and if DeepSpeed does not have a different optimizer with the same name.
 
     >>> is_buildable({"type": "AdamW"}), is_buildable({"type": "Lamb"})
     (True, False)

@@ -36,7 +36,7 @@ _SETTINGS = (
     "persistent_workers",
     "in_order",
 )
-"""Arguments of torch's DataLoader that do not decide which samples it loads."""
+"""Arguments of torch's DataLoader that do not affect which samples it loads."""
 
 
 def is_loader(value: object) -> bool:
@@ -83,8 +83,8 @@ def _check_settings(loader: Any, config: Config) -> None:
     section = config.raw.get("engine", {}).get("dataloader")
     if section:
         raise ValueError(
-            "`engine.dataloader` applies only to a dataset, got a data loader with its own "
-            f"settings ({type(loader).__name__}). Remove `engine.dataloader`, or pass a dataset."
+            f"`engine.dataloader` applies only to a dataset, but {type(loader).__name__} is a data "
+            "loader with its own settings. Remove `engine.dataloader`, or pass a dataset."
         )
     size, micro = _read_batch_size(loader), config.batch.micro
     if size not in {None, micro}:
@@ -121,8 +121,8 @@ def _use_loader(loader: Any, config: Config, ranks: Ranks) -> RunLoader:
     if not has_state(loader) and ranks.rank == 0:
         log.warning(
             "%s overrides how batches are yielded, so a resumed run loads and discards the "
-            "batches before the saved position; make sure that the order of each epoch is "
-            "reproducible",
+            "batches before the saved position; make sure that the order of the samples in each "
+            "epoch is reproducible",
             type(loader).__name__,
         )
     repeats = None if is_sharded or is_map_style else _build_repeat_check(config, ranks, loader)
@@ -183,7 +183,7 @@ def _read_order(loader: DataLoader[Any], config: Config, ranks: Ranks) -> EpochO
     source = source if is_batched else source.sampler
     if not hasattr(source, "__len__"):
         raise ValueError(
-            f"{type(source).__name__} must have a length. Add a method `__len__` that returns the "
+            f"{type(source).__name__} must have a length. Add a `__len__` method that returns the "
             f"number of {'micro-batches' if is_batched else 'samples'} per epoch."
         )
     return order_sampler(
@@ -201,7 +201,7 @@ def _check_same_order(order: EpochOrder, ranks: Ranks) -> None:
     """Check that the samplers of all ranks yield the same samples in the same order.
 
     The engine later splits these samples across the ranks. If the samplers already split the
-    samples, only their lengths are compared.
+    samples, only the lengths of the samplers are compared.
     """
     if ranks.world_size == 1:
         return
@@ -245,8 +245,8 @@ def build_run_loader(
         loader = DataLoader(dataset, generator=generator, **settings)
         if loader.persistent_workers and ranks.rank == 0:
             log.warning(
-                "persistent workers of an iterable dataset do not reseed their random generators "
-                "in each epoch, so a resumed run may draw different random numbers"
+                "persistent workers of an iterable dataset do not reseed their random number "
+                "generators in each epoch, so a resumed run may draw different random numbers"
             )
         repeats = _build_repeat_check(config, ranks, loader)
         return RunLoader(loader, ranks, seed=seed, generator=generator, repeats=repeats)

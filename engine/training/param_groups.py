@@ -21,7 +21,7 @@ from engine.training.activation_checkpointing import find_blocks
 __all__ = ["ParamGroup", "build_param_groups", "divide_parameters"]
 
 _HEAD = re.compile(r"(^|[._])(head|heads|classifier|fc|fc_norm|score|logits|qa_outputs)\b")
-"""Usual names of a model's last layers. A model can create these layers before its blocks."""
+"""Usual names of a model's last layers, which some models create before their blocks."""
 _BLOCK_LISTS = {"block", "blocks", "h", "layer", "layers", "resblocks"}
 """Usual names of a transformer's list of blocks."""
 _SYNTAX = re.compile(r"[\\^$.*+?()\[\]{}|]+")
@@ -30,12 +30,13 @@ _REST = "default"
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Param group: parameters with the same hyperparameters.
+    """A param group: parameters that share the same hyperparameters.
 
     Args:
         name: unique name of the group.
-        entry: index in ``optimizer.param_groups``; None if no entry selects the parameters.
-        parameters: dict from the name of each parameter to the parameter.
+        entry: index of the entry in the config's ``optimizer.param_groups``; None if no entry
+            selects the parameters.
+        parameters: dict that maps the name of each parameter to the parameter.
         hyperparameters: hyperparameters that differ from ``optimizer.params``.
     """
 
@@ -56,7 +57,8 @@ class ParamGroup:
 
         Args:
             block: optimizer of the config.
-            schedules: types of the groups' own schedules, by index in ``optimizer.param_groups``.
+            schedules: types of the groups' own schedules, by index in the config's
+                ``optimizer.param_groups``.
         """
         shown = [key for key in ("lr", "weight_decay") if key in block.params]
         values = {key: block.params[key] for key in shown} | dict(self.hyperparameters)
@@ -88,7 +90,7 @@ def divide_parameters(
         descriptions.
 
     Raises:
-        ValueError: a group of the config does not match the model, or ``parameters`` are already
+        ValueError: a group in the config does not match the model, or ``parameters`` are already
             param groups.
     """
     given = None if parameters is None else [_list_members(each) for each in parameters]
@@ -104,9 +106,10 @@ def divide_parameters(
 
 
 def _list_members(each: Any) -> Any:
-    """Return a copy of a param group with a list of parameters, or a parameter without its name.
+    """Return a param group with its parameters in a list, or a parameter without its name.
 
-    The list replaces a generator, because a generator can be iterated only once.
+    The returned group is a copy. The list is needed because the group may contain a generator,
+    which can be iterated only once.
     """
     if isinstance(each, dict):
         members = each["params"]
@@ -124,9 +127,9 @@ def build_param_groups(
 ) -> list[ParamGroup]:
     """Divide the trained parameters of a model into param groups.
 
-    Each parameter belongs to the first entry of ``optimizer.param_groups`` with a pattern that
-    matches one of its names. All other parameters belong to the last group. ``no_decay`` and
-    ``layer_decay`` divide these groups further.
+    Each parameter belongs to the first entry of the config's ``optimizer.param_groups`` with a
+    pattern that matches one of the parameter's names. All other parameters belong to the last
+    group. ``no_decay`` and ``layer_decay`` divide these groups further.
 
     Args:
         model: module whose parameters are trained.
@@ -315,7 +318,7 @@ def _find_layers(
     layer_decay: float,
     wrap: Sequence[str],
 ) -> dict[nn.Parameter, tuple[int, int]]:
-    """Return the layer of each parameter, and the number of the last layer.
+    """Return the index of each parameter's layer, and the index of the last layer.
 
     Layer 0 contains the parameters before the first block. Layer i contains block i. The
     last layer contains the parameters after the last block.

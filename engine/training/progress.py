@@ -36,7 +36,7 @@ class Counters:
     """Number of samples in the completed batches, over all ranks."""
     skipped_steps: Count = 0
     applied: bool = False
-    """Whether the last call of `Engine.step` applied an optimizer step."""
+    """Whether the last call to `Engine.step` applied an optimizer step."""
 
     @property
     def applied_steps(self) -> int:
@@ -49,7 +49,7 @@ class StepRecord:
     """Metrics of one optimizer step, for the log and the monitors."""
 
     step: int
-    """Number of completed steps, including this one and the skipped ones."""
+    """Number of completed steps, including this step and all skipped steps."""
     global_samples: int
     is_applied: bool
     skipped_steps: int
@@ -82,7 +82,7 @@ class StepRecorder(Protocol):
 
 
 class ProgressReporter:
-    """Reporter of a run's progress, as log lines or a progress bar and as events for the monitors.
+    """Reporter that writes a run's progress to the log or a progress bar, and to the monitors.
 
     By default, a line is logged for the first step of the process, for every 10th step up to step
     100, and for every 100th step after that. All ranks must report the same steps, because the loss
@@ -129,7 +129,11 @@ class ProgressReporter:
         self._is_averaged = False  # whether the losses are means over the ranks
 
     def add(self, loss: Tensor) -> None:
-        """Include the detached loss of a micro-batch in the mean loss of the next log line."""
+        """Include the loss of a micro-batch in the mean loss of the next log line.
+
+        Args:
+            loss: detached loss of the micro-batch.
+        """
         if self._is_logged:
             self._losses.append(loss)
             self._count += 1
@@ -226,8 +230,8 @@ class ProgressReporter:
     ) -> dict[str, float | None]:
         """Return a hyperparameter's value in each param group, as a dict with metric names as keys.
 
-        If all param groups have always had equal values, only the value of the first group is
-        returned.
+        If all param groups have had equal values so far, return only the value of the first group,
+        unless ``always`` is true.
         """
         if not values:
             return {}

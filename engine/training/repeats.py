@@ -43,7 +43,8 @@ class RepeatCheck:
         """Add the next batch, and return whether the check needs more batches.
 
         Raises:
-            ValueError: another rank, or each worker of this rank, loads the same batches.
+            ValueError: all workers of this rank load the same batches, or another rank loads the
+                same batches as this rank.
         """
         digest, is_empty = hashlib.sha256(), True
         for data in _read_data(batch):

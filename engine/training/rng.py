@@ -77,7 +77,7 @@ def preserve_rng_state() -> Iterator[None]:
 
 
 def seed_rng(seed: str) -> None:
-    """Seed the CPU random generators of Python, NumPy and PyTorch.
+    """Seed the CPU random number generators of Python, NumPy and PyTorch.
 
     >>> with preserve_rng_state():
     ...     seed_rng("0")

@@ -80,7 +80,7 @@ class _Series:
             self.points = [_merge(*pair) for pair in pairs]
 
     def rewind(self, samples: int) -> None:
-        """Remove the points after the given number of samples."""
+        """Remove the points recorded after the given number of samples."""
         self.points = [point for point in self.points if point.samples <= samples]
         self._finite, self._count = [], 0
 
@@ -177,7 +177,7 @@ class RunReport:
         self._next_write = now + max(_INTERVAL, (now - start) / _MAX_COST)
 
     def _describe(self) -> dict[str, Any]:
-        """Return the data with which a resumed run continues the report."""
+        """Return the data that a resumed run needs to continue the report."""
         return {
             "series": {
                 name: {"stride": series.stride, "points": series.points}
@@ -256,7 +256,7 @@ def _read_decision(value: Mapping[str, Any]) -> Decision:
 
 
 def _write_at_exit(report: RunReport) -> Any:
-    """Register a function that writes the report when the process ends, and return it."""
+    """Register and return a function that writes the report when the process ends."""
     reference = weakref.ref(report)
 
     def write() -> None:

@@ -49,7 +49,7 @@ def log_setup(
         param_groups: param groups that the config describes. They are logged below the table.
 
     Returns:
-        The rows of the table, as a dict from the name of each row to its text.
+        The rows of the table, as a dict that maps the name of each row to its text.
     """
     codes = [*find_optimizer_code(config.raw.get("optimizer"))]
     blocks = [("/scheduler", config.raw.get("scheduler"))]

@@ -1,9 +1,9 @@
 """Decide which requests the local server answers.
 
 The server binds to 127.0.0.1, but other users of the machine and every page in the user's
-browser can send requests to it. The address of the page therefore starts with a random token. The
-checks of the headers ``Host`` and ``Origin`` stop other websites, including those whose host name
-resolves to 127.0.0.1.
+browser can send requests to it. The path of each valid address therefore starts with a random
+token. Checks of the headers ``Host`` and ``Origin`` block requests from other websites, including
+those whose host name resolves to 127.0.0.1.
 """
 
 from __future__ import annotations

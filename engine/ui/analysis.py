@@ -1,4 +1,4 @@
-"""Validate the text of the editor, and compute what the config page shows."""
+"""Validate the text in the editor, and compute what the config page shows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def analyze(
     """Validate a config, and compute its curves, form, memory and derived values.
 
     Args:
-        text: text of the editor.
+        text: text in the editor.
         name: file name, for messages.
         settings: settings of the run that the user entered on the page.
         compared: configs and schedules to compare with; see `compute_curves`.
@@ -161,7 +161,10 @@ def _offer_fix(document: Document, problem: Problem) -> Problem:
 
 
 def _find_range(document: Document, problem: Problem) -> tuple[int, int]:
-    """Return the range of the token to underline for a problem; for a section, that of its key."""
+    """Return the range of the token to underline for a problem.
+
+    If the invalid value is an object or an array, the token is its key.
+    """
     text = document.text
     if not problem.line:
         return 0, min(1, len(text))

@@ -35,7 +35,7 @@ def complete(text: str, offset: int) -> dict[str, Any]:
     """Return the keys or values that can be written at the cursor.
 
     Args:
-        text: text of the editor.
+        text: text in the editor.
         offset: position of the cursor, in UTF-16 code units.
 
     Returns:
@@ -55,7 +55,7 @@ def describe(text: str, offset: int) -> dict[str, Any]:
     """Return help for the key or the value under the mouse pointer.
 
     Args:
-        text: text of the editor.
+        text: text in the editor.
         offset: position in the text, in UTF-16 code units.
 
     Returns:

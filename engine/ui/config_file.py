@@ -71,7 +71,7 @@ class ConfigFile:
         """Write the file, and keep the previous content in a backup file with the suffix ``.bak``.
 
         Args:
-            text: text of the editor.
+            text: text in the editor.
             version: hash of the file that the text is based on.
 
         Returns:
@@ -142,7 +142,7 @@ def _restore_line_ends(text: str, old: str) -> str:
 
 
 def _match_lines(before: Sequence[str], after: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield the index of each old line, and of the new line that equals or replaces it."""
+    """Yield pairs of indices: of an old line, and of the new line that equals or replaces it."""
     most = min(len(before), len(after))
     start = 0
     while start < most and before[start] == after[start]:

@@ -50,7 +50,7 @@ class ConfigPage:
 
     @property
     def actions(self) -> Mapping[str, Action]:
-        """Dict from the name of each action to the function that runs it."""
+        """Dict that maps the name of each action to the function that runs it."""
         return {
             "open": self._open,
             "version": lambda _: {"version": self._file.find_version()},
@@ -103,7 +103,7 @@ class ConfigPage:
 
 
 def _edit(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Change the scheduler block in a text, and return the new text."""
+    """Change the scheduler block in the text of a config, and return the new text."""
     text = _read_text(body)
     if isinstance(body.get("type"), str):
         steps = RunSettings.from_json({"steps": body.get("steps")}).steps

@@ -1,4 +1,4 @@
-"""Find the key or value at the cursor, even in a text that is not yet valid JSON."""
+"""Find the key or value at the cursor, even in text that is not yet valid JSON."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Cursor:
-    """The token at the cursor, or the position of a new one.
+    """The token at the cursor, or the position at which a new token can be written.
 
     Args:
         role: "key" or "value"; "" if neither can be written at the cursor.
@@ -64,7 +64,7 @@ class Cursor:
         start: offset of the start of the token.
         end: offset of the end of the token; equal to ``start`` if there is no token.
         text: the token, such as ``"lr"`` with its quotes.
-        key: key of the token or, for a value, the key that it belongs to.
+        key: the key without its quotes or, for a value, the key or index that it belongs to.
         path: keys and indices of the objects and arrays around the token.
     """
 
@@ -80,8 +80,8 @@ class Cursor:
 def locate(text: str, offset: int) -> Cursor:
     """Return the cursor for the token that contains an offset or ends at it.
 
-    The whole text is read, because the ``type`` that decides which params are valid can follow the
-    params.
+    The whole text is read, because the ``type`` that determines which params are valid can follow
+    the params.
     """
     stack = [Frame(is_object=False, expects="value", key="")]
     found: Cursor | None = None

@@ -1,4 +1,4 @@
-"""Compute the curves of a config, and of others to compare it with, for the config page."""
+"""Compute the curves of a config, and of the configs and schedules to compare it with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recompute AutoWU's decision to end the warmup from the losses that a run has recorded."""
+"""From the losses that a run has recorded, recompute AutoWU's decision to end the warmup."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def recompute_decision(
         series: metrics of the run.
 
     Returns:
-        The decision as JSON; None if the run does not use AutoWU or has not ended its warmup.
+        The decision as a JSON-compatible dict; None if the run does not use AutoWU or has not ended
+        its warmup.
     """
     block = settings.get("scheduler")
     losses = series.get("train_loss")

@@ -1,4 +1,4 @@
-"""The form for the scheduler block: its fields, their sliders, and the edits that it makes."""
+"""The form for the scheduler block: its fields and sliders, and the edits that the form makes."""
 
 from __future__ import annotations
 
@@ -123,12 +123,12 @@ def change_type(text: str, name: str, steps: int = _STEPS) -> str:
     """Change the type of the schedule, and return the new text.
 
     Parameters that both types have keep their values and comments. Other parameters are removed,
-    and the missing parameters of the new type's example are added.
+    and missing parameters are added from the example of the new type.
 
     Args:
         text: text of the config.
         name: type of the schedule.
-        steps: length of the run, to which the durations of the example are scaled.
+        steps: length of the run in steps. The durations in the example are scaled to this length.
 
     Raises:
         ValueError: the text is not valid JSON, or the type is unknown.
@@ -166,7 +166,7 @@ def change_type(text: str, name: str, steps: int = _STEPS) -> str:
 
 
 def _scale(value: Any, schema: Mapping[str, Any], steps: int, has_length: bool) -> Any:
-    """Scale the durations in a value of an example to the length of a run.
+    """Scale the durations in an example's parameter value to the length of a run.
 
     Fractions of the run, such as "0.5dur", stay unchanged if the config specifies the length of the
     run.
@@ -187,7 +187,7 @@ def _parse(text: str) -> Document:
     document = parse(text, "config")
     if not isinstance(document.value, Mapping):
         raise ValueError(
-            "The form cannot edit a text that is not a valid JSON object. Correct the text."
+            "The form can edit the text only if it is a valid JSON object. Correct the text."
         )
     return document
 

@@ -35,7 +35,7 @@ class Series(NamedTuple):
     """The values of a metric, in the order in which they were written."""
 
     samples: Numbers
-    """Number of training samples at each value."""
+    """Number of training samples seen when each value was recorded."""
     values: Numbers
 
 
@@ -91,7 +91,7 @@ class _CSVFile:
         self._parts: list[Numbers] = []
 
     def update(self, most: int) -> tuple[int, int]:
-        """Read at most ``most`` new bytes. Return the numbers of bytes read and bytes left."""
+        """Read at most ``most`` new bytes. Return how many were read and how many are left."""
         try:
             with self.path.open("rb") as file:
                 status = self.path.stat()

@@ -58,7 +58,7 @@ class RunPage:
 
     @property
     def actions(self) -> Mapping[str, Action]:
-        """Dict from the name of each action to the function that runs it."""
+        """Dict that maps the name of each action to the function that runs it."""
         return {
             "summary": self._locked(self._summarize),
             "metrics": self._locked(self._read_metrics),

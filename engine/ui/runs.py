@@ -47,7 +47,7 @@ class Run:
         self.add_directories(directories)
 
     def add_directories(self, directories: Sequence[Path]) -> None:
-        """Add directories from which metrics are read."""
+        """Add directories from which `update` reads metrics."""
         for directory in directories:
             if directory in self._sources:
                 continue
@@ -118,8 +118,8 @@ def read_saved_settings(checkpoints: Sequence[Manifest]) -> Mapping[str, Any]:
 def find_runs(roots: Sequence[Path], known: Sequence[Run] = ()) -> list[Run]:
     """Find the runs in directories. Known runs are kept, and new directories are added to them.
 
-    Each directory with metrics is a run. Directories with the same name, such as the CSV files and
-    the event files of a job, are one run.
+    Each directory with metrics is a run. Directories with the same name, such as those with the CSV
+    files and the event files of a job, belong to the same run.
     """
     old = {(run.root, run.name): run for run in known}
     runs = []

@@ -40,16 +40,16 @@ class Page(Protocol):
 
     @property
     def actions(self) -> Mapping[str, Action]:
-        """Dict from the name of each action to the function that runs it."""
+        """Dict that maps the name of each action to the function that runs it."""
         ...
 
 
 class Application:
-    """The WSGI application that serves one page under an address with a random token.
+    """The WSGI application that serves one page at an address that contains a random token.
 
     Args:
         page: page to serve.
-        token: first part of the path of each valid address.
+        token: random token at the start of the path of each valid address.
     """
 
     def __init__(self, page: Page, token: str) -> None:
@@ -125,7 +125,7 @@ class _SilentHandler(WSGIRequestHandler):
 
 
 def start_server(page: Page, port: int) -> tuple[BaseWSGIServer, str]:
-    """Bind a server to the local address, and return it with the address of its page.
+    """Bind a server to 127.0.0.1, and return the server and the address of its page.
 
     Call ``serve_forever`` on the server to answer requests.
 
@@ -134,7 +134,7 @@ def start_server(page: Page, port: int) -> tuple[BaseWSGIServer, str]:
         port: port to use; 0 for any free port.
 
     Raises:
-        ValueError: the port is not available.
+        ValueError: the port is out of range or not available.
     """
     if not 0 <= port <= _MAX_PORT:
         raise ValueError(

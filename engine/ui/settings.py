@@ -31,7 +31,7 @@ class RunSettings:
     steps: int | None = None
     """Number of steps to plot."""
     parameters: int | None = None
-    """Number of parameters of the model, for the estimate of its memory."""
+    """Number of parameters in the model, used to estimate its memory."""
 
     @classmethod
     def from_json(cls, values: Any) -> RunSettings:
@@ -53,8 +53,8 @@ class RunSettings:
     ) -> int | None:
         """Return the number of optimizer steps per epoch, or None if it is unknown.
 
-        Unless the user entered the number, it is computed from the size of the dataset, as for a
-        data loader that the engine builds.
+        If the user has not entered the number, compute it from the size of the dataset, as the
+        engine does for the data loaders that it builds.
         """
         if self.steps_per_epoch is not None or self.dataset_size is None or batch is None:
             return self.steps_per_epoch

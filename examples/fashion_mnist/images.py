@@ -38,7 +38,7 @@ def load() -> Images:
     The files are read from ``FASHION_MNIST_DIR`` or a default directory.
 
     Raises:
-        FileNotFoundError: if ``FASHION_MNIST_DIR`` is set but does not contain the four files.
+        FileNotFoundError: ``FASHION_MNIST_DIR`` is set but does not contain the four files.
     """
     named = os.environ.get("FASHION_MNIST_DIR")
     for directory in [Path(named)] if named else _DIRECTORIES:

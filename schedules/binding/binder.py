@@ -176,9 +176,9 @@ class ScheduleBinder(TorchInterface):
 
         Raises:
             ValueError: the loss is missing, is not a single number, or is passed to a schedule that
-                does not use the loss. Other causes are a removed param group, an added group
-                without values in the schedule, and an optimizer whose state was loaded without the
-                state of the schedule.
+                does not use the loss. The error is also raised if a param group was removed, if the
+                schedule has no values for an added group, or if the optimizer's state was loaded
+                without the schedule's state.
         """
         writer = self._writer
         step = self.last_epoch + 1
@@ -395,8 +395,8 @@ class ScheduleBinder(TorchInterface):
                 hyperparameters, and continues from the saved step.
 
         Raises:
-            ValueError: the state is from a different schedule, or has a different number of param
-                groups.
+            ValueError: the state is damaged, is from a different schedule, or has a different
+                number of param groups.
         """
         self._include_added_groups()
         has_feedback = self.schedule.feedback is not None

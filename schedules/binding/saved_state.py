@@ -58,7 +58,7 @@ def complete_base(base: BaseValues | None, groups: int) -> Base:
     unknown = [name for name in given if name not in _NAMES]
     if unknown:
         raise ValueError(
-            f"`base` can have only the keys {', '.join(_NAMES)}, got {unknown[0]!r}. Remove this "
+            f"`base` must have only the keys {', '.join(_NAMES)}, got {unknown[0]!r}. Remove this "
             "key."
         )
     found = {}
@@ -104,14 +104,14 @@ def check_origin(state: Mapping[str, Any], type_name: str | None = None) -> None
 
     Args:
         state: saved state.
-        type_name: name of the schedule that must have saved the state; None for any schedule.
+        type_name: type of the schedule that must have saved the state; None for any type.
 
     Raises:
         ValueError: the state is from another library or another schedule, or is damaged.
     """
     if not {"type", "params", "step", "base"} <= state.keys():
         raise ValueError(
-            "The saved state must be from a schedule of onecycle, got a state with these keys: "
+            "The saved state must be from a onecycle schedule, got a state with these keys: "
             f"{', '.join(map(str, state)) or 'none'}. To continue from a step without a saved "
             "state, pass `at` to `attach`."
         )

@@ -125,8 +125,8 @@ class TorchInterface(LRScheduler):
     def _repr_html_(self) -> str:
         """Return the repr and small plots of the curves, for display in notebooks.
 
-        A vertical line marks the current step. There is no plot if the schedule depends on the
-        loss.
+        A vertical line marks the current step. There is no plot if the schedule depends on the loss
+        or on a metric.
         """
         if not isinstance(self.controller, OpenLoop):
             return draw_html(repr(self), {}, 1)

@@ -141,7 +141,7 @@ def test_load_state_dict_override_extends_the_schedule():
 
 def test_load_state_dict_of_torchs_class_is_rejected():
     state = OF_TORCH.CosineAnnealingLR(sgd(), 9).state_dict()
-    with pytest.raises(ValueError, match="must be from a schedule of onecycle, got .*T_max"):
+    with pytest.raises(ValueError, match="must be from a onecycle schedule, got .*T_max"):
         attach("CosineAnnealingLR", sgd(), T_max=9).load_state_dict(state)
 
 
