@@ -56,7 +56,8 @@ class Band(NamedTuple):
     """
 
     positions: Sequence[float]
-    """Positions at which the process is evaluated: 0 is the first loss, 1 just after the last."""
+    """Positions at which the process is evaluated, from 0 (first loss) to 1 (just after the last
+    loss)."""
     mean: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
@@ -92,7 +93,8 @@ class Controller(Protocol[S]):
 
         Args:
             state: state before the step.
-            loss: loss of the step, or value of the metric; None if the step has neither.
+            loss: loss of the step, or value of the metric if the schedule depends on a metric. None
+                if the step has neither.
         """
 
     @abstractmethod

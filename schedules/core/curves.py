@@ -58,7 +58,7 @@ class Curve(ABC):
         return ()
 
     def pieces(self, start: int, end: int) -> Iterator[Piece]:
-        """Yield the pieces for ``start <= step < end``, with bounds rounded up to whole steps."""
+        """Yield the pieces for ``start <= step < end``, each with bounds rounded up to integers."""
         while start < end:
             piece = self.piece(start)
             stop = find_next_step(piece, start, end)
@@ -86,7 +86,7 @@ class Curve(ABC):
         """Fill the array ``values`` with the curve's values at consecutive steps from ``start``.
 
         The curve starts at step ``origin``. This method loops over the pieces of the curve.
-        Subclasses with many pieces per curve override this method with a faster one.
+        Subclasses whose curves have many pieces override it with a faster implementation.
         """
         import numpy as np
 
@@ -298,7 +298,7 @@ def half_life(start: float, end: float, steps: float) -> Curve:
     >>> [round(value, 6) for value in half_life(1.0, 0.0, steps=2).values(4)]
     [1.0, 0.414214, 0.0, 0.0]
 
-    Source: the exponential decay of ``OptimizerParamScheduler``,
+    Source: the exponential decay of ``OptimizerParamScheduler`` in
     megatron/core/optimizer_param_scheduler.py.
     """
     return ramp(start, end, steps, lambda x: 2 - 2 * 0.5**x)
@@ -328,7 +328,7 @@ def log(start: float, end: float, steps: float) -> Curve:
     >>> [round(value, 6) for value in log(0.0, 1.0, steps=4).values(6)]
     [0.0, 0.5, 0.792481, 1.0, 1.0, 1.0]
 
-    Source: ``WarmupLR._get_gamma`` of deepspeed/runtime/lr_schedules.py.
+    Source: ``WarmupLR._get_gamma`` in deepspeed/runtime/lr_schedules.py.
     """
     last = max(2, steps) - 1
     return ramp(start, end, last, lambda x: math.log1p(x * last) / math.log1p(last))

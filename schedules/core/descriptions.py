@@ -20,13 +20,13 @@ from typing import Any
 __all__ = ["INDEX", "read_descriptions", "read_index", "read_source_descriptions"]
 
 INDEX = Path(__file__).parent / "index.json"
-"""JSON file that maps the name of each built-in schedule to its family and field descriptions.
-``tools/generate.py`` writes it."""
+"""JSON file that maps the name of each built-in schedule to its module and the descriptions of its
+fields. ``tools/generate.py`` writes this file."""
 
 
 @functools.cache
 def read_index() -> Mapping[str, Mapping[str, Any]]:
-    """Return the content of the generated file `INDEX`, a dict with one entry per schedule."""
+    """Return the contents of the generated file `INDEX`, a dict with one entry per schedule."""
     index: dict[str, dict[str, Any]] = json.loads(INDEX.read_text(encoding="utf-8"))
     return index
 
@@ -41,7 +41,7 @@ def read_descriptions(schedule: type) -> dict[str, str]:
 
 
 def read_source_descriptions(schedule: type) -> dict[str, str]:
-    """Return the descriptions of a schedule's fields, read from its code instead of `INDEX`."""
+    """Return the descriptions of a schedule's fields from its source code, not from `INDEX`."""
     return _collect_descriptions(schedule, {})
 
 

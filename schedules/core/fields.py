@@ -93,7 +93,7 @@ class AutoValue(NamedTuple):
 
 
 class AnyValue(NamedTuple):
-    """Marker for a field that accepts any JSON value, because the wrapped scheduler checks it."""
+    """Marker for a field that accepts any value, so that its JSON schema is empty."""
 
 
 PerGroup = float | Sequence[float]
@@ -306,7 +306,7 @@ class Field:
 
     @property
     def minimum(self) -> float:
-        """Smallest valid number, or smallest valid list item; -infinity if there is no limit."""
+        """Smallest valid number or list item; -infinity if the JSON schema has no ``minimum``."""
         least: float = self._item_schema.get("minimum", -math.inf)
         return least
 

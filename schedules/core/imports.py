@@ -41,7 +41,7 @@ class ImportForbiddenError(ValueError):
 
 @contextmanager
 def imports_allowed(allowed: bool) -> Iterator[None]:
-    """Allow or forbid imports of code named in a config, inside a ``with`` block.
+    """Inside this context, allow or forbid imports of code named in a config.
 
     >>> with imports_allowed(False):  # doctest: +ELLIPSIS
     ...     import_attribute("math:pi")
@@ -79,7 +79,8 @@ def require_imports(name: str) -> None:
 def check_import_path(path: str) -> bool:
     """Check the syntax of an import path, and return whether the module can be found.
 
-    This function imports nothing, not even the packages that contain the module.
+    This function imports nothing, not even the packages that contain the module. If the module
+    cannot be looked up without an import, return True.
 
     Raises:
         ValueError: the path does not have the form ``module:attribute``.

@@ -14,7 +14,7 @@ __all__ = ["build_json_schema"]
 
 
 def build_json_schema(schedule: type[Schedule[Any]]) -> dict[str, Any]:
-    """Return the JSON Schema (draft 2020-12) of the ``params`` of a schedule.
+    """Return the JSON Schema (draft 2020-12) of a schedule's ``params``.
 
     >>> from schedules import WarmupDecayLR
     >>> build_json_schema(WarmupDecayLR)["required"]

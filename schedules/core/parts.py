@@ -14,7 +14,7 @@ __all__ = ["ScheduleOfParts"]
 
 
 class ScheduleOfParts(Schedule[int]):
-    """A schedule that consists of the schedules in its field ``schedulers``."""
+    """Base class of schedules that consist of the schedules in their field ``schedulers``."""
 
     @property
     @abstractmethod

@@ -22,8 +22,8 @@ __all__ = [
 ]
 
 PRECISION = 1e-6
-"""Largest relative difference at which two values count as equal. Schedulers round differently,
-and a tensor may be in single precision."""
+"""Largest relative difference at which two values count as equal. Schedulers differ in how they
+round, and a learning rate in a tensor may be in single precision."""
 
 
 def are_equal(base: tuple[float, ...]) -> bool:

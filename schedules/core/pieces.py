@@ -43,8 +43,8 @@ class Piece(NamedTuple):
     end: float
     formula: Formula
     elementwise: bool
-    """Whether to evaluate arrays in a loop, because numpy and ``math`` round sin and log
-    differently."""
+    """Whether to evaluate arrays one element at a time, because numpy and ``math`` round sin and
+    log differently."""
     line: Line | None = None
     """Coefficients of the formula, if it is linear."""
 

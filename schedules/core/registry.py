@@ -110,6 +110,7 @@ def register(cls: C) -> C:
         ValueError: the name is already in use, the class is not a frozen, keyword-only dataclass,
             or a field has no docstring. Docstrings are not checked if the source code is not
             available, for example in an interactive session.
+        TypeError: an annotation cannot be expressed in JSON Schema.
 
     >>> import dataclasses, schedules
     >>> from schedules.core.curves import linear

@@ -29,7 +29,7 @@ _WORDS = {int: "a 64-bit whole number", float: "a number", bool: "true or false"
 
 
 def restore(kind: Any, value: Any, name: str) -> Any:
-    """Convert a saved value to a type, and validate it and all nested values.
+    """Convert a saved value to the type ``kind``, and validate it and all nested values.
 
     Checkpoints contain only plain values, so that loading them cannot run code. A dataclass is
     saved as a dict, a named tuple as a dict or a list, and a tuple as a tuple or a list.

@@ -1,4 +1,4 @@
-"""Define `Schedule`, the base class of all schedules. It validates their parameters.
+"""The base class of all schedules, `Schedule`, which validates their parameters.
 
 `Schedule.bind` returns a `schedules.core.controller.Controller` that computes the scheduled
 hyperparameters for an optimizer.
@@ -83,7 +83,7 @@ class Joint(NamedTuple):
     field: str
     """Name of the parameter that defines the phases."""
     fix: str
-    """How to remove a jump at this step."""
+    """Advice on how to remove a jump in the hyperparameter at this step."""
 
 
 class ScheduleError(ValueError):
@@ -176,7 +176,8 @@ class Schedule(ABC, Generic[S]):
         """Return the repr and small plots of the curves, for display in notebooks.
 
         Durations that are fractions of the run are drawn for a run of 1,000 steps. There are no
-        plots if the schedule depends on the loss or on the length of an epoch.
+        plots if the schedule depends on the loss or a metric, or has a duration in epochs, samples
+        or tokens.
         """
         curves: Curves = {}
         steps = _SHOWN_STEPS
@@ -219,7 +220,8 @@ class Schedule(ABC, Generic[S]):
         """Return a copy with all durations in steps, scaled by ``horizon.scale_ratio``.
 
         Args:
-            horizon: length of the run, and the scale ratio. Required if a field is a time string.
+            horizon: length of the run, and the scale ratio. Required for time strings, except those
+                in batches, such as "500ba".
 
         Raises:
             ScheduleError: a duration cannot be converted to steps, is out of range, or conflicts
@@ -246,7 +248,7 @@ class Schedule(ABC, Generic[S]):
         return dataclasses.replace(self, **changes)
 
     def _check_minimum(self, name: str, steps: Any) -> None:
-        """Raise an error if a time string is 0 steps and the field requires at least 1 step."""
+        """Raise an error if a time string is 0 steps in this run, but must be at least 1 step."""
         least, given = read_fields(type(self))[name].minimum, as_tuple(getattr(self, name))
         for time, count in zip(given, as_tuple(steps), strict=True):
             if is_time_string(time) and count == 0 < least:

@@ -32,8 +32,8 @@ def trace(
         schedule: `Schedule`, or a ``{"type": …, "params": {…}}`` block.
         steps: number of steps, counted from step 0.
         base: initial hyperparameters of the optimizer, each a number or a list with one
-            number per param group. Defaults to a single group with learning rate 0.1, momentum 0.9
-            and weight decay 0.
+            number per param group. Must include "lr" if given. Defaults to a single group with
+            learning rate 0.1, momentum 0.9 and weight decay 0.
         horizon: length of the run, used to convert time strings to steps and to scale durations.
         losses: loss (or metric) at each step, for feedback schedules. Defaults to a synthetic loss.
 
@@ -72,8 +72,8 @@ def complete_base(base: Mapping[str, float | Iterable[float]] | None) -> Base:
     """Return initial hyperparameters, with the missing ones taken from `DEFAULT_BASE`.
 
     Args:
-        base: initial hyperparameters, each a number or a list with one number per param group. The
-            learning rate determines the number of groups.
+        base: initial hyperparameters, each a number or a list with one number per param group. If
+            given, they must include "lr", which determines the number of groups.
 
     >>> complete_base({"lr": [0.1, 0.2]})
     {'lr': (0.1, 0.2), 'momentum': (0.9, 0.9), 'weight_decay': (0.0, 0.0)}

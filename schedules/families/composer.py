@@ -1,9 +1,9 @@
 """Composer's schedulers, with Composer's names and parameters.
 
 Each schedule multiplies the initial learning rate of a param group by a factor. Durations are time
-strings or numbers of steps. Formulas and defaults match composer/optim/scheduler.py (0.32).
-Composer's trainer applies each value one step later and scales warmups differently; see
-docs/decisions/0005-composer-schedules.md.
+strings or numbers of steps. Formulas and defaults match composer/optim/scheduler.py in
+Composer 0.32. Composer's trainer applies each value one step later and scales warmups differently;
+see docs/decisions/0005-composer-schedules.md.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ class _WithWarmup(_Scheduler):
     scale_warmup: bool = False
     """Whether `engine.scale_schedule_ratio` also scales the warmup."""
     one_based_warmup: bool = False
-    """Whether the warmup counts its steps from 1, with the factor (k + 1) / t_warmup at step k. The
-    learning rate of the first step is then not 0, and the warmup ends one step earlier. Composer
-    does not have this parameter."""
+    """Whether warmup steps are counted from 1: at step k, the learning rate is multiplied by
+    (k + 1) / t_warmup. The learning rate of the first step is then not 0, and the warmup ends one
+    step earlier. Composer does not have this parameter."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         yield from super().find_problems()
@@ -257,7 +257,7 @@ class LinearWithWarmupScheduler(_WithWarmup, LinearScheduler, example={"t_warmup
 
 @schedule_class
 class ExponentialScheduler(_Scheduler, example={"gamma": 0.8}):
-    """Decay the learning rate exponentially, by the factor ``gamma`` per ``decay_period``.
+    """Decay the learning rate exponentially, by a factor of ``gamma`` every ``decay_period`` steps.
 
     ::
 
@@ -269,7 +269,7 @@ class ExponentialScheduler(_Scheduler, example={"gamma": 0.8}):
     gamma: Annotated[float, Range(above=0)]
     """Factor by which the learning rate is multiplied every `decay_period` steps."""
     decay_period: Steps = "1ep"
-    """Number of steps after which the learning rate has decayed by the factor `gamma`."""
+    """Number of steps over which the learning rate decays by a factor of `gamma`."""
 
     def _body(self, lr: float, start: float) -> Curve:
         del start

@@ -154,10 +154,10 @@ class SequentialLR(
 ):
     """Run several schedules one after another. At each milestone, the next schedule starts.
 
-    Each schedule counts its steps from its own start. If the active schedule does not set a
-    hyperparameter that another schedule sets, the hyperparameter has its initial value. With
-    ``from_previous``, the initial values are the last values of the previous schedule. By default,
-    they are the initial values of the param group.
+    Each schedule counts its steps from its own start. By default, it starts from the initial values
+    of the param group. With ``from_previous``, it starts from the last values of the previous
+    schedule. If the active schedule does not set a hyperparameter that another schedule sets, the
+    hyperparameter keeps the value from which the active schedule started.
 
     >>> blocks = [
     ...     {"type": "PolynomialLR", "params": {"total_iters": 4}},

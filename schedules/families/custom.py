@@ -5,7 +5,7 @@ The attribute can be one of the following:
 - a function that maps the step to a factor by which the learning rate is multiplied;
 - a subclass of PyTorch's LRScheduler, such as LambdaLR;
 - a function that builds such a scheduler for an optimizer, such as
-  ``transformers:get_linear_schedule_with_warmup``. Its first parameter is named ``optimizer``.
+  ``transformers:get_linear_schedule_with_warmup``. Its first parameter must be named ``optimizer``.
 
 The other parameters of the function, or of the class's constructor, are the ``params`` of the
 schedule.
@@ -154,8 +154,8 @@ def wrap_scheduler(cls: Any, name: str) -> type[WrappedScheduler]:
     if required:
         raise ValueError(
             "`scheduler.type` must be a scheduler that depends only on the step, but the `step` "
-            f"method of {name!r} requires the argument `{required[0]}`. Use a scheduler with a "
-            "`step` method that requires no arguments."
+            f"method of {name!r} requires the argument `{required[0]}`. Use a scheduler whose "
+            "`step` method requires no arguments."
         )
     parameters = [each for each in _parameters(cls) if each.name not in _NOT_IN_CONFIGS]
     namespace = {

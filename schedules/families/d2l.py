@@ -143,7 +143,7 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
 
 @schedule_class
 class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5}):
-    """Piecewise constant learning rate, multiplied by ``factor`` at each step in ``step``.
+    """Piecewise constant learning rate, multiplied by ``factor`` at each step listed in ``step``.
 
     ::
 

@@ -1,6 +1,6 @@
 """DeepSpeed's schedules: OneCycle, LRRangeTest, WarmupLR, WarmupDecayLR and WarmupCosineLR.
 
-Parameters, defaults and curves match deepspeed/runtime/lr_schedules.py of DeepSpeed 0.19. The
+Parameters, defaults and curves match deepspeed/runtime/lr_schedules.py in DeepSpeed 0.19. The
 docstrings describe the exceptions; docs/decisions/0003-deepspeed-schedules.md gives the reasons.
 """
 
@@ -101,8 +101,8 @@ class OneCycle(
     """Learning rate at the peak, after exactly `cycle_first_step_size` steps; null uses each param
     group's initial learning rate."""
     decay_lr_rate: Rate = 0.0
-    """Decay rate of the learning rate after the cycle. The divisor of the learning rate starts at 1
-    and increases by this rate every `decay_step_size` steps."""
+    """Decay rate of the learning rate after the cycle. `cycle_min_lr` is divided by a number that
+    starts at 1 and increases by this rate every `decay_step_size` steps."""
     cycle_first_step_size: Steps = 2000
     """Length of the first half of the cycle, in which the learning rate rises."""
     cycle_second_step_size: Steps | None = None
@@ -125,8 +125,8 @@ class OneCycle(
     cycle_max_mom: Momentum = 0.9
     """Momentum at the start and at the end of the cycle."""
     decay_mom_rate: Rate = 0.0
-    """Decay rate of momentum after the cycle. The divisor of momentum starts at 1 and increases by
-    this rate every `decay_step_size` steps."""
+    """Decay rate of momentum after the cycle. `cycle_max_mom` is divided by a number that starts at
+    1 and increases by this rate every `decay_step_size` steps."""
     relative: bool = False
     """Whether `cycle_min_lr` and `cycle_max_lr` are multiples of each param group's initial
     learning rate. If false, they are absolute learning rates."""

@@ -52,7 +52,7 @@ class OptimizerParamScheduler(
     last ``wsd_decay_steps`` steps. With "constant", it does not decay.
 
     As in Megatron-LM, the keys ``max_lr``, ``min_lr``, ``start_wd`` and ``end_wd`` of a param group
-    override these parameters for the group.
+    override the parameters of the same names for this group.
 
     Source: ``OptimizerParamScheduler`` in megatron/core/optimizer_param_scheduler.py.
     """

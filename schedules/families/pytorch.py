@@ -1,9 +1,9 @@
 """PyTorch's schedulers, with PyTorch's names and parameters.
 
-Formulas and defaults match torch/optim/lr_scheduler.py (2.13). PyTorch computes most values from
-the previous value. Here, each value depends only on the step k. After the end of a schedule, the
-last value is kept, whereas PyTorch's CosineAnnealingLR rises again. The differences are described
-in docs/decisions/0006-pytorch-schedules.md.
+Formulas and defaults match torch/optim/lr_scheduler.py in PyTorch 2.13. PyTorch computes most
+values from the previous value. Here, each value depends only on the step k. After its end, a
+schedule keeps its last value, whereas in PyTorch, the learning rate of CosineAnnealingLR rises
+again. docs/decisions/0006-pytorch-schedules.md describes the differences.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     W is ``int(max_warmup_fraction * T)``, T is ``steps_per_epoch * total_epochs``, and D is the
     length of the cooldown. Without enough confident estimates, the warmup ends after W steps. After
     T steps, the learning rate stays constant. The formulas give the learning rate of the first
-    param group. The learning rates of the other groups keep their initial ratios to the first
-    group.
+    param group. The learning rates of the other groups keep their initial ratios to that
+    learning rate.
 
     The parameter ``test`` selects the test that makes these estimates and ends the warmup.
     "reference" comes from the published code. It runs once per epoch, needs about thirty epochs,
@@ -48,10 +48,10 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     not depend on the scale of the loss, and tolerates loss spikes. With "robust", the cooldown also
     starts at exactly ``peak``.
 
-    If ``rollback`` is true, the warmup ends by restoring the weights and the optimizer state from
-    the end of the test interval with the lowest mean loss. A test interval consists of the steps
-    from one test to the next. A rollback helps models that diverge at high learning rates, such as
-    models without normalization layers.
+    If ``rollback`` is true, the weights and the optimizer state are restored when the warmup ends.
+    They are restored to their values at the end of the test interval with the lowest mean loss. A
+    test interval consists of the steps from one test to the next. A rollback helps models that
+    diverge at high learning rates, such as models without normalization layers.
 
     The engine passes the loss of ``trainer.backward(loss)`` to the schedule. In a custom loop, call
     ``step(loss=loss)``. Previews show a run on a synthetic loss.
@@ -98,15 +98,15 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     `decay_phase_stat` is "loss", the factor is applied at each plateau of the loss."""
     cooldown_fraction: Fraction = 0.2
     """Length of the cooldown at the end of the run, as a fraction of the run. The cooldown starts
-    even if the warmup has not ended."""
+    even if the warmup has not ended, unless `immediate_cooldown` is true and `test` is "robust"."""
     cooldown_type: Literal["cosine", "half_cosine"] = "cosine"
     """Shape of the cooldown; "half_cosine" starts at half of the peak learning rate."""
     test: Literal["reference", "robust"] = "reference"
     """Test that ends the warmup: the test from the published code ("reference"), or a test that
     does not depend on the scale of the loss ("robust")."""
     rollback: bool = False
-    """Whether the warmup ends by restoring the weights and the optimizer state from the end of the
-    test interval (the steps between two tests) with the lowest mean loss."""
+    """Whether to restore the weights and the optimizer state when the warmup ends, to their values
+    at the end of the test interval (the steps between two tests) with the lowest mean loss."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.min_lr >= self.max_lr:

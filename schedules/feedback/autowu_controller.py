@@ -38,7 +38,7 @@ class Decay:
 class AutoWUController(FeedbackController[AutoWUState]):
     """Controller of `AutoWU` for param groups with the given initial learning rates.
 
-    Steps are counted from 1, as in the published code.
+    The first call of `update` is step 1, as in the published code.
 
     Args:
         test: test that ends the warmup. Its attribute ``warmup`` holds the warmup's parameters.

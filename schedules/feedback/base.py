@@ -36,7 +36,7 @@ class FeedbackController(Controller[S]):
         """Return a state that continues from ``values``, the optimizer's current hyperparameters.
 
         Other code may have changed the hyperparameters. By default, return ``state`` unchanged.
-        Override this method in a controller that multiplies the current values.
+        Override this method in a controller that computes new values from the current values.
         """
         del values
         return state
@@ -44,7 +44,7 @@ class FeedbackController(Controller[S]):
     def evidence(self, before: S, loss: float, after: S) -> Evidence | None:
         """Return the losses and learning rates that led to a decision; None if they are unknown.
 
-        By default, return None. Override this method in a controller that makes decisions.
+        By default, return None. Override this method in a controller that records the losses.
         """
         del before, loss, after
         return None
