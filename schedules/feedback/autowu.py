@@ -39,8 +39,8 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     W is ``int(max_warmup_fraction * T)``, T is ``steps_per_epoch * total_epochs``, and D is the
     length of the cooldown. Without enough confident estimates, the warmup ends after W steps. After
     T steps, the learning rate stays constant. The formulas give the learning rate of the first
-    param group. The learning rates of the other groups keep their initial ratios to the first
-    group.
+    param group. The learning rates of the other groups keep their initial ratios to that of the
+    first group.
 
     The parameter ``test`` selects the test that makes these estimates and ends the warmup.
     "reference" comes from the published code. It runs once per epoch, needs about thirty epochs,
@@ -54,7 +54,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     models without normalization layers.
 
     The engine passes the loss of ``trainer.backward(loss)`` to the schedule. In a custom loop, call
-    ``step(loss=loss)``. Previews show a run on a synthetic loss.
+    ``step(loss=loss)``. Previews use a synthetic loss.
 
     >>> import torch, schedules
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
@@ -106,7 +106,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     does not depend on the scale of the loss ("robust")."""
     rollback: bool = False
     """Whether the warmup ends by restoring the weights and the optimizer state from the end of the
-    test interval (the steps between two tests) with the lowest mean loss."""
+    test interval (the steps from one test to the next) with the lowest mean loss."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.min_lr >= self.max_lr:
