@@ -26,7 +26,7 @@ __all__ = [
 
 Group = dict[str, Any]
 Slots = Mapping[str, Sequence["Slot"]]
-"""Maps each hyperparameter to its slot in each param group."""
+"""Mapping from each hyperparameter to its slot in each param group."""
 
 _Lines = tuple[float, float, list[tuple[float, float, float, float]]]
 
@@ -167,7 +167,7 @@ def write_values(groups: Sequence[Group], slots: Slots, values: Values) -> None:
 def _separate_tensors(
     groups: Sequence[Group], slots: Sequence[Slot], values: Sequence[object]
 ) -> None:
-    """Clone a tensor that several param groups share, if the groups need different values."""
+    """Clone tensors that several param groups share, if the groups need different values."""
     first: dict[int, object] = {}
     for group, slot, value in zip(groups, slots, values, strict=True):
         current = slot.get(group)

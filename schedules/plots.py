@@ -70,8 +70,8 @@ def plot(
             param group. Defaults to a single group with learning rate 0.1, momentum 0.9 and weight
             decay 0.
         horizon: length of the run, used to convert time strings to steps and to scale durations.
-        log: whether the axis of the learning rate is logarithmic. Zeros are then not drawn. By
-            default, the axis is logarithmic only for an exponential sweep.
+        log: whether the learning rate axis is logarithmic. A logarithmic axis does not show zeros.
+            By default, the axis is logarithmic only for an exponential sweep.
 
     Raises:
         ValueError: no schedule is passed, a schedule is invalid or requires the length of the run,
@@ -119,7 +119,7 @@ def _find_labels(schedules: Sequence[Schedule[Any]]) -> list[str]:
 
 
 def name_columns(curves: Mapping[str, tuple[Curve, ...]], label: str = "") -> dict[str, Curve]:
-    """Return the curves of a schedule by column name.
+    """Return a dict that maps column names to the curves of a schedule.
 
     The column name is the hyperparameter, such as ``lr``. If the param groups have different
     curves, there is one column per param group: ``lr.0``, ``lr.1``, …
@@ -168,8 +168,9 @@ def choose_styles(
 ) -> dict[str, tuple[int, int]]:
     """Return the indices of each column's color and line style.
 
-    The columns of a schedule have the same color in all panels, and its param groups have different
-    line styles. Without ``sources``, each param group has a different color.
+    ``sources`` maps each column to its schedule. The columns of a schedule have the same color in
+    all panels, and its param groups have different line styles. Without ``sources``, each param
+    group has a different color.
 
     >>> choose_styles(["lr.a", "momentum.a", "lr.b"], {"lr.a": "a", "momentum.a": "a", "lr.b": "b"})
     {'lr.a': (0, 0), 'momentum.a': (0, 0), 'lr.b': (1, 0)}
@@ -186,7 +187,7 @@ def choose_styles(
 
 
 def keep_positive(values: Iterable[float]) -> list[float]:
-    """Return the values with NaN in place of values that a logarithmic axis cannot show."""
+    """Replace zero and negative values with NaN, because a logarithmic axis cannot show them."""
     return [value if value > 0 else math.nan for value in values]
 
 
@@ -244,14 +245,13 @@ def build_figure(
     """Plot columns against the step, with one panel per hyperparameter.
 
     Args:
-        columns: values, by column name; see `name_columns` for the names.
+        columns: dict that maps each column name (see `name_columns`) to the values of the column.
         title: title of the figure.
         steps: step of each value, in ascending order (default: 0, 1, 2, …).
         curves: curve of each column; its phases, such as the warmup, are labeled in the plot.
         sources: schedule that each column belongs to, if several schedules are compared. All
             columns of a schedule have the same color.
-        log: whether the axis of the learning rate is logarithmic (default: only for an exponential
-            sweep).
+        log: whether the learning rate axis is logarithmic (default: only for an exponential sweep).
         extra_panels: number of empty panels to add at the bottom.
 
     Returns:

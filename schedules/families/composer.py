@@ -156,7 +156,7 @@ class StepScheduler(_Scheduler, example={"step_size": "0.2dur", "gamma": 0.5}):
     """
 
     step_size: Steps
-    """Number of steps between two decays."""
+    """Number of steps between decays."""
     gamma: Factor = 0.1
     """Factor applied to the learning rate every `step_size` steps."""
 

@@ -122,7 +122,7 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
     stop_factor_lr: LearningRate = 1e-8
     """Minimum learning rate."""
     step: Steps | None = None
-    """Number of steps between two decays. If null, the learning rate decays before every step."""
+    """Number of steps between decays. If null, the learning rate decays before every step."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         yield from super().find_problems()

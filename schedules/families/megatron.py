@@ -79,7 +79,7 @@ class OptimizerParamScheduler(
     start_wd: WeightDecay | None = None
     """Weight decay at the start; null means 0 if `end_wd` is set."""
     end_wd: WeightDecay | None = None
-    """Weight decay at step `wd_incr_steps` and afterwards. If this key and `start_wd` are both
+    """Weight decay from step `wd_incr_steps` onward. If this key and `start_wd` are both
     null, the schedule does not change the weight decay."""
     wd_incr_steps: StepsOrZero = 0
     """Step at which the weight decay reaches `end_wd`."""

@@ -59,7 +59,7 @@ class StepLR(LearningRateSchedule, example={"step_size": 20, "gamma": 0.5}):
     """
 
     step_size: Steps
-    """Number of steps between two decays."""
+    """Number of steps between decays."""
     gamma: Factor = 0.1
     """Factor applied to the learning rate every `step_size` steps."""
 
@@ -127,7 +127,7 @@ class LinearLR(LearningRateSchedule, example={"total_iters": 60}):
     end_factor: Factor = 1.0
     """Factor applied to the learning rate from step `total_iters` on."""
     total_iters: Steps = 5
-    """Step at which `end_factor` is reached."""
+    """Step at which the factor reaches `end_factor`."""
 
     def curve(self, lr: float) -> Curve:
         steps = as_number(self.total_iters)
@@ -188,7 +188,7 @@ class CosineAnnealingLR(LearningRateSchedule, example={"T_max": 80, "eta_min": 0
     """
 
     T_max: Steps
-    """Step at which `eta_min` is reached."""
+    """Step at which the learning rate reaches `eta_min`."""
     eta_min: LearningRate = 0.0
     """Minimum learning rate."""
 

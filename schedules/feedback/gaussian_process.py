@@ -124,7 +124,7 @@ class Hyperparameters:
 
     @classmethod
     def initial(cls, noise: float = 1e-3, scale: float = math.log(2)) -> Hyperparameters:
-        """Return hyperparameters with mean 0 and the variances ``noise`` and ``scale``."""
+        """Return hyperparameters: mean 0, noise variance ``noise`` and prior variance ``scale``."""
         return cls((_inverse_softplus(noise - _LEAST_NOISE), 0.0, _inverse_softplus(scale)))
 
     @property
@@ -134,12 +134,12 @@ class Hyperparameters:
 
     @property
     def mean(self) -> float:
-        """Mean of the process, the same at every position."""
+        """Constant mean of the Gaussian process."""
         return self.raw[1]
 
     @property
     def scale(self) -> float:
-        """Prior variance of the process."""
+        """Prior variance of the Gaussian process."""
         return _softplus(self.raw[2])
 
     def with_mean(self, mean: float) -> Hyperparameters:
@@ -161,7 +161,10 @@ class Hyperparameters:
         return _Slopes(data, self.mean)(*self.raw)
 
     def fit(self, data: Statistics, steps: int = 100, rate: float = 0.01) -> Hyperparameters:
-        """Return the hyperparameters that result from ``steps`` steps of Adam on `loss`."""
+        """Return the hyperparameters after ``steps`` steps of Adam on `loss`.
+
+        ``rate`` is Adam's learning rate.
+        """
         raw, first, second = list(self.raw), list(self.first), list(self.second)
         slopes = _Slopes(data, self.mean)
         for step in range(self.steps + 1, self.steps + steps + 1):
@@ -236,7 +239,7 @@ class Posterior(NamedTuple):
 
     @classmethod
     def from_statistics(cls, data: Statistics, by: Hyperparameters, basis: Array) -> Posterior:
-        """Compute the posterior given the losses, at positions with features ``basis``.
+        """Compute the posterior given the losses, at the positions whose features are in ``basis``.
 
         Args:
             data: statistics of the losses.
@@ -255,7 +258,7 @@ class Posterior(NamedTuple):
         return np.asarray((self.root**2).sum(1))
 
     def compute_difference_variance(self, index: int) -> Array:
-        """Return the variance of f(x) - f(p) for each x, where ``index`` is the index of p."""
+        """Return the variance of f(x) - f(p) for each position x, where p has index ``index``."""
         return np.asarray(((self.root - self.root[index]) ** 2).sum(1))
 
 

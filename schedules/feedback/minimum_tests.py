@@ -41,7 +41,7 @@ __all__ = [
 Array = NDArray[np.float64]
 
 Sampler = Callable[[int, int], Array]
-"""Function that samples losses. Its arguments are the number of losses and the number of losses to
+"""Function that samples losses. Its arguments are the total number of losses and the number to
 sample. It returns the indices of the sampled losses."""
 
 CONFIDENCE = 0.95
@@ -112,7 +112,7 @@ def run_published_test(losses: Array, fit: Hyperparameters, sample: Sampler) -> 
 
 
 def compute_published_band(losses: Array, fit: Hyperparameters) -> Band:
-    """Return the mean and confidence band of the process that `run_published_test` has fitted.
+    """Return the mean and confidence band of the Gaussian process fitted by `run_published_test`.
 
     The posterior is computed from all finite losses.
 
@@ -139,9 +139,9 @@ class RobustResult(NamedTuple):
 
     @property
     def is_positive(self) -> bool:
-        """Whether the loss has passed its minimum with a probability above `CONFIDENCE`.
+        """Whether the test indicates that the loss has passed its minimum.
 
-        The current and the initial loss must both be above the minimum with this probability.
+        The probabilities `now` and `start` must both exceed `CONFIDENCE`.
         """
         return min(self.now, self.start) > CONFIDENCE
 
@@ -239,7 +239,7 @@ def _basis(points: int) -> Array:
 
 
 def _certainty(posterior: Posterior, index: int, floor: float) -> float:
-    """Return the maximum over x of P(f(p) > f(x)), where ``index`` is the index of p.
+    """Return the maximum of P(f(p) > f(x)) over all other positions x, where p has index ``index``.
 
     ``floor`` is added to the variance of f(p) - f(x), so that tiny differences do not count.
     """

@@ -21,7 +21,7 @@ MetricCount = Annotated[int, Range(at_least=0)]
 
 
 class PlateauState(NamedTuple):
-    """State of the rule `Plateau`, updated with each metric value."""
+    """State of `Plateau`, updated with each metric value."""
 
     best: float | None = None
     bad: Count = 0
@@ -36,7 +36,7 @@ class PlateauState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plateau:
-    """The rule of `ReduceLROnPlateau`: a learning rate factor computed from metric values.
+    """Rule that computes the learning rate factor of `ReduceLROnPlateau` from metric values.
 
     >>> rule = Plateau(factor=0.5, patience=1)
     >>> state = rule.init()
@@ -100,8 +100,8 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
 
     Whenever a new value of the metric is available, for example at the end of an epoch, pass it to
     ``trainer.step(metric=…)`` or, in a custom loop, to ``step(metric)``. Steps without a new
-    value do not change the learning rate, except during the warmup. Previews show a run with a
-    synthetic metric.
+    value do not change the learning rate, except during the warmup. Previews use a synthetic
+    metric.
 
     The warmup counts the calls to ``step``. If a trainer calls ``step`` once per evaluation, as
     Hugging Face's ``Trainer`` does, the length of the warmup is measured in evaluations.

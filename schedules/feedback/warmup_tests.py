@@ -57,7 +57,7 @@ class WarmupTest(ABC):
     @property
     @abstractmethod
     def interval(self) -> int:
-        """Number of steps between two tests."""
+        """Number of steps from one test to the next."""
 
     @abstractmethod
     def is_due(self, step: int) -> bool:
