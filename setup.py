@@ -1,4 +1,4 @@
-"""Packaging lives in pyproject.toml; this file is for tools that look for a setup.py."""
+"""Support tools that require a setup.py; the package is configured in pyproject.toml."""
 
 from setuptools import setup
 

@@ -66,7 +66,7 @@ def build_api_pages() -> dict[str, str]:
     """Return a dict that maps the location of each page in the site to its text.
 
     Raises:
-        ValueError: a public name is on no page.
+        ValueError: a public name is not on any page.
     """
     listed = {name for _, names in _PAGES.values() for name in names}
     if missing := set(_find_public_names()) - listed:

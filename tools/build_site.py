@@ -47,7 +47,7 @@ class SiteError(Exception):
 
 
 def find_pages() -> dict[str, str]:
-    """Return a dict that maps each file of the site to its location in the site.
+    """Return the location of each page and asset in the site, by its path in the repository.
 
     The index page of a directory is its README.md, or the page of the same name next to it. For
     example, ``config.md`` is the index page of ``config``.

@@ -1,9 +1,10 @@
-"""Check that a Python interpreter can run onecycle before it creates a virtual environment.
+"""Check that the Python version is recent enough for onecycle.
 
     PYTHON tools/check_python.py COMMAND
 
-COMMAND is the name of the interpreter in the error message. The script must also run with an older
-Python 3, to report its version.
+The Makefile runs this script before it creates the virtual environment. COMMAND is the name of the
+interpreter in the error message. The script must also run on older versions of Python 3, so that it
+can report them.
 """
 
 import re

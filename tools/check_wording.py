@@ -3,8 +3,7 @@
     python tools/check_wording.py [PATH ...]
 
 The script checks the comments and strings of Python files, and the whole text of Markdown files.
-The phrases and their replacements are in `[tool.wording]` of pyproject.toml; CONTRIBUTING.md gives
-the reasons.
+The phrases and their replacements are in `[tool.wording]` of pyproject.toml.
 """
 
 from __future__ import annotations

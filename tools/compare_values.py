@@ -1,8 +1,8 @@
-"""Compare schedule values of two checkouts bit for bit, and load checkpoints of one in the other.
+"""Compare the schedule values of two checkouts bit for bit, and test that checkpoints still load.
 
     python tools/compare_values.py BEFORE AFTER
 
-BEFORE and AFTER are directories that contain a checkout. In both checkouts, the script evaluates
+BEFORE and AFTER are the directories of the checkouts. In both checkouts, the script evaluates
 the scheduler block of each reference file in tests/golden and of each config in tests/corpus. Each
 block is evaluated at each step, with one and two param groups, and with SGD and AdamW. The script
 then trains with several schedules in BEFORE, saves checkpoints, and resumes from them in AFTER. The

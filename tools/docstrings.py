@@ -1,4 +1,4 @@
-"""Convert docstrings to Markdown, for the pages that are generated from them."""
+"""Convert docstrings to Markdown for the generated reference pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DOCTEST = re.compile(r"^>>> (?:.+\n)+", re.MULTILINE)
 
 
 def to_markdown(docstring: str) -> str:
-    """Return a docstring as Markdown: formulas and doctests in fences, names in single backticks.
+    """Return a docstring as Markdown, with fenced code blocks and single backticks.
 
     >>> print(to_markdown("At step k, with ``f``::\\n\\n    lr = f(k)"))
     At step k, with `f`:

@@ -51,7 +51,7 @@ def generate_files() -> dict[Path, str]:
 
 
 def build_index() -> str:
-    """Return the JSON index: the family and the field descriptions of each schedule."""
+    """Return a JSON index with the family and the field descriptions of each schedule."""
     entries = {
         name: {"family": family, "fields": read_source_descriptions(cls)}
         for family in FAMILIES
@@ -61,7 +61,7 @@ def build_index() -> str:
 
 
 def build_stub(package: ModuleType) -> Iterator[str]:
-    """Yield the lines of the type stub of a package that imports its public names lazily."""
+    """Yield the lines of a type stub for a package that imports its public names lazily."""
     yield "# Generated from the package's `__all__` by `make generate`."
     yield ""
     imports = []

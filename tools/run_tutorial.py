@@ -17,7 +17,7 @@ TIMEOUT = 300  # seconds for the start of the kernel, and for each cell
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
-    """Return a copy of a notebook with the outputs of its cells.
+    """Execute a notebook, and return a copy with the outputs of its cells.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raises an exception.
