@@ -54,6 +54,8 @@ def measure(loop: str, world_size: int, backend: str, stage: int, refusals: dict
         expected = run_distributed_test(run_loop, world_size, loop, kind, stage)
         if "error" not in expected[0]:
             differences.append(find_difference(results, expected))
+    if not differences:
+        return "no reference"
     difference = min(differences)
     is_equal = difference <= TOLERANCE[loop in BF16]
     return f"{difference:.0e}" if is_equal and difference else "0" if is_equal else "**DIFFERENT**"

@@ -86,7 +86,9 @@ def plot(
     if not built:
         raise ValueError("plot() requires at least one schedule. Pass a schedule or its config.")
     known = horizon.scaled_steps if horizon is not None else None
-    count = steps or int(known or max(each.resolve(horizon).span for each in built))
+    count = steps
+    if count is None:
+        count = int(known or max(each.resolve(horizon).span for each in built))
     if not 1 <= count <= _MAX_EXACT:
         raise ValueError(
             f"`steps` must be from 1 to {_MAX_EXACT:,}, got {count:,}. Set `steps` to a value in "

@@ -99,7 +99,11 @@ def _get_error_pointers(problems: Sequence[Problem]) -> set[str]:
 
 
 def _find_deprecated(document: Document) -> Iterator[Problem]:
-    """Yield a note for each deprecated key, or an error if its replacement is also set."""
+    """Yield a note for each deprecated key whose replacement is not set.
+
+    In the sections, a deprecated key beside its replacement is an error, because DeepSpeed rejects
+    the config.
+    """
     for member in walk(document.value, schemas.read(SCHEMA)):
         if not member.schema.get("deprecated"):
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ def abbreviate_names(names: Sequence[str]) -> list[str]:
 
     >>> abbreviate_names(["h.0.bias", "h.1.bias", "h.2.bias", "head.bias"])
     ['h.0-2.bias', 'head.bias']
+    >>> abbreviate_names(["h.0.1", "h.1.0"])
+    ['h.0.1', 'h.1.0']
     >>> abbreviate_names(["h.0.mlp.0.bias", "h.0.mlp.2.bias", "h.1.mlp.0.bias", "h.1.mlp.2.bias"])
     ['h.0-1.mlp.0,2.bias']
     """
@@ -89,11 +92,14 @@ def abbreviate_names(names: Sequence[str]) -> list[str]:
         templates.setdefault(_INDEX.sub(_PLACE, name), []).append(indices)
     found = []
     for template, rows in templates.items():
-        columns = [_format_ranges(sorted(set(column))) for column in zip(*rows, strict=True)]
+        columns = [sorted(set(column)) for column in zip(*rows, strict=True)]
+        is_product = len(rows) == math.prod(map(len, columns))
+        merged = [columns] if is_product else [[[index] for index in row] for row in rows]
         parts = template.split(_PLACE)
-        found.append(
-            "".join(f"{part}{index}" for part, index in zip(parts, [*columns, ""], strict=True))
-        )
+        found += [
+            "".join(map("".join, zip(parts, [*map(_format_ranges, each), ""], strict=True)))
+            for each in merged
+        ]
     return found
 
 

@@ -122,7 +122,7 @@ class LaunchPlan:
         ]
         return {
             "world_size": self.world_size,
-            "least_nodes": self.min_nodes,
+            "min_nodes": self.min_nodes,
             "store_port": self.store_port,
             "nodes": nodes,
         }

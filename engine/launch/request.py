@@ -133,7 +133,12 @@ def read_variables(file: Path | None, assignments: Sequence[str]) -> dict[str, s
     for line in (*lines, *assignments):
         name, equals, value = line.partition("=")
         # Other names cannot be set in a shell, and would be code in a job script.
-        if not equals or not _VARIABLE.fullmatch(name.strip()) or "\0" in value:
+        if "\0" in value:
+            raise LaunchError(
+                f"The value of `{name.strip()}` must not contain a null character. Correct the "
+                "option `--env` or the file that contains the variable."
+            )
+        if not equals or not _VARIABLE.fullmatch(name.strip()):
             raise LaunchError(
                 f"An environment variable must have the form NAME=VALUE, got {name!r}. Use only "
                 "letters, digits and underscores in NAME. Correct the option `--env` or the file "

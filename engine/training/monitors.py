@@ -322,6 +322,7 @@ def build_monitors(config: Config, ranks: Ranks) -> Monitors:
 
     Raises:
         ValueError: ``wandb`` is enabled, but the package is not installed.
+        MissingExtraError: ``tensorboard`` is enabled, but the package is not installed.
     """
     enabled = {name: each for name, each in config.monitors.items() if each["enabled"]}
     if ranks.rank != 0:

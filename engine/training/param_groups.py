@@ -274,7 +274,11 @@ def _explain_empty(
         )
     near = _find_near_names(pattern, [name for own in names.values() for name in own])
     listed = ", ".join(f"`{name}`" for name in near)
-    fix = f"Similar names: {listed}." if near else "`onecycle config --model` lists all names."
+    fix = (
+        f"Similar names: {listed}."
+        if near
+        else "Use a name that `onecycle config --model` lists, or a part of one."
+    )
     return f"{place} must match the name of a parameter, got {pattern!r}. {fix}"
 
 
@@ -289,7 +293,7 @@ def _find_near_names(pattern: str, names: Sequence[str]) -> list[str]:
             candidates[parts[index]] = None
     folded = {each.lower(): each for each in reversed(candidates) if not each.isdigit()}
     near = difflib.get_close_matches(plain.lower(), list(folded), n=3, cutoff=0.6)
-    return [folded[each] for each in near] or list(names)[:3]
+    return [folded[each] for each in near]
 
 
 def _find_without_decay(

@@ -82,7 +82,6 @@ class _CSVFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.has_damage = False
         self._forget()
 
     def _forget(self) -> None:

@@ -52,7 +52,8 @@ class Decision(NamedTuple):
 class Band(NamedTuple):
     """Mean and confidence band of a Gaussian process fitted to the losses.
 
-    ``low`` and ``high`` are two standard deviations below and above the mean.
+    ``low`` and ``high`` are two standard deviations below and above the mean. The robust test
+    computes them for compressed losses and converts them back, so they are not symmetric.
     """
 
     positions: Sequence[float]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 __all__ = [
@@ -155,7 +156,8 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
             raise DurationError(
                 f"{duration!r} requires the number of steps per epoch. Pass `training_data` "
                 "(a dataset or a data loader) to `initialize`, set `--steps-per-epoch` on the "
-                "command line, or specify a number of steps."
+                "command line, pass horizon=Horizon(steps_per_epoch=…) in a custom loop, or "
+                "specify a number of steps."
             )
         steps = int(_check_length(value * horizon.steps_per_epoch, repr(duration)))
         return int(_check_length(steps * ratio, repr(duration)))
@@ -176,8 +178,8 @@ def _count_per_step(unit: str, horizon: Horizon, text: str) -> float:
         )
     if horizon.samples_per_step is None:
         raise DurationError(
-            f"{text} requires the number of samples per step. "
-            "Set `train_batch_size`, or specify a number of steps."
+            f"{text} requires the number of samples per step. Set `train_batch_size`, pass "
+            "horizon=Horizon(samples_per_step=…) in a custom loop, or specify a number of steps."
         )
     tokens = (horizon.tokens_per_sample or 1) if unit == "tok" else 1
     return horizon.samples_per_step * tokens
@@ -186,17 +188,27 @@ def _count_per_step(unit: str, horizon: Horizon, text: str) -> float:
 def has_data_durations(schedule: Any) -> bool:
     """Return whether a schedule has a duration in epochs, samples, tokens or fractions of the run.
 
-    >>> from schedules import WarmupDecayLR
+    The durations in lists and in the parts of a schedule count, too.
+
+    >>> from schedules import MultiStepScheduler, WarmupDecayLR
     >>> has_data_durations(WarmupDecayLR(total_num_steps="10ep"))
     True
     >>> has_data_durations(WarmupDecayLR(total_num_steps=2000))
     False
+    >>> has_data_durations(MultiStepScheduler(milestones=["10ep", 2000]))
+    True
     """
-    values = [getattr(schedule, field.name) for field in dataclasses.fields(schedule)]
-    return any(
-        isinstance(value, str) and _TIME.fullmatch(value) and _parse(value)[1] != "ba"
-        for value in values
-    )
+    if dataclasses.is_dataclass(schedule):
+        return any(
+            has_data_durations(getattr(schedule, field.name))
+            for field in dataclasses.fields(schedule)
+        )
+    if isinstance(schedule, Mapping):
+        return any(map(has_data_durations, schedule.values()))
+    if isinstance(schedule, list | tuple):
+        return any(map(has_data_durations, schedule))
+    match = _TIME.fullmatch(schedule) if isinstance(schedule, str) else None
+    return match is not None and match[2].lower() in ("ep", "sp", "tok", "dur")
 
 
 def _convert_fraction(value: float, horizon: Horizon, text: str) -> float:

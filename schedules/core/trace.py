@@ -32,8 +32,8 @@ def trace(
         schedule: `Schedule`, or a ``{"type": …, "params": {…}}`` block.
         steps: number of steps, counted from step 0.
         base: initial hyperparameters of the optimizer, each a number or a list with one
-            number per param group. Must include "lr" if given. Defaults to a single group with
-            learning rate 0.1, momentum 0.9 and weight decay 0.
+            number per param group. The defaults are a learning rate of 0.1, a momentum of 0.9 and
+            a weight decay of 0.
         horizon: length of the run, used to convert time strings to steps and to scale durations.
         losses: loss (or metric) at each step, for feedback schedules. Defaults to a synthetic loss.
 
@@ -72,19 +72,27 @@ def complete_base(base: Mapping[str, float | Iterable[float]] | None) -> Base:
     """Return initial hyperparameters, with the missing ones taken from `DEFAULT_BASE`.
 
     Args:
-        base: initial hyperparameters, each a number or a list with one number per param group. If
-            given, they must include "lr", which determines the number of groups.
+        base: initial hyperparameters, each a number for all param groups or a list with one number
+            per group.
+
+    Raises:
+        ValueError: two lists have different lengths, or a list is empty.
 
     >>> complete_base({"lr": [0.1, 0.2]})
     {'lr': (0.1, 0.2), 'momentum': (0.9, 0.9), 'weight_decay': (0.0, 0.0)}
     """
-    given: Base = {
-        name: (values,) if isinstance(values, int | float) else tuple(values)
-        for name, values in (base or DEFAULT_BASE).items()
-    }
-    groups = len(given["lr"])
-    defaults: Base = {name: value * groups for name, value in DEFAULT_BASE.items()}
-    return {**defaults, **given}
+    given = dict(DEFAULT_BASE)
+    for name, values in (base or {}).items():
+        given[name] = (values,) if isinstance(values, int | float) else tuple(values)
+    groups = max(map(len, given.values()))
+    for name, each in given.items():
+        if len(each) not in {1, groups}:
+            raise ValueError(
+                f"`base` must have the same number of values for each hyperparameter, got "
+                f"{len(each)} for `{name}` and {groups} for another. Pass a number, or a list with "
+                "one number per param group."
+            )
+    return {name: each * (groups // len(each)) for name, each in given.items()}
 
 
 class Replay(NamedTuple):

@@ -40,7 +40,7 @@ __all__ = [
 
 Array = NDArray[np.float64]
 
-Sampler = Callable[[int, int], Array]
+Sampler = Callable[[int, int], NDArray[np.int64]]
 """Function that samples losses. Its arguments are the total number of losses and the number to
 sample. It returns the indices of the sampled losses."""
 

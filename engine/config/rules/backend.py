@@ -84,6 +84,8 @@ def _find_keys_without_effect(context: RuleContext) -> Iterator[Problem]:
     backend = context.backend.name
     has_stage = "stage" in context.get_section("zero_optimization")
     stage = context.stage if has_stage else None
+    # On DeepSpeed, only the layer decay needs the blocks of the model.
+    uses_layer_decay = context.get_section("optimizer").get("layer_decay", 1) != 1
     last = None
     for member in context.members:
         reason = find_reason_for_no_effect(member, backend, stage)
@@ -93,7 +95,8 @@ def _find_keys_without_effect(context: RuleContext) -> Iterator[Problem]:
             member.is_section
             and any(is_within(each, [member.pointer]) for each in context.unresolved)
         )
-        if reason is None or is_inside or has_problem:
+        has_use = member.pointer == "/engine/wrap" and uses_layer_decay
+        if reason is None or is_inside or has_problem or has_use:
             continue
         last = member.pointer
         name = dotted_name(member.pointer)

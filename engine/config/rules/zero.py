@@ -138,7 +138,10 @@ def _check_elastic_checkpoint(context: RuleContext) -> Iterator[Problem]:
         f"`elastic_checkpoint` must be false with this {name} optimizer, got true. DeepSpeed can "
         "load elastic checkpoints only with its fused Adam and Lion."
     )
-    alternative = ', or set "torch_adam": false to use DeepSpeed\'s optimizer' if is_adam else ""
+    can_use_fused = is_adam and device == "none"
+    alternative = (
+        ', or set "torch_adam": false to use DeepSpeed\'s optimizer' if can_use_fused else ""
+    )
     pointer = f"{_ZERO}/elastic_checkpoint"
     yield context.error("elastic-checkpoint", pointer, message, f"Remove the key{alternative}.")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from schedules import Horizon, ScheduleError, from_config, trace
-from schedules.core.durations import DurationError, convert_to_steps
+from schedules.core.durations import DurationError, convert_to_steps, has_data_durations
 
 RUN = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=4, tokens_per_sample=8)
 
@@ -131,3 +131,21 @@ def test_from_config_finds_schedule_by_entry_point(monkeypatch):
     assert trace({"type": "halving"}, 101)["lr"][100, 0] == 0.05
     with pytest.raises(ValueError, match="must be the name of a schedule, got 'halvin'"):
         from_config({"type": "halvin"})
+
+
+@pytest.mark.parametrize("duration", ["3ep", "9sp", "9tok", "0.5dur", "3ba", 3])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda own: {"type": "WarmupLR", "params": {"warmup_num_steps": own}},
+        lambda own: {"type": "MultiStepScheduler", "params": {"milestones": [own]}},
+        lambda own: {"type": "Phases", "params": {"lr": [{"to": 0.2, "duration": own}]}},
+        lambda own: {
+            "type": "ChainedScheduler",
+            "params": {"schedulers": [{"type": "ConstantLR", "params": {"total_iters": own}}]},
+        },
+    ],
+    ids=["field", "list", "phases", "part"],
+)
+def test_has_data_durations_finds_durations_at_any_depth(build, duration):
+    assert has_data_durations(from_config(build(duration))) is (duration not in {"3ba", 3})
