@@ -40,7 +40,7 @@ from engine.checkpoint.plain_values import report_damage, write_values
 from engine.config import Config
 from engine.config.batch_sizes import BatchSizes
 from engine.config.wording import count_noun
-from engine.distributed.ranks import Ranks
+from engine.distributed.ranks import Ranks, set_group_timeouts
 from engine.training.data import repeat_batches
 from engine.training.optimizers import NoOptimizer, OptimizerFactory
 from engine.training.precision import cast_layer_inputs
@@ -98,6 +98,7 @@ class DeepSpeedBackend(Backend):
             mpu=mpu,
             mesh_param=mesh_param,
         )
+        set_group_timeouts()
         self._trains = optimizer is not None or config.optimizer is not None
         self._is_managed = config.raw.get("managed_gradient_accumulation", True)
         super().__init__(

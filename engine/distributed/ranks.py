@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -31,6 +32,7 @@ __all__ = [
     "get_world_size",
     "init_distributed",
     "read_timeout",
+    "set_group_timeouts",
 ]
 
 log = logging.getLogger("onecycle")
@@ -42,6 +44,7 @@ _REPORT_TIME = 1.0  # seconds; a launcher polls the processes ten times as often
 # Keys of the store. A single request reads the keys of all ranks.
 _EXIT_COUNT = "onecycle/exit_count"
 _EXITED_RANKS = "onecycle/exited_ranks"
+_FAILED_RANKS = "onecycle/failed_ranks"
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,19 @@ def read_timeout() -> timedelta | None:
     return timedelta(seconds=int(seconds)) if seconds else None
 
 
+def set_group_timeouts() -> None:
+    """Set the timeout of all existing process groups to ``ONECYCLE_TIMEOUT``, if it is set.
+
+    PyTorch does not apply the timeout of the default group to groups that other libraries create.
+    """
+    timeout = read_timeout()
+    if timeout is None:
+        return
+    for group in list(dist.distributed_c10d._world.pg_map):  # noqa: SLF001  # private in torch
+        if dist.get_rank(group) >= 0:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)  # noqa: SLF001
+
+
 def _create_process_group(device: torch.device, size: int, port: int | None) -> None:
     if port is not None:
         os.environ.setdefault("MASTER_PORT", str(port))
@@ -287,14 +303,15 @@ def destroy_distributed() -> None:
     report the wrong rank. With NCCL, destroying the group could also block, because NCCL waits for
     collectives that other ranks may never join.
 
-    If an exception is ending this process, this function logs the ranks that have already ended
-    without an exception. The lost connections to these ranks are the likely cause of the exception.
+    If an exception is ending this process, this function logs the ranks that are the likely cause:
+    ranks that ended before without an exception, or ranks that did not join the collective
+    operation that failed.
     """
     if not _has_process_group():
         return
     is_gloo = "gloo" in dist.get_backend()
     if hasattr(sys, "last_value"):
-        _log_ended_ranks()
+        _log_missing_ranks(sys.last_value)
         others_train = True
     else:
         _announce_exit()
@@ -322,20 +339,58 @@ def _announce_exit() -> None:
         store.append(_EXITED_RANKS, f"{dist.get_rank()} ")
 
 
-def _log_ended_ranks() -> None:
-    ended: list[int] = []
+def _log_missing_ranks(error: BaseException | None) -> None:
+    """Log the ranks that this rank may have waited for when it failed.
+
+    If a collective operation fails, it fails on all ranks that have joined it. The ranks that
+    neither fail nor end have therefore not joined it. Only the first rank that failed logs them.
+
+    Args:
+        error: exception that is ending this process.
+    """
     with contextlib.suppress(RuntimeError):
-        store = _get_store()
-        if store.check([_EXITED_RANKS]):
-            ended = sorted(map(int, store.get(_EXITED_RANKS).split()))
-    if ended:
-        log.error(
-            "Rank %s had ended before this rank failed. All ranks must take the same number of "
-            "steps. Check that each rank has the same number of batches.",
-            ", ".join(map(str, ended)),
-        )
-        # The launcher should receive the exit status of earlier failed ranks first.
+        store, rank = _get_store(), dist.get_rank()
+        store.append(_FAILED_RANKS, f"{rank} ")
+        ended = _read_ranks(store, _EXITED_RANKS)
+        if ended:
+            log.error(
+                "%s had ended before this rank failed. All ranks must take the same number of "
+                "steps. Check that each rank has the same number of batches.",
+                _list_ranks(ended),
+            )
+        elif not _is_communication_error(error):
+            return
+        # Other ranks can announce their failure meanwhile, and the launcher should receive the exit
+        # status of earlier failed ranks first.
         time.sleep(_REPORT_TIME)
+        failed = _read_ranks(store, _FAILED_RANKS)
+        missing = set(range(dist.get_world_size())).difference(failed, ended)
+        if missing and failed[0] == rank and not ended:
+            log.error(
+                "%s did not join the collective operation that failed. Check whether it hangs, or "
+                "has ended without an error. If it only needs more time, for example to load data, "
+                "set %s to a higher number of seconds.",
+                _list_ranks(sorted(missing)),
+                TIMEOUT,
+            )
+
+
+def _read_ranks(store: Any, key: str) -> list[int]:
+    return [int(rank) for rank in store.get(key).split()] if store.check([key]) else []
+
+
+def _list_ranks(ranks: Sequence[int]) -> str:
+    return f"Rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)))}"
+
+
+def _is_communication_error(error: BaseException | None) -> bool:
+    """Return whether an exception, or one that caused it, comes from a collective operation."""
+    while error is not None:
+        # Gloo raises RuntimeError with its source file in the message.
+        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _wait_for_exit_of_all_ranks() -> bool:

@@ -298,11 +298,19 @@ def test_rank_that_ends_early_is_named_by_the_rank_that_waits_for_it(tmp_path, b
     assert "[localhost:r0] Rank 1 had ended before this rank failed." in done.stderr
 
 
-def launch_failing_rank(tmp_path, kind, backend):
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "deepspeed"])
+def test_rank_that_hangs_is_named_by_the_rank_that_waits_for_it(tmp_path, backend):
+    done = launch_failing_rank(tmp_path, "hang", backend, "--timeout", "5")
+    assert done.returncode == 1
+    assert "[localhost:r0] Rank 1 did not join the collective operation" in done.stderr
+
+
+def launch_failing_rank(tmp_path, kind, backend, *options):
     """Launch two ranks of which rank 1 fails, and check that the job ends within 30 seconds."""
     command = [sys.executable, "-m", "engine.cli.main", "launch", "--nproc", "2"]
     done = subprocess.run(
-        [*command, FAILING_RANK, kind, backend],
+        [*command, *options, FAILING_RANK, kind, backend],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

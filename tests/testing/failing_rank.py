@@ -1,6 +1,8 @@
 """A training script in which rank 1 fails while the other ranks wait for it in a collective.
 
-    failing_rank.py {loop,worker,hook,exit,interrupt,end,none} {torch,deepspeed} [CHECKPOINT_DIR]
+    failing_rank.py KIND {torch,deepspeed} [CHECKPOINT_DIR]
+
+KIND is loop, worker, hook, exit, interrupt, end, hang, kill or none.
 
 Without a failure, it trains until it receives a signal. Rank 1 writes the time of its failure to
 the file ``failed_at``; each rank writes its process id to the file ``training.RANK`` after its
@@ -10,6 +12,7 @@ first step.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -33,6 +36,10 @@ FAILURES = {
 
 def fail(kind: str) -> None:
     Path("failed_at").write_text(str(time.time()))
+    if kind == "hang":
+        time.sleep(1000)
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
     raise FAILURES[kind]
 
 
@@ -63,7 +70,7 @@ def main(kind: str, backend: str, directory: str | None = None) -> None:
     for step, x in enumerate(DataLoader(data, batch_size=2, num_workers=int(kind == "worker"))):
         if rank == 1 and step == FAILING_STEP and kind == "hook":
             model.register_full_backward_hook(lambda *_: fail("hook"))
-        elif rank == 1 and step == FAILING_STEP and kind in FAILURES:
+        elif rank == 1 and step == FAILING_STEP and kind in {*FAILURES, "hang", "kill"}:
             fail(kind)
         trainer.backward(trainer(x).pow(2).mean())
         trainer.step()

@@ -135,7 +135,7 @@ def test_exit_after_an_exception_does_not_destroy_an_nccl_group(
 ):
     calls = []
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroyed"))
-    monkeypatch.setattr(ranks_module, "_log_ended_ranks", lambda: None)
+    monkeypatch.setattr(ranks_module, "_log_missing_ranks", lambda _: None)
     monkeypatch.setattr(ranks_module, "_announce_exit", lambda: None)
     monkeypatch.setattr(sys, "last_value", ValueError(), raising=False)
     if not fails:
