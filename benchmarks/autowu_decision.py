@@ -1,4 +1,4 @@
-"""Measure the cost of AutoWU's tests, and compare its decisions with those of the published code.
+"""Measure the cost of AutoWU's loss tests, and compare its decisions with the published code's.
 
     OMP_NUM_THREADS=1 python benchmarks/autowu_decision.py
 
@@ -7,7 +7,8 @@ The script prints the median CPU time of one test for different numbers of losse
 over the published code. The published code takes 176 ms for 70 losses and 230 ms for 1,000 or more
 (measured with gpytorch 1.15.2, torch 2.13.0 and one thread on an idle machine).
 
-The script also prints how many recorded warmups AutoWU ends at the same step as the published code.
+The script also prints how many of the recorded warmups end at the same step in both
+implementations.
 """
 
 from __future__ import annotations

@@ -54,10 +54,7 @@ BATCHES = (256, 2048, 8192)
 METHODS = ("fixed", "scaled", "cosine", "1Cycle", "refined", "AutoWU", "AutoWU 1/4")
 ONLY_LARGE = ("refined", "AutoWU 1/4")
 CYCLE_STEPS = 32
-"""Number of steps in each short cycle that refines the maximum learning rate.
-
-This is a third of the shortest run.
-"""
+"""Number of steps in each short cycle that refines the maximum learning rate."""
 CANDIDATES = (1e-3, 2e-3, 4e-3)
 
 
@@ -100,7 +97,7 @@ def loss_fn(trainer: engine.Engine, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Experiment:
-    """The dataset of the benchmark, with methods that train models on it."""
+    """The benchmark's dataset, and functions that train models on it."""
 
     def __init__(self, epochs: int, samples: int | None) -> None:
         found = images.load()
@@ -277,7 +274,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("autowu_large_batch.png"))
-    parser.add_argument("--smoke", action="store_true", help="use a few samples and one network")
+    parser.add_argument(
+        "--smoke", action="store_true", help="use only a few samples and one network"
+    )
     args = parser.parse_args()
     if args.smoke:
         args.epochs = 40

@@ -9,7 +9,7 @@ increase of a rank's resident memory during the call (excluding memory-mapped fi
 of the size of the rank's tensors.
 
 The contenders are onecycle with FSDP2 (stage 3 of the PyTorch backend),
-torch.distributed.checkpoint, which neither hashes nor syncs, and DeepSpeed stages 0 and 2 with and
+torch.distributed.checkpoint (which computes no hashes), and DeepSpeed stages 0 and 2, each with and
 without onecycle.
 """
 

@@ -1,4 +1,4 @@
-"""Run training scripts under faults, such as a full disk, a malicious file or a signal.
+"""Inject faults into training scripts, such as a full disk, a malicious file or a signal.
 
 Each fault is a shell script that runs in an empty directory. `benchmarks/fault_table.py` runs all
 of them and prints a table with the last line of the output, the exit status and the run time.

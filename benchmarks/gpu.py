@@ -1,13 +1,13 @@
-"""Compare onecycle with a raw loop and other libraries on a GPU: speed, memory, host syncs.
+"""Compare the speed, memory and host syncs of onecycle, a raw loop and other libraries on a GPU.
 
     python benchmarks/gpu.py --out gpu.json        # 8 minutes at most
     python benchmarks/gpu.py --dry-run             # a much smaller benchmark on the CPU
 
 The tasks are a GPT with 124M parameters in bf16, the same GPT compiled, and a small MLP whose step
-shows the overhead of each library. Each contender runs in its own process; the processes take
-turns, one round after another. The report is JSON: milliseconds per step (median of the rounds),
-tokens or samples per second, the median ratio to the raw loop, peak memory of the process in bytes,
-and the number of times per step that the host waits for the device, counted with the profiler.
+shows the overhead of each library. Each contender runs in its own process, and the processes take
+turns. The report is JSON: milliseconds per step (median of the rounds), tokens or samples per
+second, the median ratio to the raw loop, peak GPU memory in bytes, and the number of times per step
+that the host waits for the device, counted with the profiler.
 
 The raw loop uses fused AdamW, autocast, `clip_grad_norm_` and `zero_grad`. All contenders use
 torch's fused AdamW and clip gradients at norm 1; onecycle also follows a 1Cycle schedule. A library
@@ -385,7 +385,7 @@ class Contender:
             self._connection.send(message)
 
     def receive(self, deadline: float) -> Any:
-        """Return the answer to the last message; None if the contender has failed.
+        """Return the answer to the most recent message; None if the contender has failed.
 
         A contender that has not answered by the deadline is killed.
 
@@ -542,7 +542,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--dry-run", action="store_true", help="run a small test on the CPU")
+    parser.add_argument("--dry-run", action="store_true", help="run a small benchmark on the CPU")
     parser.add_argument("--rounds", type=int, help="rounds per task (default: 5; dry run: 2)")
     parser.add_argument("--out", type=Path, help="file for the report (default: standard output)")
     args = parser.parse_args()

@@ -3,9 +3,9 @@
     python benchmarks/growth.py [--only groups] [--steps 1000000]
 
 Each row is measured in a new process. Times are CPU times, which hardly depend on other programs on
-this machine. The time of a step is the mean over several steps. The column "growth" is the exponent
-with which the fastest-growing column has grown since the previous row: 0 is constant, 1 is linear,
-2 is quadratic.
+this machine. The time of a step is the mean over several steps. The column "growth" is the growth
+exponent of the fastest-growing column, relative to the previous row: 0 is constant, 1 is linear, 2
+is quadratic.
 
 - groups: start-up, a step, saving and loading, for a model in which each param group has one tensor
   of one element. "plain step" is a step with PyTorch's optimizer, without the engine.
@@ -165,7 +165,7 @@ def measure_schedule(count: int) -> Row:
 
 
 def build_tensors(count: int, device: str) -> Any:
-    """Build a model of 100 tensors with ``count`` elements in all."""
+    """Build a model with 100 tensors, which have ``count`` elements in total."""
     import torch
 
     values = (torch.ones(count // 100, device=device) for _ in range(100))
@@ -254,7 +254,7 @@ def measure(task: str, *arguments: Any) -> Any:
 
 
 def print_rows(title: str, rows: dict[str, Row]) -> None:
-    """Print a table with one row per size."""
+    """Print the rows as a Markdown table."""
     names = list(next(iter(rows.values())))
     print(f"\n| {title} |", " | ".join(names), "|")
     print("|---" * (len(names) + 1) + "|")
@@ -264,7 +264,7 @@ def print_rows(title: str, rows: dict[str, Row]) -> None:
 
 
 def print_sizes(title: str, task: list[Any], sizes: list[int]) -> None:
-    """Measure each size, and print one row per size, including the growth exponent."""
+    """Measure the task at each size, and print the results and the growth exponents."""
     rows: dict[str, Row] = {}
     last: Row = {}
     for size, last_size in zip(sizes, [0, *sizes], strict=False):

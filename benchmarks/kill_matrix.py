@@ -116,7 +116,7 @@ def parse_rows(text: str) -> dict[str, str]:
 
 
 def count_missing_checkpoints(directory: Path, whole: Path, engines: int) -> int:
-    """Return the number of checkpoint directories with wrong tags or steps.
+    """Return the number of engines that left checkpoints with wrong tags or steps.
 
     Args:
         directory: directory of the run that was killed.

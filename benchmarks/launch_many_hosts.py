@@ -9,13 +9,13 @@ No rank trains. One host fails on request, and all others exit when the launcher
 The first table shows CPU seconds, which hardly depend on other programs on this machine:
 
 - plan: building the launch plan, and encoding the job of each host as JSON;
-- preflight: the launcher's own CPU time for both rounds of the check;
+- preflight: the launcher's own CPU time for both rounds of the preflight check;
 - run: the launcher's own CPU time from the start of the agents to its exit;
 - stubs: the CPU time of the shell scripts, which a real launch does not run.
 
-The second table shows wall-clock seconds, which include the CPU time of the stubs, and counts:
+The second table shows wall-clock seconds (including the CPU time of the stubs), memory and counts:
 
-- preflight: both rounds of the check; the delay of a host is part of each round;
+- preflight: both rounds of the preflight check; each round includes the delay;
 - corrected: preflight, minus the stubs' CPU time divided by the number of cores;
 - outputs: from the start of the launcher until it has printed the first line or all lines;
 - notice: from the failure of a host until the launcher stops another host;
@@ -150,7 +150,7 @@ class Usage:
 
 
 def measure_run(directory: Path, environment: dict[str, str], count: int) -> dict[str, float]:
-    """Return measurements of a launch in which a host fails once all hosts have printed a line."""
+    """Measure a launch in which one host fails after all hosts have printed a line."""
     command = [sys.executable, "-m", "engine.cli.main", "launch", "--no-preflight"]
     command += ["--hostfile", str(directory / "hosts"), "--console", "all", str(__file__)]
     found: dict[str, float] = {}

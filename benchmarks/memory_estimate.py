@@ -4,8 +4,9 @@
 
 A small model trains for four steps with every backend, ZeRO stage, precision and offloading option,
 on one rank and on two. The script adds up the sizes of all tensors that exist at the end of a
-forward pass, at the end of a backward pass and in the optimizer step. The second table compares the
-estimate for a large model with the results of DeepSpeed's own estimators.
+forward pass, at the end of a backward pass and in the optimizer step. The first table compares the
+largest of these sums with the estimate. The second table compares the estimate for a large model
+with the results of DeepSpeed's own estimators.
 """
 
 from __future__ import annotations

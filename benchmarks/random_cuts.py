@@ -2,12 +2,12 @@
 
     python benchmarks/random_cuts.py --cuts 30
 
-Each run is interrupted once: it is killed, receives SIGTERM or Ctrl-C, or exits after an epoch or
-at its end. Then it is restarted. The samples, the learning rate and a hash of the weights of each
-step are compared with those of an uninterrupted run. Four training loops run on one rank and on
-two. The first iterates over ``trainer.batches()``. The second does the same with the script's own
-data loader, which has two workers. The third iterates over the epochs that remain. The fourth saves
-and loads checkpoints itself.
+Each run is killed, receives SIGTERM or Ctrl-C, exits after an epoch, or completes all its steps.
+Then it is restarted. The samples, the learning rate and a hash of the weights of each step are
+compared with those of an uninterrupted run. Four training loops run on one rank and on two. The
+first iterates over ``trainer.batches()``. The second does the same with the script's own data
+loader, which has two workers. The third iterates over the epochs that remain. The fourth saves and
+loads checkpoints itself.
 
 The exit status is 1 if a step differs, is missing or is trained after the end of the run.
 """
@@ -45,7 +45,7 @@ once, because there is nothing to save.
 
 
 class Case(NamedTuple):
-    """A run to interrupt: its training loop and world size, and the interruption and its step."""
+    """The training loop and world size of a run, and the kind and step of its interruption."""
 
     loop: str
     ranks: int

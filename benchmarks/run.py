@@ -1,11 +1,11 @@
-"""Run a group of benchmarks one after the other, and print how long each takes.
+"""Run a group of benchmarks one by one, and print how long each takes.
 
     python benchmarks/run.py speed       # as `make bench`
     python benchmarks/run.py evidence    # as `make evidence`
 
 The group "evidence" trains models, and writes the results to the directory ``run/evidence``, where
-you can compare them with docs/results. If the group is interrupted, a second call continues with
-the first run that is missing.
+you can compare them with docs/results. If you run an interrupted group again, it continues with the
+first training run that is missing.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> int:
     )
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument(
-        "--smoke", action="store_true", help="use a few samples and steps (evidence only)"
+        "--smoke", action="store_true", help="use only a few samples and steps (group evidence)"
     )
     args = parser.parse_args()
     if args.smoke and args.group != "evidence":

@@ -125,7 +125,7 @@ def loop(trainer: object, x: torch.Tensor, y: torch.Tensor) -> Step:
 
 
 def alone() -> None:
-    """Create a process group of one rank for DeepSpeed, and disable an op that is never used."""
+    """Create a process group of one rank, and disable DeepSpeed's shared-memory communication."""
     os.environ["LOCAL_RANK"] = "0"
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -1,4 +1,4 @@
-"""Compare the cost of a step on two ranks between onecycle, hand-written loops and DeepSpeed.
+"""Compare the cost of a step on two ranks in onecycle, hand-written loops and DeepSpeed.
 
     torchrun --standalone --nproc_per_node 2 benchmarks/training_speed_ranks.py
 

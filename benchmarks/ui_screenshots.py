@@ -2,7 +2,7 @@
 
     python benchmarks/ui_screenshots.py
 
-Requires chromium and chromedriver. The runs in the second screenshot train for a few seconds.
+Requires chromium and chromedriver. The script trains two small models for the second screenshot.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/validate_cost.py
 
-The script prints the CPU time (user and system) and its ratio to the CPU time of an empty Python
-process. The values are medians over the rounds, in which the contenders take turns. Peak memory is
-the largest resident set size.
+The script prints the CPU time (user and system), its ratios to the CPU times of an empty Python
+process and of onecycle, and the peak memory (largest resident set size). Times and ratios are
+medians over the rounds, in which the contenders take turns.
 """
 
 from __future__ import annotations

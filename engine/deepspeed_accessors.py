@@ -191,7 +191,7 @@ class DeepSpeedAccessors(nn.Module):
         return self.config.zero_stage
 
     def get_batch_info(self) -> tuple[int, int, int]:
-        """Return the batch size, the micro-batch size, and the number of micro-batches per step."""
+        """Return the global batch size, micro-batch size, and gradient accumulation steps."""
         batch = self.config.batch
         return batch.train, batch.micro, batch.accumulation
 
@@ -220,7 +220,7 @@ class DeepSpeedAccessors(nn.Module):
         return read_momentum(self._run.settled_backend.optimizer)
 
     def get_global_grad_norm(self) -> float | None:
-        """Return the 2-norm of the last step's gradients over all parameters, before clipping.
+        """Return the 2-norm of all gradients at the most recent step, before clipping.
 
         The result is None before the first step. On the DeepSpeed backend, the result is also None
         for bf16 without ZeRO and for mixture-of-experts models.
@@ -228,7 +228,7 @@ class DeepSpeedAccessors(nn.Module):
         return self._run.settled_backend.grad_norm
 
     def was_step_applied(self) -> bool:
-        """Return whether the last call to `step` applied an optimizer step."""
+        """Return whether the most recent call to `step` applied an optimizer step."""
         return self._run.counters.applied
 
     @property

@@ -346,7 +346,7 @@ class Engine(DeepSpeedAccessors):
 
         Args:
             save_dir: directory that holds the run's checkpoints; created if missing.
-            tag: name or number of this checkpoint; default: ``global_stepN`` after N batches.
+            tag: name or number of this checkpoint; default: ``global_stepN`` after N steps.
             client_state: dict of your own numbers, strings and tensors, which `load_checkpoint`
                 returns.
             save_latest: whether `load_checkpoint` may load this checkpoint if no tag is passed.

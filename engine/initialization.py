@@ -89,9 +89,9 @@ def initialize(
     """Validate a config and build the engine that trains the model.
 
     The function has the same arguments and return values as ``deepspeed.initialize``, in the same
-    order. An invalid config leaves the model and the optimizer unchanged. If the config names a
-    custom schedule, such as ``"my_module:MySchedule"``, its import is logged. Config values that
-    were set with the option ``--set`` of `onecycle launch` or `onecycle lr-test` are also logged.
+    order. An invalid config leaves the model and the optimizer unchanged. The log lists imports of
+    custom schedules, such as ``"my_module:MySchedule"``, and config values set with the option
+    ``--set`` of `onecycle launch` or `onecycle lr-test`.
 
     Args:
         args: parsed command line; ``args.deepspeed_config`` is used if ``config`` is not passed.
@@ -308,7 +308,7 @@ def _prefer_arguments(
 
 
 def _check_inference(config: Config, lr_scheduler: object) -> None:
-    """Check that neither a schedule nor the ZeRO stage requires an optimizer."""
+    """Raise an error if a schedule or the ZeRO stage requires an optimizer."""
     need = None
     if config.schedule is not None or lr_scheduler is not None:
         need = f"{config.name} has a schedule" if config.schedule else "`lr_scheduler` is passed"

@@ -1,4 +1,4 @@
-"""Provide the public names of `engine`, and the package `schedules`, in ``onecycle``.
+"""Make the public names of `engine` and the package `schedules` available in ``onecycle``.
 
 ``onecycle.initialize`` is `engine.initialize`, and ``onecycle.schedules`` is the package
 ``schedules``. Names are imported on first use. ``__init__.pyi`` declares their types.

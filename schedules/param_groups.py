@@ -100,7 +100,7 @@ _FIXES = {
 
 
 def find_slots(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
-    """Return the `Slot` in which each param group stores a hyperparameter.
+    """Return the `Slot` of a hyperparameter in each param group.
 
     Args:
         hyperparameter: "lr", "momentum" or "weight_decay".
@@ -207,12 +207,12 @@ class RangeWriter:
         self.start = step
         """First step of the range. Earlier steps may have a different formula."""
         self.end = min(piece.end for piece in found.values())
-        """End of the range (exclusive). The formula of a curve changes at this step."""
+        """End of the range (exclusive): the first step at which a curve's formula changes."""
         self.step = step
-        """Step whose values were written last."""
+        """Step whose values were written most recently."""
         self.num_groups = len(groups)
         self.last_group = groups[-1]
-        """Last param group, used to detect that groups were added or replaced."""
+        """The group at the end of the list, used to detect that groups were added or replaced."""
         self._slots = slots
         self._pieces = {
             name: [found[curve] for curve in in_groups] for name, in_groups in curves.items()
@@ -329,14 +329,13 @@ class RangeWriter:
         """Return the coefficients of all curves, if all are linear over the same range of steps.
 
         This is the case for 1Cycle with Adam, for example. `write` then computes
-        ``(step - origin) / steps`` once for all groups. A single quotient is faster than two
-        formulas per group.
+        ``(step - origin) / steps`` only once for all groups.
 
         Returns:
-            The origin, the number of steps, and one row per group. A row contains the initial
-            learning rate, its total change, the initial beta1 and its total change. None if a curve
-            is not linear, the curves have different origins or lengths, or the schedule does not
-            set exactly ``lr`` and a pair of ``betas``.
+            The origin (the first step of the lines), the number of steps, and one row per group.
+            A row contains the initial learning rate, its total change, the initial beta1 and its
+            total change. None if a curve is not linear, the curves have different origins or
+            lengths, or the schedule does not set exactly ``lr`` and a pair of ``betas``.
         """
         keys = {slot.key for slots in self._slots.values() for slot in slots}
         if keys != {"lr", "betas"} or self._pieces.keys() != {"lr", "momentum"}:

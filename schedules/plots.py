@@ -156,8 +156,7 @@ def group_by_panel(columns: Iterable[str]) -> dict[str, list[str]]:
 def find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) -> dict[int, str]:
     """Return the name of each phase of a panel's curve, keyed by the first step of the phase.
 
-    Return an empty dict if the panel shows several curves, or if ``curves`` does not contain the
-    curve.
+    Return an empty dict if the panel shows several curves or its curve is not in ``curves``.
     """
     if len(panel) > 1 or panel[0] not in curves:
         return {}
@@ -194,7 +193,7 @@ def keep_positive(values: Iterable[float]) -> list[float]:
 
 
 def is_log_panel(panel: str, columns: Iterable[Sequence[float]]) -> bool:
-    """Return whether a panel shows positive learning rates, so that its axis can be logarithmic."""
+    """Return whether a panel shows positive learning rates, which allow a logarithmic axis."""
     return panel in _LR_PANELS and any(value > 0 for values in columns for value in values)
 
 
@@ -249,10 +248,10 @@ def build_figure(
     Args:
         columns: dict that maps each column name (see `name_columns`) to the values of the column.
         title: title of the figure.
-        steps: step of each value, in ascending order (default: 0, 1, 2, …).
+        steps: training step of each row of values, in ascending order (default: 0, 1, 2, …).
         curves: curve of each column; its phases, such as the warmup, are labeled in the plot.
-        sources: schedule that each column belongs to, if several schedules are compared. All
-            columns of a schedule have the same color.
+        sources: dict that maps each column to the label of its schedule, if the figure compares
+            schedules. All columns of a schedule have the same color.
         log: whether the learning rate axis is logarithmic (default: only for an exponential sweep).
         extra_panels: number of empty panels to add at the bottom.
 

@@ -40,7 +40,7 @@ def attach(
             other hyperparameters too, pass a dict that maps "lr", "momentum" and "weight_decay" to
             such values. Defaults to the optimizer's current values or, if another schedule has set
             them, to the initial values of that schedule.
-        at: step at which the schedule starts.
+        at: step of the schedule to start from; 0 is its beginning.
         **params: parameters of the schedule, if ``schedule`` is a name, a function or a class.
 
     Raises:

@@ -47,10 +47,9 @@ class SiteError(Exception):
 
 
 def find_pages() -> dict[str, str]:
-    """Return the location of each page and asset in the site, by its path in the repository.
+    """Return a dict that maps the repository path of each page and asset to its path in the site.
 
-    The index page of a directory is its README.md, or the page of the same name next to it. For
-    example, ``config.md`` is the index page of ``config``.
+    The index page of a directory, such as ``config``, is ``config.md`` or ``config/README.md``.
     """
     pages = dict(TOP_PAGES)
     for path in sorted((ROOT / "docs").rglob("*")):
@@ -90,7 +89,7 @@ def collect_pages(target: Path) -> list[str]:
 
 
 def read_page(path: Path, target: Path) -> str:
-    """Return the Markdown of a page, and write the pictures of a notebook next to ``target``."""
+    """Return a page as Markdown. If it is a notebook, write its pictures next to ``target``."""
     if path.suffix == ".md":
         return path.read_text(encoding="utf-8")
     notebook = nbformat.read(path, as_version=4)
@@ -114,7 +113,7 @@ def rewrite_links(text: str, name: str, pages: dict[str, str]) -> str:
     Args:
         text: Markdown of a page.
         name: path of the page in the repository.
-        pages: location of each page and asset in the site, by its path in the repository.
+        pages: dict that maps the repository path of each page and asset to its path in the site.
     """
     parts, end = [], 0
     for fence in _FENCE.finditer(text):
@@ -151,7 +150,7 @@ def _list_pages(directory: str, texts: dict[str, str]) -> Iterator[str]:
 
 
 def expand_nav(nav: list[Any], pages: list[str]) -> list[Any]:
-    """Return a nav with its patterns replaced by the matching pages and empty sections removed."""
+    """Replace each pattern in a nav with the matching pages, and remove empty sections."""
     named = set(_list_names(nav))
 
     def expand(item: Any) -> Iterator[Any]:

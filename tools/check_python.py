@@ -2,9 +2,9 @@
 
     PYTHON tools/check_python.py COMMAND
 
-The Makefile runs this script before it creates the virtual environment. COMMAND is the name of the
-interpreter in the error message. The script must also run on older versions of Python 3, so that it
-can report them.
+The Makefile runs this script before it creates the virtual environment. The error message refers to
+the interpreter as COMMAND. The script must also run on older versions of Python 3, so that it can
+report them.
 """
 
 import re

@@ -145,7 +145,7 @@ def _skip_old_sections(schema: Mapping[str, Any]) -> Any:
 
 
 def _select_keys(section: str, members: Sequence[Member]) -> dict[str, Mapping[str, Any]]:
-    """Return a dict that maps each key of a section to its schema, without nested sections."""
+    """Return a dict that maps each key of a section, except nested sections, to its schema."""
     return {
         get_last_key(member.pointer): member.schema
         for member in members

@@ -25,7 +25,7 @@ from schedules.core.registry import FAMILIES, import_family
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = {ROOT / "docs", ROOT / "engine", ROOT / "schedules"}
-"""Directories that also contain files that are not generated."""
+"""Directories that contain both generated and handwritten files."""
 
 
 def build_schedule_schemas() -> dict[Path, str]:

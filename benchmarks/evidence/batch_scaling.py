@@ -34,7 +34,7 @@ SMALL, FACTOR = 64, 8
 CANDIDATES = (0.01, 0.02, 0.04, 0.08)
 TARGET = 0.84
 INTERVAL = 6144
-"""Number of samples between two evaluations."""
+"""Number of training samples between evaluations."""
 TUNING_SEED = 100
 RUNS = ("small batch", "Fixed", "LinearScale", "1Cycle", "1Cycle above Fixed")
 
@@ -53,9 +53,9 @@ def set_batch(config: Config, size: int, lr: float) -> Config:
 
 
 def train_to_target(config: Config, task: Task, seed: int) -> Row:
-    """Train a model until it reaches the target accuracy, and return the results as a row.
+    """Train a model until it reaches the target accuracy or the run ends, and return the results.
 
-    In the row, "samples" is the number of samples after which the model reached the target, or None
+    The result "samples" is the number of samples after which the model reached the target, or None
     if it did not.
     """
     size = config["train_batch_size"]

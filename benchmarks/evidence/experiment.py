@@ -1,8 +1,8 @@
 """Train models from configs, and store the results.
 
 The scripts in this directory share this module. Each script stores the result of a run in
-``docs/results/NAME.json`` as soon as the run ends, and reuses stored results. A second call of a
-script therefore only redraws its plot and its table.
+``docs/results/NAME.json`` as soon as the run ends, and reuses stored results. Running a script
+again therefore only redraws its plot and its table.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Task:
         build_model: function that builds the model.
         train: dataset of inputs and targets.
         test: inputs and targets on which accuracy is measured.
-        source: name of the data.
+        source: name of the dataset.
     """
 
     build_model: Callable[[], nn.Module]
@@ -66,10 +66,10 @@ class Experiment:
     """The command-line arguments that all scripts share, and the stored results.
 
     Args:
-        name: name shared by the config directory, the page, the plot and the stored results.
+        name: name shared by the config directory, the Markdown page, the plot and the JSON file.
         seeds: random seeds of the runs.
         is_smoke: whether to use only a few samples and steps, to check that the script works.
-        output: directory for the page, the plot and the stored results.
+        output: directory for the Markdown page, the plot and the JSON file.
         results: stored rows of the runs that have completed.
     """
 
@@ -91,12 +91,12 @@ class Experiment:
         parser.add_argument("--seeds", type=int, default=3, help="runs per setting (default: 3)")
         parser.add_argument("--first-seed", type=int, default=0, help="first seed (default: 0)")
         parser.add_argument("--rerun", action="store_true", help="discard the stored results")
-        parser.add_argument("--smoke", action="store_true", help="use a few samples and steps")
+        parser.add_argument("--smoke", action="store_true", help="use only a few samples and steps")
         parser.add_argument(
             "--output",
             type=Path,
             default=ROOT / "docs" / "results",
-            help="directory for the page, the plot and the stored results (default: docs/results)",
+            help="directory for the Markdown page, plot and JSON file (default: docs/results)",
         )
         arguments = parser.parse_args()
         # Models of this size train fastest on one thread.
@@ -119,7 +119,7 @@ class Experiment:
         return config
 
     def load_images(self, build_model: Callable[[], nn.Module], *, pooling: int = 1) -> Task:
-        """Return the task of classifying Fashion-MNIST, or scikit-learn's digits as a fallback.
+        """Return the Fashion-MNIST task, or scikit-learn's digits if Fashion-MNIST is unavailable.
 
         Args:
             build_model: function that builds the model.
@@ -146,9 +146,9 @@ class Experiment:
         Args:
             config: config with a OneCycle schedule, whose bounds are ignored.
             task: model and data.
-            steps: number of steps in each of the three runs.
-            refine_for: length, in steps, of the run for which short cycles refine the suggestion;
-                None to skip the refinement.
+            steps: number of steps in each of the three sweeps.
+            refine_for: number of steps of the training run for which to refine the suggestion with
+                short cycles; None to skip the refinement.
 
         Returns:
             A row with the config's scheduler block, in which the suggested bounds are set.
@@ -250,14 +250,14 @@ def train(
         config: config of the run.
         task: model and data.
         seed: random seed for the weights and the order of the samples.
-        every: number of optimizer steps between two evaluations; default: an epoch.
+        every: number of optimizer steps between evaluations; None for one epoch.
         stop: function that receives the newest history entry and returns whether to end the run.
         args: parsed command-line arguments that override values of the config.
 
     Returns:
-        A row with the history, one entry per evaluation: the mean loss and accuracy of the training
-        samples since the last evaluation, and the accuracy on the test data. The row also has the
-        learning rate of every ``lr_stride``-th step, as the optimizer used it.
+        A row with the history, which has one entry per evaluation: the mean loss and accuracy on
+        the training samples since the previous evaluation, and the accuracy on the test data. The
+        row also has the learning rates of every n-th step; n is stored as "lr_stride".
     """
     torch.manual_seed(seed)
     # On a CPU, convolutions are faster with channels last.

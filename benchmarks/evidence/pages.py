@@ -20,8 +20,8 @@ START, END = "<!-- Written by the command above. -->\n", "<!-- End of the result
 def write_page(experiment: Experiment, *tables: str) -> None:
     """Write the tables into the experiment's page, replacing those of an earlier call.
 
-    A line with the data, the seeds, the machine, the versions, the date and the CPU time precedes
-    the tables. If the page does not exist, it is created without any other text.
+    The tables follow a line that names the dataset, seeds, machine, versions, date and CPU time. If
+    the page does not exist, it is created without any other text.
     """
     path = experiment.output / f"{experiment.name}.md"
     results = experiment.results
@@ -53,7 +53,7 @@ def format_mean(values: Iterable[float], digits: int = 3) -> str:
 
 
 def format_values(values: Iterable[float], digits: int = 3) -> str:
-    """Format up to three values in ascending order, or the median and range of more values."""
+    """Format the values in ascending order, or their median and range if there are more than 3."""
     numbers = sorted(values)
     texts = [f"{number:.{digits}f}" for number in numbers]
     if len(numbers) <= 3:
@@ -78,7 +78,7 @@ def build_figure(panels: int) -> tuple[Figure, list[Axes]]:
 
 
 def plot_lr(axis: Axes, row: Row, *, scale: float = 1, **style: str | None) -> None:
-    """Plot the learning rate of a run against the step, multiplied by ``scale``."""
+    """Plot the learning rate of a run against the step number times ``scale``."""
     stride = row["lr_stride"] * scale
     axis.plot([stride * index for index in range(len(row["lr"]))], row["lr"], **style)
 

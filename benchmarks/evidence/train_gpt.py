@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train a GPT, and return its learning rates, training losses and held-out loss.
 
     Args:
-        argv: command-line arguments; default: those of the process.
+        argv: command-line arguments; None for ``sys.argv[1:]``.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter

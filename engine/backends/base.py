@@ -71,7 +71,7 @@ class Backend(ABC):
     num_parameters: int
     """Number of elements in all trained parameters, before sharding."""
     grad_norm: float | None
-    """2-norm of all gradients in the last step, before clipping; None before the first step."""
+    """2-norm of all gradients in the most recent step, before clipping; None before any step."""
 
     def __init__(
         self,
@@ -111,7 +111,8 @@ class Backend(ABC):
         """Prepare for a ``loss.backward()`` call in the script.
 
         Args:
-            is_last: whether gradients should be averaged across ranks during the backward pass.
+            is_last: whether this is the last backward pass before the optimizer step. If true, the
+                gradients are averaged across ranks during this pass.
         """
 
     @abstractmethod
@@ -158,8 +159,7 @@ class Backend(ABC):
             trains: whether to take an optimizer step.
 
         Returns:
-            A tuple of the mean loss and whether a step was applied; None if the model is not a
-            pipeline.
+            The mean loss, and whether a step was applied; None if the model is not a pipeline.
         """
         del batches, trains
         return None
@@ -273,7 +273,7 @@ class Backend(ABC):
 
     @abstractmethod
     def describe(self) -> tuple[str, str]:
-        """Return descriptions of the parallelism and of the precision, for the log."""
+        """Describe the parallelism and the precision for the log, in one string each."""
 
     def get_attribute(self, name: str) -> Any:
         """Return an attribute that the training engine does not define itself.
@@ -314,7 +314,7 @@ class DeferringBackend(Backend):
         This method does not communicate, so the ranks may call it at different times.
 
         Returns:
-            A tuple of whether the step was applied and its mean loss over all ranks.
+            Whether the step was applied, and its mean loss over all ranks.
 
         Raises:
             FloatingPointError: the gradients overflow at the minimum loss scale.

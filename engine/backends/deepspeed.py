@@ -53,8 +53,8 @@ _SCALER = "grad_scaler.pt"
 class DeepSpeedBackend(Backend):
     """Backend that trains with DeepSpeed's engine, including ZeRO and offloading.
 
-    The backend uses PyTorch's implementation of the config's optimizer unless the config requires
-    DeepSpeed's, because DeepSpeed must compile its own optimizers before their first use.
+    DeepSpeed must compile its own optimizers before their first use. The backend therefore uses
+    PyTorch's implementation of the config's optimizer, unless the config requires DeepSpeed's.
 
     Args:
         model: the user's module.
@@ -133,7 +133,7 @@ class DeepSpeedBackend(Backend):
             self.engine.set_gradient_accumulation_boundary(is_last)
 
     def _start_backward(self, *, is_last: bool) -> None:
-        """Check the order of the passes, and tell DeepSpeed whether this backward pass is the last.
+        """Check the order of the passes, and tell DeepSpeed whether this is the step's last pass.
 
         DeepSpeed needs this information only if it manages gradient accumulation. Otherwise, it
         reduces all gradients in the optimizer step.
@@ -346,7 +346,7 @@ class DeepSpeedBackend(Backend):
     def _load_only_weights(self, files: DeepSpeedFiles, *, strict: bool) -> None:
         """Load the weights and the step counters of a checkpoint, but not the optimizer's state.
 
-        DeepSpeed's own method is not suitable, because it loads the weights of the newest tag
+        At ZeRO stage 3, DeepSpeed's ``load_checkpoint`` would load the weights of the newest tag
         instead of the weights of this checkpoint.
         """
         with report_damage_on_all_ranks(files.directory, self.ranks):

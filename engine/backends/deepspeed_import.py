@@ -1,4 +1,4 @@
-"""Import DeepSpeed without compiling its CPU all-reduce op, which can take minutes."""
+"""Import DeepSpeed, and skip the compilation of its CPU all-reduce op, which can take minutes."""
 
 from __future__ import annotations
 

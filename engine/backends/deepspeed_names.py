@@ -1,4 +1,4 @@
-"""Look up settings of a run by their names in DeepSpeed's engine.
+"""Look up a run's settings by the names that DeepSpeed's engine uses.
 
 Scripts written for DeepSpeed read settings from its engine, for example with
 ``engine.zero_optimization_stage()``.
@@ -106,10 +106,9 @@ def find_attribute(backend: Backend, config: Config, name: str) -> Any:
 
 
 def find_setting(config: Config, name: str) -> Any:
-    """Return a config setting by its name in DeepSpeed's engine.
+    """Return the config setting that DeepSpeed's engine provides under a given name.
 
-    If DeepSpeed's engine has a method of this name, return a function without arguments that
-    returns the setting.
+    If the name is that of a method, return a function without arguments that returns the setting.
 
     Raises:
         KeyError: no setting has this name.

@@ -78,7 +78,7 @@ def _check_model(values: Any, weights: Mapping[str, Any], *, strict: bool) -> No
     check_same_structure(saved, {key: weights[key] for key in saved if key in weights}, "module")
     if strict and (different := saved.keys() ^ weights.keys()):
         name = describe(min(different, key=str))
-        raise ValueError(f"only one of the model and the saved `module` has the key {name}.")
+        raise ValueError(f"the key {name} is missing from either the model or the saved `module`.")
 
 
 def read_weights(engine: Any) -> dict[str, Any]:

@@ -55,9 +55,9 @@ class FSDPBackend(PyTorchBackend):
     _input_casts: Sequence[Any] = ()
     """Handles of the hooks that cast the inputs of layers."""
     _has_unreduced = False
-    """Whether the gradients of the last backward pass still have to be reduced across ranks."""
+    """Whether gradients of earlier backward passes still have to be reduced across ranks."""
     _frozen_16_bits: list[tuple[str, nn.Parameter]]
-    """Parameters that stay in 16 bits because they were frozen at the start, with their names."""
+    """Named parameters that stay in 16 bits because they were frozen when the engine was built."""
 
     @override
     def _place(self, model: nn.Module, device: torch.device) -> None:

@@ -26,11 +26,10 @@ _PACKAGES = (
 
 
 def find_model_parallelism(model: nn.Module) -> str | None:
-    """Return a description of the part of a model that implements its own parallelism.
+    """Return which part of a model implements its own parallelism; None if no part does.
 
     For example, the ranks may hold different experts of an MoE layer, so averaging all gradients
-    over all ranks would be incorrect. The description is a noun phrase for error messages. Return
-    None if the model does not implement its own parallelism.
+    over all ranks would be incorrect. The result is a noun phrase for error messages.
 
     >>> find_model_parallelism(nn.Linear(2, 2))
     """
@@ -57,8 +56,7 @@ def find_data_shard(model: Any, mpu: Any, mesh_param: Any) -> tuple[int, int] | 
     Args:
         model: model of the run. A PipelineModule defines which ranks form a pipeline.
         mpu: model-parallel unit, as in ``deepspeed.initialize``.
-        mesh_param: pair of the number of data-parallel ranks and the number of ranks that share
-            each sequence.
+        mesh_param: pair ``(data_parallel_size, sequence_parallel_size)``.
     """
     if _is_pipeline(model):
         mpu = model.mpu()

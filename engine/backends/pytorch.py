@@ -245,7 +245,7 @@ class PyTorchBackend(DeferringBackend):
         return not self.deferred.has_skipped, loss
 
     def _publish_scale(self, *, overflow: bool) -> None:
-        """Set the optimizer attributes that scripts for DeepSpeed read, such as ``loss_scale``."""
+        """Set the optimizer attributes that DeepSpeed scripts expect, such as ``loss_scale``."""
         optimizer: Any = self.optimizer
         optimizer.overflow = overflow
         optimizer.cur_scale = optimizer.loss_scale = self._scaler.scale if self._scaler else 1.0

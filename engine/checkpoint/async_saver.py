@@ -21,7 +21,7 @@ log = logging.getLogger("onecycle")
 
 
 def exit_with_failure(error: Exception) -> NoReturn:
-    """Log the failure of the last save, and exit the process with status 1.
+    """Log that the final save failed, and exit the process with status 1.
 
     Call this function only while the process is exiting, because it skips the remaining exit
     handlers.
@@ -35,7 +35,7 @@ def exit_with_failure(error: Exception) -> NoReturn:
 class AsyncSaver:
     """Writer that saves one checkpoint at a time in a background thread.
 
-    At exit, the process waits until the last save has finished. If the last save fails, the exit
+    At exit, the process waits until the current save has finished. If this save fails, the exit
     status is 1.
     """
 
@@ -82,7 +82,7 @@ class AsyncSaver:
         """Wait until the current save has finished. Return immediately if no save is running.
 
         Raises:
-            Exception: the exception of the last save, if it failed.
+            Exception: the exception of the save, if it failed.
         """
         if self._thread is not None:
             self._thread.join()
@@ -95,7 +95,7 @@ class AsyncSaver:
         """Wait until the current save has finished, and free the copies of the tensors.
 
         Raises:
-            Exception: the exception of the last save, if it failed.
+            Exception: the exception of the save, if it failed.
         """
         atexit.unregister(self._wait_at_exit)
         self.wait()

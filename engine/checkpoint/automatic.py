@@ -131,14 +131,14 @@ class AutomaticCheckpoints:
             raise SystemExit(INTERRUPTED if received == "SIGINT" else SAVED_AND_ENDED)
 
     def save_best(self, run: RunState) -> None:
-        """Save the best checkpoint if the last reported metric is the best so far."""
+        """Save the best checkpoint if the metric's best value is newer than that checkpoint."""
         if self._directory is None or run.best is None or not run.best.is_unsaved:
             return
         self._save(run, self._directory, _BEST)
         run.best.is_unsaved = False
 
     def save_last(self, run: RunState) -> None:
-        """Save a checkpoint of the last step, unless the step has already been saved."""
+        """Save a final checkpoint, unless the current step has already been saved."""
         if self._directory is None or self._plan.every is None or run.is_trial:
             return
         if not self._checkpointer.is_saved(run, self._directory):
@@ -146,7 +146,7 @@ class AutomaticCheckpoints:
             self._checkpointer.wait()
 
     def close(self, run: RunState) -> None:
-        """Save a checkpoint of the last step if necessary, and restore the signal handlers.
+        """Save a final checkpoint if necessary, and restore the signal handlers.
 
         With several ranks, the checkpoint is saved only if every rank calls this method within 30
         seconds.
@@ -180,7 +180,7 @@ class AutomaticCheckpoints:
         self._checkpointer.save(run, directory, tag, is_automatic=tag is None)
 
     def _save_at_exit(self, run: RunState) -> None:
-        """Save a checkpoint of the last step if a single-process run exits without an exception.
+        """Save a final checkpoint if a single-process run exits without an exception.
 
         With several ranks, no checkpoint is saved, because other ranks may have already exited.
         """

@@ -80,7 +80,7 @@ def find_missing_ranks(
 
     Args:
         ranks: rank and world size of this process.
-        timeout: timeout in seconds; default: 30.
+        timeout: timeout in seconds; None for 30 seconds.
         on_delay: function to call with the missing ranks after 30 seconds. Only the lowest waiting
             rank calls it.
     """
@@ -158,12 +158,12 @@ def raise_on_all_ranks(
 ) -> Iterator[None]:
     """Raise an exception on all ranks if the ``with`` block fails on any rank.
 
-    Without this context manager, the ranks without an exception would wait indefinitely in the next
-    collective operation. Every rank must enter the block.
+    Without this context manager, the other ranks would wait indefinitely in the next collective
+    operation. Every rank must enter the block.
 
     Args:
         ranks: rank and world size of this process.
-        consequence: start of the error message on ranks that did not raise an exception.
+        consequence: start of the error message on the ranks whose block did not fail.
 
     Raises:
         Exception: the exception that the block raised on this rank.

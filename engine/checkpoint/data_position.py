@@ -58,7 +58,7 @@ class DataPosition:
     def read(
         self, state: Mapping[str, Any], batch: BatchSizes, directory: Path, world_size: int
     ) -> Mapping[str, Any] | None:
-        """Return the position in the data from a checkpoint, or None if it was not saved.
+        """Read the data position from a checkpoint; return None if it was not saved.
 
         If the batch sizes have changed, the position is converted to batches of the new size.
 

@@ -55,7 +55,7 @@ class SavedTensor(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """The part of a parameter that the flat tensors of one rank contain."""
+    """The part of a parameter that is stored in one rank's flat tensors."""
 
     states: Mapping[str, Any]
     """Optimizer state of the flat tensor that contains this part."""
@@ -228,7 +228,7 @@ class DeepSpeedFiles:
 
     @cached_property
     def _aliases(self) -> dict[str, str]:
-        """The name under which each tied parameter is saved, by alias."""
+        """Maps each alias of a tied parameter to the name under which it is saved."""
         return dict(self._model.get("shared_params") or {})
 
     @cached_property
@@ -242,7 +242,7 @@ class DeepSpeedFiles:
 
     @cached_property
     def _frozen(self) -> dict[str, SavedTensor]:
-        """The frozen parameters that ZeRO stage 3 shards across the files of the ranks, by name."""
+        """Maps names to frozen parameters that ZeRO stage 3 shards across the ranks' files."""
         shapes = self._model.get("frozen_param_shapes") or {}
         if self.zero_stage != 3 or not shapes:
             return {}

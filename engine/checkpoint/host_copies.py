@@ -53,9 +53,9 @@ def copy_to_host(value: Any, old: Any = None) -> Any:
 
 
 def find_waiting(value: Any) -> Callable[[], None]:
-    """Return a function that waits until the copies that `copy_to_host` started are complete.
+    """Return a function that waits for the copies that `copy_to_host` started.
 
-    Any thread may call the function.
+    Any thread may call the returned function.
 
     Args:
         value: nested tensors that were passed to `copy_to_host`.

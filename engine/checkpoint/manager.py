@@ -112,7 +112,7 @@ class Checkpointer:
         run.progress.monitors.note_checkpoint(tag, run.counters.global_steps)
 
     def lock(self, directory: Path) -> None:
-        """Lock a directory until `close` is called, and delete incomplete checkpoints in it.
+        """Lock a directory, and delete incomplete checkpoints in it. `close` unlocks the directory.
 
         Raises:
             CheckpointError: if another process writes to the directory.
@@ -132,7 +132,7 @@ class Checkpointer:
         self._locks[path] = lock
 
     def is_saved(self, run: RunState, directory: Path) -> bool:
-        """Return whether the run's last checkpoint in a directory is up to date.
+        """Return whether the run's newest checkpoint in a directory is up to date.
 
         The checkpoint is up to date if the run has neither taken a step nor reported its metric
         since the save.
@@ -140,7 +140,7 @@ class Checkpointer:
         return self._saved.get(directory.resolve(), (0, -1)) == _get_position(run)
 
     def find_saved_steps(self, directory: Path) -> int:
-        """Return the step of this run's last checkpoint in a directory; 0 before the first save."""
+        """Return the step of this run's newest checkpoint in a directory; 0 if there is none."""
         return self._saved.get(directory.resolve(), (0, -1))[0]
 
     def _collect(self, run: RunState, client_state: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,7 +252,7 @@ class Checkpointer:
         """Wait until the current save has finished on all ranks.
 
         Raises:
-            Exception: if the last save failed on any rank.
+            Exception: if the save failed on any rank.
         """
         if self.async_saver is not None:
             try:
@@ -263,7 +263,7 @@ class Checkpointer:
                 raise
 
     def close(self) -> None:
-        """Wait until this rank's last save has finished, and unlock the directories."""
+        """Wait until this rank's current save has finished, and unlock the directories."""
         if self.async_saver is not None:
             self.async_saver.close()
         for lock in self._locks.values():

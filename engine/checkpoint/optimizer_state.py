@@ -1,4 +1,4 @@
-"""Get and load the state of an optimizer by parameter name.
+"""Get and load optimizer states that identify parameters by name.
 
 This module does not use ``torch.distributed.checkpoint.state_dict``, because its functions take an
 optimizer step to create missing states. Saving a checkpoint before the first step would then change
@@ -194,10 +194,10 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[
 class _Indices(list[int]):
     """List of a param group's parameter indices with a fast membership test.
 
-    For each state tensor, `Optimizer.load_state_dict` searches all groups for the parameter,
-    because it needs the settings ``fused`` and ``capturable`` of its group. With 10,000 groups, the
-    search takes minutes. Each list claims to contain the parameters of all groups with the same
-    values of ``fused`` and ``capturable``, so the search ends at the first of these groups.
+    For each state tensor, `Optimizer.load_state_dict` searches all groups for the parameter, to
+    read the group's settings ``fused`` and ``capturable``. With 10,000 groups, the search takes
+    minutes. Each list claims to contain the parameters of all groups with the same values of
+    ``fused`` and ``capturable``, so the search ends at the first of these groups.
     """
 
     def __init__(self, own: Iterable[int] = (), known: Collection[int] = ()) -> None:

@@ -46,9 +46,10 @@ def keep_tensors(optimizer: Optimizer) -> Iterator[None]:
 
 
 def _fill(old: Any, new: Any) -> Any:
-    """Copy nested tensors in ``new`` into the tensors in ``old``, and return the result.
+    """Copy the nested tensors in ``new`` into the tensors in ``old``, and return the result.
 
-    A tensor without a counterpart of the same shape, dtype and device is returned unchanged.
+    The result contains the tensors of ``old``, and those of ``new`` that have no counterpart of the
+    same shape, dtype and device.
     """
     if isinstance(old, Tensor) and isinstance(new, Tensor):
         is_alike = (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)

@@ -70,7 +70,7 @@ _LOADABLE: list[Any] = [
 
 
 def write_values(path: Path, values: Any) -> None:
-    """Write plain values, tensors, arrays, and lists or mappings of these to a file.
+    """Write values to a file: plain values, tensors, arrays, and lists or mappings of these.
 
     Raises:
         OSError: the disk is full or the directory is not writable.

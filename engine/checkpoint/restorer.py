@@ -48,7 +48,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class _SmallFiles:
-    """Saved states other than the model and optimizer. States that are not restored are None."""
+    """States to restore in addition to the model and optimizer. None if a state is not restored."""
 
     random_state: Any = None
     position: Any = None
@@ -122,9 +122,9 @@ class Restorer:
             )
 
     def _check_match(self, run: RunState, selected: Selected, parts: Parts) -> None:
-        """Check that the checkpoint is from a run with the same settings.
+        """Check the settings that must match between the checkpoint and this run.
 
-        Also convert the scheduler state of a DeepSpeed checkpoint for this run's scheduler.
+        Also select the scheduler state to restore from a DeepSpeed checkpoint.
         """
         checkpoint_dir, manifest, state = selected.path, selected.manifest, selected.state
         is_converted = selected.is_foreign and parts.scheduler and not self._plan.override
@@ -184,7 +184,7 @@ class Restorer:
 
 
 def _restore_counters(run: RunState, state: Mapping[str, Any]) -> None:
-    """Restore the step counters, and convert them if the batch sizes have changed."""
+    """Restore the step counters, adjusted if gradient accumulation has changed."""
     batch = run.config.batch
     saved = state.get("batch") or asdict(batch)
     counters = Counters(**state["counters"])

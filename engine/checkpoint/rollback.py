@@ -36,22 +36,22 @@ class RestorableBackend(Protocol):
 class Rollback:
     """Manager that rolls back the model, optimizer and loss scaler to their lowest-loss state.
 
-    AutoWU computes the mean loss of each test interval. `update` takes a snapshot whenever this
-    mean is the lowest so far, and restores the last snapshot when AutoWU switches from warmup to
-    decay.
+    During the warmup, AutoWU computes the mean loss at regular intervals. `update` takes a snapshot
+    whenever this mean is the lowest so far, and restores the snapshot when AutoWU switches from
+    warmup to decay.
     """
 
     def __init__(self, backend: RestorableBackend) -> None:
         self._backend = backend
         self._ranks = backend.ranks
         self.snapshot: Any = None
-        """Snapshot at the lowest loss so far; None if none was taken yet, and after the warmup."""
+        """Snapshot at the lowest loss so far; None before the first one and after the warmup."""
 
     def update(self, scheduler: object) -> None:
-        """Take a snapshot at each new loss minimum, and restore the last one when the decay starts.
+        """Take a snapshot if the loss is the lowest so far; restore it when the decay starts.
 
         Args:
-            scheduler: AutoWU scheduler that has already received the loss of the last step.
+            scheduler: AutoWU scheduler that has already received the loss of the current step.
         """
         assert isinstance(scheduler, ScheduleBinder)
         assert isinstance(scheduler.controller, AutoWUController)

@@ -2,7 +2,7 @@
 
 An unsharded tensor is stored under its own name, so that any safetensors reader can load it. A
 shard of a tensor is stored under ``name@offset,…``, and the header of its file contains the shape
-of the full tensor. Neither an index file nor pickle is used, so opening a file never runs code.
+of the full tensor. The files contain no pickled objects, so opening one never runs code.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class ShardWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Return the plans, each with its rank as ``storage_data``, for use in the file name."""
+        """Return a copy of each plan with its rank as ``storage_data``, for the file name."""
         return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -109,7 +109,7 @@ class ShardWriter(StorageWriter):
         return _wrap_in_future(results)
 
     def write_whole(self, tensors: dict[str, Tensor]) -> None:
-        """Write the tensors of a single process without torch's slow save planner."""
+        """Write unsharded tensors to a single file, without torch's slow save planner."""
         self._write_shard(0, tensors, {})
 
     def _write_shard(self, rank: int, tensors: dict[str, Tensor], parts: dict[str, Any]) -> None:
@@ -130,8 +130,8 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file, one tensor at a time.
 
-    In contrast, ``safetensors.torch.save_file`` first copies all tensors, so it needs twice the
-    memory and twice the time.
+    ``safetensors.torch.save_file`` takes twice as long and needs twice the memory, because it first
+    copies all tensors.
 
     Args:
         path: file to write.
@@ -192,7 +192,7 @@ class ShardReader(StorageReader):
         """Do nothing, because the reader always uses the same directory."""
 
     def read_metadata(self, *_args: Any, **_options: Any) -> Metadata:
-        """Return the shapes and shards of all saved tensors, and the location of each shard.
+        """Return the shapes of the saved tensors, and the offsets and location of each shard.
 
         Raises:
             CheckpointError: if a file is damaged.
@@ -293,7 +293,7 @@ def _read_header(
     known: dict[str, TensorStorageMetadata],
     locations: dict[MetadataIndex, tuple[Path, str]],
 ) -> None:
-    """Add the tensors of a file to ``known``, and the shard locations to ``locations``."""
+    """Add a file's tensors to ``known``, and the locations of their shards to ``locations``."""
     with safe_open(path, framework="pt") as file:
         found = json.loads((file.metadata() or {}).get("parts", "{}"))
         parts = restore(dict[str, _Part], found, "parts")

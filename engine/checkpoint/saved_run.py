@@ -25,8 +25,7 @@ class _Position:
     given: int
     """Number of micro-batches requested in the epoch.
 
-    In some checkpoints of earlier versions, the number is negative. `DataPosition.read` replaces it
-    with 0.
+    Some earlier versions saved a negative number, which `DataPosition.read` replaces with 0.
     """
     finished: Count = field(default=0, metadata=OPTIONAL)
 

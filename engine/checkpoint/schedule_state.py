@@ -29,7 +29,7 @@ log = logging.getLogger("onecycle")
 def convert_deepspeed_state(
     checkpoint_dir: Path, saved: Mapping[str, Any] | None, scheduler: LRScheduler
 ) -> Mapping[str, Any] | None:
-    """Convert a scheduler state saved by DeepSpeed to a state for this run's scheduler.
+    """Return the scheduler state in a DeepSpeed checkpoint if this run's scheduler can load it.
 
     Args:
         checkpoint_dir: directory of the checkpoint, for the error message.
@@ -37,12 +37,12 @@ def convert_deepspeed_state(
         scheduler: scheduler of this run.
 
     Returns:
-        The state, or None if no state needs to be loaded. If None, the schedule continues at the
+        The state, or None if a built-in schedule cannot load it. The schedule then continues at the
         current step of the run.
 
     Raises:
-        CheckpointError: if the script created the scheduler, and the checkpoint does not contain a
-            state for it.
+        CheckpointError: if the training script created the scheduler, and the checkpoint does not
+            contain a state for it.
     """
     if isinstance(scheduler, ScheduleBinder):
         return saved if saved is not None and {"type", "params", "step"} <= saved.keys() else None
@@ -128,7 +128,7 @@ def _check_schedule_state(scheduler: LRScheduler, state: dict[str, Any]) -> None
 
 
 def _fix_lengths(value: Any) -> Any:
-    """Convert lists to tuples, for which `check_same_structure` requires the exact length."""
+    """Convert lists to tuples, so that `check_same_structure` requires their exact lengths."""
     if isinstance(value, dict):
         return {key: _fix_lengths(each) for key, each in value.items()}
     return tuple(map(_fix_lengths, value)) if isinstance(value, list) else value
@@ -170,7 +170,7 @@ def advance(scheduler: LRScheduler, applied_steps: int) -> None:
 
     Args:
         scheduler: scheduler of this run.
-        applied_steps: number of applied optimizer steps in the checkpoint.
+        applied_steps: number of optimizer steps that the run has applied so far.
     """
     if isinstance(scheduler, ReduceLROnPlateau) or not hasattr(scheduler, "last_epoch"):
         log.warning(

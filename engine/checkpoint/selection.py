@@ -19,7 +19,7 @@ from engine.errors import CheckpointError
 __all__ = ["RUN_STATE", "CheckpointSelector", "Selected", "find_foreign"]
 
 RUN_STATE = "engine.pt"
-"""Name of the file for the state of a run, without the model and the optimizer."""
+"""Name of the file that stores the state of a run, except for the model and the optimizer."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Selected:
     path: Path
     manifest: Manifest
     state: dict[str, Any]
-    """State of the run, without the model and the optimizer."""
+    """State of the run, except for the model and the optimizer."""
     is_foreign: bool
     """Whether DeepSpeed wrote the checkpoint without onecycle."""
 
@@ -133,7 +133,7 @@ def find_foreign(directory: Path, tag: str | None) -> Path | None:
 
 
 def _follow(pointer: Path) -> Path | None:
-    """Return the DeepSpeed checkpoint that a file such as ``latest`` names.
+    """Return the DeepSpeed checkpoint whose name is in a file such as ``latest``.
 
     Return None if the file does not exist or does not name a DeepSpeed checkpoint.
     """

@@ -112,8 +112,8 @@ def write_async(
         frozen: whether to include frozen parameters.
 
     Returns:
-        A future that completes when this rank has written its files. On rank 0, the future
-        completes when all ranks have written their files.
+        A future that completes when this rank has written its files or, on rank 0, when all ranks
+        have written their files.
     """
     state = _get_state(model, optimizer, frozen=frozen)
     copies = copy_to_host(state, buffers)
@@ -213,7 +213,7 @@ def _find_saved_weights(
 def _read_optimizer(
     directory: Path, model: nn.Module, optimizer: Optimizer, source: Source
 ) -> dict[str, Any]:
-    """Return the checked optimizer state and the optimized parameters that are not in the model."""
+    """Load and check the optimizer state, and load optimized parameters outside the model."""
     with report_damage(directory / VALUES):
         saved = {**source.values, **source.tensors}
         own = build_empty_state(directory, model, optimizer, saved)
@@ -252,7 +252,7 @@ def _find_extra_states(
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """Return the unsharded parameters and buffers of the model in a checkpoint, by name."""
+    """Return the model's full (unsharded) parameters and buffers from a checkpoint, by name."""
     if has_deepspeed_files(directory):
         found = DeepSpeedFiles(directory).find_weights()
         # Each tensor needs its own memory in a safetensors file.
@@ -332,7 +332,7 @@ def _load_tensors(reader: ShardReader, own: dict[str, Any], *, is_single_process
 
 @contextlib.contextmanager
 def _raise_cause() -> Iterator[None]:
-    """Raise the exception of the first failed rank instead of torch's `CheckpointException`.
+    """Raise the exception of the lowest failed rank instead of torch's `CheckpointException`.
 
     A `CheckpointException` contains the exceptions of all failed ranks. The class does not derive
     from `Exception`, so ``except Exception`` would not catch it.

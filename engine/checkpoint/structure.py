@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 _IMPLEMENTATION = {"fused", "foreach"}
-"""Settings of a param group that are not restored."""
+"""Settings of a param group that only select an implementation, so they are not restored."""
 _NOT_IN_TEMPLATES = {*_IMPLEMENTATION, "capturable", "params"}
 _MAX_INT = 2**63 - 1
 _MAX_FLOAT = torch.finfo(torch.float32).max
@@ -198,11 +198,11 @@ def _check_parameter_state(
 
 
 class _Templates:
-    """Builder of the expected state of a parameter after the first optimizer step.
+    """Builder of the optimizer state that a parameter should have after the first step.
 
-    For an optimizer class in `torch.optim`, a second optimizer takes a step on a small parameter
-    with the same number of dimensions. For any other class, the expected state is the current state
-    of the parameter, because a step could have side effects.
+    For an optimizer class in `torch.optim`, a temporary optimizer of this class takes one step on a
+    small parameter with the same number of dimensions. For any other class, the expected state is
+    the current state of the parameter, because a step could have side effects.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -225,7 +225,7 @@ class _Templates:
 
         Args:
             parameter: parameter of the optimizer.
-            saved: settings that override the settings of the param group.
+            saved: saved settings that override this run's settings of the param group.
         """
         group = self._groups.get(id(parameter))
         if group is None or not self._is_known:
@@ -254,9 +254,9 @@ class _Templates:
 def _scale(value: Any, shape: torch.Size) -> Any:
     """Adapt a value from the state of a small parameter to a parameter of the given shape.
 
-    The small parameter has size 2 in each dimension. A tensor with the same number of dimensions
-    becomes a meta tensor with each size of 2 replaced by the parameter's size. Any other value is
-    returned unchanged.
+    The small parameter has size 2 in each dimension. A tensor with as many dimensions as ``shape``
+    becomes a meta tensor, and each size of 2 is replaced by the corresponding size in ``shape``.
+    Any other value is returned unchanged.
     """
     if not isinstance(value, Tensor) or value.dim() != len(shape) or not shape:
         return value

@@ -20,7 +20,7 @@ COMMANDS = {
     "schedules": "list every schedule, or print the documentation of one",
     "lr-test": "run an LR range test on a script and suggest learning-rate bounds",
     "launch": "start a script on one host or several, and stop all ranks if one fails",
-    "ui": "open a page in the browser that edits a config or shows a run",
+    "ui": "open a web page for editing a config or viewing runs",
     "doctor": "report which features work on this machine, and why the others do not",
     "checkpoint": "list, verify, show or export the checkpoints of a run",
     "schema": "print the JSON Schema of configs, or of one schedule's params",
@@ -47,7 +47,7 @@ class _HelpFormatter(argparse.HelpFormatter):
     """Help formatter that wraps paragraphs, but not indented lines, such as examples."""
 
     def add_argument(self, action: argparse.Action) -> None:
-        """Add an argument, and widen the first column by the indentation of the subcommands."""
+        """Add an argument. For subcommands, widen the first column by their indentation."""
         super().add_argument(action)
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001  # no public name
             self._action_max_length += self._indent_increment

@@ -62,10 +62,9 @@ def find_offload_device(config: Mapping[str, Any], name: str) -> str:
 def find_deepspeed_only_keys(members: Sequence[Member]) -> list[Member]:
     """Return the keys and sections of a config that only DeepSpeed supports.
 
-    If a whole section is supported only by DeepSpeed, the result contains the section instead of
-    its keys.
-    The result does not contain keys that the PyTorch backend can ignore without changing the
-    results.
+    If only DeepSpeed supports a whole section, the section is returned instead of its keys. Keys
+    and sections that do not affect the training results are omitted, because the PyTorch backend
+    can ignore them.
 
     Args:
         members: all keys of the config; each section precedes its keys.

@@ -123,7 +123,7 @@ RankCounter = Callable[[Mapping[str, Any], int], DataRanks]
 
 
 def count_ranks_per_model(config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the number of ranks across which each config key splits a model.
+    """Return the number of ranks per model for each parallelism key in a config.
 
     >>> count_ranks_per_model({"sequence_parallel_size": 2})
     {'sequence_parallel_size': 2}
@@ -157,9 +157,9 @@ def derive_batch_sizes(given: Mapping[str, int], ranks: DataRanks | int) -> Batc
     1, as in DeepSpeed.
 
     Args:
-        given: values that the config sets, by key (see `BATCH_KEYS`); each is at least 1.
-        ranks: number of ranks that load different samples, at least 1. Like DeepSpeed, the function
-            also accepts a train batch size that counts each tensor-parallel rank separately.
+        given: values that the config sets, by key (see `BATCH_KEYS`); each is at least 1. As in
+            DeepSpeed, the train batch size may count each tensor-parallel rank separately.
+        ranks: number of ranks that load different samples, at least 1.
 
     Raises:
         BatchError: if the values are inconsistent, or neither the train batch size nor the

@@ -87,7 +87,7 @@ def _find_import_paths(value: Any, pointer: str) -> Iterator[NamedCode]:
 def check_named_code(
     document: Document, block: Mapping[str, Any], pointer: str = "/scheduler"
 ) -> Iterator[Problem]:
-    """Check each import path and entry point in a ``scheduler`` block, and yield the results.
+    """Yield a problem or note for each import path and entry point in a ``scheduler`` block.
 
     Args:
         document: parsed config.

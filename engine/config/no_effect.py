@@ -48,8 +48,8 @@ def _is_listed(member: Member, values: Any) -> bool:
 
     Args:
         member: key of a config, with its value.
-        values: list of values without effect; None if no value has an effect. For a section, a dict
-            that maps each key that can have an effect to the list of its values without effect.
+        values: list of the values that have no effect; None if no value has an effect. For a
+            section, a dict with such a list for each key that can have an effect.
     """
     if values is None:
         return True

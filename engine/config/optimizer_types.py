@@ -1,4 +1,4 @@
-"""Find the optimizer that ``optimizer.type`` names, and the JSON schema of its params."""
+"""Look up ``optimizer.type`` and the JSON schema of the optimizer's params."""
 
 from __future__ import annotations
 

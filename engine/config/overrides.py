@@ -84,7 +84,7 @@ def _find_schedule_parameters() -> dict[str, type[Schedule[Any]]]:
 
 
 _VALUES = "onecycle_overrides"
-"""Namespace attribute that maps the names of onecycle's arguments to their values."""
+"""Namespace attribute that stores the values of onecycle's arguments, by argument name."""
 
 
 class _StoreOverride(argparse.Action):
@@ -337,7 +337,7 @@ def _describe_value(document: Document, pointer: str, new: Any) -> str:
 
 
 def _replace_values(document: Document, value: Any, changes: Sequence[Override]) -> Document:
-    """Return a copy of a document with a new value, and drop locations inside replaced values."""
+    """Return a copy of a document with a new ``value`` and no locations inside changed values."""
     origins = {change.pointer: change.argument for change in changes}
     below = tuple(f"{pointer}/" for pointer in origins)
     origins = {**document.arguments, **origins}

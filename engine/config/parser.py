@@ -47,7 +47,7 @@ class Location:
 class Document:
     """A parsed config.
 
-    ``locations`` maps the JSON pointer of each value to its position. ``problems`` lists the
+    ``locations`` maps the JSON pointer of each value to its `Location`. ``problems`` lists the
     problems that the parser found, for example duplicate keys.
     """
 
@@ -107,8 +107,8 @@ class Document:
         Args:
             rule: ID of the rule that found the problem.
             pointer: JSON pointer of the key.
-            message: description of the problem.
-            hint: description of the fix.
+            message: what is wrong.
+            hint: how to fix it.
             at_key: whether to report the position of the key instead of its value.
             severity: "error", "warning" or "note".
             fix: automatic fix, or None.

@@ -152,7 +152,7 @@ class ProgressSettings:
     is_logged: bool
     """Whether the loss and the learning rate are reported; false for ``steps_per_print: null``."""
     every: int | None
-    """Number of steps between two reports; None for the defaults of `ProgressReporter`."""
+    """Number of steps between reports; None to use the default of `ProgressReporter`."""
     has_bar: bool
     """Whether the reports appear in a progress bar instead of as log lines."""
 
@@ -164,7 +164,7 @@ class Diagnostics:
     wall_clock_breakdown: bool
     """Whether each progress line includes the mean forward, backward and step times."""
     dump_state: bool
-    """Whether the resolved config and the state of the engine are logged at the start."""
+    """Whether to log the resolved config and the engine's state when the run starts."""
     flops_profiler: Mapping[str, Any]
     """The ``flops_profiler`` section, with defaults filled in."""
 
@@ -197,7 +197,7 @@ class Config(Mapping[str, Any]):
     diagnostics: Diagnostics
     data: DataSettings
     report: ReportPaths | None
-    """Paths of the report; None if the run writes no report."""
+    """Where to write the report; None to write no report."""
     checkpoint: CheckpointPlan
     monitors: Mapping[str, Mapping[str, Any]]
     """The sections ``tensorboard``, ``csv_monitor`` and ``wandb``."""
@@ -207,7 +207,7 @@ class Config(Mapping[str, Any]):
     keys_without_effect: tuple[str, ...]
     """Dotted names of the keys that do not affect the results of this run."""
     run: Mapping[str, Any]
-    """The keys and values of the ``engine`` section that set or scale the length of the run."""
+    """The duration settings of the ``engine`` section, such as ``max_duration``."""
 
     def __getitem__(self, key: str) -> Any:
         return self.raw[key]
@@ -278,8 +278,8 @@ def load_config(
 ) -> Config:
     """Load and validate a config, and fill in all defaults and derived values.
 
-    Code that the config names, such as ``"my_module:MySchedule"``, is imported. To check a config
-    that you do not trust, use `validate` instead.
+    Custom classes named in the config, such as ``"my_module:MySchedule"``, are imported. To check a
+    config that you do not trust, use `validate` instead.
 
     Args:
         config: path of the config, or the config as a dict. The dict is not modified.
@@ -288,8 +288,8 @@ def load_config(
             values.
         assignments: ``KEY=VALUE`` strings that override config values, such as
             "optimizer.params.lr=0.01". They take precedence over ``args``.
-        needs_deepspeed: model feature or keyword argument that requires DeepSpeed, or None. If set,
-            the default backend is DeepSpeed.
+        needs_deepspeed: name of a model feature or an argument of `initialize` that requires
+            DeepSpeed; None if there is none. If set, the default backend is DeepSpeed.
         count_ranks: function that takes the config and the world size, and returns the number of
             ranks that load different samples. By default, this number is derived from the config's
             parallelism settings.

@@ -69,10 +69,10 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
-    """Return a copy of the problem with a hint that lists the schedules with the unknown parameter.
+    """Return a copy of the problem whose hint lists schedules that accept the unknown parameter.
 
     Return the problem unchanged if it does not report an unknown parameter, if its hint already
-    suggests a key, or if no schedule has the parameter.
+    suggests a key, or if no schedule accepts the parameter.
     """
     if problem.rule != "unknown-key" or "`" in problem.hint:
         return problem
@@ -99,9 +99,9 @@ def construct_schedule(
         pointer: JSON pointer of the block.
 
     Returns:
-        The schedule, or None if it cannot be constructed, and a list of problems with its
-        parameters. If a parameter is in ``unresolved``, the list is empty, because this parameter
-        could be the cause of the problems.
+        Pair ``(schedule, problems)``. ``schedule`` is None if it cannot be constructed.
+        ``problems`` lists problems with the schedule's parameters. It is empty if any parameter is
+        in ``unresolved``, because that parameter could be the cause.
     """
     block = _find_block(config, pointer)
     if not isinstance(block, Mapping) or "type" not in block:
@@ -130,7 +130,7 @@ def construct_schedule(
 
 
 def _find_block(config: Any, pointer: str) -> Any:
-    """Return the value at a JSON pointer, or None if the key is absent."""
+    """Return the value at a JSON pointer, or None if a key of the pointer is absent."""
     for key in split_pointer(pointer):
         if isinstance(config, list):
             config = config[int(key)]

@@ -33,7 +33,7 @@ _MAX_PIECES = 5000
 _JUMP = 0.01
 """Minimum size of a jump, as a fraction of the largest value of the hyperparameter."""
 _POSSIBLE_LENGTHS = (1000, 1, 30, 1_000_000)
-"""Steps per epoch and samples per step to try if the actual numbers are unknown."""
+"""Numbers to try for the steps per epoch or the samples per step if they are unknown."""
 
 
 def build_horizon(
@@ -88,7 +88,7 @@ def build_horizon(
 def find_horizon(
     schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None = None
 ) -> Horizon | None:
-    """Return the length of the run, or None if it cannot be determined before launch.
+    """Return the run length, or None if a duration cannot be converted to steps before launch.
 
     Durations in epochs depend on the data loader. Durations in samples and tokens depend on the
     batch size. Without ``train_batch_size``, the batch size depends on the number of ranks.

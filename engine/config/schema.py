@@ -36,7 +36,7 @@ __all__ = [
 
 SCHEMA = "ds_config.schema.json"
 IGNORED_PREFIXES = ("x-", "//", "_")
-"""Prefixes of keys that are ignored: comments and disabled settings."""
+"""Prefixes of ignored keys, which serve as comments or disabled settings."""
 OPTIMIZERS: Mapping[str, dict[str, Any]] = schemas.read("optimizers.json")["$defs"]
 
 ABSENT: Any = object()
@@ -129,8 +129,8 @@ def walk(
 ) -> Iterator[Member]:
     """Yield every key of an object and its nested sections. A section precedes its keys.
 
-    The schema of ``params`` depends on the value of ``type``. Ignored keys (see `is_ignored`) are
-    skipped.
+    In an optimizer or scheduler block, the schema of ``params`` depends on ``type``. Ignored keys
+    (see `is_ignored`) are skipped.
 
     Args:
         value: object to iterate over. For any other type, nothing is yielded.
@@ -165,8 +165,7 @@ def walk(
 def _find_replaced_keys(value: Mapping[str, Any], properties: Mapping[str, Any]) -> set[str | None]:
     """Return the canonical names of keys that an object sets under an old name or an alias.
 
-    The set can also contain None and hint texts. They have no effect, because callers only test
-    whether a key name is in the set.
+    The set can also contain None and hint texts, which do not match any key name.
     """
     given = [properties[key] for key in value if key in properties]
     return {schema.get(word) for schema in given for word in ("x-alias-of", "x-instead")}
@@ -177,8 +176,9 @@ def get_member_schema(
 ) -> Mapping[str, Any]:
     """Return the schema of a key, with references resolved.
 
-    The schema of ``params`` depends on the value of ``type``. For ``optimizer.type``, return the
-    schema of the optimizer itself, because it has annotations such as ``x-backend``.
+    For the ``params`` of an optimizer or scheduler block, return the schema for its ``type``. For
+    ``optimizer.type``, return the schema of the optimizer itself, because it has annotations such
+    as ``x-backend``.
 
     Args:
         schema: schema of the key, as given in the schema of the enclosing object.

@@ -101,8 +101,7 @@ def _get_error_pointers(problems: Sequence[Problem]) -> set[str]:
 def _find_deprecated(document: Document) -> Iterator[Problem]:
     """Yield a note for each deprecated key whose replacement is not set.
 
-    In the sections, a deprecated key beside its replacement is an error, because DeepSpeed rejects
-    the config.
+    Yield an error if a section contains both keys, because DeepSpeed rejects such a config.
     """
     for member in walk(document.value, schemas.read(SCHEMA)):
         if not member.schema.get("deprecated"):
@@ -151,7 +150,7 @@ def _check_optimizer(document: Document, block: Mapping[str, Any]) -> Iterator[P
 def _check_run_length(
     document: Document, config: Mapping[str, Any], ranks: DataRanks | None
 ) -> Iterator[Problem]:
-    """Yield an error if the run is too long or shorter than one step.
+    """Yield an error if the run is shorter than one step or too long.
 
     The size of the dataset is unknown, so each epoch is assumed to have one step.
     """

@@ -43,15 +43,15 @@ _IMPLEMENTATIONS = (
     "32bit",
     "8bit",
 )
-"""Parts of optimizer names in other libraries that only name an implementation or a device."""
+"""Words that other libraries add to optimizer names to specify an implementation or a device."""
 
 
 class Suggestion(NamedTuple):
     """A suggestion for an unknown key.
 
-    ``hint`` is the sentence to show to the user, or an empty string. ``meant`` is the key of the
-    same object that the user probably meant, or an empty string. ``fix`` renames the unknown key to
-    ``meant``. The fix is certain only if the unknown key is a known alias.
+    ``hint`` is the sentence to show to the user, or an empty string. ``meant`` is the valid key of
+    the same section that the user probably meant, or an empty string. ``fix`` renames the unknown
+    key to ``meant``. The fix is certain only if the unknown key is a known alias.
     """
 
     hint: str

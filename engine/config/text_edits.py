@@ -78,9 +78,7 @@ def remove_key(document: Document, pointer: str) -> str:
 
 
 def _widen_to_line(text: str, start: int, end: int) -> tuple[int, int]:
-    """Return a span extended to its whole line if the line contains nothing else.
-
-    Otherwise, return the span extended by the spaces after it.
+    """Extend a span to its whole line or, if the line has other text, over trailing spaces.
     """
     line_start = text.rfind("\n", 0, start) + 1
     if not text[line_start:start].strip() and text[end : end + 1] == "\n":

@@ -81,14 +81,16 @@ def examine(
         reject_auto: whether to report "auto" values as errors, because only integrations such as
             the Hugging Face Trainer can replace them. Values for which DeepSpeed uses the default
             instead are not reported.
-        needs_deepspeed: model feature or keyword argument that requires DeepSpeed, or None.
+        needs_deepspeed: name of a model feature or an argument of `initialize` that requires
+            DeepSpeed; None if there is none.
         count_ranks: function that takes the config and the world size, and returns the number of
             ranks that load different samples.
         allow_imports: whether to import and check the code that the config names.
 
     Returns:
         The problems, sorted by line and column, and the `RuleContext` with the valid values. The
-        context is None if the syntax is invalid or the config is not a JSON object.
+        context is None if the syntax is invalid, the config is not a JSON object, or it is in
+        another tool's format.
     """
     problems = list(document.problems)
     context = None

@@ -1,4 +1,4 @@
-"""Generate the list of schedules and the page of each schedule for `onecycle schedules`."""
+"""Generate the output of `onecycle schedules`: a list of all schedules, or the details of one."""
 
 from __future__ import annotations
 
@@ -61,17 +61,17 @@ def get_summary(cls: type[Schedule[Any]]) -> str:
 
 
 def example_curves(cls: type[Schedule[Any]]) -> dict[str, Curve]:
-    """Return the hyperparameter curves of a schedule's example."""
+    """Return the hyperparameter curves of a schedule with its example parameters."""
     curves = cls(**cls.example).build_curves(_BASE, EXAMPLE_RUN)
     return {name: groups[0] for name, groups in curves.items()}
 
 
 def fit_example(name: str, other: Preview, steps: int) -> Curves:
-    """Return the curves of a schedule's example, scaled for comparison with a config.
+    """Return a schedule's example curves, scaled for comparison with a config's schedule.
 
     Args:
         name: type of the schedule.
-        other: preview of the config. The learning rate of the example is scaled to the same peak.
+        other: preview of the config. The example's learning rate is scaled to the same peak.
         steps: length of the plot. The 100 steps of the example are stretched to this length.
     """
     curves = example_curves(SCHEDULES[name])
@@ -117,7 +117,7 @@ def group_by_source() -> dict[str, dict[str, type[Schedule[Any]]]]:
 
 
 def format_page(cls: type[Schedule[Any]], width: int | None = None) -> Iterator[str]:
-    """Yield the lines of a schedule's page: description, parameters, example and small plots.
+    """Yield lines that show one schedule: its docstring, parameters, example and small plots.
 
     Args:
         cls: class of the schedule.

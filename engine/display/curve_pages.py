@@ -1,4 +1,4 @@
-"""Build a page of interactive charts for schedules, and a chart of why AutoWU ended its warmup."""
+"""Build a page of schedule charts, and a chart that shows why AutoWU ended its warmup."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["build_curve_page", "build_decision"]
 
 _LOSS = "loss"
 _MAX_LOSSES = 5000
-"""Maximum number of warmup losses to draw. A longer warmup is sampled at even intervals."""
+"""Maximum number of warmup losses to draw. If there are more, only evenly spaced ones are drawn."""
 
 
 def build_curve_page(
@@ -69,7 +69,7 @@ def build_curve_page(
 
 
 def build_decision(evidence: Evidence) -> Decision:
-    """Return the chart of the losses and the Gaussian process that determined a warmup's end."""
+    """Return a text and a chart that show why a loss-driven warmup ended."""
     step, lr, reason, probability = evidence.decision
     sure = "" if probability is None else f" (probability {probability:.3f})"
     text = f"The warmup ended after step {step}, at a learning rate of {lr:.4g}: {reason}{sure}."

@@ -39,9 +39,9 @@ class Line:
     color: int | None = None
     """Index of the color in the palette; None to use the index of the line in the panel."""
     is_compared: bool = False
-    """Whether the line is dashed, for example for a schedule that is compared with others."""
+    """Whether the line is drawn for comparison with others, and is therefore dashed."""
     has_gaps: bool = False
-    """Whether the line connects the points on both sides of a missing value."""
+    """Whether values are missing. If so, the line is drawn across the gaps."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Panel:
     steps: Sequence[float]
     lines: Sequence[Line]
     is_log: bool = False
-    """Whether the reader can choose a logarithmic axis for this panel."""
+    """Whether a logarithmic axis is available for this panel."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Decision:
-    """The decision of a loss-driven schedule to end its warmup, with charts."""
+    """A text and charts that show why a loss-driven schedule ended its warmup."""
 
     text: str
     panels: Sequence[Panel]
@@ -84,7 +84,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Page:
-    """The contents of a page."""
+    """The contents of an HTML page with charts."""
 
     title: str
     panels: Sequence[Panel]
@@ -98,7 +98,7 @@ class Page:
     config: str = ""
     """Text of the config."""
     is_log: bool = False
-    """Whether the page starts with logarithmic axes."""
+    """Whether the axes that support a logarithmic scale use it when the page opens."""
     is_grid: bool = False
     """Whether the charts are arranged in two columns if there is enough space."""
 

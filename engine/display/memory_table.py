@@ -49,7 +49,7 @@ def format_bytes(size: float) -> str:
 
 
 class EstimateTable(NamedTuple):
-    """A table of strings. All columns contain sizes, except the first two and unnamed columns."""
+    """A table of strings. From the third column on, each column with a name contains sizes."""
 
     title: str
     columns: Sequence[str]
@@ -164,7 +164,7 @@ def _describe_offload(settings: MemorySettings) -> str:
 
 
 def list_notes(settings: MemorySettings) -> Iterator[str]:
-    """Yield the assumptions of an estimate, and the memory that it does not count."""
+    """Yield notes on what an estimate assumes and which memory it leaves out."""
     if not settings.has_optimizer:
         yield "The config has no optimizer, so AdamW is assumed."
     elif not has_known_states(settings.optimizer.type):

@@ -20,7 +20,7 @@ _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
 
 @dataclass(frozen=True)
 class GroupRow:
-    """Description of a param group, for the log and for choosing the group's schedule.
+    """The values of a param group that the log shows or that determine its schedule.
 
     Args:
         name: name of the group.

@@ -42,15 +42,14 @@ def draw(
         columns: values at each step, by column name; see `schedules.plots.name_columns`.
         path: output file. Its suffix, such as ``.png`` or ``.pdf``, selects the format.
         title: title of the figure.
-        steps: step of each value, in ascending order (default: 0, 1, 2, …).
+        steps: step numbers of the values, in ascending order (default: 0, 1, 2, …).
         curves: curve of each column. The plot labels its phases, such as the warmup.
         sources: schedule that each column belongs to, if several schedules are compared.
         log: whether the axis of the learning rate is logarithmic (default: only for an exponential
             sweep).
-        evidence: losses that determined the end of a loss-driven warmup, and the Gaussian process
-            fitted to these losses. An additional panel shows the losses and the Gaussian process.
-            If ``columns`` contains ``loss``, the panel shows that column instead of the given
-            losses.
+        evidence: losses that ended a loss-driven warmup, and the Gaussian process fitted to them.
+            Both are shown in an additional panel. If ``columns`` contains ``loss``, the panel shows
+            that column instead of the losses in ``evidence``.
         dpi: resolution of the image in dots per inch.
     """
     shown = {name: columns[name] for name in columns if evidence is None or name != _LOSS}

@@ -72,8 +72,8 @@ class Preview:
         if self.schedule.feedback is None:
             name = self.schedule.type_name
             raise ValueError(
-                f"`--losses` requires a loss-driven schedule, such as AutoWU, got {name}. Remove "
-                "the option to plot this schedule."
+                f"`--losses` requires a loss-driven schedule, such as AutoWU, got {name}. To "
+                "plot this schedule, remove the option."
             )
         done = replay(self.configured, losses, base=self.base, horizon=self.horizon)
         columns = {

@@ -70,7 +70,7 @@ def format_rows(
         rows: rows with the same number of cells.
         width: number of columns of the terminal; None if it is unlimited.
         indent: number of spaces before each row.
-        widest: maximum width to which cells are padded; longer cells are not aligned.
+        widest: maximum width of a column for alignment; a longer cell shifts the rest of its row.
 
     >>> list(format_rows([("a", "one"), ("bcd", "two")], None))
     ['a    one', 'bcd  two']

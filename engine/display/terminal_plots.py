@@ -31,7 +31,7 @@ _COLUMNS_PER_TICK = 12
 
 @dataclass(frozen=True)
 class _Panel:
-    """A panel of a terminal plot: its columns of values, and its vertical axis."""
+    """One panel of a terminal plot: its values and the scale of its vertical axis."""
 
     title: str
     columns: Mapping[str, Sequence[float]]
@@ -63,7 +63,7 @@ def draw_on_terminal(
     Args:
         columns: values at each step, by column name.
         title: title of the plot, printed above the panels.
-        steps: step of each value, in ascending order (default: 0, 1, 2, …).
+        steps: step numbers of the values, in ascending order (default: 0, 1, 2, …).
         curves: curve of each column; its phases are listed below the plot.
         sources: schedule that each column belongs to, if several schedules are compared.
         log: whether the axis of the learning rate is logarithmic.
@@ -146,11 +146,11 @@ def _draw_panel(
     *,
     color: bool,
 ) -> list[str]:
-    """Return the lines of a panel.
+    """Draw a panel, and return the lines of its text.
 
     Args:
         panel: panel to draw.
-        steps: step of each value.
+        steps: step numbers of the values.
         shades: color of each column.
         values: labels of the vertical axis, by value.
         positions: labels of the horizontal axis, by step; empty to draw no labels.

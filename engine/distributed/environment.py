@@ -38,7 +38,7 @@ JOB_ID = "ONECYCLE_JOB_ID"
 """Unique name of the launch; the same on all ranks."""
 
 LR_TEST = "ONECYCLE_LR_TEST"
-"""The LR range test that `initialize` must run, as JSON. Set by `onecycle lr-test`."""
+"""JSON settings of the LR range test to run in `initialize`. Set by `onecycle lr-test`."""
 
 SET = "ONECYCLE_SET"
 """``KEY=VALUE`` strings that override config values, as JSON. Set by the option ``--set``."""
@@ -53,7 +53,7 @@ INVALID = 1
 """Exit status: the config is invalid, or a check found problems."""
 
 USAGE = 2
-"""Exit status: wrong usage, or a file that cannot be read or written."""
+"""Exit status: invalid command-line arguments, or a file that cannot be read or written."""
 
 UNREACHABLE = 69
 """Exit status: a host failed the preflight check (EX_UNAVAILABLE)."""
@@ -62,7 +62,7 @@ SAVED_AND_ENDED = 75
 """Exit status: the run received a signal, saved a checkpoint and exited (EX_TEMPFAIL: retry)."""
 
 INTERRUPTED = 130
-"""Exit status: Ctrl-C ended the run, possibly after a checkpoint (128 + SIGINT)."""
+"""Exit status: Ctrl-C ended the run; a checkpoint may have been saved first (128 + SIGINT)."""
 
 NODE_LOST = 75
 """Exit status: the launch lost a host (EX_TEMPFAIL: retry)."""

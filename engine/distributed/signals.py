@@ -1,4 +1,4 @@
-"""Detect signals that end a run, to save a checkpoint before the exit."""
+"""Detect signals that end a run, so that it can save a checkpoint first."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["Signals"]
 log = logging.getLogger("onecycle")
 
 _NAMES = ("SIGUSR1", "SIGTERM", "SIGINT")
-"""Handled signals. If the ranks receive several signals, the last one in this tuple counts."""
+"""Handled signals in ascending priority. If several are received, only the highest counts."""
 _MAX_STEP_TIME = 60.0
-"""Time in seconds after the last check during which the script is assumed to be training."""
+"""Seconds for which the script is assumed to be training after a `find_on_any_rank` call."""
 _MAX_DUPLICATE_TIME = 5.0
-"""Time in seconds after a signal during which a SIGTERM is assumed to be a duplicate.
+"""Seconds for which another SIGTERM is assumed to be a duplicate of the first signal.
 
-For example, Slurm signals all processes of a job, and torchrun also signals the ranks.
+For example, Slurm signals all processes of a job, and torchrun then also signals the ranks.
 """
 
 

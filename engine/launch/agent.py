@@ -138,8 +138,8 @@ def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
 def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
     """Acquire a lock. If an earlier agent holds the lock, wait until that agent exits.
 
-    The lock file is never deleted. If it were deleted, another process could create and lock a new
-    file of the same name while this process still holds the lock on the deleted file.
+    The lock file is never deleted. Otherwise, another process could create and lock a new file with
+    the same name while this process still holds the lock on the deleted file.
 
     Args:
         name: name of the lock; None if no lock is needed.

@@ -77,7 +77,7 @@ def read_hostfile(path: Path, nproc: str = "auto") -> list[Host]:
             raise LaunchError(f"{path}:{number}: {error}") from None
         if host.name in hosts:
             raise LaunchError(
-                f"{path}:{number}: {host.name} is listed more than once. Merge its lines."
+                f"{path}:{number}: {host.name} is listed more than once. Merge the lines."
             )
         hosts[host.name] = host
     if not hosts:

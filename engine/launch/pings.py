@@ -1,8 +1,8 @@
 """Send pings to the agents of all hosts from a separate process.
 
-An agent stops its job if the agent does not receive input for a while. The separate process sends
-pings even while the launcher is suspended (Ctrl-Z), and does not receive signals from the terminal.
-When the launcher exits, this process exits and closes the standard input of every agent.
+An agent stops its job if it receives no input for a while. The separate process sends pings even
+while the launcher is suspended (Ctrl-Z), and does not receive signals from the terminal. When the
+launcher exits, the process also exits, which closes the standard input of every agent.
 
 The process runs this file without importing onecycle, so it starts quickly.
 """
@@ -24,13 +24,13 @@ _PASSED_AT_ONCE = 64
 
 
 class Pinger:
-    """The process that sends pings."""
+    """A handle to the process that sends the pings."""
 
     def __init__(self, interval: float) -> None:
         """Start the process.
 
         Args:
-            interval: time between two pings in seconds.
+            interval: time between pings, in seconds.
         """
         self._socket, theirs = socket.socketpair()
         with theirs:

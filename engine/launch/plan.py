@@ -130,8 +130,8 @@ class LaunchPlan:
     def describe(self, *, as_json: bool = False) -> str:
         """Return the plan as text: the ranks, slots and command of each host.
 
-        Each command can be pasted into a shell. A command does not contain secrets: it reads each
-        variable whose name suggests a secret from the shell, and fails if the variable is not set.
+        Each command can be pasted into a shell. The values of variables whose names suggest a
+        secret, such as ``HF_TOKEN``, are left out. Set these variables in the shell first.
 
         Args:
             as_json: whether to return the plan as indented JSON instead.

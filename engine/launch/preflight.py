@@ -45,8 +45,8 @@ def check_hosts(request: LaunchRequest, config: str | None) -> list[HostCheck]:
 
     Args:
         request: launch request.
-        config: path of the config, which must have the same content on all hosts; None to skip this
-            check.
+        config: path of the config, whose content must be the same on all hosts; None to skip the
+            comparison.
 
     Raises:
         LaunchError: if the limit on open files or processes is too low.
@@ -67,10 +67,10 @@ def check_hosts(request: LaunchRequest, config: str | None) -> list[HostCheck]:
 def _open_rendezvous_port(
     request: LaunchRequest, first: HostCheck
 ) -> Iterator[tuple[str | None, int]]:
-    """Keep the rendezvous port open inside this context, and yield its address and number.
+    """Keep the rendezvous port open inside this context, and yield the pair ``(address, port)``.
 
-    If the port is on the launcher's host, the address is None, because each host may use a
-    different address for the launcher.
+    If the rendezvous is on the launcher, the address is None, because each host may reach the
+    launcher at a different address.
     """
     assert first.facts is not None
     module = "engine.launch.reachability"
@@ -100,7 +100,7 @@ def _open_rendezvous_port(
 def _check_connections(
     request: LaunchRequest, checks: Sequence[HostCheck], address: str | None, port: int
 ) -> list[HostCheck]:
-    """Check that each host can connect to the rendezvous port, and return the updated results.
+    """Check that each host can connect to the rendezvous port, and return the updated ``checks``.
 
     Args:
         request: launch request.

@@ -28,7 +28,8 @@ def probe(config: str | None, port: int = 0) -> dict[str, Any]:
 
     Args:
         config: path of the config on this host; None to omit the hash.
-        port: port to check; 0 for any free port. In the result, the port is None if it is in use.
+        port: port to check; 0 to choose a free port. The returned ``"port"`` is None if the given
+            port is in use.
     """
     launcher, address = _read_ssh_endpoints()
     versions = {"python": platform.python_version()}

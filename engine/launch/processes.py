@@ -60,7 +60,7 @@ class Child:
 
     @property
     def returncode(self) -> int | None:
-        """The return code at the last `poll`; None if the process was still running then."""
+        """The return code at the most recent `poll`; None if the process was still running then."""
         return self._process.returncode
 
     @property
@@ -71,7 +71,7 @@ class Child:
 
     @property
     def has_closed_output(self) -> bool:
-        """Whether all output has been read."""
+        """Whether the process has closed its output and all of it has been read."""
         return not self._outputs
 
     def poll(self) -> int | None:
@@ -101,10 +101,9 @@ class Child:
             self._selector.unregister(self._input)
 
     def read(self, descriptor: int) -> bytes:
-        """Read from an output pipe of the process, and return the data from standard output.
+        """Read an output pipe. Return standard output, or append standard error to `errors`.
 
-        The result is b"" if no data is available. Data from standard error is appended to `errors`
-        instead.
+        The result is b"" for standard error, or if no data is available.
 
         Args:
             descriptor: file descriptor of the pipe.
@@ -142,7 +141,7 @@ class Children:
     """A group of child processes that are managed from one thread."""
 
     def __init__(self, most: int) -> None:
-        """Raise the limit on open files for the pipes of the child processes.
+        """Raise the limit on open files, so that all child processes can have pipes.
 
         Args:
             most: maximum number of child processes that run at the same time.
@@ -160,8 +159,9 @@ class Children:
         Args:
             name: name by which the caller identifies the process.
             command: command with its arguments.
-            is_agent: whether the process reads data from `Child.send` and prints errors to standard
-                output. If false, standard input is empty and standard error is read separately.
+            is_agent: whether to open a pipe for `Child.send` and to merge standard error into
+                standard output. If false, standard input is empty and standard error is read
+                separately.
 
         Raises:
             LaunchError: if the limit on the number of processes is reached.
@@ -175,7 +175,7 @@ class Children:
             ) from None
 
     def wait(self, timeout: float) -> list[tuple[Child, bytes]]:
-        """Wait until child processes print output or exit.
+        """Wait until a child process prints output or exits.
 
         Args:
             timeout: maximum time in seconds.

@@ -47,7 +47,7 @@ class _Agent:
         self._line: list[bytes] = []
 
     def split_lines(self, data: bytes) -> Iterator[str]:
-        """Yield the lines that are complete after new output has arrived.
+        """Add new output, and yield the lines that are now complete.
 
         At the end of the output, also yield an incomplete last line.
 
@@ -225,7 +225,7 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
 
 
 def report_outcome(outcome: Outcome) -> int:
-    """Print the reason for a failure and the last output lines. Return the exit status."""
+    """If the launch failed, print the last output and the reason. Return the exit status."""
     for line in outcome.last_lines:
         print(line, file=sys.stderr)
     if outcome.reason:

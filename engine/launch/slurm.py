@@ -101,7 +101,7 @@ def build_sbatch(
 
 
 def count_gpus(options: Mapping[str, str]) -> int | None:
-    """Return the number of GPUs per node in ``#SBATCH`` options, or None if it is unknown.
+    """Return the number of GPUs per node that ``#SBATCH`` options request; None if unknown.
 
     The result is 0 if the options do not request GPUs.
 

@@ -71,10 +71,10 @@ def remove_directory(pid: int) -> None:
 
 
 def _raise_open_file_limit(nnodes: str, nproc: str) -> None:
-    """Raise the limit on open files for the ranks' connections to each other and to the store.
+    """Raise the limit on open files, so that ranks can connect to each other and to the store.
 
-    If the hard limit is too low, print a warning instead of an error, because not every script
-    connects all ranks.
+    If the hard limit is too low, print a warning instead of raising an error, because not every
+    script connects all ranks.
 
     Args:
         nnodes: number of hosts, or a range MIN:MAX.
@@ -98,9 +98,9 @@ def _escape(argument: str) -> str:
 
 
 def _append_to_file(status: int, seconds: float) -> int:
-    """Append the time and the exit status to a Slurm job's failure file. Return the status.
+    """Append the failure time and exit status to the failure file, and return the status.
 
-    Outside of a Slurm job, no file is written.
+    Only Slurm jobs have a failure file. In other jobs, nothing is written.
     """
     path = os.environ.get(FAILURE_FILE)
     if path:

@@ -136,7 +136,7 @@ def _list_deepspeed_parts(model: Sequence[ParameterSize], settings: MemorySettin
 
 
 def _list_stage_2_parts(model: Sequence[ParameterSize], settings: MemorySettings) -> list[Part]:
-    """Return the parts of the model states in DeepSpeed's ZeRO stages 1 and 2."""
+    """Return the parts for DeepSpeed's ZeRO stages 1 and 2, and for its BF16 optimizer."""
     trained = [each for each in model if each.is_trained]
     count = sum(each.count for each in trained)
     shard = math.ceil(count / settings.world_size)

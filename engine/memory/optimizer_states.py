@@ -38,7 +38,7 @@ _OPTIONAL_STATES = {
     "RMSprop": ("momentum", "centered"),
     "SGD": ("momentum",),
 }
-"""For each optimizer, the hyperparameters that each add one state unless they are 0 or false."""
+"""By optimizer, the hyperparameters that add a parameter-sized state if nonzero or true."""
 
 _UNKNOWN = 2
 

@@ -12,8 +12,11 @@ __all__ = ["MOMENTS", "Device", "MemoryEstimate", "ParameterSize", "Part"]
 Device = Literal["GPU", "CPU", "NVMe"]
 
 MOMENTS = ("forward", "backward", "step")
-"""The moments of a training step: the end of the last forward pass, the end of the last backward
-pass, and the optimizer step. Memory use peaks at one of them."""
+"""The points in a training step at which memory use can peak.
+
+They are the end of the forward pass of the final micro-batch, the end of its backward pass, and
+the optimizer step.
+"""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class ParameterSize:
         return math.prod(self.shape)
 
     def count_shard(self, ranks: int) -> int:
-        """Return the number of elements on each rank if FSDP2 shards the first dimension."""
+        """Return the padded number of elements per rank if FSDP2 shards the parameter."""
         if not self.shape:
             return 1
         return math.ceil(self.shape[0] / ranks) * math.prod(self.shape[1:])

@@ -1,4 +1,4 @@
-"""Read the settings of a config that determine the memory of the model states."""
+"""Read the config settings that determine how much memory the model states need."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class DeepSpeedSettings:
     max_live_parameters: int = 10**9
     """Maximum number of parameter elements that ZeRO stage 3 keeps gathered."""
     persistence_threshold: int = 10**5
-    """Maximum number of elements of a parameter that ZeRO stage 3 does not shard."""
+    """ZeRO stage 3 does not shard parameters with at most this many elements."""
     sub_group_size: int = 10**9
     """Number of elements that the optimizer updates at once in ZeRO stage 3."""
 
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """The settings of a run that determine the memory of its model states on each rank."""
+    """The settings that determine how much memory the model states need on each rank."""
 
     backend: Literal["torch", "deepspeed"]
     world_size: int
@@ -59,7 +59,7 @@ class MemorySettings:
     has_optimizer: bool = True
     """Whether the config has an optimizer; if not, AdamW is assumed."""
     accumulates: bool = False
-    """Whether a step has more than one micro-batch."""
+    """Whether each optimizer step has more than one micro-batch."""
     offload_optimizer: str = "none"
     """Device to which the optimizer states are offloaded: none, cpu or nvme."""
     offload_param: str = "none"
@@ -77,14 +77,14 @@ class MemorySettings:
 
 
 def read_settings(context: RuleContext, world_size: int) -> MemorySettings:
-    """Return the settings of a valid config that determine the memory of the model states.
+    """Return the config settings that determine how much memory the model states need.
 
     Args:
         context: valid values of the config, and the values derived from them.
         world_size: number of ranks.
 
     Raises:
-        ValueError: the config splits the model's layers across ranks.
+        ValueError: if the config splits the model's layers across ranks.
     """
     config = context.config
     for key in count_ranks_per_model(config).keys() & {PIPELINE_STAGES, _TENSOR_PARALLELISM}:

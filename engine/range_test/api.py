@@ -58,8 +58,8 @@ def lr_range_test(
             progress.
         batches: iterable of micro-batches. It is iterated as often as needed.
         loss_fn: function that takes the engine and a micro-batch and returns the loss. By default,
-            the model must return the loss of a micro-batch. A tuple, list or mapping is unpacked
-            into the model's arguments.
+            the model is called with the micro-batch and must return the loss. A tuple, list or
+            mapping is unpacked into the model's arguments.
         min_lr: learning rate of the first step.
         max_lr: learning rate of the last step.
         steps: number of steps, at least 2.

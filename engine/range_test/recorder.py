@@ -1,4 +1,4 @@
-"""Record the learning rate and loss of each step of an LR range test, and detect the test's end."""
+"""Record the learning rate and loss of each step of an LR range test, and decide when to stop."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Run:
     facts: dict[str, Any] = field(default_factory=dict)
     """Backend, world size, precision and batch size of the engine."""
     end: str = ""
-    """Reason for the end of the run: "divergence", "steps", or "" if the script ended first."""
+    """Why the run ended: "divergence", "steps", or "" if the script ended too early."""
 
     @property
     def curve(self) -> tuple[list[float], list[float]]:
@@ -80,7 +80,7 @@ class Run:
 
 
 class Recorder:
-    """Recorder that stores the learning rate and loss of each step, and detects the sweep's end.
+    """Recorder that stores the learning rate and loss of each step, and decides when to stop.
 
     Every rank has a recorder. All ranks end the sweep at the same step, because the loss is
     averaged over ranks.
@@ -118,7 +118,7 @@ class Recorder:
             self._write(self.run.facts)
 
     def record(self, lr: float, momentum: float | None, loss: float, *, applied: bool) -> None:
-        """Record a step. End the run if the step is the last one or the loss has diverged.
+        """Record a step. End the run if all steps are recorded or the loss has diverged.
 
         Args:
             lr: learning rate of the step.

@@ -47,9 +47,9 @@ class Refinement:
 
     @cached_property
     def lowest(self) -> float:
-        """The maximum learning rate with the lowest estimated final loss.
+        """The maximum learning rate at which the estimated final loss of a cycle is lowest.
 
-        The value is at the minimum of a parabola fitted to the final losses near the best cycle.
+        It is the minimum of a parabola fitted to the final losses near the best cycle.
         """
         return self._find_lowest(np.array(list(self.losses.values())).mean(axis=1))
 
@@ -60,7 +60,7 @@ class Refinement:
 
     @property
     def shrinkage(self) -> float:
-        """Factor for the maximum learning rate if the planned training is longer than a cycle.
+        """Factor that reduces the suggestion if the planned training is longer than a cycle.
 
         The factor is ``(steps / training_steps) ** 0.32``, but at most 1.
         """
@@ -144,9 +144,9 @@ def refine(
 ) -> Refinement:
     """Train short cycles to find the best maximum learning rate, and return the results.
 
-    The search starts with five maximum learning rates, each twice the previous one. The search
-    continues until the best maximum is neither the smallest nor the largest. All maximum learning
-    rates are between `around` / 64 and `around` x 64.
+    The search starts with five maximum learning rates, each twice the previous one. It then
+    tries other values until the best one is neither the smallest nor the largest. It does not try
+    values below `around` / 64 or above `around` x 64.
 
     Args:
         train: function that takes a maximum learning rate and the index of the repeat, trains for a

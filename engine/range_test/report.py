@@ -78,8 +78,8 @@ class LRRangeReport:
                 this schedule and returns the recorded run.
             steps: number of steps per cycle.
             training_steps: number of steps of the planned training; None if it equals `steps`.
-            known: OneCycle block with the momentum settings and the ratio of the phase lengths to
-                use; None to use the defaults.
+            known: OneCycle block whose momentum settings and ratio of phase lengths are used; None
+                to use the defaults.
         """
         if self.suggestion.max_lr is None:
             return self
@@ -193,7 +193,7 @@ class LRRangeReport:
         }
 
     def table(self) -> Table:
-        """Return a table of the suggestion and of the learning rate that each rule selects."""
+        """Return a table with the learning rate that each rule selects and the suggested range."""
         from rich.table import Table
 
         suggestion = self.suggestion

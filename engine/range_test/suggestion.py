@@ -24,7 +24,7 @@ EDGE = ("end of descent", "minimum", "divergence / 10")
 """Rules for the largest learning rate that still reduces the loss. `max_lr` is their median."""
 
 CAREFUL = ("steepest", "valley", "minimum / 10")
-"""Rules of other tools for a constant learning rate. The maximum of a cycle can be larger."""
+"""Rules that other tools use for a constant learning rate. A cycle's maximum can be larger."""
 
 Array = NDArray[np.float64]
 
@@ -46,7 +46,7 @@ class SmoothedCurve:
     loss: Array
     """Smoothed losses."""
     error: Array
-    """Standard error of each loss, estimated from the residuals of the smoothing."""
+    """Standard error of each smoothed loss, estimated from the residuals."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     First, non-finite losses and isolated spikes are removed, and losses far above the initial loss
     are clipped. The losses are then smoothed over log(lr) by local linear regression, with a
     bandwidth selected by generalized cross-validation. The descent is the decrease of the smoothed
-    loss from its highest value before the minimum to the minimum. Each rule selects a learning
+    loss to its minimum, from the highest value before the minimum. Each rule selects a learning
     rate:
 
     - end of descent: the learning rate at which the loss has completed 90% of its descent;

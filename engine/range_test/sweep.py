@@ -107,7 +107,7 @@ def read_initial_lrs(groups: Sequence[Mapping[str, Any]]) -> list[float]:
     """Return the initial learning rate of each param group.
 
     Raises:
-        ValueError: if the initial learning rate is 0 in the first group, but not in all groups.
+        ValueError: if only some groups, including the first, have an initial learning rate of 0.
 
     >>> read_initial_lrs([{"lr": 0.1}, {"lr": 0.0, "initial_lr": 0.05}])
     [0.1, 0.05]

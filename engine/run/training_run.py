@@ -59,11 +59,7 @@ class TrainingRun:
     best: BestMetric | None = None
     _recorder: StepRecorder | None = None
     is_trial: bool = False
-    """Whether this run is part of an LR range test. Such a run does not save checkpoints.
-
-    The recorder decides when the test ends. With `onecycle lr-test`, only one engine of the script
-    has a recorder.
-    """
+    """Whether this run is part of an LR range test. Such a run does not save checkpoints."""
     latest: Counters = field(default_factory=Counters)
     """The step counters. While a step is deferred, `skipped_steps` and `applied` are not final."""
     _deferring: DeferringBackend | None = None
@@ -260,7 +256,7 @@ class TrainingRun:
         self._window.clear()
 
     def add_loss(self, loss: Tensor) -> None:
-        """Record the detached loss that the script has passed to `backward` or `scale`."""
+        """Record the loss that the script passed to `backward` or `scale`; it must be detached."""
         self.accumulation.scaled_losses += 1
         self._window.add(loss)
         if self._deferring is None or not self.defers:
@@ -271,7 +267,7 @@ class TrainingRun:
         """Finish a micro-batch, and take an optimizer step if the batch is complete.
 
         Returns:
-            Whether an optimizer step was applied.
+            Whether an optimizer step was applied; a `StepResult` if the step is deferred.
         """
         self._check_may_step()
         counters, accumulation, scheduler = self.latest, self.accumulation, self._driver.scheduler

@@ -67,7 +67,7 @@ class Accumulation:
         self.boundary = is_boundary
 
     def is_last_backward(self) -> bool:
-        """Return whether the next backward pass should average gradients across ranks."""
+        """Return whether the next backward pass completes a batch and averages its gradients."""
         return self.averages_gradients and self.is_boundary()
 
     def restart(self, micro_batches: int = 0) -> None:
@@ -117,9 +117,7 @@ class Accumulation:
 
     @contextlib.contextmanager
     def coalesce(self) -> Iterator[None]:
-        """Check that this context and `no_sync` are not nested.
-
-        See `Engine.coalesce_grad_reduction`.
+        """Mark `Engine.coalesce_grad_reduction` as active inside this context.
 
         Raises:
             RuntimeError: `no_sync` is active.

@@ -96,7 +96,7 @@ def check_are_in_model(model: nn.Module, groups: Iterable[Any], backend: str) ->
     Args:
         model: module to train.
         groups: parameters or param groups to train.
-        backend: name of the backend, for the message.
+        backend: name of the backend, for the error message.
 
     Raises:
         ValueError: a parameter does not belong to the model.

@@ -29,7 +29,7 @@ class EpochOrder:
     """The order in which each epoch visits the data."""
 
     name: str
-    """Expression for ``length`` in error messages, such as ``len(training_data)``."""
+    """Name of ``length`` in error messages, such as ``len(training_data)``."""
     draw: Callable[[int], Sequence[Any]]
     """Function that takes the index of an epoch and returns the items of that epoch.
 
@@ -178,8 +178,8 @@ class GlobalBatchSampler(Sampler[Any]):
 class _SeededItems:
     """Items of one micro-batch, with a seed for the worker process.
 
-    The worker is seeded when it unpickles the items. Otherwise, torch would seed the worker only at
-    its start, and random numbers in a resumed run would differ from those in the original run.
+    The worker is seeded when it unpickles the items. Otherwise, torch would seed the worker only
+    when it starts, and random numbers in a resumed run would differ from those in the original run.
     """
 
     def __init__(self, items: Any, seed: str) -> None:

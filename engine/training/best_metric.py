@@ -37,7 +37,7 @@ class BestMetric:
     misses: int = 0
     """Number of reports since the best value."""
     last_step: int = -1
-    """Number of completed steps at the last report; -1 before the first report."""
+    """Number of completed steps at the most recent report; -1 before the first report."""
     is_unsaved: bool = False
     """Whether the best value is newer than the best checkpoint."""
 

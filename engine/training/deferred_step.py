@@ -1,8 +1,8 @@
 """Optimizer steps that the device can skip without waiting for the host.
 
-A step with non-finite gradients must be skipped. If the host decides, the host must wait until the
-device has finished the backward pass. The device is then idle until the host starts the optimizer.
-With `DeferredStep`, the device decides, and the host reads the outcome later.
+A step with non-finite gradients must be skipped. If the host makes this decision, it must wait for
+the backward pass, and the device is then idle until the host starts the optimizer. With
+`DeferredStep`, the device decides, and the host reads the outcome later.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class DeferredStep:
         self.scale: Tensor | None = None
         """Loss scale for the next backward pass; None if the host already knows the scale."""
         self.has_skipped = False
-        """Whether the last step with a known outcome was skipped."""
+        """Whether the most recent step with a known outcome was skipped."""
         self._optimizer = optimizer
         self._clipping = clipping
         self._scaler = scaler
@@ -192,7 +192,7 @@ class DeferredStep:
             self._is_limited = True
 
     def read(self) -> tuple[float, float]:
-        """Wait for the last step, update the loss scaler, and return the gradient norm and loss.
+        """Wait for the most recent step, update the loss scaler, and return the norm and loss.
 
         Raises:
             FloatingPointError: the gradients overflow at the minimum loss scale.

@@ -35,7 +35,7 @@ def attach_diagnostics(
 
     Args:
         config: config of the run.
-        backend: backend of the run. Methods to time or profile are replaced with wrappers.
+        backend: backend of the run. Its timed or profiled methods are replaced with wrappers.
         progress: progress reporter that logs the measured times.
         get_counters: function that returns the current counters of the run.
     """

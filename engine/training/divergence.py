@@ -18,12 +18,12 @@ class DivergenceCheck:
 
     def __init__(self, limit: int | None) -> None:
         self.last_loss: Tensor | float | None = None
-        """The last loss on this rank, for the error message."""
+        """The most recent loss on this rank, for the error message."""
         self._limit = limit
         self._skipped = 0
 
     def update(self, counters: Counters, lr: float) -> None:
-        """Count the last step if it was skipped; reset the count if it was applied.
+        """Count a skipped step, or reset the count after an applied step.
 
         Raises:
             FloatingPointError: the number of consecutive skipped steps has reached the limit.

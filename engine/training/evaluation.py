@@ -145,7 +145,7 @@ class Evaluator:
     def _iterate(self, loader: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
         """Return an iterator over pairs ``(batch, is_repeated)``.
 
-        If ``is_repeated`` is true, this rank has no batch left, and its results must be dropped.
+        If ``is_repeated`` is true, this rank has no new batch, and the results must be dropped.
         """
         if self._ranks.world_size == 1:
             return ((batch, False) for batch in loader)
@@ -183,12 +183,11 @@ class Evaluator:
 
 
 def _plan_split(loader: Iterable[Any]) -> tuple[int, int, bool, str] | None:
-    """Return a description of a loader's data, or None if the data cannot be split across ranks.
+    """Return properties of a loader's data to compare across ranks; None if it cannot be split.
 
-    The description contains the number of samples, the batch size, ``drop_last`` and a hash of the
-    first sample. Equal descriptions on all ranks mean that each rank has the same dataset, so the
-    dataset can be split. Different descriptions mean that the dataset of each rank contains only a
-    part of the data.
+    The tuple contains the number of samples, the batch size, ``drop_last`` and a hash of the first
+    sample. If it is equal on all ranks, every rank has the same dataset, and the dataset is split.
+    Otherwise, the dataset of each rank contains only a part of the data.
     """
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         return None

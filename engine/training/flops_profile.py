@@ -124,7 +124,10 @@ def format_profile(profiles: Sequence[ModuleProfile], settings: Mapping[str, Any
 
 
 def _format_depths(profiles: Sequence[ModuleProfile], last_depth: int, count: int) -> Iterator[str]:
-    """Yield lines with the most expensive module classes at each depth down to ``last_depth``."""
+    """Yield lines with the ``count`` most expensive module classes at each depth.
+
+    Modules deeper than ``last_depth`` are omitted, unless ``last_depth`` is negative.
+    """
     deepest = max(profile.depth for profile in profiles)
     for depth in range(min(last_depth, deepest) + 1 if last_depth >= 0 else deepest + 1):
         yield f"\ntop {count} classes at depth {depth}"

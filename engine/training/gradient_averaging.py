@@ -1,8 +1,8 @@
 """Average gradients across replicas of a model, like DDP.
 
-DDP averages gradients only if the loss comes from DDP's ``forward``. This module registers hooks on
-the parameters. Gradients are therefore also averaged if the loss comes from a different method of
-the model, from the unwrapped model or from several forward passes.
+DDP averages gradients only if the loss comes from DDP's ``forward``. `GradientAverager` uses hooks
+on the parameters instead, so the loss can also come from a different method of the model, from the
+unwrapped model or from several forward passes.
 """
 
 from __future__ import annotations
@@ -355,13 +355,13 @@ class GradientAverager:
 
 
 def _split(tensors: Iterable[T], get_type: Callable[[T], object]) -> list[list[T]]:
-    """Split tensors into buckets, each of which can be averaged in one buffer.
+    """Split tensors into buckets that are each sent to other ranks in one buffer.
 
-    All tensors of a bucket have the same type. The first bucket is small, so that averaging starts
-    early in the backward pass.
+    ``get_type`` returns the same value for all tensors of a bucket. The first bucket is small, so
+    that gradient averaging starts early in the backward pass.
 
     Args:
-        tensors: tensors to average, or the parameters whose gradients are averaged.
+        tensors: tensors to broadcast, or parameters whose gradients are averaged.
         get_type: function that returns the device and the dtype of the buffer for a tensor.
     """
     buckets: list[list[T]] = []

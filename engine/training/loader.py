@@ -33,8 +33,8 @@ class RunLoader:
     """Iterable over the micro-batches of a data loader until the run is over.
 
     Each loop over this object is one epoch, or the rest of an epoch after a resume. Batches are
-    moved to the rank's device. All other attributes, such as ``dataset``, are looked up in the data
-    loader.
+    moved to the rank's device. Attributes that this class does not define, such as ``dataset``, are
+    looked up in the data loader.
 
     Args:
         batches: data loader of this rank.

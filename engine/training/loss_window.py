@@ -42,7 +42,7 @@ class LossWindow:
         self._mean: float | None = None
 
     def add(self, loss: Tensor) -> None:
-        """Add the detached loss of a micro-batch."""
+        """Add the loss of a micro-batch. The loss must be detached."""
         if self.is_kept:
             self._losses.append(loss)
 

@@ -132,7 +132,7 @@ class MisuseChecks:
     def check_step(
         self, scheduler: object, accumulation: Accumulation, *, is_boundary: bool
     ) -> None:
-        """Check the calls that the script has made since the last step.
+        """Check the calls that the script has made since the previous step.
 
         Call this method at the start of each step.
 
@@ -178,8 +178,8 @@ class MisuseChecks:
     def note_scheduler(self, scheduler: Any) -> None:
         """Record how many steps the scheduler has taken.
 
-        Call this method after the engine has completed a deferred step, because completing it also
-        steps the scheduler.
+        Call this method after the engine has completed a deferred step, because that also advances
+        the scheduler.
         """
         if scheduler is not self._scheduler:
             self._scheduler = scheduler if _has_position(scheduler) else None
@@ -188,14 +188,14 @@ class MisuseChecks:
             self._base_lrs = getattr(scheduler, "base_lrs", None)
 
     def check_epoch(self, micro_steps: int, accumulation: Accumulation) -> None:
-        """Check, at the end of an epoch, that `step` was called if `backward` was called.
+        """Check at the end of an epoch that the script did not forget to call `step`.
 
         Args:
             micro_steps: number of calls to `step` so far.
             accumulation: counter of the micro-batches since the last optimizer step.
 
         Raises:
-            RuntimeError: in two consecutive epochs, `backward` was called, but `step` was not.
+            RuntimeError: two consecutive epochs called `backward` but not `step`.
         """
         has_stepped = micro_steps != self._micro_steps or accumulation.micro_batches > 0
         is_idle = accumulation.scaled_losses > 0 and not has_stepped
@@ -283,7 +283,7 @@ class _Claim:
         _CLAIMS.add(self)
 
     def forget_rivals(self) -> None:
-        """Remove the links between this engine and the engines that share parameters with it."""
+        """Unlink this engine from the other engines that share parameters with it."""
         for rival in list(self.rivals):
             rival.rivals.discard(self)
         self.rivals.clear()
@@ -336,8 +336,8 @@ def _has_position(scheduler: object) -> bool:
 def _raise_without_gradients(accumulation: Accumulation) -> None:
     if accumulation.scaled_losses == 0:
         raise MisuseError(
-            "`trainer.step()` was called, but no backward pass has run since the last step. Call "
-            "`trainer.backward(loss)` before each `trainer.step()`."
+            "`trainer.step()` was called, but no backward pass has run since the previous "
+            "optimizer step. Call `trainer.backward(loss)` before each `trainer.step()`."
         )
     raise MisuseError(
         "`trainer.step()` found no gradients, although `trainer.backward(loss)` was called. Do not "

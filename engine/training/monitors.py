@@ -51,7 +51,7 @@ class Monitor(Protocol):
 
 
 class RunDirectories:
-    """The directories for a run's metric files. Two runs never share a directory.
+    """The directories for a run's metric files. A new run never reuses an earlier run's directory.
 
     If the config specifies the directory ``DIR``, the first run writes to ``DIR``, and later runs
     write to ``DIR-2``, ``DIR-3`` and so on.
@@ -87,7 +87,7 @@ class RunDirectories:
 
 
 _OWNERS: weakref.WeakValueDictionary[Path, RunDirectories] = weakref.WeakValueDictionary()
-"""Maps each directory to the `RunDirectories` object that chose it last in this process."""
+"""Maps each directory to the `RunDirectories` object that currently uses it in this process."""
 
 
 def _add_number(directory: str, number: int) -> Path:
@@ -96,9 +96,9 @@ def _add_number(directory: str, number: int) -> Path:
 
 
 def _create_unused(directory: str) -> int:
-    """Create a run's directory, and return its number.
+    """Create the first unused directory of ``DIR``, ``DIR-2``, ``DIR-3``, …, and return its number.
 
-    The directory is the first of ``DIR``, ``DIR-2``, ``DIR-3`` and so on that no run has used.
+    The number of ``DIR`` is 1.
     """
     first = Path(directory)
     if first.is_dir() and not any(first.iterdir()):  # the user has created it
@@ -234,8 +234,8 @@ class Monitors:
 
     Args:
         monitors: monitors that receive the events of each step.
-        directories: object that chooses the directories of this run. By default, a new one is used.
-        report: report of the run, which receives the events too; None if the run has no report.
+        directories: object that chooses the directories of this run; None to create one.
+        report: run report, which also receives the events; None if the run has no report.
     """
 
     def __init__(
@@ -288,12 +288,12 @@ class Monitors:
     def state_dict(self) -> dict[str, int]:
         """Return the number of this run's directory for each output directory in the config.
 
-        For example, the number of the directory ``runs-2`` is 2.
+        For example, ``{"runs": 2}`` means that this run writes to ``runs-2``.
         """
         return dict(self._directories.numbers)
 
     def resume(self, state: Mapping[str, int], samples: int) -> None:
-        """Continue writing to the files of the run that saved a checkpoint.
+        """Continue the metric files of an earlier run from the `state_dict` that it saved.
 
         The next call to `write_events` first removes the events recorded after ``samples`` samples.
         """
@@ -310,7 +310,7 @@ _FILE_MONITORS: Mapping[str, tuple[Callable[[str, RunDirectories], Monitor], str
     "tensorboard": (TensorBoardMonitor, "runs"),
     "csv_monitor": (CSVMonitor, "csv_monitor"),
 }
-"""The class of each monitor that writes files, and its default ``output_path``."""
+"""Maps the config section of each file-writing monitor to its class and default ``output_path``."""
 
 
 def build_monitors(config: Config, ranks: Ranks) -> Monitors:

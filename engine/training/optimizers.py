@@ -226,10 +226,10 @@ def check_shapes(
 
 
 def is_buildable(block: Mapping[str, Any]) -> bool:
-    """Return whether `build_optimizer` can build a block's optimizer in place of DeepSpeed.
+    """Return whether `build_optimizer`, rather than DeepSpeed, can build a block's optimizer.
 
-    The result is True if the type is in `torch.optim` or in a custom module and supports all
-    params, and if DeepSpeed does not have a different optimizer with the same name.
+    The type must be a custom class or a `torch.optim` class that supports all of the block's
+    params. DeepSpeed must not have a different optimizer with the same name.
 
     >>> is_buildable({"type": "AdamW"}), is_buildable({"type": "Lamb"})
     (True, False)

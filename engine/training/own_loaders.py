@@ -47,7 +47,7 @@ def is_loader(value: object) -> bool:
 
 
 def prepare_loader(loader: Iterable[Any], config: Config, ranks: Ranks) -> RunLoader:
-    """Prepare a data loader for a run, without changing it. Every rank must call this function.
+    """Prepare a data loader for a run. Every rank must call this function.
 
     A `torch.utils.data.DataLoader` is replaced by a new one with the same dataset and settings. The
     new loader splits the samples across the ranks in a reproducible order. A loader is used
@@ -156,7 +156,7 @@ def _check_shard(source: Any, ranks: Ranks) -> bool:
 
 
 def _rebuild_loader(loader: DataLoader[Any], config: Config, ranks: Ranks) -> tuple[RunLoader, str]:
-    """Return a new loader with the same dataset and settings, and its description for the log."""
+    """Return a new loader with the same dataset and settings, and a description for the log."""
     settings = {name: getattr(loader, name) for name in _SETTINGS if hasattr(loader, name)}
     settings["pin_memory"] &= ranks.device.type == "cuda"  # torch warns on the CPU
     if not settings.get("in_order", True) and ranks.rank == 0:
@@ -198,10 +198,9 @@ def _read_order(loader: DataLoader[Any], config: Config, ranks: Ranks) -> EpochO
 
 
 def _check_same_order(order: EpochOrder, ranks: Ranks) -> None:
-    """Check that the samplers of all ranks yield the same samples in the same order.
+    """Check that all ranks' samplers yield the same samples in the same order.
 
-    The engine later splits these samples across the ranks. If the samplers already split the
-    samples, only the lengths of the samplers are compared.
+    For samplers that split the samples across the ranks themselves, compare only their lengths.
     """
     if ranks.world_size == 1:
         return
@@ -212,8 +211,8 @@ def _check_same_order(order: EpochOrder, ranks: Ranks) -> None:
             raise ValueError(
                 f"The sampler must yield the same samples in the same order on all ranks, but rank "
                 f"0 and rank {rank} differ (`{order.name}` is {found[0][0]} and {other[0]}). Use a "
-                "sampler that yields all samples on each rank. If the sampler splits the samples, "
-                "set its attributes `rank` and `num_replicas`."
+                "sampler that yields all samples on each rank, or set the attributes `rank` and "
+                "`num_replicas` of a sampler that splits the samples."
             )
 
 

@@ -21,7 +21,7 @@ from engine.training.activation_checkpointing import find_blocks
 __all__ = ["ParamGroup", "build_param_groups", "divide_parameters"]
 
 _HEAD = re.compile(r"(^|[._])(head|heads|classifier|fc|fc_norm|score|logits|qa_outputs)\b")
-"""Usual names of a model's last layers, which some models create before their blocks."""
+"""Matches the usual names of output layers, which some models create before their blocks."""
 _BLOCK_LISTS = {"block", "blocks", "h", "layer", "layers", "resblocks"}
 """Usual names of a transformer's list of blocks."""
 _SYNTAX = re.compile(r"[\\^$.*+?()\[\]{}|]+")
@@ -106,10 +106,9 @@ def divide_parameters(
 
 
 def _list_members(each: Any) -> Any:
-    """Return a param group with its parameters in a list, or a parameter without its name.
+    """Copy a param group with its parameters in a list, or return a parameter without its name.
 
-    The returned group is a copy. The list is needed because the group may contain a generator,
-    which can be iterated only once.
+    The parameters of the group may be a generator, which can be iterated only once.
     """
     if isinstance(each, dict):
         members = each["params"]
@@ -127,8 +126,8 @@ def build_param_groups(
 ) -> list[ParamGroup]:
     """Divide the trained parameters of a model into param groups.
 
-    Each parameter belongs to the first entry of the config's ``optimizer.param_groups`` with a
-    pattern that matches one of the parameter's names. All other parameters belong to the last
+    A parameter belongs to the first entry of the config's ``optimizer.param_groups`` with a pattern
+    that matches one of the parameter's names. The parameters that match no entry form the last
     group. ``no_decay`` and ``layer_decay`` divide these groups further.
 
     Args:
@@ -174,10 +173,10 @@ def build_param_groups(
 
 
 def _check_not_grouped_twice(parameters: Sequence[Any], block: OptimizerBlock) -> None:
-    """Check that the parameters are not param groups if the config divides them into groups.
+    """Check that ``parameters`` contains no param groups if the config already defines groups.
 
     Raises:
-        ValueError: ``parameters`` contains a param group.
+        ValueError: both ``parameters`` and the config define param groups.
     """
     if block.group_keys and any(isinstance(each, dict) for each in parameters):
         raise ValueError(
@@ -231,10 +230,12 @@ def _assign_entries(
     trained: Sequence[nn.Parameter],
     names: Mapping[nn.Parameter, list[str]],
 ) -> dict[nn.Parameter, int]:
-    """Return the index of the first entry that selects each trained parameter.
+    """Return a dict that maps each selected parameter to the index of its entry.
+
+    If several entries select a parameter, the first of them is its entry.
 
     Raises:
-        ValueError: an entry selects no trained parameters, or only parameters of earlier entries.
+        ValueError: a pattern matches no trained parameter, or only parameters of earlier entries.
     """
     found: dict[nn.Parameter, int] = {}
     for index, entry in enumerate(entries):
@@ -322,10 +323,10 @@ def _find_layers(
     layer_decay: float,
     wrap: Sequence[str],
 ) -> dict[nn.Parameter, tuple[int, int]]:
-    """Return the index of each parameter's layer, and the index of the last layer.
+    """Return a dict that maps each parameter to ``(index of its layer, index of the last layer)``.
 
-    Layer 0 contains the parameters before the first block. Layer i contains block i. The
-    last layer contains the parameters after the last block.
+    Layer 0 contains the parameters before the first block, layer 1 the first block, layer 2 the
+    second block, and so on. The last layer contains the parameters after the last block.
 
     Raises:
         ValueError: the model has no blocks.

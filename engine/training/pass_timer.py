@@ -58,6 +58,6 @@ class PassTimer:
         return measured
 
     def pop_means(self) -> dict[str, float]:
-        """Return each function's mean time per call since the last `pop_means`, in milliseconds."""
+        """Return the mean time per call of each function, in milliseconds, and reset the timer."""
         totals, self._totals = self._totals, {}
         return {name: 1000 * seconds / calls for name, (seconds, calls) in totals.items()}

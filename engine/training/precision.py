@@ -48,7 +48,7 @@ class AutocastMethod:
 
 
 def find_methods(model: nn.Module) -> list[str]:
-    """Return the names of the public methods that a model's class adds to ``nn.Module``.
+    """Return the names of a model's public methods that ``nn.Module`` does not have.
 
     >>> find_methods(nn.Linear(2, 2))
     ['reset_parameters']
@@ -63,7 +63,7 @@ def find_methods(model: nn.Module) -> list[str]:
 
 
 def autocast_methods(model: nn.Module, device_type: str, dtype: torch.dtype) -> None:
-    """Make each public method of a model run under autocast.
+    """Wrap ``forward`` and the methods that `find_methods` lists, so that they run under autocast.
 
     >>> model = nn.Linear(2, 2)
     >>> autocast_methods(model, "cpu", torch.bfloat16)

@@ -60,9 +60,9 @@ class StepRecord:
     """Momentum (first beta for Adam) of each param group; None if no group has momentum. In the
     sequence, None stands for a group without momentum."""
     weight_decay: Sequence[float] | None
-    """Weight decay of each param group that sets it; empty or None if no group sets it."""
+    """Weight decay of each param group that has one; empty or None if there is none."""
     loss: float | None
-    """Mean loss over micro-batches and ranks; None if it is unknown or was not needed."""
+    """Mean loss over micro-batches and ranks; None if the engine did not record the loss."""
     grad_norm: float | None
     loss_scale: float | None
     """Factor by which the loss is multiplied; None if the run does not use fp16."""
@@ -84,9 +84,9 @@ class StepRecorder(Protocol):
 class ProgressReporter:
     """Reporter that writes a run's progress to the log or a progress bar, and to the monitors.
 
-    By default, a line is logged for the first step of the process, for every 10th step up to step
-    100, and for every 100th step after that. All ranks must report the same steps, because the loss
-    is averaged over the ranks.
+    By default, a line is logged for the first step after a start or resume, for every 10th step up
+    to step 100, and for every 100th step after that. All ranks must report the same steps, because
+    the loss is averaged over the ranks.
 
     Args:
         config: config with ``steps_per_print``, ``engine.progress_bar`` and the monitors' sections.
@@ -159,7 +159,7 @@ class ProgressReporter:
         self._sum, self._count, self._is_averaged = 0.0, 0, False
 
     def needs_record(self, counters: Counters) -> bool:
-        """Return whether `report` must be called to log or monitor the last step."""
+        """Return whether `report` must be called for the step that has just been completed."""
         return self.is_monitored or self._is_line_due(counters.global_steps, counters.applied)
 
     def report(self, record: StepRecord) -> None:
@@ -228,10 +228,10 @@ class ProgressReporter:
     def _name_values(
         self, name: str, values: Sequence[float | None] | None, *, always: bool = False
     ) -> dict[str, float | None]:
-        """Return a hyperparameter's value in each param group, as a dict with metric names as keys.
+        """Return a dict that maps a metric name for each param group to the group's value.
 
-        If all param groups have had equal values so far, return only the value of the first group,
-        unless ``always`` is true.
+        With ``always=False``, the dict contains only the first group until the values of the groups
+        differ for the first time.
         """
         if not values:
             return {}

@@ -22,11 +22,11 @@ _numbers = itertools.count()
 
 
 class RepeatCheck:
-    """Comparison of a data loader's first batches across ranks and workers.
+    """A check that a data loader's first batches differ between ranks and between workers.
 
     Use this class for datasets and samplers that must split the data themselves, such as iterable
     datasets. PyTorch gives each rank and each worker a copy of the whole dataset. No rank waits for
-    another rank during the comparison, so the script may iterate over the loader on only one rank.
+    another rank during the check, so the script may iterate over the loader on only one rank.
 
     Args:
         ranks: rank and world size of this process.

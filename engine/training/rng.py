@@ -48,7 +48,7 @@ def check_rng_state(state: Any) -> None:
     """Check that `set_rng_state` accepts a state, without changing the current state.
 
     Raises:
-        Exception: a generator does not accept its part of the state.
+        Exception: one of the generators rejects its saved state.
     """
     restore(_RngState, state, "state")
     with preserve_rng_state():

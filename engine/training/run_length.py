@@ -24,15 +24,16 @@ class RunLength:
     steps_this_run: int | None = None
     """Maximum number of optimizer steps in this process; None for no limit."""
     total_steps: float | None = None
-    """Length of the whole run in batches, if ``engine.max_duration`` is a number of batches."""
+    """Length of the whole run in batches; None if ``engine.max_duration`` is not in batches."""
     total_samples: float | None = None
-    """Length of the whole run in samples, if ``engine.max_duration`` is in epochs or samples."""
+    """Length of the whole run in samples; None if ``engine.max_duration`` is not in epochs or
+    samples."""
     schedule_steps: int | None = None
     """Length of the schedule in applied steps, if the run ends with the schedule."""
     steps_before: int = 0
     """Number of applied steps in the loaded checkpoint. `steps_this_run` does not count them."""
     is_position_known: bool = False
-    """Whether the script has read the epoch or the number of steps."""
+    """Whether the script has read the engine's epoch or step count to continue from there."""
 
     def set_total(self, config: Config, steps_per_epoch: int | None) -> bool:
         """Set the length of the run to ``engine.max_duration``, if the config has this key.

@@ -43,7 +43,7 @@ class ScheduleDriver:
     ) -> None:
         self.scheduler = scheduler
         self.metric: float | None = None
-        """Last metric, averaged over the ranks; None once the scheduler has received it."""
+        """Next metric value to pass to the scheduler, averaged over the ranks; None if none."""
         self._report = report
         self._note = note
         if report is not None and self.feedback is not None:

@@ -23,12 +23,12 @@ _CONTENT_POLICY = (
     "img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""Content security policy: the page can load nothing from other hosts. Inline styles are allowed,
-because CodeMirror adds its styles to the page."""
+"""Content Security Policy that forbids loading anything from other hosts. It allows inline styles,
+because CodeMirror needs them."""
 
 
 def create_token() -> str:
-    """Return a random token for the address of the page."""
+    """Return a random token to include in the server's URL."""
     return secrets.token_urlsafe(24)
 
 
@@ -56,7 +56,7 @@ def _read_host_name(host: str) -> str | None:
 
 
 def add_security_headers(response: Response) -> None:
-    """Add headers so that the page cannot load files from other websites or be embedded in them."""
+    """Add headers so that a page cannot load files from other websites or be embedded in them."""
     response.headers["Content-Security-Policy"] = _CONTENT_POLICY
     response.headers["Referrer-Policy"] = "no-referrer"
     response.headers["X-Content-Type-Options"] = "nosniff"

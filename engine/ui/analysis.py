@@ -43,8 +43,8 @@ def analyze(
     Args:
         text: text in the editor.
         name: file name, for messages.
-        settings: settings of the run that the user entered on the page.
-        compared: configs and schedules to compare with; see `compute_curves`.
+        settings: run settings that the user entered on the page.
+        compared: other configs and schedules to draw for comparison; see `compute_curves`.
         window: first and last step to draw; None for all steps.
     """
     document = parse(text, name)
@@ -143,9 +143,9 @@ def _describe_problems(document: Document, problems: Sequence[Problem]) -> list[
 
 
 def _offer_fix(document: Document, problem: Problem) -> Problem:
-    """Return a problem with its fix or, if it has none, with a fix that the user must confirm.
+    """Add a fix to a problem about a misspelled name, unless the problem already has a fix.
 
-    The added fix replaces a misspelled name with the most similar known name, if there is one.
+    The fix replaces the name with the most similar known name, if there is one.
     """
     if problem.fix is not None or problem.pointer not in document.locations:
         return problem

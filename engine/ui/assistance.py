@@ -28,7 +28,7 @@ __all__ = ["complete", "describe"]
 
 _PARAM_GROUPS = "param_groups"
 _MANY = 10
-"""The valid values of an integer are listed only if its maximum is below this number."""
+"""Completion lists the valid values of an integer only if its maximum is below this number."""
 
 
 def complete(text: str, offset: int) -> dict[str, Any]:

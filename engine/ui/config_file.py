@@ -37,14 +37,14 @@ class FileChangedError(ValueError):
 
 
 class ConfigFile:
-    """A config file that the page edits.
+    """A config file that the user edits on the config page.
 
     The editor uses the line ending ``\\n`` and no byte order mark. `save` restores the original
     line endings and byte order mark, so that unchanged lines stay the same byte for byte.
 
     Args:
         path: path of the file; the file may be missing.
-        template: text for a file that does not exist.
+        template: text to show if the file does not exist.
     """
 
     def __init__(self, path: Path, template: str = "") -> None:
@@ -142,7 +142,7 @@ def _restore_line_ends(text: str, old: str) -> str:
 
 
 def _match_lines(before: Sequence[str], after: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield pairs of indices: of an old line, and of the new line that equals or replaces it."""
+    """Yield ``(old, new)`` indices of old lines and the new lines that equal or replace them."""
     most = min(len(before), len(after))
     start = 0
     while start < most and before[start] == after[start]:

@@ -1,4 +1,4 @@
-"""Actions that the script of the config page can request."""
+"""Actions that the JavaScript of the config page can request."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class ConfigPage:
         return export(curves, name, str(body.get("format")), log=body.get("log") is True)
 
     def _read_compared(self, body: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        """Return the configs and schedules to compare with; see `compute_curves`."""
+        """Return the other configs and schedules to draw for comparison; see `compute_curves`."""
         given = body.get("compared")
         compared = [each for each in given if isinstance(each, dict)] if given else []
         return [

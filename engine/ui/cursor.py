@@ -21,7 +21,7 @@ _TOKEN = re.compile(
 
 
 def to_utf16(text: str, offset: int) -> int:
-    """Convert an index into a Python string to an offset in UTF-16 code units, as in JavaScript.
+    """Convert a Python string index to an offset in UTF-16 code units, as used in JavaScript.
 
     >>> to_utf16("😀b", 1)
     2
@@ -30,7 +30,7 @@ def to_utf16(text: str, offset: int) -> int:
 
 
 def from_utf16(text: str, offset: int) -> int:
-    """Convert an offset in UTF-16 code units, as in JavaScript, to an index into a Python string.
+    """Convert an offset in UTF-16 code units, as used in JavaScript, to a Python string index.
 
     >>> from_utf16("😀b", 2)
     1
@@ -80,8 +80,8 @@ class Cursor:
 def locate(text: str, offset: int) -> Cursor:
     """Return the cursor for the token that contains an offset or ends at it.
 
-    The whole text is read, because the ``type`` that determines which params are valid can follow
-    the params.
+    The whole text is read, because ``type`` can come after ``params`` and determines which params
+    are valid.
     """
     stack = [Frame(is_object=False, expects="value", key="")]
     found: Cursor | None = None

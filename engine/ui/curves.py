@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["CurveSet", "compute_curves"]
 
 MAX_EXACT = 200_000
-"""Maximum number of steps for which the page receives the value at each step."""
+"""Maximum number of steps that the config page draws without sampling."""
 _SAMPLES = 20_000
-"""Number of steps whose values the page receives if it draws more than `MAX_EXACT` steps."""
+"""Number of steps to sample if the config page draws more than `MAX_EXACT` steps."""
 _MAX_STEPS = 10**9
 _MAX_CURVES = 200
 _MAX_COMPARED = 8
@@ -74,7 +74,11 @@ class CurveSet:
         return np.unique(np.linspace(first, last, _SAMPLES).round())
 
     def evaluate(self, steps: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
-        """Yield the values of each column at the given steps, which are in ascending order."""
+        """Yield the values of each column at the given steps.
+
+        Args:
+            steps: steps in ascending order.
+        """
         import numpy as np
 
         is_contiguous = _is_contiguous(steps)
@@ -148,14 +152,14 @@ def compute_curves(
 
     Args:
         document: parsed config.
-        settings: settings of the run that the user entered on the page.
+        settings: run settings that the user entered on the page.
         examined: problems and context of the config.
         steps_per_epoch: number of optimizer steps per epoch; None if unknown.
-        compared: configs and schedules to compare with. Each has a ``label``, and either the
-            ``text`` of a config or the ``type`` of a schedule.
+        compared: other configs and schedules to draw for comparison. Each has a ``label``, and
+            either the ``text`` of a config or the ``type`` of a schedule.
 
     Raises:
-        ConfigError: the schedule of the config, or of a config to compare with, is invalid.
+        ConfigError: the schedule of the config, or of a config in ``compared``, is invalid.
         ValueError: there are too many steps or curves.
     """
 

@@ -1,4 +1,4 @@
-"""From the losses that a run has recorded, recompute AutoWU's decision to end the warmup."""
+"""Use a run's recorded losses to recompute AutoWU's decision to end the warmup."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MAX_STEPS = 20_000
 def recompute_decision(
     settings: Mapping[str, Any], series: Mapping[str, Series]
 ) -> dict[str, Any] | None:
-    """Return the losses and the Gaussian process that led to the end of the warmup.
+    """Return AutoWU's decision to end the warmup, with the losses that led to it.
 
     Args:
         settings: config of the run, or the settings in its checkpoint.

@@ -166,10 +166,10 @@ def change_type(text: str, name: str, steps: int = _STEPS) -> str:
 
 
 def _scale(value: Any, schema: Mapping[str, Any], steps: int, has_length: bool) -> Any:
-    """Scale the durations in an example's parameter value to the length of a run.
+    """Scale the durations in a parameter's example value to a run of ``steps`` steps.
 
-    Fractions of the run, such as "0.5dur", stay unchanged if the config specifies the length of the
-    run.
+    Fractions of the run, such as "0.5dur", stay unchanged if ``has_length`` is true, which means
+    that the config specifies the length of the run.
     """
     if isinstance(value, list):
         return [_scale(each, schema.get("items", {}), steps, has_length) for each in value]

@@ -18,12 +18,12 @@ __all__ = ["describe_memory"]
 def describe_memory(
     context: RuleContext | None, problems: Sequence[Problem], settings: RunSettings
 ) -> dict[str, Any] | None:
-    """Return the tables of ``onecycle memory`` for the page.
+    """Return the tables of ``onecycle memory`` for the config page.
 
     Args:
         context: valid values of the config; None if the config is not a JSON object.
         problems: problems of the config.
-        settings: settings of the run. Without a world size, one rank is assumed.
+        settings: run settings that the user entered. Without a world size, one rank is assumed.
 
     Returns:
         The tables and notes. If the memory cannot be estimated, ``summary`` contains the reason.

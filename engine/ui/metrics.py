@@ -132,7 +132,7 @@ class _CSVFile:
 
 
 def _parse_rows(data: bytes) -> Numbers:
-    """Parse the rows in a part of a CSV file. Rows that are not two numbers are skipped."""
+    """Parse some complete rows of a CSV file. Skip rows that do not contain exactly two numbers."""
     numbers = _parse_numbers(data.replace(b"\r", b"").rstrip(b"\n").replace(b"\n", b","))
     if numbers is None or len(numbers) != 2 * data.count(b"\n"):
         rows = [row for line in data.splitlines() if (row := _parse_row(line)) is not None]

@@ -1,4 +1,4 @@
-"""The kinds of replies that the page receives: JSON, JSON followed by numbers, or a file."""
+"""The kinds of replies that the server sends: JSON, JSON followed by numbers, or a file."""
 
 from __future__ import annotations
 

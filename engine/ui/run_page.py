@@ -1,4 +1,4 @@
-"""Actions that the script of the run page can request."""
+"""Actions that the JavaScript of the run page can request."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class _Column(NamedTuple):
 
 
 class RunPage:
-    """The page that shows the runs in directories.
+    """The page that shows runs.
 
     Args:
-        roots: directories to read.
+        roots: directories in which to find the runs.
     """
 
     html = "run.html"
@@ -113,7 +113,7 @@ class RunPage:
         }
 
     def _read_metrics(self, body: Mapping[str, Any]) -> Numbers:
-        """Return the points to draw, or no points if nothing has changed since the last request."""
+        """Return the points to draw, or no points if the browser already has the current ones."""
         window = body.get("window")
         window = tuple(map(float, window)) if isinstance(window, list) else None
         is_by_sample = body.get("axis") == "samples"
@@ -229,7 +229,7 @@ def _find_last(values: NDArray[np.float64]) -> float | None:
 
 
 def _reduce_range_test(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parts of an LR range test's report that the page plots."""
+    """Return the data from an LR range test's report that the run page plots."""
     suggestion = report["suggestion"] if isinstance(report["suggestion"], Mapping) else {}
     sweeps = []
     for sweep in report["runs"] if isinstance(report["runs"], list) else []:

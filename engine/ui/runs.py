@@ -28,10 +28,10 @@ _CONFIG_KEYS = {"optimizer", "scheduler", *BATCH_KEYS}
 
 
 class Run:
-    """A run: directories with its metrics, and the directory that contains its other files.
+    """A run, with directories for its metrics and a directory for its other files.
 
     Args:
-        name: name of the run on the page.
+        name: name of the run on the run page.
         root: directory with the checkpoints and reports.
         directories: directories with the metrics, those with CSV files first.
     """
@@ -83,7 +83,7 @@ class Run:
         return sorted(manifests, key=lambda manifest: (manifest.step, manifest.sequence))
 
     def read_settings(self, checkpoints: Sequence[Manifest]) -> Mapping[str, Any]:
-        """Return the config of the run, or else the settings in its newest checkpoint."""
+        """Return the run's config or, if there is none, the settings in its newest checkpoint."""
         for path in sorted(self.root.glob("*.json")):
             config = _read_config(path)
             if _CONFIG_KEYS & config.keys():
@@ -118,8 +118,8 @@ def read_saved_settings(checkpoints: Sequence[Manifest]) -> Mapping[str, Any]:
 def find_runs(roots: Sequence[Path], known: Sequence[Run] = ()) -> list[Run]:
     """Find the runs in directories. Known runs are kept, and new directories are added to them.
 
-    Each directory with metrics is a run. Directories with the same name, such as those with the CSV
-    files and the event files of a job, belong to the same run.
+    Each directory with metrics belongs to a run. Directories with the same name, such as one with a
+    job's CSV files and one with its event files, belong to the same run.
     """
     old = {(run.root, run.name): run for run in known}
     runs = []

@@ -1,4 +1,4 @@
-"""Local web server that checks each request, then serves a file or runs an action of the page."""
+"""Local web server that checks each request, and then serves a file or runs an action."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Action = Callable[[Mapping[str, Any]], Mapping[str, Any] | Numbers | Download]
 
 
 class Page(Protocol):
-    """A page: its HTML file, and the actions that its script can request."""
+    """A page: its HTML file, and the actions that its JavaScript can request."""
 
     html: str
     """Name of the HTML file."""

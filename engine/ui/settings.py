@@ -1,4 +1,4 @@
-"""Settings of a run that the user enters on the page, because the config lacks them."""
+"""Run settings that the config lacks and the user enters on the config page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MAX = 10**15
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Settings of a run that its config does not contain. Each is None if unknown."""
+    """Run settings that are not in the config. Each is None if unknown."""
 
     world_size: int | None = None
     steps_per_epoch: int | None = None
@@ -35,7 +35,7 @@ class RunSettings:
 
     @classmethod
     def from_json(cls, values: Any) -> RunSettings:
-        """Read the settings in a request from the page.
+        """Build the settings from the JSON object that the config page sends.
 
         Raises:
             ValueError: a value is neither a positive whole number nor null.

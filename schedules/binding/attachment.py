@@ -23,7 +23,7 @@ class _Writer(Protocol):
 
 
 class Attachment:
-    """The schedules that are attached to one optimizer, and the last values that they wrote.
+    """The schedules that are attached to one optimizer, and the latest values that they wrote.
 
     This object exists as long as the optimizer does, even if a schedule is deleted. When a second
     schedule is attached, this object shows whether the current learning rate comes from the first
@@ -48,9 +48,8 @@ class Attachment:
         Args:
             writer: the schedule.
             groups: param groups of the optimizer.
-            values: function that returns the values that the schedule wrote last. The function must
-                not hold a reference to the schedule, because the reference would prevent its
-                deletion.
+            values: function that returns the latest values that the schedule wrote. The function
+                must not hold a reference to the schedule, which would keep the schedule alive.
         """
         self._last_group = groups[-1]
         self._last_written |= dict.fromkeys(writer.hyperparameters, values)
@@ -60,7 +59,7 @@ class Attachment:
                 other.note_other_writer()
 
     def has_last_group(self, groups: Sequence[Group]) -> bool:
-        """Return whether the optimizer still has the param groups that a schedule last wrote to.
+        """Return whether the latest schedule values were written to the current param groups.
 
         Loading the optimizer's state replaces its param groups.
         """
@@ -76,9 +75,10 @@ class Attachment:
         initial value is the current value.
 
         Returns:
-            The initial values, and the reason why they are uncertain, or None if they are certain.
-            They are uncertain if either a schedule or the script may have set a current value, for
-            example after the optimizer's state was loaded, or with another library's scheduler.
+            The initial values, and the reason why they are uncertain; None if they are certain.
+            They are uncertain if it is unknown whether a schedule or the script set a current
+            value, for example after the optimizer's state was loaded, or with another library's
+            scheduler.
         """
         values, doubt = [], None
         is_known = name in self._last_written and self.has_last_group(groups)
@@ -95,7 +95,7 @@ class Attachment:
         return tuple(values), doubt
 
     def _find(self, name: str, index: int) -> Iterator[float]:
-        """Yield the last value that each schedule wrote for a param group's hyperparameter."""
+        """Yield the latest value that each schedule wrote for a param group's hyperparameter."""
         last = [self._last_written[name]] if name in self._last_written else []
         for values in (*last, *self._written.values()):
             yield from values().get(name, ())[index : index + 1]

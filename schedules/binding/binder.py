@@ -59,9 +59,9 @@ class ScheduleBinder(TorchInterface):
         optimizer: optimizer whose hyperparameters the schedule sets.
         horizon: length of the run, used to convert time strings to steps and to scale durations.
         base: initial learning rate, as a number for all param groups or a list with one number per
-            group. A dict that maps "lr", "momentum" and "weight_decay" to such values also sets the
-            other hyperparameters. Defaults to the current values or, if another schedule set them,
-            to the initial values of that schedule.
+            group. To specify other initial hyperparameters too, pass a dict that maps "lr",
+            "momentum" and "weight_decay" to such values. Defaults to the current values or, if
+            another schedule set them, to the initial values of that schedule.
         at: step at which the schedule starts.
 
     Raises:
@@ -123,7 +123,7 @@ class ScheduleBinder(TorchInterface):
         self._bind(self._read_base(complete_base(base, len(optimizer.param_groups))))
         self._first_step = FirstStep(optimizer)
         self.evidence: Evidence | None = None
-        """Losses and learning rates that led to the last decision. None before the first decision
+        """Losses and learning rates that led to the latest decision; None before the first decision
         or if the decision was restored from a checkpoint."""
         for warning in schedule.resolve(horizon).warnings():
             warnings.warn(warning, stacklevel=3)
@@ -273,7 +273,7 @@ class ScheduleBinder(TorchInterface):
             log.info(text, name, *decision[:3], confidence)
 
     def _is_unchanged_since(self, before: Any) -> bool:
-        """Return whether the schedule's values equal the values in the earlier state ``before``."""
+        """Return whether the scheduled values are known to equal those in the state ``before``."""
         del before
         return False
 
@@ -346,7 +346,7 @@ class ScheduleBinder(TorchInterface):
 
     @property
     def just_decided(self) -> bool:
-        """Whether the feedback schedule made a decision in the last step."""
+        """Whether the feedback schedule made a decision in the latest call to `step`."""
         return self.decision is not None and self.decision.step == self.last_epoch
 
     @property

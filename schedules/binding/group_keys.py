@@ -32,7 +32,7 @@ _WRITTEN_BY_ONE_CYCLE_LR = {"initial_lr", "max_lr", "min_lr"}
 def bind_to_groups(
     schedule: Schedule[Any], base: Base, horizon: Horizon | None, groups: Sequence[Group]
 ) -> Controller[Any]:
-    """Return a controller that runs a schedule and applies the keys of the param groups.
+    """Return a controller that runs a schedule and applies param group keys such as ``lr_scale``.
 
     Args:
         schedule: schedule to bind.
@@ -99,7 +99,7 @@ def _check_not_applied(
 
 
 def _replace_parameters(schedule: Schedule[Any], groups: Sequence[Group]) -> Schedule[Any]:
-    """Return the schedule, with parameters replaced by the values in the param groups."""
+    """Return the schedule with its parameters replaced by param group keys of the same names."""
     changes = {}
     for key in _REPLACEMENTS:
         index = next((index for index, group in enumerate(groups) if key in group), None)

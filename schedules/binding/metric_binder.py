@@ -90,7 +90,7 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
 
     @property
     def cooldown_counter(self) -> int:  # type: ignore[override]  # read-only here
-        """Number of metric values left in the cooldown after the last reduction."""
+        """Number of metric values left in the current cooldown; 0 outside of a cooldown."""
         return int(self._state.plateau.rests)
 
     @property

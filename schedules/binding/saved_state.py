@@ -46,7 +46,7 @@ class _SavedState:
 
 
 def complete_base(base: BaseValues | None, groups: int) -> Base:
-    """Return a dict with the initial value of each given hyperparameter in each param group.
+    """Convert ``base`` to a dict that maps each given hyperparameter to one value per param group.
 
     Raises:
         ValueError: a name is unknown, or a list does not have one number per param group.
@@ -155,9 +155,9 @@ def check_state(
     changed = [*_compare_schedules(state, identity), *_compare_bases(state["base"], base, compared)]
     if changed:
         raise ValueError(
-            f"The schedule does not match the saved state: {'; '.join(changed)}. Restore the saved "
-            "values, or call load_state_dict() with `override=True` to continue from the saved "
-            "step with the current values."
+            f"The schedule does not match the saved state: {'; '.join(changed)}. Change these "
+            "values back, or call load_state_dict() with `override=True` to continue from the "
+            "saved step with the current values."
         )
 
 

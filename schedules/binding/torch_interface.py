@@ -39,7 +39,7 @@ class TorchInterface(LRScheduler):
     deferred step."""
     _extra_count = 0
     _losses: tuple[float, ...] = ()
-    """Losses passed to `record_loss` since the last step."""
+    """Losses passed to `record_loss` since the previous call to `step`."""
     _position: int
     """Number of steps that a feedback schedule has taken. A script can set `last_epoch`, but not
     this attribute."""
@@ -136,10 +136,10 @@ class TorchInterface(LRScheduler):
         return draw_html(repr(self), self.controller.curves, max(steps, step + 1), step)
 
     def record_loss(self, loss: Tensor | float) -> None:
-        """Record a loss. The next step uses the mean of the losses since the last step.
+        """Record a loss. `step` uses the mean of the losses recorded since the previous step.
 
         Use this method in a trainer that calls `step` without a loss, such as Hugging Face's. In a
-        custom loop, call ``step(loss)`` instead. The call has no effect if the schedule does not
+        custom loop, call ``step(loss)`` instead. This method has no effect if the schedule does not
         depend on the loss.
 
         Args:

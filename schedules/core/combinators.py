@@ -193,7 +193,7 @@ class _Stairs(Curve):
 
 
 def stairs(curve: Curve, steps: float, count: int, *, rounds_up: bool = False) -> Curve:
-    """Turn a curve into a staircase with ``count`` stairs of equal length in every ``steps`` steps.
+    """Turn a curve into a staircase that divides every ``steps`` steps into ``count`` equal stairs.
 
     The value at step k is the value of ``curve`` at ``floor(k * count / steps) * steps / count``.
     With ``rounds_up=True``, ``ceil`` replaces ``floor``. A descending staircase that rounds up is

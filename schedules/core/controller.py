@@ -52,13 +52,13 @@ class Decision(NamedTuple):
 class Band(NamedTuple):
     """Mean and confidence band of a Gaussian process fitted to the losses.
 
-    ``low`` and ``high`` are two standard deviations below and above the mean. The robust test
-    computes them for compressed losses and converts them back, so they are not symmetric.
+    ``low`` and ``high`` are two standard deviations below and above the mean. The band is not
+    symmetric with AutoWU's robust test, which compresses the losses with asinh before the fit.
     """
 
     positions: Sequence[float]
-    """Positions at which the process is evaluated, from 0 (first loss) to 1 (just after the last
-    loss)."""
+    """Positions at which the Gaussian process is evaluated, from 0 (the first loss) to 1 (just
+    after the final loss)."""
     mean: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
@@ -73,15 +73,15 @@ class Evidence(NamedTuple):
     losses: Sequence[float]
     """Loss of each step before the decision."""
     band: Band | None
-    """Gaussian process fitted to the losses; None if no process was fitted."""
+    """Gaussian process fitted to the losses; None if no Gaussian process was fitted."""
 
 
 class Controller(Protocol[S]):
     """Interface for objects that compute a schedule's values at each step.
 
-    A controller is built for the initial hyperparameters of one optimizer. The controller does not
-    store its state. The caller passes the state to each method, and no method modifies the state in
-    place.
+    A controller is built for the initial hyperparameters of one optimizer. It is stateless: the
+    caller stores the state that `init` and `update` return, and passes it to the methods. No method
+    modifies a state in place.
     """
 
     @abstractmethod
@@ -94,8 +94,8 @@ class Controller(Protocol[S]):
 
         Args:
             state: state before the step.
-            loss: loss of the step, or value of the metric if the schedule depends on a metric. None
-                if the step has neither.
+            loss: loss of the step, or metric if the schedule depends on a metric; None if it is not
+                available.
         """
 
     @abstractmethod

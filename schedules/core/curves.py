@@ -2,8 +2,8 @@
 
 A `Curve` can be evaluated at a single step, without numpy, or at an array of steps. The values are
 bitwise identical in both cases. A curve consists of pieces, each with one formula for a range of
-steps. A ramp has exactly its start value at step 0, and exactly its end value from its last step
-on.
+steps. A ramp has exactly its start value at step 0, and exactly its end value when it ends and
+afterwards.
 
     >>> warmup = linear(0.0, 1.0, steps=4)
     >>> [warmup(step) for step in range(6)]
@@ -378,7 +378,7 @@ def inverse_sqrt(start: float, steps: float) -> Curve:
 def inverse_sqrt_ramp(start: float, end: float, steps: float) -> Curve:
     """Return the inverse square root ramp ``f(k) = start / sqrt(1 + c * min(1, k / steps))``.
 
-    With ``c = (start / end) ** 2 - 1``, the value at step ``steps`` is ``end``.
+    The constant c is ``(start / end) ** 2 - 1``, so that the value at step ``steps`` is ``end``.
 
     >>> [round(value, 6) for value in inverse_sqrt_ramp(1.0, 0.5, steps=3).values(5)]
     [1.0, 0.707107, 0.57735, 0.5, 0.5]
@@ -406,7 +406,7 @@ def inverse_time(start: float, rate: float, steps: float) -> Curve:
 
 
 def linear_growth(start: float, rate: float, steps: float) -> Curve:
-    """Return the unbounded linear growth ``f(k) = start * (1 + rate * k / steps)``.
+    """Return the unbounded linear curve ``f(k) = start * (1 + rate * k / steps)``.
 
     >>> list(linear_growth(0.5, rate=1.0, steps=2).values(4))
     [0.5, 0.75, 1.0, 1.25]

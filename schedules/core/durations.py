@@ -57,9 +57,7 @@ class FractionalSteps(float):
 
 @dataclasses.dataclass(frozen=True)
 class Horizon:
-    """The length of a run and of an epoch in steps, and the number of samples and tokens per step.
-
-    These numbers are used to convert time strings to steps.
+    """The length of a run, and the other numbers that are needed to convert time strings to steps.
 
     Args:
         total_steps: length of the run in optimizer steps, before scaling by ``scale_ratio``.
@@ -118,9 +116,9 @@ def is_time_string(value: Any) -> bool:
 def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
     """Convert a duration to optimizer steps.
 
-    Epochs, batches and fractions of the run are truncated to whole steps, as in Composer. The
-    result can be fractional if the duration is in samples or tokens, or if it is a fraction of the
-    run and ``horizon.counts_samples`` is true.
+    The result can be fractional if the duration is in samples or tokens, or if it is a fraction of
+    the run and ``horizon.counts_samples`` is true. All other time strings are truncated to whole
+    steps, as in Composer.
 
     Args:
         duration: number of steps, or a time string.
@@ -129,8 +127,8 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
             fraction of the run (``dur``).
 
     Raises:
-        DurationError: the time string is invalid, ``horizon`` does not have the value that the unit
-            of the duration requires, or the result exceeds `MAX_STEPS`.
+        DurationError: the time string is invalid, a number that its unit requires is not set in
+            ``horizon``, or the result exceeds `MAX_STEPS`.
 
     >>> convert_to_steps("0.29dur", Horizon(total_steps=100), scaled=True)
     28
@@ -188,7 +186,7 @@ def _count_per_step(unit: str, horizon: Horizon, text: str) -> float:
 def has_data_durations(schedule: Any) -> bool:
     """Return whether a schedule has a duration in epochs, samples, tokens or fractions of the run.
 
-    The durations in lists and in the parts of a schedule count, too.
+    This includes durations in lists and in nested schedules.
 
     >>> from schedules import MultiStepScheduler, WarmupDecayLR
     >>> has_data_durations(WarmupDecayLR(total_num_steps="10ep"))
@@ -243,9 +241,9 @@ def _check_length(length: float, name: str) -> float:
 
 
 def _to_steps(scaled: float, configured: float | None = None) -> float:
-    """Return a scaled duration as an int, or as `FractionalSteps` if it is not a whole number.
+    """Return a scaled duration as an int or, if it is not a whole number, as `FractionalSteps`.
 
-    If the duration before scaling (``configured``) is a whole number, the result is truncated.
+    If the duration before scaling, ``configured``, is a whole number, truncate the scaled duration.
     """
     _check_length(scaled, "A duration")
     if configured is not None and float(configured).is_integer():

@@ -89,11 +89,11 @@ class AutoValue(NamedTuple):
     """Marker for a field that accepts "auto", which an integration replaces with a value."""
 
     integrations: str
-    """Names of the integrations that replace "auto", such as "transformers"."""
+    """Comma-separated names of the integrations that replace "auto"."""
 
 
 class AnyValue(NamedTuple):
-    """Marker for a field that accepts any value, so that its JSON schema is empty."""
+    """Marker for a field that accepts any value and therefore has an empty JSON schema."""
 
 
 PerGroup = float | Sequence[float]
@@ -248,7 +248,7 @@ class Field:
 
     @property
     def per_group(self) -> bool:
-        """Whether the field accepts a number or a list with one number per param group."""
+        """Whether the field can be a list with one number per param group instead of a number."""
         return {"number", "array"} <= set(self.schema.get("type", ()))
 
     def complete(self, description: str, *, explain_time: bool = True) -> str:

@@ -41,7 +41,7 @@ class ImportForbiddenError(ValueError):
 
 @contextmanager
 def imports_allowed(allowed: bool) -> Iterator[None]:
-    """Inside this context, allow or forbid imports of code named in a config.
+    """Within a ``with`` block, allow or forbid imports of code named in a config.
 
     >>> with imports_allowed(False):  # doctest: +ELLIPSIS
     ...     import_attribute("math:pi")

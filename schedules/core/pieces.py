@@ -43,8 +43,8 @@ class Piece(NamedTuple):
     end: float
     formula: Formula
     elementwise: bool
-    """Whether to evaluate arrays one element at a time, because numpy and ``math`` round sin and
-    log differently."""
+    """Whether to evaluate arrays one element at a time. This is necessary for functions such as cos
+    and log, which numpy and ``math`` round differently."""
     line: Line | None = None
     """Coefficients of the formula, if it is linear."""
 

@@ -53,10 +53,10 @@ _OTHER_NAMES = {
 
 
 class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
-    """Mapping from names to schedule classes. A schedule's module is imported on first use.
+    """Mapping from names to schedule classes. A class is imported when it is first looked up.
 
-    A config usually needs only one of these modules, and importing all of them would take longer
-    than validating the config.
+    A config usually needs only one class, and importing all of them would take longer than
+    validating the config.
     """
 
     def __init__(self) -> None:
@@ -166,7 +166,7 @@ def find(name: str) -> type[Schedule[Any]]:
             scheduler class, or a function that maps the step to a learning rate factor.
 
     Raises:
-        ImportForbiddenError: the name is not built in or registered, and
+        ImportForbiddenError: the schedule is neither built in nor registered, and
             `schedules.core.imports.imports_allowed` forbids imports.
         ValueError: the name is unknown, or the imported object is not a schedule, a scheduler or a
             function. If the name is similar to a known name, the message suggests that name.
@@ -229,8 +229,8 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
         ImportForbiddenError: the block names code that must be imported, but imports are forbidden.
         ScheduleError: a parameter is unknown, missing or invalid. The attribute ``problems`` of the
             error lists every problem.
-        ValueError: the type is unknown, or the block has no ``type``, an unknown key, or a value of
-            the wrong JSON type.
+        ValueError: ``type`` is missing or unknown, the block has an unknown key, or a value has the
+            wrong JSON type.
 
     >>> from_config({"type": "WarmupLR", "params": {"warmup_num_steps": 1e2}}).warmup_num_steps
     100

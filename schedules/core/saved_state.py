@@ -16,14 +16,14 @@ from schedules.core.fields import Range
 __all__ = ["OPTIONAL", "Count", "Size", "describe", "restore"]
 
 Count = Annotated[int, Range(at_least=0)]
-"""Type of a number of steps, samples or epochs."""
+"""Type for a count of steps, samples or epochs."""
 Size = Annotated[int, Range(at_least=1)]
-"""Type of a batch size or of a number of ranks."""
+"""Type for a batch size or a number of ranks."""
 
 _MAX_INT = 2**63 - 1
 
 OPTIONAL = {"optional": True}
-"""Metadata of a dataclass field that may be missing from a state saved by an earlier version."""
+"""Metadata for dataclass fields that may be missing from states saved by earlier versions."""
 
 _WORDS = {int: "a 64-bit whole number", float: "a number", bool: "true or false", str: "a string"}
 

@@ -126,7 +126,7 @@ def format_arguments(arguments: Mapping[str, Any]) -> str:
 
 @schedule_class
 class Schedule(ABC, Generic[S]):
-    """Base class of all schedules. Its fields are the ``params`` of a config's ``scheduler`` block.
+    """Base class of all schedules. The fields of a schedule are its ``params`` in a config.
 
     A subclass must be a frozen, keyword-only dataclass with a docstring below each field. Override
     `curves` to define the values, and `find_problems` to report conflicts between fields.
@@ -140,8 +140,8 @@ class Schedule(ABC, Generic[S]):
     ``type_name=`` in the class statement."""
 
     has_rate_per_step: ClassVar[bool] = False
-    """Whether a parameter is a rate per step. If so, `Horizon.scale_ratio` stretches whole curves,
-    because scaling the durations does not scale a rate."""
+    """Whether any parameter is a rate per step. If so, `Horizon.scale_ratio` stretches the curves
+    as a whole, because scaling only the durations would leave the rate unchanged."""
 
     group_keys: ClassVar[tuple[str, ...]] = ()
     """Parameters that a param group of the optimizer can override with a key of the same name."""
@@ -150,7 +150,7 @@ class Schedule(ABC, Generic[S]):
     """Feedback on which the schedule depends; None if the schedule depends only on the step."""
 
     example: ClassVar[Mapping[str, Any]] = {}
-    """Parameters of the documentation's example, which runs for 100 steps (10 per epoch)."""
+    """Parameters for the example in the documentation, a run of 10 epochs with 10 steps each."""
 
     def __init_subclass__(
         cls,
@@ -248,7 +248,7 @@ class Schedule(ABC, Generic[S]):
         return dataclasses.replace(self, **changes)
 
     def _check_minimum(self, name: str, steps: Any) -> None:
-        """Raise an error if a time string is 0 steps in this run, but must be at least 1 step."""
+        """Raise an error if a time string that must be at least 1 step comes to 0 steps."""
         least, given = read_fields(type(self))[name].minimum, as_tuple(getattr(self, name))
         for time, count in zip(given, as_tuple(steps), strict=True):
             if is_time_string(time) and count == 0 < least:
@@ -285,7 +285,7 @@ class Schedule(ABC, Generic[S]):
         yield from ()
 
     def joints(self) -> Iterator[Joint]:
-        """Yield the steps at which a hyperparameter can jump, depending on the parameters.
+        """Yield the steps at which one phase ends and the next starts, where values can jump.
 
         Call `resolve` first if a duration is a time string.
         """
@@ -412,7 +412,7 @@ class Schedule(ABC, Generic[S]):
 
     @property
     def num_groups(self) -> int | None:
-        """Length of the lists with one number per param group; None if there is no such list."""
+        """Number of param groups if a field is a list with one number per group, otherwise None."""
         return next(map(len, self.lists_per_group.values()), None)
 
     @property

@@ -15,10 +15,10 @@ _WARMUPS = ("warmup_num_steps", "warmup_steps", "lr_warmup_steps", "t_warmup", "
 
 
 def find_nearest(name: str, known: Collection[str]) -> str | None:
-    """Return the known name with the most similar spelling; None if no name is similar.
+    """Return the known name with the most similar spelling; None if there is no match.
 
-    If no spelling is similar and exactly one known name adds a word before ``name``, return that
-    known name. For example, ``warmup_num_steps`` adds a word before ``num_steps``.
+    If no spelling is similar, match a known name that consists of another word followed by
+    ``name``, such as ``warmup_num_steps`` for ``num_steps``. This match must be unique.
 
     >>> find_nearest("stge", ["stage", "type"])
     'stage'

@@ -30,7 +30,7 @@ def trace(
 
     Args:
         schedule: `Schedule`, or a ``{"type": …, "params": {…}}`` block.
-        steps: number of steps, counted from step 0.
+        steps: number of steps, starting with step 0.
         base: initial hyperparameters of the optimizer, each a number or a list with one
             number per param group. The defaults are a learning rate of 0.1, a momentum of 0.9 and
             a weight decay of 0.
@@ -96,12 +96,12 @@ def complete_base(base: Mapping[str, float | Iterable[float]] | None) -> Base:
 
 
 class Replay(NamedTuple):
-    """Result of `replay`: hyperparameters at each step, and evidence for the last decision."""
+    """Result of `replay`: hyperparameters at each step, and evidence for the final decision."""
 
     rows: list[Values]
-    """Hyperparameters at each step. The last row is for the step after the last loss."""
+    """Hyperparameters at each step, including the step after the final loss."""
     evidence: Evidence | None
-    """Losses and learning rates that led to the last decision; None if there was no decision."""
+    """Losses and learning rates that led to the final decision; None if there was no decision."""
 
 
 def replay(

@@ -59,7 +59,7 @@ class _Scheduler(LearningRateSchedule):
 
     @abstractmethod
     def _body(self, lr: float, start: float) -> Curve:
-        """Return the curve after the warmup. The curve's step 0 is step ``start`` of the run."""
+        """Return the curve after the warmup, with its step 0 at step ``start`` of the run."""
 
     def _peak(self, lr: float) -> float:
         """Return the learning rate at the end of the warmup."""
@@ -76,9 +76,9 @@ class _WithWarmup(_Scheduler):
     scale_warmup: bool = False
     """Whether `engine.scale_schedule_ratio` also scales the warmup."""
     one_based_warmup: bool = False
-    """Whether warmup steps are counted from 1: at step k, the learning rate is multiplied by
-    (k + 1) / t_warmup. The learning rate of the first step is then not 0, and the warmup ends one
-    step earlier. Composer does not have this parameter."""
+    """Whether to count warmup steps from 1. If true, the learning rate at step k is multiplied by
+    (k + 1) / t_warmup instead of k / t_warmup, so it is not 0 at the first step, and the warmup
+    ends one step earlier. Composer does not have this parameter."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         yield from super().find_problems()
@@ -128,7 +128,7 @@ class ConstantWithWarmupScheduler(_WithWarmup, example={"t_warmup": "0.2dur", "a
 
         lr(k) = lr * alpha * min(1, k / t_warmup)
 
-    Composer's parameter ``t_max`` is not available, because Composer does not use it.
+    Composer's parameter ``t_max`` is omitted, because it has no effect in Composer.
 
     Source: ``ConstantWithWarmupScheduler`` in composer/optim/scheduler.py.
     """

@@ -155,9 +155,9 @@ class SequentialLR(
     """Run several schedules one after another. At each milestone, the next schedule starts.
 
     Each schedule counts its steps from its own start. By default, it starts from the initial values
-    of the param group. With ``from_previous``, it starts from the last values of the previous
-    schedule. If the active schedule does not set a hyperparameter that another schedule sets, the
-    hyperparameter keeps the value from which the active schedule started.
+    of the param group. With ``from_previous``, it starts from the values that the previous
+    schedule has reached. A hyperparameter that only other schedules set keeps the value from which
+    the active schedule started.
 
     >>> blocks = [
     ...     {"type": "PolynomialLR", "params": {"total_iters": 4}},

@@ -230,9 +230,9 @@ class WrappedScheduler(Schedule[int]):
     def _written(self) -> tuple[str, ...]:
         """Names of the hyperparameters that the scheduler sets during its first steps.
 
-        The scheduler runs on a dummy optimizer to find these names. If a parameter is a list, it
-        may have one item per param group. The dummy optimizer then has one param group per item
-        or, if this makes the scheduler raise an error, a single group.
+        The scheduler runs on a dummy optimizer to find these names. If a parameter is a list, the
+        dummy optimizer has one param group per list item. If the scheduler then raises an error, it
+        runs again with a single param group.
         """
         lists = {len(value) for value in self.params().values() if isinstance(value, list)}
         errors = []
@@ -341,7 +341,7 @@ class _Recorder:
 
 
 def _import_params(schedule: Schedule[Any]) -> dict[str, Any]:
-    """Return the parameters that differ from their defaults, with import paths resolved."""
+    """Return the non-default parameters, with each import path replaced by the imported object."""
     return {name: _import_functions(value) for name, value in schedule.params().items()}
 
 
@@ -392,7 +392,7 @@ class FunctionSchedule(LearningRateSchedule):
 
 
 def _optional_parameters(function: Any) -> list[inspect.Parameter]:
-    """Return the parameters of a function, except the first, that can be passed by name."""
+    """Return the parameters of a function that can be passed by name, except the first one."""
     try:
         parameters = _parameters(function)
     except (TypeError, ValueError):  # without a signature, such as some functions in C

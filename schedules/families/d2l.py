@@ -82,7 +82,7 @@ class _WithWarmup(Schedule[int]):
 
     @abstractmethod
     def _body(self, lr: float) -> Curve:
-        """Return the curve after the warmup. The curve's step 0 is the start of the run."""
+        """Return the curve after the warmup, with its step 0 at the start of the run."""
 
 
 @schedule_class
@@ -106,8 +106,8 @@ class SquareRootScheduler(_WithWarmup, example={}):
 class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.02}):
     """Multiply the learning rate by a factor at regular intervals, down to a minimum.
 
-    As in MXNet, the factor is applied every ``step`` steps. If ``step`` is null, as in
-    "Dive into Deep Learning", the factor is applied before every step, including the first::
+    The factor is applied every ``step`` steps, as in MXNet. If ``step`` is null, the factor is
+    applied before every step, including the first, as in "Dive into Deep Learning"::
 
         lr(k) = max(stop_factor_lr, base_lr * factor ** floor(k / step))  if step
         lr(k) = max(stop_factor_lr, base_lr * factor ** (k + 1))          otherwise
@@ -122,7 +122,8 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
     stop_factor_lr: LearningRate = 1e-8
     """Minimum learning rate."""
     step: Steps | None = None
-    """Number of steps between decays. If null, the learning rate decays before every step."""
+    """Number of steps between decays. If null, the learning rate decays before every step,
+    including the first."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         yield from super().find_problems()

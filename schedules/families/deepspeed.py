@@ -49,7 +49,7 @@ class _DeepSpeedSchedule(Schedule[int]):
     """Base class of the DeepSpeed schedules, with the parameter ``last_batch_iteration``."""
 
     last_batch_iteration: LastBatch = -1
-    """Index of the last completed step. The run starts at the next step. With -1, it starts at step
+    """Index of the last completed step. The schedule starts at the next step; -1 starts it at step
     0."""
 
     def curves(self, base: Base) -> Curves:
@@ -406,7 +406,7 @@ class WarmupCosineLR(
     warmup_num_steps: Annotated[WarmupSteps, _AUTO] = 1000
     """Length of the warmup."""
     cos_min_ratio: Ratio = 0.0001
-    """Learning rate at and after the end of the run, as a fraction of the param group's initial
+    """Learning rate from step `total_num_steps` onward, as a fraction of the param group's initial
     learning rate."""
     warmup_type: WarmupType = "log"
     """Shape of the warmup; with "log", the learning rate rises fastest in the first steps."""

@@ -62,10 +62,10 @@ SHAPES: Mapping[str, Ramp] = {
     "1-sqrt": one_minus_sqrt,
     "inverse-sqrt": inverse_sqrt_ramp,
 }
-"""Maps each shape to the function that builds a phase from its start, end and number of steps."""
+"""Maps each shape to a function that builds a phase from its start value, end value and length."""
 
 _NEVER_ZERO = ("exponential", "inverse-sqrt")
-"""Shapes whose start and end must not be 0."""
+"""Shapes whose start and end values must not be 0."""
 
 _PHASE = {
     "type": "object",
@@ -106,8 +106,8 @@ class Phases(
     The decay of Vaswani et al., ``peak * sqrt(W / k)`` after a warmup of W steps, is an
     "inverse-sqrt" phase of N steps from peak to ``peak * sqrt(W / (W + N))``.
 
-    ``engine.scale_schedule_ratio`` scales a phase with ``"warmup": true`` only if its duration is a
-    fraction of the run or ``engine.scale_warmup`` is true.
+    A phase can be marked with ``"warmup": true``. ``engine.scale_schedule_ratio`` then scales it
+    only if its duration is a fraction of the run or ``engine.scale_warmup`` is true.
 
     >>> phases = Phases(lr=[{"from": 0, "to": 1, "duration": 2}, {"to": 0, "duration": 4}])
     >>> list(phases.curves({"lr": (0.1,)})["lr"][0].values(8))
@@ -283,9 +283,9 @@ class WarmupStableDecay(
     min_lr_ratio: Ratio = 0.0
     """Learning rate at the end of the decay as a fraction of the initial learning rate."""
     one_based_warmup: bool = False
-    """Whether warmup steps are counted from 1: at step k, the learning rate is multiplied by
-    (k + 1) / warmup_steps. The learning rate of the first step is then not 0, and the warmup ends
-    one step earlier."""
+    """Whether to count warmup steps from 1. If true, the learning rate at step k is multiplied by
+    (k + 1) / warmup_steps instead of k / warmup_steps, so it is not 0 at the first step, and the
+    warmup ends one step earlier."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         needed, total = self._warmup + self._decay, as_number(self.total_steps)
@@ -336,9 +336,9 @@ class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
     """Number of steps after the warmup over which the learning rate falls to 1 / sqrt(2) of its
     peak; null uses `warmup_steps`."""
     one_based_warmup: bool = False
-    """Whether warmup steps are counted from 1: at step k, the learning rate is multiplied by
-    (k + 1) / warmup_steps. The learning rate of the first step is then not 0, and the warmup ends
-    one step earlier."""
+    """Whether to count warmup steps from 1. If true, the learning rate at step k is multiplied by
+    (k + 1) / warmup_steps instead of k / warmup_steps, so it is not 0 at the first step, and the
+    warmup ends one step earlier."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if not (self.timescale or self.warmup_steps):

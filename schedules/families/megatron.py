@@ -51,8 +51,8 @@ class OptimizerParamScheduler(
     ``lr_decay_style`` "WSD", the learning rate is constant after the warmup and decays over the
     last ``wsd_decay_steps`` steps. With "constant", it does not decay.
 
-    As in Megatron-LM, the keys ``max_lr``, ``min_lr``, ``start_wd`` and ``end_wd`` of a param group
-    override the parameters of the same names for this group.
+    As in Megatron-LM, a param group can have its own ``max_lr``, ``min_lr``, ``start_wd`` and
+    ``end_wd``, which override the schedule's parameters for this group.
 
     Source: ``OptimizerParamScheduler`` in megatron/core/optimizer_param_scheduler.py.
     """
@@ -92,7 +92,7 @@ class OptimizerParamScheduler(
 
     @property
     def _weight_decays(self) -> tuple[PerGroup, PerGroup] | None:
-        """Weight decay at the start and at the end; None if both parameters are null."""
+        """Weight decay at the start and at the end; None if the schedule does not change it."""
         if self.start_wd is None and self.end_wd is None:
             return None
         return self.start_wd or 0.0, self.end_wd or 0.0

@@ -19,11 +19,12 @@ __all__ = ["PerGroup"]
 class PerGroup(ScheduleOfParts):
     """Run a different schedule for each param group.
 
-    `schedules.attach` builds this schedule from a dict that maps param groups to schedules, and
-    `engine.initialize` from the entries of ``optimizer.param_groups``. Param groups with equal
-    schedules share one schedule. If a shared schedule sets one absolute learning rate, the groups
-    must have equal initial learning rates. If a group's schedule does not set a hyperparameter that
-    the schedule of another group sets, the group keeps the initial value of this hyperparameter.
+    `schedules.attach` builds this schedule from a dict that maps param groups to schedules.
+    `engine.initialize` builds it from the entries of ``optimizer.param_groups`` in the config.
+    Param groups with equal schedules share one schedule. If a shared schedule sets a single
+    absolute learning rate, its groups must have equal initial learning rates. If a group's schedule
+    does not set a hyperparameter that the schedule of another group sets, the group keeps the
+    initial value of this hyperparameter.
 
     >>> import schedules
     >>> warmup = schedules.LinearLR(start_factor=0.0, total_iters=2)

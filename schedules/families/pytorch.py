@@ -1,8 +1,8 @@
 """PyTorch's schedulers, with PyTorch's names and parameters.
 
 Formulas and defaults match torch/optim/lr_scheduler.py in PyTorch 2.13. PyTorch computes most
-values from the previous value. Here, each value depends only on the step k. After its end, a
-schedule keeps its last value, whereas in PyTorch, the learning rate of CosineAnnealingLR rises
+values from the previous value. Here, each value depends only on the step k. When a schedule has
+ended, its final value is kept, whereas in PyTorch, the learning rate of CosineAnnealingLR rises
 again. docs/decisions/0006-pytorch-schedules.md describes the differences.
 """
 
@@ -261,8 +261,8 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     final_div_factor: Divisor = 1e4
     """Ratio of the learning rate at the first step to the final learning rate."""
     three_phase: bool = False
-    """Whether the learning rate falls in two phases: first to its value at the first step, then to
-    its final value."""
+    """Whether the learning rate falls in two phases: first back to its starting value, then to its
+    final value."""
     relative: bool = False
     """Whether `max_lr` is a multiple of each param group's initial learning rate. If false, it is
     an absolute learning rate."""
@@ -376,8 +376,8 @@ class CyclicLR(
     base_lr: LearningRate
     """Lowest learning rate of each cycle."""
     max_lr: LearningRate | None
-    """Learning rate at the first peak; null uses each param group's initial learning
-    rate."""
+    """Learning rate at the first peak, before any scaling by `gamma`; null uses each param group's
+    initial learning rate."""
     step_size_up: Steps = 2000
     """Length of the rising part of each triangle."""
     step_size_down: Steps | None = None
@@ -392,7 +392,7 @@ class CyclicLR(
     """Whether to cycle momentum (betas[0] if the optimizer has betas) inversely to the learning
     rate."""
     base_momentum: Momentum = 0.8
-    """Momentum at the first peak of the learning rate."""
+    """Momentum at the first peak of the learning rate, before any scaling by `gamma`."""
     max_momentum: Momentum = 0.9
     """Momentum when the learning rate is lowest."""
     relative: bool = False

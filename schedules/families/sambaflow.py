@@ -47,13 +47,13 @@ class _WarmupAndDecay(_PeakSchedule):
     warmup_steps: WarmupStepsOrZero = 0
     """Length of the linear warmup from 0."""
     max_steps: Steps
-    """Length of the run, including the warmup. The schedule does not stop training."""
+    """Length of the run, including the warmup. Reaching it does not stop training."""
     end_lr_ratio: Ratio = 0.1
-    """Learning rate at and after the end of the run as a fraction of the peak learning rate."""
+    """Learning rate from step `max_steps` onward, as a fraction of the peak learning rate."""
     one_based_warmup: bool = False
-    """Whether warmup steps are counted from 1: at step k, the learning rate is multiplied by
-    (k + 1) / warmup_steps. The learning rate of the first step is then not 0, and the warmup ends
-    one step earlier."""
+    """Whether to count warmup steps from 1. If true, the learning rate at step k is multiplied by
+    (k + 1) / warmup_steps instead of k / warmup_steps, so it is not 0 at the first step, and the
+    warmup ends one step earlier."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if as_number(self.warmup_steps) > as_number(self.max_steps):
@@ -113,7 +113,7 @@ class PolynomialDecayScheduleWithWarmup(
     """
 
     end_lr_ratio: Ratio = 0.0
-    """Learning rate at and after the end of the run as a fraction of the peak learning rate."""
+    """Learning rate from step `max_steps` onward, as a fraction of the peak learning rate."""
 
     def _decay(self, lr: float, end: float, steps: float) -> Curve:
         return decay_after_warmup(linear, lr, end, steps)

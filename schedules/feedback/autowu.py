@@ -45,13 +45,13 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     The parameter ``test`` selects the test that makes these estimates and ends the warmup.
     "reference" comes from the published code. It runs once per epoch, needs about thirty epochs,
     and depends on the scale of the loss. The test "robust" runs about sixty times per warmup, does
-    not depend on the scale of the loss, and tolerates loss spikes. With "robust", the cooldown also
-    starts at exactly ``peak``.
+    not depend on the scale of the loss, and tolerates loss spikes. With "robust", the cooldown
+    starts at n = 0; with "reference", it starts at n = 1, as in the published code.
 
     If ``rollback`` is true, the weights and the optimizer state are restored when the warmup ends.
-    They are restored to their values at the end of the test interval with the lowest mean loss. A
-    test interval consists of the steps from one test to the next. A rollback helps models that
-    diverge at high learning rates, such as models without normalization layers.
+    They return to their values at the end of the test interval with the lowest mean loss. A test
+    interval consists of the steps from one run of the test to the next. A rollback helps models
+    that diverge at high learning rates, such as models without normalization layers.
 
     The engine passes the loss of ``trainer.backward(loss)`` to the schedule. In a custom loop, call
     ``step(loss=loss)``. Previews use a synthetic loss.
@@ -69,20 +69,19 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     """
 
     steps_per_epoch: Count = None
-    """Number of steps per epoch; null derives it from the run. The test "reference" runs once per
+    """Number of steps per epoch; null uses the value of the run. The test "reference" runs once per
     epoch."""
     total_epochs: Count = None
     """Number of epochs; null derives it from the length of the run."""
     min_lr: Annotated[float, Range(above=0)] = 1e-5
     """Learning rate at the first step."""
     max_lr: Annotated[float, Range(above=0)] = 1.0
-    """Learning rate that the warmup reaches if it runs for its maximum length. A warmup that ends
-    earlier reaches a lower learning rate."""
+    """Learning rate that the warmup reaches if it runs for its maximum length."""
     max_warmup_fraction: Annotated[float, Range(at_least=0, at_most=1)] = 0.5
     """Maximum length of the warmup as a fraction of the run."""
     warmup_unit: Literal["step", "epoch"] = "step"
-    """Whether the learning rate increases at every step or at the end of every epoch during
-    warmup."""
+    """Whether the learning rate increases at every step ("step") or at the end of every epoch
+    ("epoch") during the warmup."""
     warmup_type: Literal["exp", "linear"] = "exp"
     """Whether the learning rate increases exponentially or linearly during warmup."""
     immediate_cooldown: bool = False
@@ -94,19 +93,21 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     improved for more than five epochs."""
     decay_phase_factor: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Factor applied to the learning rate between the warmup and the cooldown. If
-    `decay_phase_stat` is null, the factor is applied once, when a test ends the warmup. If
+    `decay_phase_stat` is null, the factor is applied once, when `test` ends the warmup. If
     `decay_phase_stat` is "loss", the factor is applied at each plateau of the loss."""
     cooldown_fraction: Fraction = 0.2
-    """Length of the cooldown at the end of the run, as a fraction of the run. The cooldown starts
-    even if the warmup has not ended, unless `immediate_cooldown` is true and `test` is "robust"."""
+    """Length of the cooldown at the end of the run, as a fraction of the run. The start of the
+    cooldown ends a warmup that is still running. This key is ignored if `immediate_cooldown` is
+    true and `test` is "robust"."""
     cooldown_type: Literal["cosine", "half_cosine"] = "cosine"
     """Shape of the cooldown; "half_cosine" starts at half of the peak learning rate."""
     test: Literal["reference", "robust"] = "reference"
-    """Test that ends the warmup: the test from the published code ("reference"), or a test that
-    does not depend on the scale of the loss ("robust")."""
+    """Statistical test that decides when the warmup ends: the test from the published code
+    ("reference"), or a test that does not depend on the scale of the loss ("robust")."""
     rollback: bool = False
-    """Whether to restore the weights and the optimizer state when the warmup ends, to their values
-    at the end of the test interval (the steps between two tests) with the lowest mean loss."""
+    """Whether to restore the weights and the optimizer state when the warmup ends. They return to
+    their values at the end of the test interval (the steps between two tests) with the lowest mean
+    loss."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.min_lr >= self.max_lr:

@@ -27,7 +27,7 @@ class Decay:
 
     cooldown_type: Literal["cosine", "half_cosine"]
     cooldown_start: float
-    """Last step at which the cooldown can start."""
+    """Latest step at which the cooldown can start."""
     is_immediate: bool
     """Whether the cooldown starts right after the warmup, without a constant phase."""
     factor: float
@@ -41,7 +41,7 @@ class AutoWUController(FeedbackController[AutoWUState]):
     The first call of `update` is step 1, as in the published code.
 
     Args:
-        test: test that ends the warmup. Its attribute ``warmup`` holds the warmup's parameters.
+        test: statistical test that ends the warmup. It also holds the warmup's parameters.
         decay: parameters of the phases after the warmup.
         total_steps: length of the run in steps.
         lrs: initial learning rate of each param group. Only the ratios to the first nonzero
@@ -174,7 +174,7 @@ class AutoWUController(FeedbackController[AutoWUState]):
         return state.decision
 
     def is_lowest(self, state: AutoWUState) -> bool:
-        """Return whether the last step ended a test interval with the lowest mean loss so far."""
+        """Return whether a test interval with the lowest mean loss so far has just ended."""
         return state.is_lowest
 
     def evidence(self, before: AutoWUState, loss: float, after: AutoWUState) -> Evidence | None:

@@ -124,7 +124,7 @@ class Hyperparameters:
 
     @classmethod
     def initial(cls, noise: float = 1e-3, scale: float = math.log(2)) -> Hyperparameters:
-        """Return hyperparameters: mean 0, noise variance ``noise`` and prior variance ``scale``."""
+        """Return the hyperparameters for mean 0 and the given noise variance and prior variance."""
         return cls((_inverse_softplus(noise - _LEAST_NOISE), 0.0, _inverse_softplus(scale)))
 
     @property
@@ -157,11 +157,11 @@ class Hyperparameters:
         return 0.5 * (quadratic + logarithm + data.size * math.log(2 * math.pi)) / data.size
 
     def gradient(self, data: Statistics) -> Slopes:
-        """Return the gradient of `loss` with respect to ``raw``."""
+        """Return the gradient of `loss` with respect to the unconstrained values ``raw``."""
         return _Slopes(data, self.mean)(*self.raw)
 
     def fit(self, data: Statistics, steps: int = 100, rate: float = 0.01) -> Hyperparameters:
-        """Return the hyperparameters after ``steps`` steps of Adam on `loss`.
+        """Minimize `loss` with ``steps`` steps of Adam, and return the new hyperparameters.
 
         ``rate`` is Adam's learning rate.
         """
@@ -189,8 +189,8 @@ class _Slopes:
 
     Args:
         data: statistics of the losses.
-        center: approximate mean of the process. It is subtracted from the losses to reduce rounding
-            errors.
+        center: approximate mean of the Gaussian process. It is subtracted from the losses to reduce
+            rounding errors.
     """
 
     def __init__(self, data: Statistics, center: float) -> None:
@@ -258,12 +258,15 @@ class Posterior(NamedTuple):
         return np.asarray((self.root**2).sum(1))
 
     def compute_difference_variance(self, index: int) -> Array:
-        """Return the variance of f(x) - f(p) for each position x, where p has index ``index``."""
+        """Return the posterior variance of f(x) - f(p) for each position x.
+
+        f is the Gaussian process, and p is the position at ``index``.
+        """
         return np.asarray(((self.root - self.root[index]) ** 2).sum(1))
 
 
 def solve_ratio(data: Statistics, within: float = 0.0) -> Hyperparameters:
-    """Return the hyperparameters with the highest likelihood, for a process with mean 0.
+    """Return the most likely hyperparameters of a Gaussian process with mean 0.
 
     The function tries 73 ratios rho = scale / noise from 1e-4 to 1e5. For each ratio, the most
     likely noise has a closed form::
@@ -273,8 +276,8 @@ def solve_ratio(data: Statistics, within: float = 0.0) -> Hyperparameters:
     Args:
         data: statistics of n losses y, with the eigenvalues lambda (``values``) and the projected
             losses b (``projected``).
-        within: sum of the squared deviations of the losses from the means of their bins, if
-            ``data`` was computed from these means. Defaults to 0.
+        within: if ``data`` was computed from the mean losses of bins, the sum of the squared
+            deviations of the losses from the mean of their bin. Defaults to 0.
     """
     shrunk = _RATIOS / (1 + _RATIOS * data.values)
     noise = (data.squares + within - shrunk @ data.projected**2) / data.size

@@ -44,7 +44,7 @@ class History:
         """Build a history from saved losses.
 
         Args:
-            value: saved list of losses. Its type is checked.
+            value: saved list of losses.
             name: name of the list in error messages.
 
         Raises:

@@ -41,8 +41,8 @@ __all__ = [
 Array = NDArray[np.float64]
 
 Sampler = Callable[[int, int], NDArray[np.int64]]
-"""Function that samples losses. Its arguments are the total number of losses and the number to
-sample. It returns the indices of the sampled losses."""
+"""Function that selects losses at random. Its arguments are the total number of losses and the
+number to select. It returns the indices of the selected losses."""
 
 CONFIDENCE = 0.95
 REDRAWS = 5
@@ -60,7 +60,8 @@ class PublishedResult(NamedTuple):
     probabilities: tuple[float, ...]
     """Probability that the loss has passed its minimum, for each of five samples of the losses."""
     argmins: tuple[float, ...]
-    """Position of the minimum (0 to 1), for each of the five samples."""
+    """Estimated position of the loss minimum, from 0 (start of the losses) to 1 (end), for each of
+    the five samples."""
     fit: Hyperparameters
 
     @property
@@ -135,7 +136,7 @@ class RobustResult(NamedTuple):
     start: float
     """Probability that the initial loss is above the minimum."""
     argmin: float
-    """Position of the minimum (0 to 1)."""
+    """Estimated position of the loss minimum, from 0 (start of the losses) to 1 (end)."""
 
     @property
     def is_positive(self) -> bool:
@@ -239,9 +240,10 @@ def _basis(points: int) -> Array:
 
 
 def _certainty(posterior: Posterior, index: int, floor: float) -> float:
-    """Return the maximum of P(f(p) > f(x)) over all other positions x, where p has index ``index``.
+    """Return the maximum of P(f(p) > f(x)) over all positions x other than p.
 
-    ``floor`` is added to the variance of f(p) - f(x), so that tiny differences do not count.
+    f is the Gaussian process, and p is the position at ``index``. ``floor`` is added to the
+    variance of f(p) - f(x), so that a tiny difference does not give a high probability.
     """
     rise = posterior.mean[index] - posterior.mean
     ratio = rise / np.sqrt(posterior.compute_difference_variance(index) + floor)

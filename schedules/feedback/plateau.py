@@ -27,7 +27,7 @@ class PlateauState(NamedTuple):
     bad: Count = 0
     """Number of consecutive metric values without an improvement."""
     rests: Count = 0
-    """Number of metric values still to be ignored after the last reduction."""
+    """Number of metric values left to ignore in the current cooldown."""
     factor: float = 1.0
     """Product of the factors of all reductions so far."""
     reductions: Count = 0
@@ -141,9 +141,9 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     """Length of a linear warmup from 0. Metric values during the warmup are ignored. PyTorch
     does not have this parameter."""
     one_based_warmup: bool = False
-    """Whether warmup steps are counted from 1: at step k, the learning rate is multiplied by
-    (k + 1) / warmup_steps. The learning rate of the first step is then not 0, and the warmup ends
-    one step earlier."""
+    """Whether to count warmup steps from 1. If true, the learning rate at step k is multiplied by
+    (k + 1) / warmup_steps instead of k / warmup_steps, so it is not 0 at the first step, and the
+    warmup ends one step earlier."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.factor >= 1:
@@ -226,6 +226,6 @@ class PlateauController(FeedbackController[_State]):
         if len(restored.lrs) != len(self._lrs):
             raise ValueError(
                 f"`state.lrs` must have {len(self._lrs)} items, one per param group, got "
-                f"{len(restored.lrs)}. Use another checkpoint."
+                f"{len(restored.lrs)}. Use a checkpoint of a run with the same param groups."
             )
         return restored

@@ -34,7 +34,7 @@ class Verdict(NamedTuple):
     """The result of one run of a `WarmupTest`."""
 
     state: AutoWUState
-    """State after the test, including the result of the test."""
+    """State of AutoWU after the test, including the new result."""
     ends_warmup: bool
     argmins: Sequence[float]
     """Estimated positions of the minimum, from 0 (start of the losses) to 1 (end)."""
@@ -47,7 +47,7 @@ class WarmupTest(ABC):
     dtype: ClassVar[type]
     """Data type of the losses that `apply` receives."""
     cooldown_lead: ClassVar[int]
-    """Number of steps to skip at the start of the cooldown."""
+    """Number of values to skip at the start of the cooldown's learning rate curve."""
     enforces_cooldown: ClassVar[bool]
     """Whether ``cooldown_fraction`` also applies if ``immediate_cooldown`` is true."""
 
@@ -57,11 +57,11 @@ class WarmupTest(ABC):
     @property
     @abstractmethod
     def interval(self) -> int:
-        """Number of steps from one test to the next."""
+        """Number of training steps between runs of the test."""
 
     @abstractmethod
     def is_due(self, step: int) -> bool:
-        """Return whether a test is due after the given step."""
+        """Return whether to run the test after the given training step."""
 
     @abstractmethod
     def apply(self, state: AutoWUState, losses: NDArray[Any]) -> Verdict:
@@ -73,7 +73,7 @@ class WarmupTest(ABC):
 
     @abstractmethod
     def band(self, losses: NDArray[Any], state: AutoWUState) -> Band | None:
-        """Return the mean and confidence band of the last fit; None before the first test."""
+        """Return the mean and confidence band fitted to ``losses``; None before the first test."""
 
     @abstractmethod
     def warning(self) -> str | None:

@@ -53,10 +53,10 @@ def add_set(parser: argparse.ArgumentParser) -> None:
 
 
 def add_examples(parser: argparse.ArgumentParser, *examples: str) -> None:
-    """Add example commands to the end of a parser's help. A test runs each of them.
+    """Add example commands to the end of a parser's help.
 
-    The examples use the files ds_config.json, other.json, train.py, hostfile and losses.csv, and
-    the directory checkpoints.
+    A unit test runs each example. The examples may use the files ds_config.json, other.json,
+    train.py, hostfile and losses.csv, and the directory checkpoints.
     """
     lines = "".join(f"\n  {example}" for example in examples)
     parser.epilog = f"{parser.epilog or ''}\n\nexamples:{lines}"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 _WIDEST_CELL = 45
-"""Maximum width to which cells are padded. A longer cell does not shift the other rows."""
+"""Maximum width to which cells are padded. Longer cells are not aligned with other rows."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -145,8 +145,9 @@ def _add_script_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         type=parse_positive_int,
         metavar="N",
-        help="test the Nth engine that the script creates; required if the script calls "
-        "engine.initialize several times. The other engines train with their own schedules",
+        help="run the LR range test on the Nth engine that the script creates; required if the "
+        "script calls engine.initialize several times. The other engines train with their own "
+        "schedules",
     )
     parser.add_argument(
         "--nproc",
@@ -306,7 +307,7 @@ def _run_with_progress(
 ) -> int:
     """Run the script, show a progress bar until the script exits, and return its exit status.
 
-    Return 0 if the script had to be killed after the test was complete.
+    Return 0 if the LR range test was complete, but the script did not exit and was killed.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 

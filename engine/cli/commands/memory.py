@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print the estimates for the config and other ZeRO stages, and return the exit status."""
+    """Print estimates for the config and for other ZeRO stages, and return the exit status."""
     from engine.display.memory_table import describe_estimate, print_estimate
     from engine.memory.alternatives import list_alternatives
 
@@ -78,7 +78,9 @@ def _parse_count(text: str) -> int:
     except ValueError:
         count = 0.0
     if not 1 <= count <= 2**53 or count != int(count):
-        raise argparse.ArgumentTypeError(f"must be a whole number, such as 7e9, got {text[:20]!r}")
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number from 1 to 2**53, such as 7e9, got {text[:20]!r}"
+        )
     return int(count)
 
 

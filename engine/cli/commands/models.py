@@ -1,4 +1,4 @@
-"""Build the model that the command-line option ``--model`` names."""
+"""Build the model for the command-line option ``--model``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["build_model"]
 
 
 def build_model(path: str) -> nn.Module:
-    """Return the model that a function or class builds, on the meta device if possible.
+    """Import a function or class and call it to build a model, if possible on the meta device.
 
     Args:
         path: import path, such as "my_module:build_model".
 
     Raises:
-        ValueError: if the path cannot be imported, or does not build a model.
+        ValueError: if the import fails, or the function or class does not build a model.
     """
     import torch
     from torch import nn

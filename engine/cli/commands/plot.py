@@ -103,8 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="IMAGE",
         help="image file to write; the suffix selects the format. The suffix .html selects a page "
-        "with interactive charts. Without --csv and -t, the default is FILE with the suffix .png, "
-        "in the current directory",
+        "with interactive charts. By default, an image is written only if neither --csv nor -t is "
+        "given: FILE with the suffix .png, in the current directory",
     )
     parser.add_argument(
         "-t",
@@ -286,7 +286,7 @@ def _find_source(name: str) -> str:
     """Return the config path or the schedule name for a ``--compare`` argument.
 
     Raises:
-        ValueError: if the name is neither a file nor a schedule.
+        ValueError: if the name is neither a file nor a schedule, and has no suffix or colon.
     """
     if Path(name).is_file():
         return name

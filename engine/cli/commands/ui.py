@@ -1,4 +1,4 @@
-"""``onecycle ui``: open a local page that edits a config or shows a run."""
+"""``onecycle ui``: open a local web page for editing a config or viewing runs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``onecycle ui`` to a parser."""
     parser.description = (
-        "Open a page in the browser that edits a config, with problems and curves as you type, or "
-        "that shows the metrics and checkpoints of runs. The page is served only on this machine, "
+        "Open a web page for editing a config, with problems and curves as you type, or for "
+        "viewing the metrics and checkpoints of runs. The page is served only on this machine, "
         "and reads and writes only the files on the command line."
     )
     parser.add_argument(
@@ -40,12 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="port of the page (default: any free port)",
+        help="port of the web page (default: any free port)",
     )
     parser.add_argument(
         "--no-browser",
         action="store_true",
-        help="print the address of the page, but do not open it",
+        help="print the address of the web page, but do not open it",
     )
     add_examples(
         parser,
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Serve the page until the user presses Ctrl+C, and return the exit status."""
+    """Serve the web page until the user presses Ctrl+C, and return the exit status."""
     require_package("werkzeug", "`onecycle ui`")
     from engine.ui.server import start_server
 

@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-auto",
         action="store_true",
-        help='treat "auto" values as errors. Use this option for runs in which no integration, '
-        "such as Hugging Face, replaces them",
+        help='treat "auto" values as errors. Use this option if no integration, such as Hugging '
+        "Face, replaces these values",
     )
     parser.add_argument(
         "-q", "--quiet", action="store_true", help="omit notes and the summary line"
@@ -120,10 +120,10 @@ def _validate(name: str, args: argparse.Namespace, out: TextIO) -> int:
 def _apply_fixes(
     document: Document, problems: list[Problem], args: argparse.Namespace, out: TextIO
 ) -> tuple[Document, list[Problem]]:
-    """Fix a config, or print the fixes (``--diff``).
+    """Apply automatic fixes to a config file or, with ``--diff``, only print them.
 
     Returns:
-        A tuple of the config to report on and its problems.
+        A tuple ``(document, problems)``, updated if the file was fixed.
     """
     name = document.name
     can_ask = name != "-" and not args.diff and sys.stdin.isatty() and out.isatty()

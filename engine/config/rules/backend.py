@@ -39,7 +39,7 @@ def _check_support(context: RuleContext) -> Iterator[Problem]:
 def _find_torch_only(context: RuleContext) -> Iterator[Problem]:
     """Yield an error for each key that the DeepSpeed backend does not support.
 
-    A key is accepted if it has its default value or does not affect the results of the run.
+    Keys that have their default value or do not affect the results of the run are ignored.
     """
     for member in context.members:
         torch_only = member.schema.get("x-backend") == "torch"

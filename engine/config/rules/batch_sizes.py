@@ -52,7 +52,7 @@ def _check_batch_sizes(context: RuleContext) -> Iterator[Problem]:
 def _build_unfitting_problem(
     context: RuleContext, given: Mapping[str, int], product: int
 ) -> Problem:
-    """Build the problem for batch sizes that are not valid for any number of ranks."""
+    """Build the error for batch sizes that are invalid for every number of ranks."""
     key, *others = (key for key in BATCH_KEYS if key in given)
     factors = " x ".join(f"`{other}` ({given[other]})" for other in others)
     total = f" = {product}" if len(others) > 1 else ""

@@ -38,7 +38,7 @@ class RuleContext:
     structure: Structure
     world_size: int | None
     needs_deepspeed: str | None = None
-    """Model feature or keyword argument that requires DeepSpeed, or None."""
+    """Name of a model feature or an argument of `initialize` that requires DeepSpeed, or None."""
 
     @property
     def config(self) -> Mapping[str, Any]:

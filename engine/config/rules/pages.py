@@ -14,9 +14,9 @@ __all__ = ["RULEBOOK"]
 class RulePage:
     """The documentation of one rule.
 
-    ``summary`` describes the problem, ``reason`` explains why the rule exists, and ``fix``
-    describes how to fix the problem. ``example`` is a config that violates only this rule, or an
-    empty string.
+    ``summary`` describes the problem that the rule reports, ``reason`` explains why the rule
+    exists, and ``fix`` describes how to fix the problem. ``example`` is the JSON text of a config
+    that violates only this rule, or an empty string.
     """
 
     summary: str

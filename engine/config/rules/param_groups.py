@@ -1,6 +1,6 @@
 """Rules for the param groups of the optimizer.
 
-The rules report schedules that do not fit a group, and ``no_decay`` keys that have no effect.
+The rules report schedules that a group cannot use, and ``no_decay`` keys that have no effect.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _read_entries(context: RuleContext) -> list[Mapping[str, Any]]:
 
 
 def _check_own_schedules(context: RuleContext) -> Iterator[Problem]:
-    """Yield an error for each param group with a schedule that does not fit the optimizer."""
+    """Yield an error for each param group that cannot use its own schedule."""
     entries = _read_entries(context)
     if not entries or not context.is_run_resolved:
         return
@@ -75,9 +75,10 @@ def _check_own_schedules(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_shared_schedule(context: RuleContext) -> Iterator[Problem]:
-    """Yield an error if a schedule would replace the groups' learning rates with a single value.
+    """Yield an error if the shared schedule would replace the groups' own learning rates.
 
-    Only the entries of ``param_groups`` are compared, because the default group may be empty.
+    Only the entries of ``param_groups`` are compared with each other. The default group is ignored,
+    because it may be empty.
     """
     schedule, block = context.schedule, context.get_section("optimizer")
     uses_groups = bool(block.get("param_groups")) or block.get("layer_decay", 1) != 1

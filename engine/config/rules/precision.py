@@ -89,10 +89,10 @@ def _check_master_weights(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_accumulation_dtype(context: RuleContext) -> Iterator[Problem]:
-    """Yield a warning if ``grad_accum_dtype`` is float32, but gradients may accumulate in 16 bits.
+    """Yield a warning if gradients may accumulate in 16 bits, although float32 is configured.
 
-    On the PyTorch backend, each gradient has the dtype of its parameter, which is unknown before
-    the run.
+    On the PyTorch backend, each gradient has the dtype of its parameter. The dtypes of parameters
+    are unknown before the run.
     """
     dtype = context.get_section("data_types").get("grad_accum_dtype")
     keeps_16_bits = context.get_section("engine").get("master_weights") is False

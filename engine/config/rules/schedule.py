@@ -91,7 +91,7 @@ def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_end(context: RuleContext) -> Iterator[Problem]:
-    """Yield a problem if the schedule is much shorter or longer than the run.
+    """Yield a problem if the schedule is noticeably shorter or longer than the run.
 
     Yield nothing if the length of the schedule or of the run is unknown before launch.
     """
@@ -205,7 +205,7 @@ def _get_onecycle_default(name: str) -> Any:
 
 
 def _format_first_step_size(cycle: Mapping[str, Any]) -> str:
-    """Return ``cycle_first_step_size``, or its default if the key is not set, as JSON."""
+    """Format the value of ``cycle_first_step_size``, or its default if not set, as JSON."""
     return json.dumps(
         cycle.get("cycle_first_step_size", _get_onecycle_default("cycle_first_step_size"))
     )

@@ -61,7 +61,7 @@ def _check_offload(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
-    """Yield a warning for CPU offloading with only one rank, which the torch backend ignores."""
+    """Yield a warning for CPU offloading, which the PyTorch backend ignores on a single rank."""
     if context.world_size != 1 or context.backend.name != "torch":
         return
     for name in ("offload_optimizer", "offload_param"):

@@ -123,7 +123,7 @@ def test_step_after_a_step_that_failed_is_valid():
 def test_step_without_a_backward_pass_raises_and_changes_nothing():
     trainer = build_engine(scheduler=WARMUP)
     train(trainer)
-    with pytest.raises(MisuseError, match="no backward pass has run since the last step"):
+    with pytest.raises(MisuseError, match="no backward pass has run since the previous"):
         trainer.step()
     assert (trainer.global_steps, trainer.lr_scheduler.last_epoch) == (1, 1)
 
