@@ -190,9 +190,11 @@ class Results:
     def __init__(self, path: Path, *, rerun: bool = False) -> None:
         self.path = path
         self.rows: dict[str, Row] = {}
+        self._discarded: dict[str, Row] = {}
         self.machine = describe_machine()
-        if not rerun:
-            self._load()
+        self._load()
+        if rerun:
+            self._discarded, self.rows = self.rows, {}
 
     def get(self, key: str, run: Callable[[], Row]) -> Row:
         """Return the stored row for a key. If there is none, call ``run`` and store its row."""
@@ -226,7 +228,8 @@ class Results:
         if self.path.is_file():
             stored = json.loads(self.path.read_text(encoding="utf-8"))
             self.machine = stored["machine"]
-            self.rows |= stored["rows"]
+            rows = stored["rows"].items()
+            self.rows |= {key: row for key, row in rows if row != self._discarded.get(key)}
 
     def _save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

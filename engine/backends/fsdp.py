@@ -294,9 +294,10 @@ def _shard(
                 f"FSDP2 cannot average the sparse gradient of `{name}`. Create the embedding "
                 'with `sparse=False`, or set "zero_optimization": {"stage": 0}.'
             )
+    has_16_bits = any(parameter.dtype.itemsize == 2 for parameter in model.parameters())
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,
-        reduce_dtype=torch.float32 if dtype else None,
+        reduce_dtype=torch.float32 if dtype or has_16_bits else None,
         cast_forward_inputs=False,  # it would also cast targets and positions
     )
     offloads = config.cpu_offload and device.type != "cpu"

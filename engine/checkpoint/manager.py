@@ -264,12 +264,14 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait until this rank's current save has finished, and unlock the directories."""
-        if self.async_saver is not None:
-            self.async_saver.close()
-        for lock in self._locks.values():
-            if lock is not None:
-                lock.release()
-        self._locks.clear()
+        try:
+            if self.async_saver is not None:
+                self.async_saver.close()
+        finally:
+            for lock in self._locks.values():
+                if lock is not None:
+                    lock.release()
+            self._locks.clear()
 
 
 def _get_position(run: RunState) -> tuple[int, int]:

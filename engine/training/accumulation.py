@@ -127,8 +127,8 @@ class Accumulation:
                 "`coalesce_grad_reduction()` must not be nested in `no_sync()`. Exit the outer "
                 "context first."
             )
-        self.is_coalescing = True
+        was_coalescing, self.is_coalescing = self.is_coalescing, True
         try:
             yield
         finally:
-            self.is_coalescing = False
+            self.is_coalescing = was_coalescing

@@ -87,8 +87,8 @@ class ScheduleDriver:
 
         name = binder.schedule.type_name
         path = directory / f"{name.lower()}.png"
+        self._note(binder.evidence)
         try:
-            self._note(binder.evidence)
             draw_decision(binder.evidence, path, name)
         except Exception as error:  # noqa: BLE001  # a failed plot must not stop training
             log.warning("training continues, but the plot %s could not be saved: %s", path, error)

@@ -156,7 +156,8 @@ def describe_schema(schema: Mapping[str, Any]) -> str:
     if "^auto$" in schema.get("pattern", ""):
         kinds = kinds.replace(_WORDS["string"], '"auto"')
     elif "pattern" in schema:
-        kinds = kinds.replace(_WORDS["string"], 'a time such as "10ep" or "0.1dur"')
+        times = [f'"{each}"' for each in ("10ep", "0.1dur") if re.search(schema["pattern"], each)]
+        kinds = kinds.replace(_WORDS["string"], f"a time such as {' or '.join(times)}")
     count = schema.get("minItems")
     if count is not None and count == schema.get("maxItems"):
         kinds = kinds.replace(_WORDS["array"], f"a list of {count} values")

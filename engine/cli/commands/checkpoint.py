@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from engine.checkpoint import storage
-from engine.checkpoint.manifest import read_manifest
+from engine.checkpoint.manifest import MANIFEST, read_manifest
 from engine.cli.commands.arguments import add_examples
 from engine.config.wording import count_noun
 from engine.display.terminal import format_rows, get_width
@@ -109,8 +109,18 @@ def _verify(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _list_tags(directory: Path) -> list[str]:
+    """Return the names of the subdirectories that are or were checkpoints, even if damaged."""
     paths = directory.iterdir() if directory.is_dir() else ()
-    return sorted(path.name for path in paths if path.is_dir() and not path.name.startswith("."))
+    return sorted(
+        path.name
+        for path in paths
+        if path.is_dir() and not path.name.startswith(".") and _has_checkpoint_file(path)
+    )
+
+
+def _has_checkpoint_file(directory: Path) -> bool:
+    patterns = (MANIFEST, "*.pt", "*.safetensors")
+    return any(any(directory.glob(pattern)) for pattern in patterns)
 
 
 def _show(args: argparse.Namespace, out: TextIO) -> int:

@@ -91,6 +91,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     """Validate each file, report its problems, and return the highest exit status."""
     if args.yes and not (args.fix or args.diff):
         raise ValueError("`--yes` requires `--fix` or `--diff`. Add one of them.")
+    if args.fix and not args.diff and "-" in args.files:
+        raise ValueError(
+            "`--fix` cannot write to the standard input. Pass a file, or use `--diff` instead."
+        )
     return max(_validate(name, args, out) for name in args.files)
 
 
@@ -126,7 +130,7 @@ def _apply_fixes(
         A tuple ``(document, problems)``, updated if the file was fixed.
     """
     name = document.name
-    can_ask = name != "-" and not args.diff and sys.stdin.isatty() and out.isatty()
+    can_ask = not args.diff and sys.stdin.isatty() and out.isatty()
     refused = []
 
     def accept(problem: Problem) -> bool:
@@ -147,8 +151,7 @@ def _apply_fixes(
         before, after = document.text.splitlines(keepends=True), text.splitlines(keepends=True)
         out.writelines(difflib.unified_diff(before, after, name, f"{name} (fixed)"))
         return document, problems
-    if name != "-":
-        Path(name).write_bytes(document.encode_text(text))
+    Path(name).write_bytes(document.encode_text(text))
     document = parse(document.encode_text(text).decode(), name)
     return document, _check(document, args)
 

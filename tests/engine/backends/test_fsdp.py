@@ -135,3 +135,29 @@ def evaluate_before_a_step():
 
 def test_fsdp_forward_pass_before_a_step_does_not_keep_the_old_weights():
     run_distributed_test(evaluate_before_a_step, 2)
+
+
+def average_16_bit_gradients():
+    found = []
+    for stage in (0, 3):
+        model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+        torch.nn.init.zeros_(model.weight)
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "optimizer": {"type": "SGD", "params": {"lr": 1.0}},
+            "gradient_clipping": 0,
+            "zero_optimization": {"stage": stage},
+            "engine": {"backend": "torch", "master_weights": False},
+        }
+        trainer, *_ = engine.initialize(config=config, model=model)
+        # In bf16, 1 + 0.0034 is 1, so that a sum that starts at 1 would lose the other gradients.
+        value = 1.0 if trainer.global_rank == 1 else 1.75 * 2**-9
+        trainer.backward(trainer(torch.full((1, 1), value, dtype=torch.bfloat16)).sum())
+        trainer.step()
+        found.append(trainer.module_state_dict()["weight"].item())
+    mean = torch.tensor((1 + 3.5 * 2**-9) / 3).to(torch.bfloat16).item()
+    assert found == [-mean, -mean]
+
+
+def test_gradients_of_16_bit_weights_are_averaged_in_float32_with_and_without_fsdp():
+    run_distributed_test(average_16_bit_gradients, 3)

@@ -682,6 +682,19 @@ def test_checkpoint_command_lists_verifies_shows_and_exports(saved):
     assert run("checkpoint", "ls", saved / "none")[0] == 2
 
 
+def test_checkpoint_verify_ignores_other_directories_but_reports_a_missing_manifest(saved):
+    (saved / "logs").mkdir()
+    (saved / "logs" / "events.txt").write_text("")
+    (saved / "global_step2" / "manifest.json").unlink()
+    status, out = run("checkpoint", "verify", saved)
+    assert status == 1
+    assert [line.split(":")[0] for line in out.splitlines()] == [
+        "global_step2",
+        "global_step4",
+        "global_step6",
+    ]
+
+
 @pytest.mark.parametrize("directory", ["empty", "absent"])
 def test_checkpoint_verify_without_checkpoints_reports_it(tmp_path, directory):
     (tmp_path / "empty").mkdir()
