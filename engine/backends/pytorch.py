@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Iterator
@@ -170,9 +169,11 @@ class PyTorchBackend(DeferringBackend):
         self, loss: Tensor, accumulation: int, *, is_last: bool, retain_graph: bool = False
     ) -> None:
         scaled = self.scale(loss, accumulation, is_last=is_last)
-        averager = self._averager if is_last else None
-        with averager.overlap() if averager is not None else contextlib.nullcontext():
-            scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # untyped in torch
+        if is_last and self._averager is not None:
+            with self._averager.overlap():
+                scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # untyped in torch
+        else:
+            scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
 
     @override
     def scale(self, loss: Tensor, accumulation: int, *, is_last: bool) -> Tensor:
@@ -264,7 +265,7 @@ class PyTorchBackend(DeferringBackend):
         With FSDP, return only this rank's shards of the gradients.
         """
         return [
-            get_gradient(parameter)
+            get_gradient(parameter) if parameter.grad.is_sparse else parameter.grad
             for group in self.optimizer.param_groups
             for parameter in group["params"]
             if parameter.grad is not None
@@ -283,7 +284,13 @@ class PyTorchBackend(DeferringBackend):
 
     @override
     def zero_grad(self) -> None:
-        super().zero_grad()
+        if getattr(self.optimizer.zero_grad, "__func__", None) is Optimizer.zero_grad:
+            # PyTorch's method also records a range for the profiler, which takes much longer.
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        else:
+            super().zero_grad()
         for parameter in self._not_optimized:  # gradients that would add up until they are used
             if parameter.grad is not None:
                 parameter.grad.zero_()

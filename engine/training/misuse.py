@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
@@ -67,6 +67,7 @@ class MisuseChecks:
 
     def __init__(self, backend: CheckedBackend) -> None:
         self._backend = backend
+        self._has_optimizer = not has_no_optimizer(backend.basic_optimizer)
         self._counter = _StepCounter(backend.basic_optimizer)
         self._is_position_known = False
         # The next four attributes are the position after the last step.
@@ -103,16 +104,9 @@ class MisuseChecks:
             ValueError: the loss is not a scalar tensor that requires grad.
             RuntimeError: the engine has no optimizer.
         """
-        self._check_optimizer()
+        if not self._has_optimizer:
+            _raise_without_optimizer()
         check_loss(loss)
-
-    def _check_optimizer(self) -> None:
-        if has_no_optimizer(self._backend.basic_optimizer):
-            raise MisuseError(
-                "The engine was built without an optimizer, so it cannot train the model. Pass "
-                'the argument `optimizer` to `initialize`, or add "optimizer": {"type": "AdamW", '
-                '"params": {"lr": 0.001}} to the config.'
-            )
 
     def check_accumulated(self, accumulation: Accumulation) -> None:
         """Check that the gradients of a batch's earlier micro-batches have not been cleared.
@@ -146,7 +140,8 @@ class MisuseChecks:
                 gradients, gradients of earlier micro-batches were cleared, or two engines undo each
                 other's steps.
         """
-        self._check_optimizer()
+        if not self._has_optimizer:
+            _raise_without_optimizer()
         if self._is_position_known:
             self._check_position(scheduler)
         if accumulation.has_gradients:
@@ -331,6 +326,14 @@ def _has_position(scheduler: object) -> bool:
         isinstance(scheduler, ScheduleBinder) and scheduler.schedule.feedback == "metric"
     )
     return not takes_metric and isinstance(getattr(scheduler, "last_epoch", None), int)
+
+
+def _raise_without_optimizer() -> NoReturn:
+    raise MisuseError(
+        "The engine was built without an optimizer, so it cannot train the model. Pass the "
+        'argument `optimizer` to `initialize`, or add "optimizer": {"type": "AdamW", "params": '
+        '{"lr": 0.001}} to the config.'
+    )
 
 
 def _raise_without_gradients(accumulation: Accumulation) -> None:

@@ -61,9 +61,10 @@ class ScheduleDriver:
         Args:
             window: losses of the micro-batches of this step.
         """
-        scheduler = self.scheduler
-        if isinstance(scheduler, ScheduleBinder) and self.feedback is not None:
-            if self.feedback == "loss":
+        scheduler, feedback = self.scheduler, self.feedback
+        if feedback is not None:
+            assert isinstance(scheduler, ScheduleBinder)
+            if feedback == "loss":
                 scheduler.step(window.mean())
             else:
                 scheduler.step(metric=self._take_metric())

@@ -26,7 +26,7 @@ def build_net():
     return torch.nn.Sequential(*layers)
 
 
-def test_step_makes_at_most_forty_calls_more_than_a_plain_loop():
+def test_step_makes_at_most_three_quarters_of_the_calls_of_a_plain_loop():
     x, y = torch.randn(8, 16), torch.randint(4, (8,))
     model = build_net()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -50,7 +50,7 @@ def test_step_makes_at_most_forty_calls_more_than_a_plain_loop():
         trainer.backward(cross_entropy(trainer(x), y))
         trainer.step()
 
-    assert count_calls(ours) <= count_calls(plain) + 40
+    assert count_calls(ours) <= 0.75 * count_calls(plain)
 
 
 def test_step_clears_the_gradients_and_the_next_backward_pass_frees_them():

@@ -132,7 +132,7 @@ def test_step_without_a_backward_pass_raises_and_changes_nothing():
     ("accumulation", "message"),
     [
         (1, "found no gradients"),
-        (2, "accumulates 2 micro-batches, but the gradients of 1 micro-batch were cleared"),
+        (2, "2 micro-batches, but the gradients of 1 micro-batch were cleared"),
     ],
 )
 def test_step_after_zero_grad_raises(accumulation, message):
