@@ -238,8 +238,8 @@ def _parse_filter(text: str, hosts: Mapping[str, Host]) -> dict[str, tuple[int, 
         unknown = [slot for slot in slots if slot not in hosts[name].slots]
         if unknown:
             raise LaunchError(
-                f"The filter `{part}` names slot {unknown[0]}, which {name} does not have. Use "
-                f"slots from 0 to {hosts[name].slots[-1]}."
+                f"The filter `{part}` names slot {unknown[0]}, which {name} does not have. Use one "
+                f"of {', '.join(map(str, hosts[name].slots))}."
             )
         found[name] = tuple(dict.fromkeys((*found.get(name, ()), *slots)))
     return found

@@ -91,9 +91,11 @@ class Run:
         return read_saved_settings(checkpoints)
 
     def find_range_test(self) -> Mapping[str, Any] | None:
-        """Return the report of an LR range test, or None if there is none."""
-        for directory in _walk(self.root):
-            report = _read_json(directory / "report.json")
+        """Return the newest report of an LR range test, or None if there is none."""
+        paths = [directory / "report.json" for directory in _walk(self.root)]
+        found = [path for path in paths if _is_own_file(path)]
+        for path in sorted(found, key=lambda each: each.stat().st_mtime, reverse=True):
+            report = _read_json(path)
             if isinstance(report, Mapping) and {"suggestion", "runs"} <= report.keys():
                 return report
         return None

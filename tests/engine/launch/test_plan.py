@@ -311,7 +311,7 @@ def test_read_hostfile_accepts_files_of_open_mpi_and_windows(tmp_path):
     "filters, message",
     [
         ({"include": "node2"}, "unknown host 'node2'. Use one of node0, node1"),
-        ({"include": "node0:5"}, "slot 5, which node0 does not have. Use slots from 0 to 1"),
+        ({"include": "node0:5"}, "slot 5, which node0 does not have. Use one of 0, 1"),
         ({"include": "node0:x"}, "invalid slots"),
         ({"include": "node1:1-0"}, "invalid range 1-0"),
         ({"exclude": "node0@node1"}, "leaves no slots"),
