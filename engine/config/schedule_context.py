@@ -197,7 +197,7 @@ class EvaluatedSchedule:
         """
         if name not in self.curves:
             return False
-        other = {**self.base, name: tuple(value / 2 for value in self.base[name])}
+        other = {**self.base, name: tuple(value / 2 or 0.5 for value in self.base[name])}
         changed = self.configured.build_curves(other, self.horizon)[name][0]
         steps = range(0, self.schedule.span + 1, max(1, self.schedule.span // 20))
         return all(self.curves[name][0](step) == changed(step) for step in steps)

@@ -208,9 +208,10 @@ def _check_same_order(order: EpochOrder, ranks: Ranks) -> None:
     found = gather_if_different(ranks, (order.length, hashlib.sha256(items).hexdigest()))
     for rank, other in enumerate(found):
         if other != found[0]:
+            lengths = f" (`{order.name}` is {found[0][0]} and {other[0]})"
             raise ValueError(
                 f"The sampler must yield the same samples in the same order on all ranks, but rank "
-                f"0 and rank {rank} differ (`{order.name}` is {found[0][0]} and {other[0]}). Use a "
+                f"0 and rank {rank} differ{lengths if other[0] != found[0][0] else ''}. Use a "
                 "sampler that yields all samples on each rank, or set the attributes `rank` and "
                 "`num_replicas` of a sampler that splits the samples."
             )
