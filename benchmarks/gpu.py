@@ -369,7 +369,7 @@ def serve(connection: Connection, make: Callable[[Task], Step]) -> None:
 
 
 class Contender:
-    """A process that runs the tasks of one contender."""
+    """A contender and the process that runs its tasks."""
 
     def __init__(self, name: str, make: Callable[[Task], Step]) -> None:
         self.name = name
@@ -418,14 +418,14 @@ def log(text: str) -> None:
 
 
 def count_parallel_builds() -> int:
-    """Return how many processes can train at the same time without running out of GPU memory."""
+    """Return how many contenders can build a task at once without running out of GPU memory."""
     return max(1, int(0.8 * torch.cuda.mem_get_info(0)[0]) // BUILD_MEMORY)
 
 
 def run_task(
     task: Task, contenders: list[Contender], rounds: int, start: float
 ) -> dict[str, dict[str, Any]]:
-    """Build a task for several contenders at once, measure them in turn, and return the results.
+    """Build a task for all contenders, measure the contenders in turn, and return the results.
 
     Args:
         task: task to run.

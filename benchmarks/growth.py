@@ -2,18 +2,17 @@
 
     python benchmarks/growth.py [--only groups] [--steps 1000000]
 
-Each row is measured in a new process. Times are CPU times, which hardly depend on other programs on
-this machine. The time of a step is the mean over several steps. The column "growth" is the growth
-exponent of the fastest-growing column, relative to the previous row: 0 is constant, 1 is linear, 2
-is quadratic.
+Each case is measured in a new process. Times are CPU times, which other programs barely affect. The
+time of a step is the mean over several steps. The column "growth" is the growth exponent of the
+fastest-growing column, relative to the previous row: 0 is constant, 1 is linear, 2 is quadratic.
 
 - groups: start-up, a step, saving and loading, for a model in which each param group has one tensor
   of one element. "plain step" is a step with PyTorch's optimizer, without the engine.
-- parameters: the same for 100 tensors in one group, and the largest resident memory. The model with
-  1e9 parameters is on the meta device, so only the schedule is measured.
-- config: `validate` of a config with many param groups, phases of a schedule, unknown keys or
+- parameters: the same for a model with 100 tensors in one group, and the peak resident memory. The
+  model with 1e9 parameters is on the meta device, so only the schedule is measured.
+- config: a call of `validate` on a config with many param groups, schedule phases, unknown keys or
   comments.
-- steps: the CPU time of a step and the memory in each tenth of a run of a tiny model.
+- steps: the time of a step and the resident memory of a tiny model, for each tenth of its training.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def clock(function: Callable[[], object], repeats: int = 1) -> float:
-    """Return the mean CPU time of a call in milliseconds, summed over all threads."""
+    """Return the mean CPU time of a call of ``function`` (all threads), in milliseconds."""
     begin = time.process_time()
     for _ in range(repeats):
         function()
@@ -165,7 +164,7 @@ def measure_schedule(count: int) -> Row:
 
 
 def build_tensors(count: int, device: str) -> Any:
-    """Build a model with 100 tensors, which have ``count`` elements in total."""
+    """Build a model of 100 tensors with ``count`` elements in total."""
     import torch
 
     values = (torch.ones(count // 100, device=device) for _ in range(100))

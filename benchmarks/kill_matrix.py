@@ -2,7 +2,7 @@
 
     python benchmarks/kill_matrix.py --kills 200
 
-Each run saves a checkpoint every second step. All its processes are killed with SIGKILL after a
+Each run saves a checkpoint every two steps. All its processes are killed with SIGKILL after a
 random time, and restarted with the same config until the run is complete. There are runs with one
 and two processes, with synchronous and asynchronous saves, with PyTorch and DeepSpeed, and with one
 engine and two engines in the script; two engines save to nested directories.
@@ -116,11 +116,11 @@ def parse_rows(text: str) -> dict[str, str]:
 
 
 def count_missing_checkpoints(directory: Path, whole: Path, engines: int) -> int:
-    """Return the number of engines that left checkpoints with wrong tags or steps.
+    """Return the number of engines whose checkpoints are missing or have wrong tags or steps.
 
     Args:
         directory: directory of the run that was killed.
-        whole: directory of the uninterrupted run, which has the right tags and steps.
+        whole: directory of the uninterrupted run to compare with.
         engines: number of engines in the script; each saves to its own directory.
     """
     lost = 0

@@ -4,9 +4,9 @@
 
 A shell script replaces ssh. It waits for ``--delay`` seconds, and then behaves like a host: it
 answers the probe or the connection check, or acts as an agent whose rank prints one line and waits.
-No rank trains. One host fails on request, and all others exit when the launcher stops them.
+No rank trains. The script makes one host fail; the others exit when the launcher stops them.
 
-The first table shows CPU seconds, which hardly depend on other programs on this machine:
+The first table shows CPU seconds, which other programs on this machine barely affect:
 
 - plan: building the launch plan, and encoding the job of each host as JSON;
 - preflight: the launcher's own CPU time for both rounds of the preflight check;
@@ -20,8 +20,9 @@ The second table shows wall-clock seconds (including the CPU time of the stubs),
 - outputs: from the start of the launcher until it has printed the first line or all lines;
 - notice: from the failure of a host until the launcher stops another host;
 - exit: from the failure until the launcher has exited;
-- the memory (largest resident set size), threads and open files of the launcher, the processes that
-  it has started, and the memory of those that send pings (proportional set size).
+- MiB, threads, files, processes: the launcher's peak resident set size, and its peak numbers of
+  threads, open files and child processes;
+- MiB of pings: the proportional set size of the child processes that send pings.
 """
 
 from __future__ import annotations
@@ -245,7 +246,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--hosts", type=int, nargs="+", default=[8, 64, 512, 2048])
-    parser.add_argument("--delay", type=float, default=1.0, help="seconds of a connection")
+    parser.add_argument("--delay", type=float, default=1.0, help="seconds per connection")
     parser.add_argument("--part", choices=("plan", "preflight"), help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

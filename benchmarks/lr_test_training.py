@@ -1,4 +1,4 @@
-"""Compare the maximum learning rate that the LR range test suggests with a grid of nine maxima.
+"""Compare the maximum learning rates suggested by LR range tests with a grid of nine maxima.
 
     python benchmarks/lr_test_training.py --output docs/results/lr_test_training.png
 
@@ -208,7 +208,7 @@ def standard_error(values: list[float]) -> float:
 
 
 def compare_with_grid(mine: list[float], top: list[float], lr: float, threshold: float) -> str:
-    """Format the accuracy of a suggested maximum, and compare it with the best maximum of the grid.
+    """Describe a suggested maximum's accuracy compared with that of the grid's best maximum.
 
     Args:
         mine: accuracies of the runs with the suggested maximum.
@@ -253,9 +253,9 @@ def main() -> None:
         "--seeds", type=int, default=4, help="runs per maximum learning rate (default: 4)"
     )
     parser.add_argument(
-        "--first-seed", type=int, default=0, help="first seed of the runs (default: 0)"
+        "--first-seed", type=int, default=0, help="seed of the first run per maximum (default: 0)"
     )
-    parser.add_argument("--task", default="", help="prefix of the names of the tasks to run")
+    parser.add_argument("--task", default="", help="run only the tasks whose names start with TASK")
     parser.add_argument("--output", type=Path, default=Path("lr_test_training.png"))
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -9,7 +9,8 @@ first iterates over ``trainer.batches()``. The second does the same with the scr
 loader, which has two workers. The third iterates over the epochs that remain. The fourth saves and
 loads checkpoints itself.
 
-The exit status is 1 if a step differs, is missing or is trained after the end of the run.
+The exit status is 1 if any steps differ. A killed run may repeat the steps since its most recent
+checkpoint.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Compare the cost of 1Cycle steps and whole 1Cycle curves in onecycle, PyTorch and DeepSpeed.
+"""Compare the speed of the 1Cycle schedules of onecycle, PyTorch and DeepSpeed.
 
     python benchmarks/scheduler_speed.py
 
-The script prints CPU times. Each contender runs once per round, and each ratio is the median over
-the rounds.
+The script measures the CPU time of a scheduler step and of computing a whole curve. It prints
+medians over several rounds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def build_optimizer(groups: int) -> torch.optim.Optimizer:
 
 
 def build_bare_loop(groups: int) -> Callable[[int], None]:
-    """Build the lower bound: a loop that only assigns a learning rate and betas to each group."""
+    """Build the baseline: a loop that only assigns a learning rate and betas to each group."""
     optimizer = build_optimizer(groups)
     param_groups = optimizer.param_groups
 
@@ -62,7 +62,7 @@ def repeat_step(step: Step) -> Callable[[int], None]:
 
 
 def build_contenders(groups: int) -> dict[str, Callable[[int], None]]:
-    """Return, for each contender, a function that runs a given number of steps."""
+    """Return, for each scheduler and the bare loop, a function that runs a number of steps."""
     from deepspeed.runtime.lr_schedules import OneCycle
 
     own = CYCLE | {

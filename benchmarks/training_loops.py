@@ -24,7 +24,7 @@ from tests.testing.distributed import run_distributed_test
 from tests.testing.training_loops import BF16, LOOPS, run_loop
 
 TOLERANCE = {False: 1e-6, True: 2e-2}
-"""Largest difference between weights that counts as equal: in bf16 if True, in float32 if False."""
+"""Maximum difference at which weights count as equal. Key: True for bf16, False for float32."""
 HEAD = """\
 # Training loops of ten kinds
 

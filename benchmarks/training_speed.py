@@ -4,8 +4,8 @@
 
 Each contender runs in its own process with one thread, so that contenders do not share a heap. The
 processes take turns. The table shows the median CPU time per step, and the median ratio to the raw
-loop (PyTorch's default AdamW, clip_grad_norm_ and zero_grad). The column "calls" is the number of
-function calls per optimizer step of the MLP, counted by cProfile.
+loop (PyTorch's default AdamW, clip_grad_norm_ and zero_grad). The column "calls (MLP)" shows the
+number of function calls per optimizer step when training the MLP, counted by cProfile.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def loss_fn(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def bound(task: Callable[[], tuple]) -> Step:
-    """Build a loop without gradient clipping or an optimizer step. Its time is a lower bound."""
+    """Build a step with only the forward and backward passes. Its time is a lower bound."""
     model, x, y = task()
 
     def step() -> None:

@@ -3,7 +3,7 @@
     python benchmarks/ui_latency.py
 
 Headless Chromium types digits into a config. Each measurement starts at the timestamp of the key
-event, and ends after the browser has painted the reply of the server. Requires chromium and
+event, and ends when the browser has rendered the server's reply. Requires chromium and
 chromedriver.
 """
 
@@ -50,7 +50,7 @@ new PerformanceObserver((list) => {
 
 
 def find_largest() -> Path:
-    """Return the path of the largest config in the test corpus that has a schedule."""
+    """Return the path of the largest config with a schedule in the test corpus."""
     paths = sorted(CORPUS.glob("*/*.json"), key=lambda path: path.stat().st_size, reverse=True)
     return next(path for path in paths if '"scheduler"' in path.read_text())
 

@@ -30,7 +30,7 @@ __all__ = ["DeepSpeedAccessors"]
 class DeepSpeedAccessors(nn.Module):
     """Base class of `Engine` that provides its settings and counters under DeepSpeed's names.
 
-    The meaning of each method and property is the same on every backend.
+    Each method and property means the same on every backend.
     """
 
     _backend: Backend
@@ -233,7 +233,7 @@ class DeepSpeedAccessors(nn.Module):
 
     @property
     def global_steps(self) -> int:
-        """The number of completed optimizer steps, including skipped steps."""
+        """The number of optimizer steps so far, including skipped steps."""
         self._run.length.is_position_known = True
         return self._run.latest.global_steps
 
@@ -243,7 +243,7 @@ class DeepSpeedAccessors(nn.Module):
 
     @property
     def global_samples(self) -> int:
-        """The number of samples in the completed steps, summed over all ranks."""
+        """The number of samples in all optimizer steps so far, summed over all ranks."""
         return self._run.latest.global_samples
 
     @property

@@ -388,7 +388,7 @@ class Engine(DeepSpeedAccessors):
             tag: name or number of the checkpoint; default: the newest complete checkpoint.
             load_module_strict: whether the model must have exactly the saved parameters. If false,
                 parameters without a saved value keep their values, and additional saved parameters
-                are ignored. On DeepSpeed, also pass ``load_optimizer_states=False``.
+                are ignored. On DeepSpeed, false requires ``load_optimizer_states=False``.
             load_optimizer_states: whether to restore the optimizer and the loss scale.
             load_lr_scheduler_states: whether to restore the schedule.
             load_module_only: whether to restore only the model.

@@ -308,7 +308,7 @@ def _prefer_arguments(
 
 
 def _check_inference(config: Config, lr_scheduler: object) -> None:
-    """Raise an error if a schedule or the ZeRO stage requires an optimizer."""
+    """For a run without an optimizer, raise an error if a schedule or ZeRO stage needs one."""
     need = None
     if config.schedule is not None or lr_scheduler is not None:
         need = f"{config.name} has a schedule" if config.schedule else "`lr_scheduler` is passed"

@@ -74,8 +74,8 @@ def plot(
             By default, the axis is logarithmic only for an exponential sweep.
 
     Raises:
-        ValueError: no schedule is passed, a schedule is invalid or requires the length of the run,
-            or ``steps`` is less than 1 or more than 100,000.
+        ValueError: no schedule is passed, a schedule is invalid, the length of the run is required
+            but unknown, or ``steps`` is less than 1 or more than 100,000.
 
     >>> from schedules import LinearLR, OneCycleLR
     >>> figure = plot(OneCycleLR(max_lr=0.1, total_steps=100), LinearLR(total_iters=100))
@@ -107,9 +107,9 @@ def plot(
 
 
 def _find_labels(schedules: Sequence[Schedule[Any]]) -> list[str]:
-    """Return the legend label of each schedule: its type, or its repr if others have the same type.
+    """Return the legend label of each schedule: its type or, if several have that type, its repr.
 
-    The label of a single schedule is empty.
+    If there is only one schedule, its label is empty.
     """
     names = [each.type_name for each in schedules]
     if len(names) == 1:
@@ -193,7 +193,7 @@ def keep_positive(values: Iterable[float]) -> list[float]:
 
 
 def is_log_panel(panel: str, columns: Iterable[Sequence[float]]) -> bool:
-    """Return whether a panel shows positive learning rates, which allow a logarithmic axis."""
+    """Return whether a panel shows learning rates, at least one of which is positive."""
     return panel in _LR_PANELS and any(value > 0 for values in columns for value in values)
 
 

@@ -63,7 +63,7 @@ The public names of the packages `engine` and `schedules`. `onecycle` has the na
 
 
 def build_api_pages() -> dict[str, str]:
-    """Return a dict that maps the location of each page in the site to its text.
+    """Return the text of each page, keyed by the page's path in the site.
 
     Raises:
         ValueError: a public name is not on any page.

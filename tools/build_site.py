@@ -66,7 +66,7 @@ def find_pages() -> dict[str, str]:
 
 
 def collect_pages(target: Path) -> list[str]:
-    """Write the pages and assets to a directory, and return the locations of the pages."""
+    """Write the pages and assets to a directory, and return the paths of the pages in it."""
     files = find_pages()
     texts = build_api_pages()
     for name, location in files.items():

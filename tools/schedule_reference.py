@@ -123,7 +123,7 @@ def _build_page(title: str, classes: Mapping[str, type[Schedule[Any]]]) -> Itera
 
 
 def _build_example(cls: type[Schedule[Any]]) -> dict[str, Any]:
-    """Return a config with a schedule's example, and a run length if the schedule needs one."""
+    """Return a config with a schedule's example params and, if needed, the length of the run."""
     config: dict[str, Any] = {"scheduler": {"type": cls.type_name, "params": dict(cls.example)}}
     if cls(**cls.example).unresolved_fields:
         config["engine"] = {"max_duration": f"{EXAMPLE_RUN.total_steps:.0f}ba"}

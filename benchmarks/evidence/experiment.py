@@ -88,7 +88,7 @@ class Experiment:
         parser = argparse.ArgumentParser(
             description=description, formatter_class=argparse.RawTextHelpFormatter
         )
-        parser.add_argument("--seeds", type=int, default=3, help="runs per setting (default: 3)")
+        parser.add_argument("--seeds", type=int, default=3, help="seeds per setting (default: 3)")
         parser.add_argument("--first-seed", type=int, default=0, help="first seed (default: 0)")
         parser.add_argument("--rerun", action="store_true", help="discard the stored results")
         parser.add_argument("--smoke", action="store_true", help="use only a few samples and steps")
@@ -147,8 +147,8 @@ class Experiment:
             config: config with a OneCycle schedule, whose bounds are ignored.
             task: model and data.
             steps: number of steps in each of the three sweeps.
-            refine_for: number of steps of the training run for which to refine the suggestion with
-                short cycles; None to skip the refinement.
+            refine_for: number of steps in the training run. The suggestion is refined for this
+                length with short cycles. None to skip the refinement.
 
         Returns:
             A row with the config's scheduler block, in which the suggested bounds are set.
@@ -197,7 +197,7 @@ class Results:
             self._discarded, self.rows = self.rows, {}
 
     def get(self, key: str, run: Callable[[], Row]) -> Row:
-        """Return the stored row for a key. If there is none, call ``run`` and store its row."""
+        """Return the stored row for a key. If there is none, call ``run`` and store the result."""
         if key not in self.rows:
             started, cpu = time.monotonic(), time.process_time()
             row = run() | {"seconds": round(time.process_time() - cpu, 1)}
@@ -311,7 +311,7 @@ def measure_accuracy(trainer: engine.Engine, test: tuple[Tensor, Tensor]) -> flo
 
 
 def describe_machine() -> str:
-    """Return a line with the processor, the versions of Python and PyTorch, and the date."""
+    """Return a line with the device, the versions of Python and PyTorch, and the date."""
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if gpu else f"one of {os.cpu_count()} CPU cores"
     return (

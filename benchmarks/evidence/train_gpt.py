@@ -3,7 +3,8 @@
     python benchmarks/evidence/train_gpt.py --lr_schedule cosine_schedule_with_warmup \\
         --learning_rate 0.003 --warmup_steps 20 --max_steps 200 --end_lr_ratio 0.1
 
-The text is part of Python's standard library. The script prints the loss on held-out text.
+The text is the module ``pydoc_data.topics`` of Python's standard library. The script prints the
+loss on held-out text.
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ class Backend(ABC):
         Args:
             checkpoint_dir: directory to read from.
             optimizer: whether to restore the optimizer and the loss scale.
-            strict: whether the model must have all saved parameters.
+            strict: whether the checkpoint and the model must have the same parameters and buffers.
             frozen: whether the checkpoint includes the parameters that do not require gradients. If
                 false, these parameters keep their values.
 

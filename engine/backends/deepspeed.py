@@ -133,7 +133,7 @@ class DeepSpeedBackend(Backend):
             self.engine.set_gradient_accumulation_boundary(is_last)
 
     def _start_backward(self, *, is_last: bool) -> None:
-        """Check the order of the passes, and tell DeepSpeed whether this is the step's last pass.
+        """Check the order of passes, and tell DeepSpeed if this is the step's last backward pass.
 
         DeepSpeed needs this information only if it manages gradient accumulation. Otherwise, it
         reduces all gradients in the optimizer step.

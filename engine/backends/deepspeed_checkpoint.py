@@ -130,7 +130,7 @@ def check_sharding(files: DeepSpeedFiles, zero_stage: int, world_size: int) -> N
     Args:
         files: files of the checkpoint.
         zero_stage: ZeRO stage of this run.
-        world_size: number of ranks that share the optimizer's states in this run.
+        world_size: number of ranks across which this run shards the optimizer states.
 
     Raises:
         CheckpointError: DeepSpeed cannot load the states.
@@ -145,9 +145,9 @@ def check_sharding(files: DeepSpeedFiles, zero_stage: int, world_size: int) -> N
     else:
         return
     raise CheckpointError(
-        f"{files.directory} does not match this run: {problem}. Convert the checkpoint to a "
-        "universal checkpoint with DeepSpeed's `ds_to_universal`, load it with the PyTorch "
-        "backend, or pass `load_optimizer_states=False`."
+        f"{files.directory} does not match this run: {problem}. Load the checkpoint with the "
+        "PyTorch backend, convert it to a universal checkpoint with DeepSpeed's `ds_to_universal`, "
+        "or pass `load_optimizer_states=False`."
     )
 
 

@@ -30,7 +30,7 @@ class Layout:
     """The shapes and dtypes of a model's weights, and the parameter shapes of each param group.
 
     Args:
-        model: model before or after DeepSpeed has sharded it.
+        model: model, which DeepSpeed may already have sharded.
         groups: parameters or param groups to train, before DeepSpeed flattens them.
     """
 

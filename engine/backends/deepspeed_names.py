@@ -51,7 +51,7 @@ _SETTINGS: Mapping[str, Callable[[Config], Any]] = {
     "zero_optimization_partition_gradients": lambda config: config.zero_stage >= 2,
     "zero_optimization_partition_weights": lambda config: config.zero_stage == 3,
 }
-"""Maps other DeepSpeed methods to functions that compute their results from the config."""
+"""Maps other DeepSpeed methods to functions that compute the methods' results from the config."""
 
 _WITHOUT_PARALLELISM = {
     "has_moe_layers": False,

@@ -29,12 +29,13 @@ def prepare_optimizer(
         optimizer: the user's optimizer, or a function that takes the parameters and returns an
             optimizer; if None, the config's optimizer is used.
         config: a validated config.
-        parameters: tensors or param groups to train; if None, all that require gradients.
+        parameters: tensors or param groups to train; if None, all parameters that require
+            gradients.
 
     Returns:
-        A tuple of the optimizer, the parameters for ``deepspeed.initialize``, and the tensors or
-        param groups to train. The optimizer is None if DeepSpeed builds it or the run does not
-        train.
+        A tuple of the optimizer, the argument ``model_parameters`` for ``deepspeed.initialize``,
+        and the tensors or param groups to train. The optimizer is None if DeepSpeed builds it or
+        the run does not train.
 
     Raises:
         ValueError: the ZeRO stage does not support MoE layers, or the optimizer trains a parameter

@@ -26,7 +26,7 @@ __all__ = ["check_structure", "read_weights"]
 
 _OPTIMIZER = "optimizer_state_dict"
 _NESTED = ("base_optimizer_state", _OPTIMIZER, "state", "param_groups")
-"""Keys in the state of DeepSpeed's optimizer that hold the state of torch's optimizer."""
+"""Keys under which DeepSpeed's optimizer state contains torch's optimizer state."""
 
 
 def check_structure(
@@ -64,8 +64,6 @@ def check_structure(
 
 def _check_model(values: Any, weights: Mapping[str, Any], *, strict: bool) -> None:
     """Check the model file of this rank. The file may contain shards of the weights.
-
-    `Layout.check` compares the unsharded weights with the model, but does not read this file.
 
     Raises:
         ValueError: a value is missing or has the wrong type or shape.

@@ -1,8 +1,8 @@
 """The FSDP2 backend: PyTorch with parameters, gradients and optimizer states sharded across ranks.
 
-FSDP2 implements ZeRO's stages as follows. Stage 3 gathers a block's parameters for the forward pass
-and again for the backward pass. Stage 2 keeps the gathered parameters between the two passes. Stage
-1 is like stage 2, but reduces the gradients only once per step.
+The backend implements ZeRO's stages with FSDP2. Stage 3 gathers a block's parameters for the
+forward pass and again for the backward pass. Stage 2 keeps the gathered parameters between the two
+passes. Stage 1 is like stage 2, but reduces the gradients only once per step.
 """
 
 from __future__ import annotations
@@ -237,8 +237,8 @@ def shard(
 ) -> list[Any]:
     """Shard a model's parameters across ranks, in place, and return the parameters to train.
 
-    As with DDP, all ranks start with rank 0's weights. The blocks are moved to the device, copied
-    from rank 0 and sharded one at a time, so the whole model does not need to fit on one GPU.
+    As with DDP, all ranks start with rank 0's weights. The model's blocks are moved to the device,
+    copied from rank 0 and sharded one at a time, so the whole model need not fit on one GPU.
 
     Args:
         model: module to shard.

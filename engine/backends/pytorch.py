@@ -52,7 +52,7 @@ _Snapshot = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None, floa
 class PyTorchBackend(DeferringBackend):
     """Backend that trains with PyTorch and averages the gradients over all ranks.
 
-    Trained 16-bit parameters are converted to float32 unless ``engine.master_weights`` is false. If
+    Trainable 16-bit parameters are converted to float32 if ``engine.master_weights`` is true. If
     the config selects bf16 or fp16, the model's methods run under autocast with that dtype. Without
     bf16 or fp16 in the config, autocast uses the original dtype of the converted parameters.
 
@@ -63,7 +63,8 @@ class PyTorchBackend(DeferringBackend):
         config: a validated config.
         ranks: rank, world size and device of this process. If there are several ranks, the process
             group must be initialized.
-        parameters: tensors or param groups to train; if None, all that require gradients.
+        parameters: tensors or param groups to train; if None, all parameters that require
+            gradients.
 
     Raises:
         ValueError: the model does not contain any class in ``engine.wrap``, ``engine.compile`` is

@@ -41,7 +41,7 @@ class AsyncSaver:
 
     def __init__(self) -> None:
         self.buffers: dict[str, Any] = {}
-        """Copies of the tensors in host memory; the next save reuses this memory."""
+        """Host-memory copies of the tensors to save; the next save reuses their memory."""
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._group: dist.ProcessGroup | None = None
@@ -82,7 +82,7 @@ class AsyncSaver:
         """Wait until the current save has finished. Return immediately if no save is running.
 
         Raises:
-            Exception: the exception of the save, if it failed.
+            Exception: the exception that the save raised, if it failed.
         """
         if self._thread is not None:
             self._thread.join()
@@ -92,10 +92,10 @@ class AsyncSaver:
             raise failure
 
     def close(self) -> None:
-        """Wait until the current save has finished, and free the copies of the tensors.
+        """Wait until the current save has finished, and free the tensor copies in host memory.
 
         Raises:
-            Exception: the exception of the save, if it failed.
+            Exception: the exception that the save raised, if it failed.
         """
         atexit.unregister(self._wait_at_exit)
         self.wait()

@@ -38,7 +38,7 @@ class SteppedRun(RunState, Protocol):
     latest: Counters
     """The step counters.
 
-    Unlike `RunState.counters`, they may not show yet whether a deferred step was applied.
+    Unlike `RunState.counters`, they may not yet show whether a deferred step was applied.
     """
 
     @property
@@ -131,7 +131,7 @@ class AutomaticCheckpoints:
             raise SystemExit(INTERRUPTED if received == "SIGINT" else SAVED_AND_ENDED)
 
     def save_best(self, run: RunState) -> None:
-        """Save the best checkpoint if the metric's best value is newer than that checkpoint."""
+        """Save a new best checkpoint if the metric has improved since the previous one."""
         if self._directory is None or run.best is None or not run.best.is_unsaved:
             return
         self._save(run, self._directory, _BEST)
@@ -200,7 +200,7 @@ class AutomaticCheckpoints:
     def _warn_of_unsaved_steps(self, directory: Path) -> None:
         if self._ranks.rank == 0:
             log.warning(
-                "no checkpoint was saved after step %d; to save the last step, call "
+                "no checkpoint was saved after step %d; to save the final step, call "
                 "`trainer.destroy()` on every rank at the end of the script, or set "
                 "`engine.max_duration`",
                 self._checkpointer.find_saved_steps(directory),

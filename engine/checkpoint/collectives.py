@@ -34,7 +34,7 @@ _calls = itertools.count()
 
 
 def wait_for_ranks(ranks: Ranks, call: str) -> None:
-    """Wait up to ten minutes until every rank has called this function.
+    """Wait up to ten minutes for every rank to call this function.
 
     The environment variable ``ONECYCLE_TIMEOUT`` sets a different limit, in seconds. After 30
     seconds, the lowest waiting rank logs the missing ranks, which may be busy, for example with an

@@ -318,7 +318,7 @@ class DeepSpeedFiles:
                 start += count
 
     def _find_whole(self, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, _Piece]]:
-        """Yield the name and the `_Piece` of each trained parameter in a checkpoint without ZeRO.
+        """Yield the name and the `_Piece` of each trained parameter that was saved without ZeRO.
 
         Without ZeRO, DeepSpeed saves the states in the order of the parameters, without names.
         """

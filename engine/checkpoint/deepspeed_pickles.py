@@ -20,7 +20,7 @@ _CLASSES = {
     "deepspeed.runtime.zero.config": ["ZeroStageEnum"],
     "deepspeed.utils.tensor_fragment": ["fragment_address"],
 }
-"""Classes of objects that DeepSpeed saves. Unpickling them does not run code from the file."""
+"""DeepSpeed classes in checkpoints, by module. Their instances can be unpickled safely."""
 
 
 class _Attributes:
@@ -53,7 +53,7 @@ def read_file(path: Path, *, trusts: bool = False) -> Any:
 
 
 def import_classes() -> list[Any]:
-    """Import and return the classes of the objects in DeepSpeed's checkpoint files."""
+    """Import and return the DeepSpeed classes that occur in its checkpoint files."""
     return [
         getattr(importlib.import_module(module), name)
         for module, names in _CLASSES.items()

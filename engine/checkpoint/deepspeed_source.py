@@ -69,7 +69,7 @@ class DeepSpeedSource:
         }
 
     def load(self, own: dict[str, Any]) -> None:
-        """Copy the saved tensors into the tensors of the same names in ``own``."""
+        """Copy the saved tensors into the tensors with the same names in ``own``."""
         for name, target in own.items():
             whole = self._tensors[name].read()
             if isinstance(target, DTensor):

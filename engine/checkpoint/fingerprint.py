@@ -45,7 +45,8 @@ def build_identity(config: Config, scheduler: object, optimizer: Identity) -> Id
         config: config of the run.
         scheduler: scheduler of the run, with all durations resolved to steps; None if the run has
             no scheduler.
-        optimizer: result of `read_hyperparameters` before the schedule changed the param groups.
+        optimizer: result of `read_hyperparameters`, called before the schedule changes the param
+            groups.
     """
     block, scaling = config.optimizer, config.loss_scaling
     params = json.loads(json.dumps(dict(block.params))) if block else {}

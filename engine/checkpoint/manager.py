@@ -224,7 +224,7 @@ class Checkpointer:
             run: state of the run to restore.
             directory: directory that holds the run's checkpoints.
             tag: name of the checkpoint; default: the newest complete checkpoint.
-            strict: whether the model must have all saved parameters and buffers.
+            strict: whether the model must have exactly the saved parameters and buffers.
             optimizer: whether to restore the optimizer, the loss scaler and the RNG states.
             scheduler: whether to restore the scheduler.
             counters: whether to restore the step counters and the position in the training data.

@@ -1,4 +1,4 @@
-"""Read and format a checkpoint's manifest, which lists its files and describes the run."""
+"""Read and format checkpoint manifests, which list the files and describe the run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of ``manifest.json``, the description of a checkpoint.
+    """Contents of ``manifest.json``, which describes a checkpoint.
 
     ``files`` maps each file's relative path to its size in bytes and its hash. ``identity``
     contains the settings that must be the same in a run that resumes from the checkpoint.
-    ``versions`` contains the versions of Python and of the packages that wrote the checkpoint.
+    ``versions`` contains the versions of Python and of the packages used to write the checkpoint.
     """
 
     tag: str
@@ -35,7 +35,7 @@ class Manifest:
     versions: Mapping[str, str]
     created: str
     resumable: bool = True
-    """Whether a load without a tag may use this checkpoint."""
+    """Whether this checkpoint may be chosen when a checkpoint is loaded without a tag."""
     frozen: bool = True
     """Whether the checkpoint contains the frozen parameters."""
     run: str = ""
@@ -43,7 +43,7 @@ class Manifest:
     is_automatic: bool = False
     """Whether the checkpoint was saved automatically. `prune` deletes only such checkpoints."""
     sequence: int = 0
-    """Sequence number within the directory. Unlike timestamps, sequence numbers never decrease."""
+    """Number that orders the checkpoints in a directory, independently of the clock."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     checksum: str = ""
     """SHA-256 hash of the rest of the manifest; empty if an older onecycle version wrote it."""
@@ -154,4 +154,4 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "files": _are_files,
     "checksum": _is_text,
 }
-"""Maps each key of the manifest to a function that returns whether its value is valid."""
+"""Maps each key of the manifest to a function that checks the key's value."""

@@ -84,7 +84,7 @@ def build_empty_state(
 ) -> dict[str, Any]:
     """Return an optimizer state with uninitialized tensors, into which a checkpoint can be loaded.
 
-    The result does not contain the saved states of parameters that this optimizer does not have.
+    Saved states of parameters that this optimizer lacks are left out.
 
     Args:
         directory: directory of the checkpoint, for the error message.
@@ -135,7 +135,7 @@ def build_empty_state(
 def check_optimizer_state(
     directory: Path, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]
 ) -> None:
-    """Check a loaded optimizer state that identifies parameters by name.
+    """Check that an optimizer can continue from a loaded state that identifies parameters by name.
 
     Raises:
         CheckpointError: if the optimizer cannot continue from the state.
@@ -192,12 +192,12 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[
 
 
 class _Indices(list[int]):
-    """List of a param group's parameter indices with a fast membership test.
+    """Parameter indices of a param group. The ``in`` operator also finds those of similar groups.
 
-    For each state tensor, `Optimizer.load_state_dict` searches all groups for the parameter, to
-    read the group's settings ``fused`` and ``capturable``. With 10,000 groups, the search takes
-    minutes. Each list claims to contain the parameters of all groups with the same values of
-    ``fused`` and ``capturable``, so the search ends at the first of these groups.
+    For each state tensor, `Optimizer.load_state_dict` searches the groups one by one for the
+    parameter, to read the group's settings ``fused`` and ``capturable``. With 10,000 groups, this
+    takes minutes. The search ends earlier because ``in`` also returns True for the parameters of
+    all other groups with the same values of ``fused`` and ``capturable``.
     """
 
     def __init__(self, own: Iterable[int] = (), known: Collection[int] = ()) -> None:
@@ -241,7 +241,7 @@ def _name_groups(
 
 
 def _split_name(key: str, parameters: Mapping[str, Any]) -> tuple[str | None, list[str]]:
-    """Split the dotted name of a saved value into a parameter's name and the keys in its state.
+    """Split the dotted name of a saved value into a parameter name and the keys that follow it.
 
     Return None and an empty list if the name does not start with the name of a parameter.
     """

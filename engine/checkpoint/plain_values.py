@@ -165,8 +165,8 @@ def unpickle(
                 f"{path} is damaged: {summarize(error)}. Use another checkpoint."
             ) from error
         raise CheckpointError(
-            f"{path} cannot be loaded: it contains an object of `{named[1]}`, and unpickling it "
-            f"can run code. {fix}"
+            f"{path} cannot be loaded: it contains `{named[1]}`, which can run code when it is "
+            f"unpickled. {fix}"
         ) from None
 
 

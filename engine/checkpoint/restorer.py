@@ -48,7 +48,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class _SmallFiles:
-    """States to restore in addition to the model and optimizer. None if a state is not restored."""
+    """States to restore in addition to the model and optimizer; None for those not restored."""
 
     random_state: Any = None
     position: Any = None

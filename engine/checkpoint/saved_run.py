@@ -23,7 +23,7 @@ class _Position:
 
     epoch: _CountOrNone
     given: int
-    """Number of micro-batches requested in the epoch.
+    """Number of micro-batches requested from the data loader so far in the current epoch.
 
     Some earlier versions saved a negative number, which `DataPosition.read` replaces with 0.
     """
@@ -59,7 +59,7 @@ class _Metric:
 
 @dataclass(frozen=True)
 class _SavedRun:
-    """State of a run that `Checkpointer` saves in addition to the model and the optimizer."""
+    """Saved state of a run, except for the model and the optimizer."""
 
     lr_scheduler: dict[Any, Any] | None
     counters: Counters
@@ -83,7 +83,7 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def check_foreign_run(values: Mapping[str, Any]) -> None:
-    """Check the result of `DeepSpeedFiles.read_run_state`.
+    """Validate the run state that `DeepSpeedFiles.read_run_state` returned.
 
     Raises:
         ValueError: if a value has the wrong type or is out of range.

@@ -139,8 +139,9 @@ def _follow(pointer: Path) -> Path | None:
     """
     if not pointer.is_file():
         return None
-    checkpoint_dir = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-    return checkpoint_dir if _is_foreign(checkpoint_dir) else None
+    name = pointer.read_text(encoding="utf-8").strip()
+    checkpoint_dir = pointer.parent / name
+    return checkpoint_dir if name and _is_foreign(checkpoint_dir) else None
 
 
 def _is_foreign(checkpoint_dir: Path) -> bool:

@@ -42,7 +42,7 @@ _MODEL = "model."
 
 
 class Source(Protocol):
-    """Protocol for the contents of a checkpoint that `read` restores."""
+    """Protocol for checkpoint contents that `read` can restore."""
 
     @property
     def tensors(self) -> Mapping[str, TensorStorageMetadata]:
@@ -154,7 +154,8 @@ def read(
         source: contents of the checkpoint; default: the files that `write` wrote.
 
     Raises:
-        CheckpointError: if a parameter or buffer is missing or unexpected, or has another shape.
+        CheckpointError: if the checkpoint is incomplete or damaged, or does not match the model
+            or the optimizer.
     """
     source = source or _Shards(directory)
     weights = _find_saved_weights(directory, model, source, strict=strict, frozen=frozen)
@@ -213,7 +214,7 @@ def _find_saved_weights(
 def _read_optimizer(
     directory: Path, model: nn.Module, optimizer: Optimizer, source: Source
 ) -> dict[str, Any]:
-    """Load and check the optimizer state, and load optimized parameters outside the model."""
+    """Return the saved optimizer state and the saved values of parameters not in the model."""
     with report_damage(directory / VALUES):
         saved = {**source.values, **source.tensors}
         own = build_empty_state(directory, model, optimizer, saved)
@@ -332,7 +333,7 @@ def _load_tensors(reader: ShardReader, own: dict[str, Any], *, is_single_process
 
 @contextlib.contextmanager
 def _raise_cause() -> Iterator[None]:
-    """Raise the exception of the lowest failed rank instead of torch's `CheckpointException`.
+    """Replace torch's `CheckpointException` with the error of the lowest-numbered failed rank.
 
     A `CheckpointException` contains the exceptions of all failed ranks. The class does not derive
     from `Exception`, so ``except Exception`` would not catch it.

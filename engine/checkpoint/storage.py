@@ -272,7 +272,7 @@ def _describe_damage(checkpoint_dir: Path) -> str:
 
 
 def find_damage(checkpoint_dir: Path, manifest: Manifest, *, hashes: bool = True) -> Iterator[str]:
-    """Yield a message for each file that is missing or differs from the manifest.
+    """Yield a message for each file that is missing or does not match the manifest.
 
     Args:
         checkpoint_dir: directory of the checkpoint.

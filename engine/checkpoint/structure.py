@@ -134,7 +134,7 @@ def check_parameter_states(
 ) -> None:
     """Check that an optimizer can continue with the saved states of its parameters.
 
-    The states must fit the saved settings, such as ``amsgrad``, and the settings of this run.
+    The states must fit both the saved settings and this run's settings, such as ``amsgrad``.
     The values of tensors are not checked, except for step counts.
 
     Args:

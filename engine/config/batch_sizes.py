@@ -2,7 +2,7 @@
 
 train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x ranks
 
-Ranks that share a model, such as the stages of a pipeline, count as one rank.
+Ranks that process the same samples, such as those of a pipeline, count as one rank.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class DataRanks(NamedTuple):
     tensor_parallel: int = 1
     """Number of tensor-parallel ranks per model.
 
-    DeepSpeed's AutoTP counts each of these ranks in the train batch size.
+    With AutoTP, DeepSpeed's train batch size counts each sample once per tensor-parallel rank.
     """
     unit: str = "rank"
 
@@ -157,8 +157,8 @@ def derive_batch_sizes(given: Mapping[str, int], ranks: DataRanks | int) -> Batc
     1, as in DeepSpeed.
 
     Args:
-        given: values that the config sets, by key (see `BATCH_KEYS`); each is at least 1. As in
-            DeepSpeed, the train batch size may count each tensor-parallel rank separately.
+        given: values that the config sets, by key (see `BATCH_KEYS`); each is at least 1. The
+            train batch size may count each sample once per tensor-parallel rank, as in DeepSpeed.
         ranks: number of ranks that load different samples, at least 1.
 
     Raises:

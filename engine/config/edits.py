@@ -33,9 +33,6 @@ def apply_fixes(
         problems: problems in the config. Problems without an automatic fix are skipped.
         accept: function that receives a problem whose fix is not certain, and returns whether to
             apply the fix.
-
-    Returns:
-        The fixed text.
     """
     text = document.text
     edits = [(comma, comma + 1, "") for comma in document.trailing_commas]

@@ -20,8 +20,8 @@ def find_reason_for_no_effect(member: Member, backend: str, stage: int | None = 
     Args:
         member: key of a config, with its value.
         backend: "torch" or "deepspeed".
-        stage: ZeRO stage; None if unknown. If None, keys that affect the results in some stages are
-            assumed to affect the results.
+        stage: ZeRO stage. If None, a key is assumed to affect the results if it does so in any
+            stage.
 
     >>> print(find_reason_for_no_effect(Member("/gradient_allreduce_op", "sum", {}), "torch"))
     None
@@ -48,8 +48,8 @@ def _is_listed(member: Member, values: Any) -> bool:
 
     Args:
         member: key of a config, with its value.
-        values: list of the values that have no effect; None if no value has an effect. For a
-            section, a dict with such a list for each key that can have an effect.
+        values: values for which the key has no effect; None if it never has an effect. For a
+            section, a dict with a list of such values for each key that can have an effect.
     """
     if values is None:
         return True

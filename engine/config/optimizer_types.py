@@ -104,7 +104,7 @@ def needs_closure(optimizer_class: Any) -> bool:
 
 
 def _build_schema(optimizer_class: type) -> Mapping[str, Any]:
-    """Build a JSON schema that accepts the keyword arguments of a class with any value."""
+    """Build a JSON schema that accepts a class's keyword arguments, with values of any type."""
     try:
         arguments = list(inspect.signature(optimizer_class).parameters.values())
     except (TypeError, ValueError):

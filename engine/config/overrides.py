@@ -8,7 +8,7 @@ parameter of DeepSpeed's schedules.
 If the script defines an argument with the same name, before or after these calls, the script's
 argument takes precedence. The value of the script's argument does not override the config.
 
-`apply_assignments` implements the option ``--set`` of the command line, which accepts any key.
+`apply_assignments` implements the option ``--set`` of onecycle's commands, which accepts any key.
 """
 
 from __future__ import annotations

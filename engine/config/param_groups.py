@@ -111,7 +111,7 @@ def _list_types(schema: Mapping[str, Any]) -> list[str]:
 
 
 def _drop_auto(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a schema that rejects "auto", because integrations fill it in only in ``params``."""
+    """Return the schema without "auto", which integrations replace only in ``optimizer.params``."""
     kept = {key: each for key, each in schema.items() if key not in {"pattern", "x-auto"}}
     return {**kept, "type": [each for each in _list_types(schema) if each != "string"]}
 

@@ -286,7 +286,7 @@ class _Parser:
 
         Args:
             bracket: closing bracket of the current object or array.
-            first: whether the next item is the first item, without a comma before it.
+            first: whether no item has been read yet, so that no comma is expected.
 
         Returns:
             Whether the closing bracket was found.

@@ -130,7 +130,7 @@ class ModelSettings:
     """Settings for preparing and training the model."""
 
     wrap_classes: tuple[str, ...]
-    """Class names of the model's blocks. Each block is sharded and recomputed as a unit."""
+    """Class names of the modules to shard, or to recompute in the backward pass, as a unit."""
     activation_checkpointing: Literal["device", "host"] | None
     """Memory in which activation checkpointing saves block inputs; None if disabled."""
     compile_backend: str | None

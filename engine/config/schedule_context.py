@@ -33,7 +33,7 @@ _MAX_PIECES = 5000
 _JUMP = 0.01
 """Minimum size of a jump, as a fraction of the largest value of the hyperparameter."""
 _POSSIBLE_LENGTHS = (1000, 1, 30, 1_000_000)
-"""Numbers to try for the steps per epoch or the samples per step if they are unknown."""
+"""Values to try for an unknown number of steps per epoch or samples per step."""
 
 
 def build_horizon(
@@ -182,9 +182,9 @@ class EvaluatedSchedule:
     """A schedule and its curves for a specific optimizer and run length."""
 
     configured: Schedule[Any]
-    """The schedule as configured, with unscaled durations."""
+    """The schedule as configured, before `resolve` converts and scales its durations."""
     schedule: Schedule[Any]
-    """The schedule with scaled durations in steps."""
+    """The schedule with its durations in steps, scaled by ``scale_schedule_ratio``."""
     horizon: Horizon
     base: Base
     curves: Curves

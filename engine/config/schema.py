@@ -114,7 +114,7 @@ class Member(NamedTuple):
 
     @property
     def is_section(self) -> bool:
-        """Whether the value is a section: an object whose keys `walk` also yields."""
+        """Whether the value is a section: an object that `walk` descends into."""
         if "properties" not in self.schema:
             return False
         return isinstance(self.value, Mapping) if self.is_given else self.value is SECTION
@@ -127,7 +127,7 @@ def walk(
     *,
     fill: Callable[[Mapping[str, Any]], Any] | None = None,
 ) -> Iterator[Member]:
-    """Yield every key of an object and its nested sections. A section precedes its keys.
+    """Yield the keys of an object and of its nested sections, each section before its keys.
 
     In an optimizer or scheduler block, the schema of ``params`` depends on ``type``. Ignored keys
     (see `is_ignored`) are skipped.
@@ -136,9 +136,9 @@ def walk(
         value: object to iterate over. For any other type, nothing is yielded.
         schema: JSON schema of the object.
         pointer: JSON pointer of the object.
-        fill: function that takes the schema of an absent key and returns its value, `SECTION` to
-            fill in the keys of a section, or `ABSENT` to skip the key. By default, all absent keys
-            are skipped.
+        fill: function that takes the schema of an absent key and returns the value to fill in. It
+            returns `SECTION` to fill in a section key by key, or `ABSENT` to skip the key. By
+            default, all absent keys are skipped.
 
     >>> [member.pointer for member in walk({"fp16": {"enabled": True}}, schemas.read(SCHEMA))]
     ['/fp16', '/fp16/enabled']
@@ -165,7 +165,7 @@ def walk(
 def _find_replaced_keys(value: Mapping[str, Any], properties: Mapping[str, Any]) -> set[str | None]:
     """Return the canonical names of keys that an object sets under an old name or an alias.
 
-    The set can also contain None and hint texts, which do not match any key name.
+    The set can also contain None and hints such as "Remove the key.", which are not key names.
     """
     given = [properties[key] for key in value if key in properties]
     return {schema.get(word) for schema in given for word in ("x-alias-of", "x-instead")}
@@ -176,7 +176,7 @@ def get_member_schema(
 ) -> Mapping[str, Any]:
     """Return the schema of a key, with references resolved.
 
-    For the ``params`` of an optimizer or scheduler block, return the schema for its ``type``. For
+    The schema of ``params`` in an optimizer or scheduler block depends on the block's ``type``. For
     ``optimizer.type``, return the schema of the optimizer itself, because it has annotations such
     as ``x-backend``.
 

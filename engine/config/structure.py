@@ -150,7 +150,7 @@ def _check_optimizer(document: Document, block: Mapping[str, Any]) -> Iterator[P
 def _check_run_length(
     document: Document, config: Mapping[str, Any], ranks: DataRanks | None
 ) -> Iterator[Problem]:
-    """Yield an error if the run is shorter than one step or too long.
+    """Yield an error if the run is shorter than one step or longer than 2**53 steps.
 
     The size of the dataset is unknown, so each epoch is assumed to have one step.
     """

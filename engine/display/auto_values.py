@@ -30,7 +30,8 @@ def replace_auto_values(document: Document, values: AutoValues) -> tuple[Documen
     """Replace "auto" in the learning rate and in the schedule of a config.
 
     Returns:
-        The document with the replacements, and the new values by param name.
+        The document with the replacements, and a dict that maps each replaced parameter of the
+        optimizer or scheduler to its new value.
     """
     config = document.value
     if not isinstance(config, dict):

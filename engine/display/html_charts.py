@@ -66,7 +66,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Decision:
-    """A text and charts that show why a loss-driven schedule ended its warmup."""
+    """Text and charts that show why a loss-driven schedule ended its warmup."""
 
     text: str
     panels: Sequence[Panel]

@@ -20,11 +20,12 @@ _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
 
 @dataclass(frozen=True)
 class GroupRow:
-    """The values of a param group that the log shows or that determine its schedule.
+    """A param group without its tensors, as shown in the log.
 
     Args:
         name: name of the group.
-        entry: index in ``optimizer.param_groups``; None for the default group.
+        entry: index in the config's ``optimizer.param_groups``; None if no entry selects the
+            parameters.
         hyperparameters: values to show, such as the learning rate.
         parameters: names of the parameters.
         num_elements: total number of elements of the parameters.
@@ -78,6 +79,8 @@ def _format_parameters(group: GroupRow) -> str:
 
 def abbreviate_names(names: Sequence[str]) -> list[str]:
     """Merge names that differ only in their indices, such as the names of transformer layers.
+
+    Names are merged only if every combination of their indices occurs.
 
     >>> abbreviate_names(["h.0.bias", "h.1.bias", "h.2.bias", "head.bias"])
     ['h.0-2.bias', 'head.bias']

@@ -43,7 +43,7 @@ def draw(
         path: output file. Its suffix, such as ``.png`` or ``.pdf``, selects the format.
         title: title of the figure.
         steps: step numbers of the values, in ascending order (default: 0, 1, 2, …).
-        curves: curve of each column. The plot labels its phases, such as the warmup.
+        curves: curve of each column. Phases of a curve, such as the warmup, are labeled.
         sources: schedule that each column belongs to, if several schedules are compared.
         log: whether the axis of the learning rate is logarithmic (default: only for an exponential
             sweep).

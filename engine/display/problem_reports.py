@@ -34,7 +34,7 @@ class Report:
 
 
 def _select_problems(problems: Sequence[Problem]) -> tuple[list[Problem], int]:
-    """Return the problems to print, and the number of remaining problems.
+    """Return the problems to print, and the number of problems that are left out.
 
     The most severe problems are selected, in their original order.
     """

@@ -23,7 +23,7 @@ __all__ = ["choose_ticks", "draw_on_terminal"]
 
 _MAX_PLOTTED = 1e200
 _COLORS = ("blue+", "green+", "red+", "cyan+", "magenta+", "yellow", "white", "gray")
-"""Colors of plotext, in the order in which a plot uses them."""
+"""Names of plotext colors, in the order in which a plot uses them."""
 _LEAST_ROWS = 3
 _FRAME = 2  # the lines above and below the curve
 _COLUMNS_PER_TICK = 12
@@ -57,8 +57,7 @@ def draw_on_terminal(
 ) -> str:
     """Return a text plot of columns against the step, with one panel per hyperparameter.
 
-    The plot fits the terminal, including a line for the next prompt, unless it has too many panels
-    for the terminal's height.
+    The plot leaves a line for the next prompt. It exceeds ``size`` only if it has too many panels.
 
     Args:
         columns: values at each step, by column name.

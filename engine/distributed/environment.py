@@ -41,7 +41,7 @@ LR_TEST = "ONECYCLE_LR_TEST"
 """JSON settings of the LR range test to run in `initialize`. Set by `onecycle lr-test`."""
 
 SET = "ONECYCLE_SET"
-"""``KEY=VALUE`` strings that override config values, as JSON. Set by the option ``--set``."""
+"""JSON list of ``KEY=VALUE`` strings that override config values. Set by the option ``--set``."""
 
 TIMEOUT = "ONECYCLE_TIMEOUT"
 """Timeout of collectives, in seconds."""

@@ -304,7 +304,7 @@ def destroy_distributed() -> None:
     collectives that other ranks may never join.
 
     If an exception is ending this process, this function logs the ranks that are the likely cause:
-    ranks that ended before without an exception, or ranks that did not join the collective
+    ranks that ended earlier without an exception, or ranks that did not join the collective
     operation that failed.
     """
     if not _has_process_group():
@@ -367,9 +367,9 @@ def _log_missing_ranks(error: BaseException | None) -> None:
         missing = set(range(dist.get_world_size())).difference(failed, ended)
         if missing and failed[0] == rank and not ended:
             log.error(
-                "%s did not join the collective operation that failed. Check whether it hangs, or "
-                "has ended without an error. If it only needs more time, for example to load data, "
-                "set %s to a higher number of seconds.",
+                "%s did not join the collective operation that failed. Check for a process that "
+                "hangs or has ended without an error. If a rank only needs more time, for example "
+                "to load data, set %s to a higher number of seconds.",
                 _list_ranks(sorted(missing)),
                 TIMEOUT,
             )

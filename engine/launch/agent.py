@@ -1,4 +1,4 @@
-"""Run a job on this host, and kill its remaining processes when the job ends.
+"""Run a job on this host. When the job ends, kill its remaining processes.
 
 The launcher starts this agent on each host. The agent reads the job as JSON from the first line of
 standard input. Each later line is ``ping``, ``term`` or ``kill``. On ``kill``, the agent kills the

@@ -2,9 +2,9 @@
 
 An agent stops its job if it receives no input for a while. The separate process sends pings even
 while the launcher is suspended (Ctrl-Z), and does not receive signals from the terminal. When the
-launcher exits, the process also exits, which closes the standard input of every agent.
+launcher exits, the separate process also exits, which closes the standard input of every agent.
 
-The process runs this file without importing onecycle, so it starts quickly.
+The separate process runs this file without importing onecycle, so it starts quickly.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Pinger:
     """A handle to the process that sends the pings."""
 
     def __init__(self, interval: float) -> None:
-        """Start the process.
+        """Start the process that sends the pings.
 
         Args:
             interval: time between pings, in seconds.
@@ -52,7 +52,7 @@ class Pinger:
             socket.send_fds(self._socket, [b"."], [descriptor])
 
     def close(self) -> None:
-        """End the process."""
+        """End the process that sends the pings."""
         self._socket.close()
         self._process.kill()
         self._process.wait()

@@ -66,7 +66,7 @@ class NodePlan:
 
     host: str
     transport: tuple[str, ...]
-    """The command that starts the agent. The agent reads its job from standard input."""
+    """The command that starts onecycle's agent. The agent reads its job from standard input."""
     argv: tuple[str, ...]
     """The command that the agent runs: torchrun with its arguments."""
     env: Mapping[str, str]
@@ -82,7 +82,7 @@ class NodePlan:
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the job of this host as a JSON-compatible dict for the agent."""
+        """Return the job that the agent on this host runs, as a JSON-compatible dict."""
         return {
             "host": self.host,
             "argv": list(self.argv),
@@ -272,7 +272,7 @@ def build_environment(request: LaunchRequest, size: int) -> dict[str, str]:
 
 
 def _select_variables(request: LaunchRequest, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the launcher's environment variables to pass to the ranks."""
+    """Select the launcher's environment variables to pass to the ranks."""
     patterns = (*_PASSED_PATTERNS, *request.pass_env)
     return {
         name: value

@@ -101,9 +101,10 @@ class Child:
             self._selector.unregister(self._input)
 
     def read(self, descriptor: int) -> bytes:
-        """Read an output pipe. Return standard output, or append standard error to `errors`.
+        """Read available data from an output pipe.
 
-        The result is b"" for standard error, or if no data is available.
+        Data from standard output is returned. Data from standard error is appended to `errors`,
+        and b"" is returned.
 
         Args:
             descriptor: file descriptor of the pipe.

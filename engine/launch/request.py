@@ -34,7 +34,7 @@ class LaunchRequest:
     is_command: bool = False
     is_module: bool = False
     min_nodes: int | None = None
-    """Minimum number of hosts of the job; None if all hosts are required."""
+    """Minimum number of hosts that the job needs; None if it needs all of them."""
     max_restarts: int = 0
     timeout: int = 600
     rendezvous_timeout: int = 300
@@ -46,7 +46,7 @@ class LaunchRequest:
     address: str | None = None
     """Address at which all hosts reach the first host; None for the address that ssh uses."""
     port: int = 0
-    """The port of the rendezvous; 0 for a free port."""
+    """Port of the rendezvous if the first host runs it; 0 for a free port."""
     interface: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     pass_env: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ def build_module_command(python: str, module: str) -> tuple[str, ...]:
 
 
 def find_config(script: tuple[str, ...], cwd: str) -> str | None:
-    """Return the path of the config in the arguments of a script, or None if there is none.
+    """Return the path of the config among the arguments of a script; None if there is none.
 
     The config is the first JSON file with a typical config key, such as ``optimizer``.
 

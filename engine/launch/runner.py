@@ -123,7 +123,7 @@ class _Output:
 
 
 class _Runner:
-    """Runner that reports events to the state machine and executes the returned actions."""
+    """Runner that reports events to a `LaunchStateMachine` and executes the actions it returns."""
 
     def __init__(self, plan: LaunchPlan, console: Console, out: IO[str]) -> None:
         self._machine = LaunchStateMachine(plan)
@@ -139,7 +139,7 @@ class _Runner:
 
         Args:
             signals: queue with the number of each signal that the launcher receives.
-            pinger: process that sends pings to the agents.
+            pinger: handle to the process that sends pings to the agents.
         """
         while not self._machine.is_over:
             is_starting = self._start_agents()
@@ -225,7 +225,7 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
 
 
 def report_outcome(outcome: Outcome) -> int:
-    """If the launch failed, print the last output and the reason. Return the exit status."""
+    """Return the exit status; if the launch failed, first print the final output and the reason."""
     for line in outcome.last_lines:
         print(line, file=sys.stderr)
     if outcome.reason:

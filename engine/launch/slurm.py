@@ -67,8 +67,8 @@ def build_sbatch(
         options: value of each ``#SBATCH`` option by its long name. The value of a flag is empty.
             These options override the defaults. With ``requeue``, the job is requeued if a signal
             ends it, for example after a preemption.
-        hide_secrets: whether to omit the values of variables whose names suggest a secret. The
-            script then uses the values from the environment in which sbatch runs.
+        hide_secrets: whether to omit the values of environment variables whose names suggest a
+            secret. The script then uses the values from the environment in which sbatch runs.
 
     Raises:
         LaunchError: if the name of an option is invalid, or its value has more than one line.

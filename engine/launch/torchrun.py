@@ -73,8 +73,7 @@ def remove_directory(pid: int) -> None:
 def _raise_open_file_limit(nnodes: str, nproc: str) -> None:
     """Raise the limit on open files, so that ranks can connect to each other and to the store.
 
-    If the hard limit is too low, print a warning instead of raising an error, because not every
-    script connects all ranks.
+    If the hard limit is too low, only print a warning, because not every script connects all ranks.
 
     Args:
         nnodes: number of hosts, or a range MIN:MAX.

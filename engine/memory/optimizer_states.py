@@ -38,7 +38,7 @@ _OPTIONAL_STATES = {
     "RMSprop": ("momentum", "centered"),
     "SGD": ("momentum",),
 }
-"""By optimizer, the hyperparameters that add a parameter-sized state if nonzero or true."""
+"""Maps each optimizer to hyperparameters that add a parameter-sized state if nonzero or true."""
 
 _UNKNOWN = 2
 
@@ -63,7 +63,7 @@ def count_state_elements(
 
     Args:
         optimizer: canonical name of the optimizer.
-        params: hyperparameters, with defaults.
+        params: hyperparameters of the optimizer, including defaults.
         shape: shape of the parameter.
         has_adam: whether the optimizer uses Adam for parameters that are not matrices, as
             DeepSpeed's Muon does.

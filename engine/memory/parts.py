@@ -45,7 +45,7 @@ class ParameterSize:
         return math.prod(self.shape)
 
     def count_shard(self, ranks: int) -> int:
-        """Return the padded number of elements per rank if FSDP2 shards the parameter."""
+        """Return the number of elements per rank, with padding, when FSDP2 shards the parameter."""
         if not self.shape:
             return 1
         return math.ceil(self.shape[0] / ranks) * math.prod(self.shape[1:])

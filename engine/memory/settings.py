@@ -52,7 +52,7 @@ class MemorySettings:
 
     backend: Literal["torch", "deepspeed"]
     world_size: int
-    """Number of ranks that share the model states."""
+    """Number of ranks."""
     zero_stage: int
     precision: Precision = "fp32"
     optimizer: OptimizerBlock = _DEFAULT_OPTIMIZER

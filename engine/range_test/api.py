@@ -44,10 +44,10 @@ def lr_range_test(
     averaged over all ranks. Calls to `set_gradient_accumulation_boundary` have no effect during the
     test.
 
-    If `refine` is true, the function then trains short 1Cycle runs of `steps` steps. The runs use
-    five maximum learning rates around the suggestion, each twice the previous one. More runs follow
-    until the best maximum is neither the smallest nor the largest. The refined suggestion is more
-    reliable, but takes five to ten times as long as the range test without `refine`.
+    If `refine` is true, the function then trains short 1Cycle runs of `steps` steps each. It tries
+    five maximum learning rates around the suggestion, each twice the previous one, and more until
+    the best is neither the smallest nor the largest one tried. The suggestion becomes more
+    reliable, but the call takes five to ten times as long.
 
     If param groups have different learning rates, all of them are multiplied by the same factor.
     The learning rates in the arguments and in the report are learning rates of the first group. The

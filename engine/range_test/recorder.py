@@ -88,7 +88,7 @@ class Recorder:
     Args:
         steps: number of steps of the sweep; if None, record until the script ends. In that case, at
             most 20,000 points are kept: whenever this limit is reached, every second point is
-            removed, and half as many steps are recorded from then on.
+            removed, and the interval between recorded steps doubles.
         divergence: maximum ratio of the smoothed loss to its previous minimum; a larger ratio ends
             the sweep.
         path: path of the record file; None on ranks other than 0.

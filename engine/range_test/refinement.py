@@ -1,4 +1,4 @@
-"""Refine a suggested maximum learning rate by training short 1Cycle runs."""
+"""Refine a suggested maximum learning rate with short 1Cycle runs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Refinement:
 
     @property
     def lowest_per_repeat(self) -> list[float]:
-        """The value of `lowest` for each repeat, to show how much the value varies."""
+        """Values of `lowest` for the first cycle at each learning rate, the second, and so on."""
         return [self._find_lowest(column) for column in np.array(list(self.losses.values())).T]
 
     @property
@@ -142,7 +142,7 @@ def refine(
     steps: int,
     training_steps: int | None = None,
 ) -> Refinement:
-    """Train short cycles to find the best maximum learning rate, and return the results.
+    """Find the best maximum learning rate with short 1Cycle runs, and return the results.
 
     The search starts with five maximum learning rates, each twice the previous one. It then
     tries other values until the best one is neither the smallest nor the largest. It does not try

@@ -69,13 +69,13 @@ class LRRangeReport:
         training_steps: int | None = None,
         known: Mapping[str, Any] | None = None,
     ) -> LRRangeReport:
-        """Return a copy of this report with a suggestion refined by short cycles.
+        """Refine the suggestion with short 1Cycle runs, and return the refined report.
 
-        If this report has no suggestion, return it without training.
+        If this report has no suggestion, return it unchanged without training.
 
         Args:
-            train: function that takes a scheduler block and the index of the repeat, trains with
-                this schedule and returns the recorded run.
+            train: function ``train(block, repeat)`` that trains with the scheduler block and
+                returns the recorded run. ``repeat`` numbers the runs with the same block from 0.
             steps: number of steps per cycle.
             training_steps: number of steps of the planned training; None if it equals `steps`.
             known: OneCycle block whose momentum settings and ratio of phase lengths are used; None
@@ -193,7 +193,7 @@ class LRRangeReport:
         }
 
     def table(self) -> Table:
-        """Return a table with the learning rate that each rule selects and the suggested range."""
+        """Return a table with the suggested range and the learning rate that each rule selects."""
         from rich.table import Table
 
         suggestion = self.suggestion

@@ -21,7 +21,7 @@ MIN_STEPS = 8
 """Minimum number of distinct learning rates for a suggestion."""
 
 EDGE = ("end of descent", "minimum", "divergence / 10")
-"""Rules for the largest learning rate that still reduces the loss. `max_lr` is their median."""
+"""Rules for the largest learning rate that still reduces the loss. Their median is `max_lr`."""
 
 CAREFUL = ("steepest", "valley", "minimum / 10")
 """Rules that other tools use for a constant learning rate. A cycle's maximum can be larger."""
@@ -76,7 +76,7 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     First, non-finite losses and isolated spikes are removed, and losses far above the initial loss
     are clipped. The losses are then smoothed over log(lr) by local linear regression, with a
     bandwidth selected by generalized cross-validation. The descent is the decrease of the smoothed
-    loss to its minimum, from the highest value before the minimum. Each rule selects a learning
+    loss from its highest value before the minimum to the minimum. Each rule selects a learning
     rate:
 
     - end of descent: the learning rate at which the loss has completed 90% of its descent;

@@ -151,6 +151,6 @@ def spread_over_groups(block: Mapping[str, Any], lrs: Sequence[float]) -> dict[s
 
 
 def read_sweep() -> Sweep | None:
-    """Return the sweep passed by `onecycle lr-test`, or None if the command passed no sweep."""
+    """Return the sweep that `onecycle lr-test` passed to this process; None if there is none."""
     text = os.environ.get(LR_TEST)
     return Sweep(**json.loads(text)) if text else None

@@ -1,4 +1,4 @@
-"""Train pipeline models, evaluate batches, loop over the training data, and restore the state."""
+"""Train pipeline models, evaluate batches, loop over the data, and restore the training state."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class TrainingRun:
         *,
         misuse: MisuseChecks | None = None,
     ) -> TrainingRun:
-        """Build a run at step 0. For a trial run, ``misuse`` must be the checks of the main run."""
+        """Build a run at step 0. For an LR range test, pass the main run's ``misuse`` checks."""
         is_first = backend.ranks.rank == 0
         monitors = monitors or Monitors()
         directory = config.report.directory if config.report is not None and is_first else None
@@ -183,9 +183,9 @@ class TrainingRun:
         )
 
     def settle(self) -> None:
-        """Wait for the outcome of a deferred step, and complete the step.
+        """Complete the deferred step, if there is one. This waits for the device.
 
-        Without a deferred step, do nothing. The ranks may call this method at different times.
+        The ranks may call this method at different times.
 
         Raises:
             FloatingPointError: training has diverged.
@@ -256,7 +256,7 @@ class TrainingRun:
         self._window.clear()
 
     def add_loss(self, loss: Tensor) -> None:
-        """Record the loss that the script passed to `backward` or `scale`; it must be detached."""
+        """Record a loss. The caller must detach it from the graph first."""
         self.accumulation.scaled_losses += 1
         self._window.add(loss)
         if self._deferring is None or not self.defers:
@@ -356,7 +356,7 @@ class TrainingRun:
             )
 
     def _finish_step(self) -> None:
-        """Count a step. If the outcome of the step is already known, complete the step."""
+        """Count a step, and complete it unless it is deferred."""
         counters, batch = self.latest, self.config.batch
         counters.global_steps += 1
         counters.global_samples += (

@@ -67,7 +67,7 @@ class Accumulation:
         self.boundary = is_boundary
 
     def is_last_backward(self) -> bool:
-        """Return whether the next backward pass completes a batch and averages its gradients."""
+        """Return whether the next backward pass is the last of a batch and averages gradients."""
         return self.averages_gradients and self.is_boundary()
 
     def restart(self, micro_batches: int = 0) -> None:
@@ -81,7 +81,7 @@ class Accumulation:
         self.has_gradients = False
 
     def check_between_steps(self) -> None:
-        """Check that no gradients are accumulated before an LR range test starts.
+        """Check that an LR range test would start between two optimizer steps.
 
         Raises:
             ValueError: the current batch is incomplete.

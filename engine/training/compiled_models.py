@@ -1,4 +1,4 @@
-"""Unwrap models returned by `torch.compile`, and keep the modules compiled."""
+"""Unwrap models returned by `torch.compile`, and compile the wrapped modules in place instead."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["unwrap_compiled"]
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:
-    """Return the module that `torch.compile` wrapped, and keep the module compiled.
+    """Return the module that `torch.compile` wrapped, compiled in place as by `nn.Module.compile`.
 
     The wrapper adds ``_orig_mod.`` to the keys of the state dict, so an uncompiled model could not
     load the wrapper's checkpoints. A model without the wrapper is returned unchanged.

@@ -56,7 +56,7 @@ def attach_diagnostics(
 def _profile_once(
     backend: Any, settings: Mapping[str, Any], get_counters: Callable[[], Counters]
 ) -> None:
-    """Profile the first forward pass after ``profile_step`` steps."""
+    """Profile the first training forward pass after ``profile_step`` steps."""
     forward = backend.forward
 
     def profiled(*args: Any, **kwargs: Any) -> Any:

@@ -159,7 +159,7 @@ class Evaluator:
     def _iterate_split(
         self, loader: DataLoader[Any], batches: list[list[int]]
     ) -> Iterator[tuple[Any, bool]]:
-        """Return an iterator like `_iterate`, over this rank's part of ``batches``."""
+        """Return pairs like those of `_iterate`, for this rank's subset of ``batches``."""
         size = self._ranks.data_ranks
         own = batches[self._ranks.data_rank :: size]
         repeats = len(batches[::size]) - len(own)
@@ -183,11 +183,11 @@ class Evaluator:
 
 
 def _plan_split(loader: Iterable[Any]) -> tuple[int, int, bool, str] | None:
-    """Return properties of a loader's data to compare across ranks; None if it cannot be split.
+    """Return properties of a loader to compare across ranks; None if its data cannot be split.
 
     The tuple contains the number of samples, the batch size, ``drop_last`` and a hash of the first
-    sample. If it is equal on all ranks, every rank has the same dataset, and the dataset is split.
-    Otherwise, the dataset of each rank contains only a part of the data.
+    sample. If the tuples of all ranks are equal, every rank has the same dataset, which is then
+    split across the ranks. Otherwise, each rank's dataset contains only a part of the data.
     """
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         return None
@@ -319,5 +319,5 @@ def _compute_means(rows: Sequence[_Row]) -> Any:
 
 
 def _sum(values: list[float]) -> float:
-    """Return the sum of values. The order of finite values does not affect the sum."""
+    """Return the sum of the values. If all are finite, their order does not affect the sum."""
     return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)

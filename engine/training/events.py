@@ -23,7 +23,7 @@ Metrics that the script defines are shown after the built-in metrics.
 
 
 class Event(NamedTuple):
-    """The DeepSpeed name of a metric, its value, and the number of training samples so far."""
+    """A metric's name in DeepSpeed, its value, and the number of training samples so far."""
 
     name: str
     value: float

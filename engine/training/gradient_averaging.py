@@ -100,7 +100,7 @@ class GradientAverager:
         self.checks_every_step = ranks.device.type == "cpu"
         """Whether the ranks compare step numbers in every step.
 
-        By default, the value is true only on the CPU, because the comparison waits for the device.
+        True by default only on the CPU, because on a GPU the comparison blocks the host.
         """
         self._model = model if any(True for _ in model.buffers()) else None
         self._sparse = find_sparse_weights(model)
@@ -179,7 +179,10 @@ class GradientAverager:
         self._is_averaged = False
 
     def _update_buckets(self, *, keeps_frozen: bool = False) -> None:
-        """Rebuild the buckets if parameters were added, frozen or unfrozen."""
+        """Rebuild the buckets if parameters were added, frozen or unfrozen.
+
+        With ``keeps_frozen``, parameters that were frozen stay in the buckets.
+        """
         trained = self._trained()
         if keeps_frozen:
             trained += [p for p in self._parameters if not p.requires_grad]
@@ -201,7 +204,7 @@ class GradientAverager:
     def _add_hook(self, parameter: nn.Parameter, hook: Callable[..., None]) -> None:
         """Register a hook that runs after a parameter's gradient is accumulated.
 
-        The hook runs after the hooks of the script.
+        The hook runs after the gradient hooks of the user's script.
         """
         if parameter.requires_grad:
             node = torch.autograd.graph.get_gradient_edge(parameter).node
@@ -357,8 +360,8 @@ class GradientAverager:
 def _split(tensors: Iterable[T], get_type: Callable[[T], object]) -> list[list[T]]:
     """Split tensors into buckets that are each sent to other ranks in one buffer.
 
-    ``get_type`` returns the same value for all tensors of a bucket. The first bucket is small, so
-    that gradient averaging starts early in the backward pass.
+    Each bucket contains only tensors for which ``get_type`` returns the same value. The first
+    bucket is small, so that gradient averaging starts early in the backward pass.
 
     Args:
         tensors: tensors to broadcast, or parameters whose gradients are averaged.

@@ -30,7 +30,7 @@ def has_state(loader: object) -> bool:
 
 
 class RunLoader:
-    """Iterable over the micro-batches of a data loader until the run is over.
+    """Iterable that yields the micro-batches of a data loader until the run is over.
 
     Each loop over this object is one epoch, or the rest of an epoch after a resume. Batches are
     moved to the rank's device. Attributes that this class does not define, such as ``dataset``, are
@@ -40,9 +40,8 @@ class RunLoader:
         batches: data loader of this rank.
         ranks: device, rank and world size of this process.
         seed: seed of ``generator`` in epoch 0; the seed increases by 1 per epoch.
-        generator: random generator from which ``batches`` draws the seeds of its workers. It is
-            seeded at the start of each epoch. Without this generator, torch would use the global
-            generator.
+        generator: random generator that was passed to ``batches``. It is seeded at the start of
+            each epoch. If None, no generator is seeded.
         sampler: batch sampler of ``batches`` that can skip micro-batches when a run resumes.
             Without a sampler, the skipped micro-batches are loaded and discarded, unless the loader
             has a state dict.
@@ -111,9 +110,10 @@ class RunLoader:
         """Return the position in the training data.
 
         Returns:
-            A dict with the epoch ("epoch"), the number of micro-batches requested in the epoch
-            ("given"), and whether all data of the epoch has been used ("finished"). If the data
-            loader has a state dict, the dict also contains this rank's loader state ("loader").
+            A dict with the current epoch ("epoch"), the number of micro-batches requested from
+            the data loader so far in this epoch ("given"), and whether all data of the epoch has
+            been used ("finished"). If the data loader has a state dict, the dict also contains
+            this rank's loader state ("loader").
         """
         finished = int(self._is_used_up())
         state = {"epoch": self._epoch, "given": self._requested, "finished": finished}
@@ -156,7 +156,7 @@ class RunLoader:
             self._batches._iterator = None  # noqa: SLF001  # torch has no public way
 
     def check_before_resuming(self, check_resume: Callable[[], None]) -> None:
-        """Register a function to call before the first loop, unless that loop starts in epoch 0."""
+        """Register a function to call before the first loop if that loop starts after epoch 0."""
         self._check_resume = check_resume
 
     def stop_when(self, run_is_over: Callable[[], bool], save_last: Callable[[], None]) -> None:
@@ -179,7 +179,7 @@ class RunLoader:
         return self._count_requests(self._start_epoch())
 
     def iterate_forever(self) -> Iterator[Any]:
-        """Return the run's infinite iterator over the batches of all epochs."""
+        """Return an infinite iterator over the batches of one epoch after another."""
         if self._endless is None:
             self._endless = itertools.chain.from_iterable(itertools.repeat(self))
         return self._endless

@@ -71,7 +71,7 @@ class LossWindow:
 
     @property
     def count(self) -> int:
-        """The number of losses since the last optimizer step."""
+        """The number of losses added since the last optimizer step."""
         return len(self._losses)
 
     def compute_local_mean(self) -> Tensor | None:

@@ -27,7 +27,7 @@ _CHECK_INTERVAL = 100
 
 
 class CheckedBackend(Protocol):
-    """The part of `engine.backends.base.Backend` that `MisuseChecks` uses."""
+    """Protocol for the members of `engine.backends.base.Backend` that `MisuseChecks` uses."""
 
     @property
     def model(self) -> nn.Module:
@@ -126,14 +126,14 @@ class MisuseChecks:
     def check_step(
         self, scheduler: object, accumulation: Accumulation, *, is_boundary: bool
     ) -> None:
-        """Check the calls that the script has made since the previous step.
+        """Check the calls that the script has made since its previous call to `step`.
 
-        Call this method at the start of each step.
+        Call this method at the start of each call to `step`.
 
         Args:
             scheduler: the run's scheduler; None if the run has none.
             accumulation: counter of the micro-batches since the last optimizer step.
-            is_boundary: whether this step runs the optimizer.
+            is_boundary: whether this call to `step` runs the optimizer.
 
         Raises:
             RuntimeError: the script has stepped the optimizer or the scheduler itself, there are no
@@ -190,7 +190,7 @@ class MisuseChecks:
             accumulation: counter of the micro-batches since the last optimizer step.
 
         Raises:
-            RuntimeError: two consecutive epochs called `backward` but not `step`.
+            RuntimeError: the script called `backward` but not `step` in two consecutive epochs.
         """
         has_stepped = micro_steps != self._micro_steps or accumulation.micro_batches > 0
         is_idle = accumulation.scaled_losses > 0 and not has_stepped
@@ -288,7 +288,7 @@ _CLAIMS: weakref.WeakSet[_Claim] = weakref.WeakSet()
 
 
 class _StepCounter:
-    """Counter of an optimizer's steps that does not hold a reference to the engine."""
+    """Counter of an optimizer's steps. It does not hold a reference to the engine."""
 
     def __init__(self, optimizer: Any) -> None:
         self.count = 0

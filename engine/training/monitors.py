@@ -293,7 +293,7 @@ class Monitors:
         return dict(self._directories.numbers)
 
     def resume(self, state: Mapping[str, int], samples: int) -> None:
-        """Continue the metric files of an earlier run from the `state_dict` that it saved.
+        """Continue the metric files of an earlier run, given the `state_dict` that it saved.
 
         The next call to `write_events` first removes the events recorded after ``samples`` samples.
         """
@@ -317,7 +317,7 @@ def build_monitors(config: Config, ranks: Ranks) -> Monitors:
     """On rank 0, build the monitors that the config enables. Other ranks have no monitors.
 
     Args:
-        config: config with the monitors' sections and ``engine.report``.
+        config: config of the run.
         ranks: rank, world size and device of this process.
 
     Raises:

@@ -117,8 +117,8 @@ def check_modes(optimizer: Optimizer, wrapper: Optimizer) -> None:
     """
     if _has_modes(optimizer) and wrapper is not optimizer:
         raise ValueError(
-            f"{type(optimizer).__name__} replaces the weights for evaluation, so it does not work "
-            'on the DeepSpeed backend with ZeRO or 16-bit training. Set "engine": {"backend": '
+            f"{type(optimizer).__name__} replaces the model's weights in eval mode, which does not "
+            'work on the DeepSpeed backend with ZeRO or 16-bit training. Set "engine": {"backend": '
             '"torch"} in the config.'
         )
 
@@ -226,7 +226,7 @@ def check_shapes(
 
 
 def is_buildable(block: Mapping[str, Any]) -> bool:
-    """Return whether `build_optimizer`, rather than DeepSpeed, can build a block's optimizer.
+    """Return whether `build_optimizer` can build a block's optimizer without DeepSpeed.
 
     The type must be a custom class or a `torch.optim` class that supports all of the block's
     params. DeepSpeed must not have a different optimizer with the same name.

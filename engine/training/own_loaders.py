@@ -89,9 +89,9 @@ def _check_settings(loader: Any, config: Config) -> None:
     size, micro = _read_batch_size(loader), config.batch.micro
     if size not in {None, micro}:
         raise ValueError(
-            f"The batch size of the data loader must be {micro}, the value of "
-            f"`train_micro_batch_size_per_gpu`, got {size} ({config.batch}). Create the loader "
-            f'with `batch_size={micro}`, or set "train_micro_batch_size_per_gpu": {size}.'
+            "The data loader's `batch_size` must equal `train_micro_batch_size_per_gpu` "
+            f"({micro}), got {size} ({config.batch}). Create the loader with "
+            f'`batch_size={micro}`, or set "train_micro_batch_size_per_gpu": {size}.'
         )
 
 

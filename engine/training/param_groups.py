@@ -86,8 +86,7 @@ def divide_parameters(
 
     Returns:
         The parameters or param groups for the optimizer, and a description of each group. If the
-        config describes no groups, return ``parameters`` as a list, and an empty list of
-        descriptions.
+        config describes no groups, ``parameters`` is returned as a list, without descriptions.
 
     Raises:
         ValueError: a group in the config does not match the model, or ``parameters`` are already
@@ -106,9 +105,9 @@ def divide_parameters(
 
 
 def _list_members(each: Any) -> Any:
-    """Copy a param group with its parameters in a list, or return a parameter without its name.
+    """Convert a param group's parameters to a list, or return a named parameter without its name.
 
-    The parameters of the group may be a generator, which can be iterated only once.
+    A param group may contain a generator, which can be iterated only once.
     """
     if isinstance(each, dict):
         members = each["params"]
@@ -352,7 +351,7 @@ def _find_layers(
 
 
 def _find_outermost_blocks(model: nn.Module, wrap: Sequence[str]) -> list[nn.Module]:
-    """Return the blocks that are not inside another block, in the order of their parameters.
+    """Return the blocks that are not inside another block, in the order of `model.parameters()`.
 
     By default, a block is an item of a ModuleList, or of a Sequential whose name is typical of a
     list of blocks, such as ``blocks`` or ``layers``.

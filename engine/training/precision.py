@@ -86,7 +86,7 @@ def restore_methods(model: nn.Module) -> None:
 def convert_to_float32(
     parameters: Iterable[nn.Parameter], optimizer: Optimizer | None = None
 ) -> torch.dtype | None:
-    """Convert trainable 16-bit parameters to float32 in place, so that small changes are not lost.
+    """Convert trainable 16-bit parameters to float32 in place, so that small updates are not lost.
 
     A bfloat16 weight has 8 bits of precision, so adding 1e-5 to a weight of 1.0 has no effect.
 

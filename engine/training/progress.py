@@ -36,7 +36,7 @@ class Counters:
     """Number of samples in the completed batches, over all ranks."""
     skipped_steps: Count = 0
     applied: bool = False
-    """Whether the last call to `Engine.step` applied an optimizer step."""
+    """Whether the most recent call to `Engine.step` applied an optimizer step."""
 
     @property
     def applied_steps(self) -> int:
@@ -60,7 +60,7 @@ class StepRecord:
     """Momentum (first beta for Adam) of each param group; None if no group has momentum. In the
     sequence, None stands for a group without momentum."""
     weight_decay: Sequence[float] | None
-    """Weight decay of each param group that has one; empty or None if there is none."""
+    """Weight decay of each param group that has one; empty or None if no group has one."""
     loss: float | None
     """Mean loss over micro-batches and ranks; None if the engine did not record the loss."""
     grad_norm: float | None
@@ -112,7 +112,7 @@ class ProgressReporter:
         self.timer: PassTimer | None = None
         """Timer whose mean times are logged with each progress line; None if nothing is timed."""
         self.has_bar = settings.has_bar and is_first and ProgressBar.is_supported()
-        """Whether `move_bar` must be called after each step."""
+        """Whether this process shows a progress bar, so that each step must call `move_bar`."""
         self._bar: ProgressBar | None = None
         self._bar_text = ""
         self._is_logged = settings.is_logged
@@ -154,7 +154,7 @@ class ProgressReporter:
             self._is_averaged = True
 
     def clear_losses(self) -> None:
-        """Discard the losses since the last log line, for example after a skipped step."""
+        """Discard the losses added since the latest log line, for example after a skipped step."""
         self._losses.clear()
         self._sum, self._count, self._is_averaged = 0.0, 0, False
 

@@ -29,7 +29,7 @@ class RunLength:
     """Length of the whole run in samples; None if ``engine.max_duration`` is not in epochs or
     samples."""
     schedule_steps: int | None = None
-    """Length of the schedule in applied steps, if the run ends with the schedule."""
+    """Length of the schedule in applied steps; None if the run does not end with the schedule."""
     steps_before: int = 0
     """Number of applied steps in the loaded checkpoint. `steps_this_run` does not count them."""
     is_position_known: bool = False

@@ -35,7 +35,7 @@ log = logging.getLogger("onecycle")
 _PREFIX = "Train/Samples/"
 _STEP = "step"
 _MAY_BE_UNUSED = {"momentum", "weight_decay"}
-"""Panels that are left out if all values are 0."""
+"""Panels that the report omits if all their values are 0."""
 _LOG_PANELS = {"train_loss", "lr", "grad_norm", "loss_scale"}
 _MAX_POINTS = 2000
 _MAX_CHECKPOINTS = 200

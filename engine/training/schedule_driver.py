@@ -29,7 +29,7 @@ class ScheduleDriver:
             has none.
         report: directory for plots of a feedback schedule's decisions, such as the decision to end
             the warmup. If None, no plots are saved.
-        note: function to call with the evidence for each decision, if plots are saved.
+        note: function to call with the `Evidence` of each decision before its plot is saved.
 
     Raises:
         MissingExtraError: plots of decisions are requested, but matplotlib is not installed.
@@ -43,7 +43,7 @@ class ScheduleDriver:
     ) -> None:
         self.scheduler = scheduler
         self.metric: float | None = None
-        """Next metric value to pass to the scheduler, averaged over the ranks; None if none."""
+        """Next metric value for the scheduler, averaged over the ranks; None if there is none."""
         self._report = report
         self._note = note
         if report is not None and self.feedback is not None:

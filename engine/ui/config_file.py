@@ -64,7 +64,7 @@ class ConfigFile:
         return Snapshot(_LINE_END.sub("\n", text), _hash(data))
 
     def find_version(self) -> str:
-        """Return the hash of the file; empty if the file does not exist."""
+        """Return the hash of the file, or an empty string if the file does not exist."""
         return _hash(self._read_bytes())
 
     def save(self, text: str, version: str) -> str:
@@ -126,7 +126,7 @@ def _hash(data: bytes | None) -> str:
 
 
 def _restore_line_ends(text: str, old: str) -> str:
-    """Return a text with the line endings and the byte order mark of ``old``."""
+    """Return ``text`` with the line endings and the byte order mark of ``old``."""
     mark = _BYTE_ORDER_MARK if old.startswith(_BYTE_ORDER_MARK) else ""
     ends = _LINE_END.findall(old)
     if set(ends) <= {"\n"}:
@@ -142,7 +142,7 @@ def _restore_line_ends(text: str, old: str) -> str:
 
 
 def _match_lines(before: Sequence[str], after: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield ``(old, new)`` indices of old lines and the new lines that equal or replace them."""
+    """Yield line indices ``(old, new)`` where the new line equals or replaces the old line."""
     most = min(len(before), len(after))
     start = 0
     while start < most and before[start] == after[start]:

@@ -110,7 +110,7 @@ def _edit(body: Mapping[str, Any]) -> dict[str, Any]:
         return {"text": change_type(text, body["type"], *([steps] if steps else []))}
     name = body.get("param")
     if not isinstance(name, str):
-        raise ValueError("`param` must be the name of a parameter.")
+        raise ValueError("`param` must be the name of a schedule parameter.")
     if "value" not in body:
         return {"text": remove_param(text, name)}
     return {"text": set_param(text, name, body["value"])}
@@ -136,4 +136,4 @@ def _read_window(value: Any) -> tuple[int, int] | None:
     match value:
         case [int(first), int(last)]:
             return first, last
-    raise ValueError("`window` must be a list with the first and the last step.")
+    raise ValueError("`window` must be a list with the first and last step to draw.")

@@ -27,7 +27,7 @@ __all__ = ["CurveSet", "compute_curves"]
 MAX_EXACT = 200_000
 """Maximum number of steps that the config page draws without sampling."""
 _SAMPLES = 20_000
-"""Number of steps to sample if the config page draws more than `MAX_EXACT` steps."""
+"""Number of steps that the config page samples from a range of more than `MAX_EXACT` steps."""
 _MAX_STEPS = 10**9
 _MAX_CURVES = 200
 _MAX_COMPARED = 8
@@ -94,10 +94,10 @@ class CurveSet:
             yield known[column.curve]
 
     def to_json(self, steps: NDArray[np.float64]) -> dict[str, Any]:
-        """Return a JSON-compatible description of the plots that the page draws.
+        """Return the labels, phases and constants of the plots as a JSON-compatible dict.
 
         Args:
-            steps: steps that the page draws.
+            steps: steps to draw.
         """
         panels: dict[str, dict[str, Any]] = {}
         for column in self.columns:
@@ -152,7 +152,7 @@ def compute_curves(
 
     Args:
         document: parsed config.
-        settings: run settings that the user entered on the page.
+        settings: run settings that the user entered on the config page.
         examined: problems and context of the config.
         steps_per_epoch: number of optimizer steps per epoch; None if unknown.
         compared: other configs and schedules to draw for comparison. Each has a ``label``, and

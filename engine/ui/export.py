@@ -1,4 +1,4 @@
-"""Export the curves of the config page as an image or a CSV file."""
+"""Export the curves shown on the config page of ``onecycle ui`` as an image or a CSV file."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class _CSVFile:
         self._parts: list[Numbers] = []
 
     def update(self, most: int) -> tuple[int, int]:
-        """Read at most ``most`` new bytes. Return how many were read and how many are left."""
+        """Read about ``most`` new bytes. Return how many were read and how many are left."""
         try:
             with self.path.open("rb") as file:
                 status = self.path.stat()
@@ -132,7 +132,7 @@ class _CSVFile:
 
 
 def _parse_rows(data: bytes) -> Numbers:
-    """Parse some complete rows of a CSV file. Skip rows that do not contain exactly two numbers."""
+    """Parse complete CSV rows, skipping those that do not contain exactly two numbers."""
     numbers = _parse_numbers(data.replace(b"\r", b"").rstrip(b"\n").replace(b"\n", b","))
     if numbers is None or len(numbers) != 2 * data.count(b"\n"):
         rows = [row for line in data.splitlines() if (row := _parse_row(line)) is not None]

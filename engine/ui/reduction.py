@@ -48,7 +48,7 @@ def choose_points(
 
 
 def smooth(y: Numbers, width: int) -> Numbers:
-    """Return the moving average over the last ``width`` values, ignoring non-finite values.
+    """Return the trailing moving average over ``width`` values, ignoring non-finite values.
 
     >>> smooth(np.array([1.0, 3.0, np.nan, 5.0]), 2).tolist()
     [1.0, 2.0, 3.0, 5.0]

@@ -22,7 +22,7 @@ from engine.ui.server import Action
 __all__ = ["RunPage"]
 
 _MAX_POINTS = 3000
-"""Maximum number of points per series on the page. More points would not be visible."""
+"""Maximum number of points per series on the run page. More points would not be visible."""
 _NOTE = (
     "The event files are not shown: tensorboard is not installed. Run `pip install tensorboard`."
 )
@@ -229,7 +229,7 @@ def _find_last(values: NDArray[np.float64]) -> float | None:
 
 
 def _reduce_range_test(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the data from an LR range test's report that the run page plots."""
+    """Return the data that the run page plots from an LR range test's report."""
     suggestion = report["suggestion"] if isinstance(report["suggestion"], Mapping) else {}
     sweeps = []
     for sweep in report["runs"] if isinstance(report["runs"], list) else []:

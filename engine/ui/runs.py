@@ -42,7 +42,7 @@ class Run:
         self.progress = 0.0
         """Fraction of the metrics that has been read."""
         self.has_unreadable_events = False
-        """Whether the run has event files, but the package tensorboard is not installed."""
+        """Whether event files of the run cannot be read because tensorboard is not installed."""
         self._sources: dict[Path, MetricSource] = {}
         self.add_directories(directories)
 
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def series(self) -> Mapping[str, Series]:
-        """The metrics by name. A metric in several directories is read from the first directory."""
+        """The metrics by name, each from the first directory that contains it."""
         found: dict[str, Series] = {}
         for source in self._sources.values():
             found = {**source.series, **found}
@@ -91,7 +91,7 @@ class Run:
         return read_saved_settings(checkpoints)
 
     def find_range_test(self) -> Mapping[str, Any] | None:
-        """Return the newest report of an LR range test, or None if there is none."""
+        """Return the report of the newest LR range test, or None if the run has no such report."""
         paths = [directory / "report.json" for directory in _walk(self.root)]
         found = [path for path in paths if _is_own_file(path)]
         for path in sorted(found, key=lambda each: each.stat().st_mtime, reverse=True):
@@ -118,7 +118,7 @@ def read_saved_settings(checkpoints: Sequence[Manifest]) -> Mapping[str, Any]:
 
 
 def find_runs(roots: Sequence[Path], known: Sequence[Run] = ()) -> list[Run]:
-    """Find the runs in directories. Known runs are kept, and new directories are added to them.
+    """Return the runs found in directories, reusing the `Run` objects in ``known``.
 
     Each directory with metrics belongs to a run. Directories with the same name, such as one with a
     job's CSV files and one with its event files, belong to the same run.
@@ -230,7 +230,7 @@ def _read_config(path: Path) -> Mapping[str, Any]:
 
 
 def _read_json(path: Path) -> Any:
-    """Return the content of a JSON file, or None if the file is absent, large or invalid."""
+    """Return the content of a JSON file, or None if the file is missing, too large or invalid."""
     try:
         return json.loads(_read_text(path, _MAX_BYTES) or "null")
     except (ValueError, RecursionError):
@@ -238,7 +238,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _is_own_file(path: Path) -> bool:
-    """Return whether a path is a file, and not a link that could lead out of the directory."""
+    """Return whether a path is a regular file, not a symbolic link that may lead elsewhere."""
     return path.is_file() and not path.is_symlink()
 
 

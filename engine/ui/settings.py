@@ -1,4 +1,4 @@
-"""Run settings that the config lacks and the user enters on the config page."""
+"""Settings of a run that are not in the config. The user enters them on the config page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MAX = 10**15
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Run settings that are not in the config. Each is None if unknown."""
+    """Settings of a run that are not in the config. Each is None if unknown."""
 
     world_size: int | None = None
     steps_per_epoch: int | None = None

@@ -50,7 +50,7 @@ def compute_accuracy(model: nn.Module, data: TensorDataset) -> float:
 
 
 def smooth(values: list[float], count: int = 50) -> list[float]:
-    """Return the moving average over the last ``count`` values."""
+    """Return the moving average of the values over windows of up to ``count`` values."""
     windows = (values[max(0, end - count) : end] for end in range(1, len(values) + 1))
     return [sum(window) / len(window) for window in windows]
 

@@ -59,7 +59,7 @@ class Attachment:
                 other.note_other_writer()
 
     def has_last_group(self, groups: Sequence[Group]) -> bool:
-        """Return whether the latest schedule values were written to the current param groups.
+        """Return whether ``groups`` are still the param groups that a schedule last wrote to.
 
         Loading the optimizer's state replaces its param groups.
         """
@@ -106,8 +106,8 @@ def check_not_chained() -> None:
 
     PyTorch's schedulers multiply the current learning rate by a factor, so several of them can be
     applied one after another. Schedules of this package set the learning rate itself, so the
-    factors of the other schedulers would be lost. ``ChainedScheduler`` calls only ``step``, so this
-    function searches the call stack.
+    factors of the other schedulers would be lost. A schedule is not told that it is in a
+    ``ChainedScheduler``, so this function searches the call stack.
 
     Raises:
         ValueError: a ``ChainedScheduler`` with several schedulers is in the call stack.

@@ -273,7 +273,7 @@ class ScheduleBinder(TorchInterface):
             log.info(text, name, *decision[:3], confidence)
 
     def _is_unchanged_since(self, before: Any) -> bool:
-        """Return whether the scheduled values are known to equal those in the state ``before``."""
+        """Return whether the values are known to be the same as in the earlier state ``before``."""
         del before
         return False
 

@@ -57,7 +57,7 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
 
     @property
     def state(self) -> Any:
-        """State of the controller, with the optimizer's current learning rates."""
+        """State of the schedule, with the optimizer's current learning rates."""
         assert isinstance(self.controller, FeedbackController)
         return self.controller.continue_from(self._state, {"lr": tuple(read_lr(self.optimizer))})
 
@@ -65,9 +65,10 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
         return self.controller.values(before) == self.controller.values(self._state)
 
     def _read_base(self, given: Base) -> Base:
-        """Return the current learning rates, which the schedule multiplies by its factor.
+        """Return the learning rates that the schedule reduces.
 
-        With a warmup, return the initial learning rates, at which the warmup ends.
+        Without a warmup, these are the current learning rates. With a warmup, they are the initial
+        learning rates, at which the warmup ends.
         """
         if getattr(self.schedule, "warmup_steps", 0):
             return super()._read_base(given)

@@ -192,7 +192,7 @@ def read_base(state: Mapping[str, Any]) -> Base:
 def read_state(
     state_dict: Mapping[str, Any], schedule: Schedule[Any], base: Base, horizon: Horizon | None
 ) -> Any:
-    """Return the controller's state from a saved state; None for a schedule without feedback.
+    """Return the saved state of a feedback schedule's controller; None for any other schedule.
 
     Args:
         state_dict: state that `ScheduleBinder.state_dict` returned.

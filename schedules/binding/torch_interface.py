@@ -52,8 +52,8 @@ class TorchInterface(LRScheduler):
     _doubt: str | None
     """Why the initial hyperparameters are uncertain; None if they are known."""
     _writer: RangeWriter | None
-    """Writes the scheduled values for the current range of steps; None before the first step and
-    for feedback schedules."""
+    """Writes the scheduled values until the formula of a curve changes; None before the first step
+    and for feedback schedules."""
     _slots: Mapping[str, Sequence[Slot]]
 
     @property

@@ -52,8 +52,8 @@ class Decision(NamedTuple):
 class Band(NamedTuple):
     """Mean and confidence band of a Gaussian process fitted to the losses.
 
-    ``low`` and ``high`` are two standard deviations below and above the mean. The band is not
-    symmetric with AutoWU's robust test, which compresses the losses with asinh before the fit.
+    ``low`` and ``high`` are two standard deviations below and above the mean. AutoWU's robust test
+    compresses the losses with asinh before the fit, which makes the band asymmetric.
     """
 
     positions: Sequence[float]

@@ -58,7 +58,7 @@ class Curve(ABC):
         return ()
 
     def pieces(self, start: int, end: int) -> Iterator[Piece]:
-        """Yield the pieces for ``start <= step < end``, each with bounds rounded up to integers."""
+        """Yield pieces with integer bounds that together cover ``start <= step < end``."""
         while start < end:
             piece = self.piece(start)
             stop = find_next_step(piece, start, end)
@@ -143,7 +143,7 @@ class Curve(ABC):
         return values.reshape(array.shape)
 
     def values_at(self, ascending: NDArray[Any]) -> NDArray[Any]:
-        """Return the values at an array of steps in ascending order. Steps can be fractional."""
+        """Return the values at an ascending array of steps, which can be fractional."""
         import numpy as np
 
         values = np.empty(ascending.size)

@@ -63,7 +63,7 @@ def _collect_descriptions(schedule: type, index: Mapping[str, Mapping[str, Any]]
 
 
 def _read_source(cls: type) -> dict[str, str]:
-    """Return the descriptions of the fields that a class itself defines."""
+    """Return the descriptions of a class's own fields, without inherited fields."""
     own = vars(cls).get("__annotations__", {})
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]

@@ -109,7 +109,7 @@ class Horizon:
 
 
 def is_time_string(value: Any) -> bool:
-    """Return whether the value of a field is a time string."""
+    """Return whether a value is a time string."""
     return isinstance(value, str) and _TIME.fullmatch(value) is not None
 
 

@@ -67,7 +67,7 @@ def require_imports(name: str) -> None:
         name: import path or entry point to be imported.
 
     Raises:
-        ImportForbiddenError: imports are forbidden by `imports_allowed`.
+        ImportForbiddenError: imports are not allowed here (see `imports_allowed`).
     """
     if not are_imports_allowed():
         raise ImportForbiddenError(
@@ -112,7 +112,7 @@ def import_attribute(path: str) -> Any:
     """Import and return the object at ``module:attribute``.
 
     Raises:
-        ImportForbiddenError: imports are forbidden by `imports_allowed`.
+        ImportForbiddenError: imports are not allowed here (see `imports_allowed`).
         ValueError: the module is not found, its import fails, or the attribute does not exist.
 
     >>> import_attribute("math:pi")

@@ -49,7 +49,8 @@ def _add_auto(schema: Mapping[str, Any], auto_integrations: str) -> dict[str, An
 
     Args:
         schema: JSON schema of the field.
-        auto_integrations: comma-separated names of the integrations that replace "auto".
+        auto_integrations: comma-separated names of the integrations that replace "auto" with a
+            value.
     """
     types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     pattern = f"^auto$|{schema['pattern']}" if "pattern" in schema else "^auto$"

@@ -84,8 +84,9 @@ def broadcast_lr(schedule: Any, name: str, lrs: tuple[float, ...]) -> tuple[floa
         lrs: initial learning rate of each group.
 
     Raises:
-        ValueError: the field's value is a single learning rate, but the groups have different
-            initial learning rates, or the value is a list that does not have one number per group.
+        ValueError: ``relative`` is false and the field is a single number, although the groups
+            have different initial learning rates, or the field is a list that does not have one
+            number per group.
 
     >>> import schedules
     >>> warmup = schedules.WarmupLR(warmup_max_lr=10.0, relative=True)

@@ -166,8 +166,8 @@ def find(name: str) -> type[Schedule[Any]]:
             scheduler class, or a function that maps the step to a learning rate factor.
 
     Raises:
-        ImportForbiddenError: the schedule is neither built in nor registered, and
-            `schedules.core.imports.imports_allowed` forbids imports.
+        ImportForbiddenError: the schedule is neither built in nor registered, and imports are not
+            allowed here (see `schedules.core.imports.imports_allowed`).
         ValueError: the name is unknown, or the imported object is not a schedule, a scheduler or a
             function. If the name is similar to a known name, the message suggests that name.
 
@@ -226,7 +226,8 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
             ``horizon.scale_ratio``.
 
     Raises:
-        ImportForbiddenError: the block names code that must be imported, but imports are forbidden.
+        ImportForbiddenError: the block names code that must be imported, but imports are not
+            allowed here (see `schedules.core.imports.imports_allowed`).
         ScheduleError: a parameter is unknown, missing or invalid. The attribute ``problems`` of the
             error lists every problem.
         ValueError: ``type`` is missing or unknown, the block has an unknown key, or a value has the

@@ -59,7 +59,7 @@ class _Scheduler(LearningRateSchedule):
 
     @abstractmethod
     def _body(self, lr: float, start: float) -> Curve:
-        """Return the curve after the warmup, with its step 0 at step ``start`` of the run."""
+        """Return the curve after the warmup. Its step 0 is step ``start`` of the run."""
 
     def _peak(self, lr: float) -> float:
         """Return the learning rate at the end of the warmup."""

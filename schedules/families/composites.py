@@ -156,8 +156,8 @@ class SequentialLR(
 
     Each schedule counts its steps from its own start. By default, it starts from the initial values
     of the param group. With ``from_previous``, it starts from the values that the previous
-    schedule has reached. A hyperparameter that only other schedules set keeps the value from which
-    the active schedule started.
+    schedule has reached. A hyperparameter that a schedule does not set keeps its starting value
+    while that schedule is active.
 
     >>> blocks = [
     ...     {"type": "PolynomialLR", "params": {"total_iters": 4}},

@@ -231,8 +231,8 @@ class WrappedScheduler(Schedule[int]):
         """Names of the hyperparameters that the scheduler sets during its first steps.
 
         The scheduler runs on a dummy optimizer to find these names. If a parameter is a list, the
-        dummy optimizer has one param group per list item. If the scheduler then raises an error, it
-        runs again with a single param group.
+        dummy optimizer has one param group per list item. If the scheduler raises an error with
+        these param groups, it runs again with a single one.
         """
         lists = {len(value) for value in self.params().values() if isinstance(value, list)}
         errors = []
@@ -392,7 +392,7 @@ class FunctionSchedule(LearningRateSchedule):
 
 
 def _optional_parameters(function: Any) -> list[inspect.Parameter]:
-    """Return the parameters of a function that can be passed by name, except the first one."""
+    """Skip a function's first parameter, and return the others that can be passed by name."""
     try:
         parameters = _parameters(function)
     except (TypeError, ValueError):  # without a signature, such as some functions in C

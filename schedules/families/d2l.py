@@ -82,7 +82,7 @@ class _WithWarmup(Schedule[int]):
 
     @abstractmethod
     def _body(self, lr: float) -> Curve:
-        """Return the curve after the warmup, with its step 0 at the start of the run."""
+        """Return the curve that follows the warmup; its step 0 is the start of the run."""
 
 
 @schedule_class
@@ -155,7 +155,7 @@ class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5
     """
 
     step: Milestones
-    """Steps at which the learning rate is multiplied by `factor`, in ascending order."""
+    """Steps, in ascending order, at which the learning rate is multiplied by `factor`."""
     factor: Factor = 1.0
     """Factor applied to the learning rate at each step in the list `step`."""
 

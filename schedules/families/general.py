@@ -106,8 +106,8 @@ class Phases(
     The decay of Vaswani et al., ``peak * sqrt(W / k)`` after a warmup of W steps, is an
     "inverse-sqrt" phase of N steps from peak to ``peak * sqrt(W / (W + N))``.
 
-    A phase can be marked with ``"warmup": true``. ``engine.scale_schedule_ratio`` then scales it
-    only if its duration is a fraction of the run or ``engine.scale_warmup`` is true.
+    ``engine.scale_schedule_ratio`` scales a phase marked with ``"warmup": true`` only if the
+    phase's duration is a fraction of the run or ``engine.scale_warmup`` is true.
 
     >>> phases = Phases(lr=[{"from": 0, "to": 1, "duration": 2}, {"to": 0, "duration": 4}])
     >>> list(phases.curves({"lr": (0.1,)})["lr"][0].values(8))

@@ -48,8 +48,8 @@ class OptimizerParamScheduler(
 
     Unlike in Megatron-LM, durations are in optimizer steps, not in samples. The decay ends at step
     ``lr_decay_steps`` of the run, and the learning rate stays at ``min_lr`` afterwards. With
-    ``lr_decay_style`` "WSD", the learning rate is constant after the warmup and decays over the
-    last ``wsd_decay_steps`` steps. With "constant", it does not decay.
+    ``lr_decay_style`` "WSD", the learning rate is constant after the warmup and decays during the
+    ``wsd_decay_steps`` steps before step ``lr_decay_steps``. With "constant", it does not decay.
 
     As in Megatron-LM, a param group can have its own ``max_lr``, ``min_lr``, ``start_wd`` and
     ``end_wd``, which override the schedule's parameters for this group.

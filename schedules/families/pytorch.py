@@ -379,9 +379,9 @@ class CyclicLR(
     """Learning rate at the first peak, before any scaling by `gamma`; null uses each param group's
     initial learning rate."""
     step_size_up: Steps = 2000
-    """Length of the rising part of each triangle."""
+    """Length of the rising part of each cycle."""
     step_size_down: Steps | None = None
-    """Length of the falling part of each triangle; null uses `step_size_up`."""
+    """Length of the falling part of each cycle; null uses `step_size_up`."""
     mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
     """How the height of the triangles changes: it stays constant ("triangular"), halves after each
     triangle ("triangular2"), or is multiplied by `gamma` after every step ("exp_range")."""

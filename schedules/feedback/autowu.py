@@ -24,7 +24,7 @@ Count = Annotated[int | None, Range(at_least=1)]
 
 @schedule_class
 class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "total_epochs": 10}):
-    """Increase the learning rate, then decay it once the loss has passed its minimum.
+    """Increase the learning rate until the loss has passed its minimum, then decay it.
 
     The warmup increases the learning rate exponentially from ``min_lr`` to ``max_lr``. Meanwhile, a
     Gaussian process fitted to the losses estimates the probability that the loss has passed its
@@ -69,8 +69,8 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     """
 
     steps_per_epoch: Count = None
-    """Number of steps per epoch; null uses the value of the run. The test "reference" runs once per
-    epoch."""
+    """Number of steps per epoch; null uses the run's actual number. The test "reference" runs once
+    per epoch."""
     total_epochs: Count = None
     """Number of epochs; null derives it from the length of the run."""
     min_lr: Annotated[float, Range(above=0)] = 1e-5
@@ -96,18 +96,18 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     `decay_phase_stat` is null, the factor is applied once, when `test` ends the warmup. If
     `decay_phase_stat` is "loss", the factor is applied at each plateau of the loss."""
     cooldown_fraction: Fraction = 0.2
-    """Length of the cooldown at the end of the run, as a fraction of the run. The start of the
-    cooldown ends a warmup that is still running. This key is ignored if `immediate_cooldown` is
-    true and `test` is "robust"."""
+    """Length of the cooldown at the end of the run, as a fraction of the run. A warmup still in
+    progress ends when the cooldown starts. This key is ignored if `immediate_cooldown` is true and
+    `test` is "robust"."""
     cooldown_type: Literal["cosine", "half_cosine"] = "cosine"
     """Shape of the cooldown; "half_cosine" starts at half of the peak learning rate."""
     test: Literal["reference", "robust"] = "reference"
     """Statistical test that decides when the warmup ends: the test from the published code
     ("reference"), or a test that does not depend on the scale of the loss ("robust")."""
     rollback: bool = False
-    """Whether to restore the weights and the optimizer state when the warmup ends. They return to
-    their values at the end of the test interval (the steps between two tests) with the lowest mean
-    loss."""
+    """Whether to restore earlier weights and optimizer states when the warmup ends: those from the
+    end of the test interval with the lowest mean loss. A test interval consists of the steps from
+    one run of the test to the next."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.min_lr >= self.max_lr:

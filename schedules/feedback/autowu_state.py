@@ -29,13 +29,13 @@ class AutoWUState:
     """State of the random number generator that samples losses. None before the first sample."""
     votes: tuple[bool, ...] = ()
     alone: Count = 0
-    """Number of consecutive robust tests that were confident that the current loss is above the
-    minimum. A positive result also requires this of the initial loss."""
+    """Number of consecutive robust tests with high confidence that the current loss is above the
+    minimum, whatever the initial loss."""
     chance: float = 0.0
     """Probability that the loss has passed its minimum, according to the latest test."""
     argmin: float = 1.0
     lowest: float = math.inf
-    """Lowest mean loss so far over the steps between two tests."""
+    """Lowest mean loss so far in a test interval (the steps between two tests)."""
     is_lowest: bool = False
     peak: float = 0.0
     begin: int = 0

@@ -74,9 +74,9 @@ class Statistics(NamedTuple):
     """Eigenvalues of phi^T phi."""
     vectors: Array
     projected: Array
-    """phi^T y in the basis of the eigenvectors."""
+    """phi^T y in the eigenbasis of phi^T phi."""
     ones: Array
-    """phi^T 1 in the basis of the eigenvectors."""
+    """phi^T 1 in the eigenbasis of phi^T phi."""
     total: float
     squares: float
 

@@ -153,9 +153,8 @@ def run_robust_test(losses: Array) -> RobustResult:
     The test tolerates noise and loss spikes, and does not depend on the scale of the loss. It clips
     losses that differ from the lowest loss by more than twice the decrease in the loss so far.
     Losses that are not finite are replaced with the upper clipping limit. The losses are then
-    compressed with asinh and averaged in at most 256 bins. Unlike the published test, this
-    test needs neither random samples nor Adam, because it can compute the most likely noise
-    variance directly.
+    compressed with asinh and averaged in at most 256 bins. Unlike the published test, this test
+    draws no random samples, and it finds the most likely hyperparameters without Adam.
 
     Args:
         losses: loss of each step of the warmup so far, in order. There must be at least 8.

@@ -175,7 +175,7 @@ class RobustTest(WarmupTest):
 
 
 class TorchSampler:
-    """Sampler that draws the same indices as AutoWU's published code, without replacement.
+    """Sampler that draws, without replacement, the same indices as AutoWU's published code.
 
     The random numbers come from a PyTorch generator.
 

@@ -307,7 +307,7 @@ def _print_gpu_hint(options: Mapping[str, str], out: TextIO) -> None:
 
 
 def _write_private_file(path: Path, text: str) -> None:
-    """Write text that may contain secrets to a file that only its owner can read.
+    """Write text, which may contain secrets, to a file that only its owner can read.
 
     A regular file that already exists is overwritten and made private.
     """

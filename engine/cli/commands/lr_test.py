@@ -139,7 +139,7 @@ def _add_script_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help=f"{SET_HELP}. The values apply to each config that the script passes to "
-        "engine.initialize and, during the test, to the files passed to --config and --write",
+        "engine.initialize, and to the files passed to --config and --write when they are read",
     )
     parser.add_argument(
         "--engine",
@@ -307,7 +307,7 @@ def _run_with_progress(
 ) -> int:
     """Run the script, show a progress bar until the script exits, and return its exit status.
 
-    Return 0 if the LR range test was complete, but the script did not exit and was killed.
+    If the script does not exit after the end of the LR range test, kill it and return 0.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 

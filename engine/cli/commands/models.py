@@ -37,7 +37,7 @@ def build_model(path: str) -> nn.Module:
                 found = _call(path, build)
     if not isinstance(found, nn.Module):
         raise ValueError(  # noqa: TRY004  # it is a value of the command line
-            f"`--model` must name a function or a class that returns a torch.nn.Module, got "
+            "`--model` must name a torch.nn.Module class or a function that returns a module, got "
             f"{path!r}, which returns a value of type {type(found).__name__}."
         )
     return found
@@ -48,6 +48,6 @@ def _call(path: str, build: Any) -> Any:
         return build()
     except Exception as error:
         raise ValueError(
-            f"`--model` must name a function without required arguments that builds a model, got "
+            "`--model` must name a function or class that builds a model without arguments, got "
             f"{path!r}, which failed with {type(error).__name__}: {error}."
         ) from error

@@ -103,8 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="IMAGE",
         help="image file to write; the suffix selects the format. The suffix .html selects a page "
-        "with interactive charts. By default, an image is written only if neither --csv nor -t is "
-        "given: FILE with the suffix .png, in the current directory",
+        "with interactive charts. By default, if neither --csv nor -t is given, the image is "
+        "written to the current directory and has the config's name with the suffix .png",
     )
     parser.add_argument(
         "-t",

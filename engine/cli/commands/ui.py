@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="port of the web page (default: any free port)",
+        help="port to serve the web page on (default: any free port)",
     )
     parser.add_argument(
         "--no-browser",

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         raise ValueError("`--yes` requires `--fix` or `--diff`. Add one of them.")
     if args.fix and not args.diff and "-" in args.files:
         raise ValueError(
-            "`--fix` cannot write to the standard input. Pass a file, or use `--diff` instead."
+            "`--fix` cannot write to standard input. Pass a file, or use `--diff` instead."
         )
     return max(_validate(name, args, out) for name in args.files)
 

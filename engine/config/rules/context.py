@@ -57,12 +57,12 @@ class RuleContext:
 
     @property
     def schedule(self) -> Schedule[Any] | None:
-        """The config's schedule, or None if it cannot be constructed."""
+        """The config's schedule, or None if it is absent or cannot be constructed."""
         return self.structure.schedule
 
     @property
     def group_schedules(self) -> Mapping[int, Schedule[Any]]:
-        """The schedules of individual param groups, by index in ``optimizer.param_groups``."""
+        """The param groups' own schedules, by index in the config's ``optimizer.param_groups``."""
         return self.structure.group_schedules
 
     @property

@@ -38,10 +38,10 @@ def _check_single_precision(context: RuleContext) -> Iterator[Problem]:
 
 
 def _is_autocast_of_16_bits(context: RuleContext, on: list[str]) -> bool:
-    """Return whether ``torch_autocast`` has the same dtype as the enabled ``fp16`` or ``bf16``.
+    """Return whether ``on`` is ``torch_autocast`` plus ``fp16`` or ``bf16`` with the same dtype.
 
-    Sections with the same dtype can be enabled together. For fp16 without ZeRO, return False,
-    because DeepSpeed would scale the loss twice.
+    Such sections can be enabled together. For fp16 without ZeRO, return False, because DeepSpeed
+    would scale the loss twice.
     """
     if len(on) != 2 or "torch_autocast" not in on:
         return False
@@ -89,7 +89,7 @@ def _check_master_weights(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_accumulation_dtype(context: RuleContext) -> Iterator[Problem]:
-    """Yield a warning if gradients may accumulate in 16 bits, although float32 is configured.
+    """Yield a warning if gradients may accumulate in 16 bits although the config requests float32.
 
     On the PyTorch backend, each gradient has the dtype of its parameter. The dtypes of parameters
     are unknown before the run.

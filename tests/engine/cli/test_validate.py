@@ -114,7 +114,7 @@ def test_validate_diff_prints_fixes_without_writing(file):
 
 def test_validate_fix_of_standard_input_is_an_error_and_diff_prints_the_fixes(monkeypatch):
     status, out = run("validate", "--fix", "-")
-    assert (status, "`--fix` cannot write to the standard input" in out) == (2, True)
+    assert (status, "`--fix` cannot write to standard input" in out) == (2, True)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(DEPRECATED.encode())))
     status, out = run("validate", "--diff", "-")
     assert (status, '\n+  "train_batch_size": 8,\n' in out) == (1, True)
