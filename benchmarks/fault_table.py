@@ -2,9 +2,9 @@
 
     python benchmarks/fault_table.py [--only TEXT]
 
-The faults are real: the full file system is a mounted tmpfs, and the killed rank receives SIGKILL.
-If the tmpfs cannot be mounted, the rows that need it say so. Only the jump of the system clock is
-simulated.
+The faults are real: the file system that runs out of space is a mounted tmpfs, and the killed rank
+receives SIGKILL. If the tmpfs cannot be mounted, the rows that need it say so. Only the wrong
+system clock is simulated.
 
 The first table lists faults in checkpoints; its last column shows the step from which a new run
 resumes. Before most faults, three checkpoints exist, the newest at step 6. Before a fault that

@@ -26,7 +26,7 @@ _WRITE_SECONDS = 5.0
 class DirectoryLock:
     """Lock on a directory, held until `release` is called or the process ends.
 
-    The file ``.lock`` identifies the process that owns the lock. If the owner has ended, another
+    The file ``.lock`` identifies the process that owns the lock. If the owner has exited, another
     process can acquire the lock. A process on the same host or in the same Slurm job can acquire
     the lock immediately. Any other process must wait until the heartbeat in the file has not
     changed for 60 seconds. Reading checkpoints does not require the lock.
@@ -122,7 +122,7 @@ def _describe_process() -> dict[str, Any]:
 
 
 def _is_stale(path: Path, owner: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    """Return whether the owner of a lock has ended. The check can take 60 seconds."""
+    """Return whether the process that owns a lock has exited. This takes up to 60 seconds."""
     if not owner:  # its process is writing the file, or was killed while it did
         time.sleep(_WRITE_SECONDS)
         return not _read(path)

@@ -111,7 +111,7 @@ class DataRanks(NamedTuple):
 
     number: int
     tensor_parallel: int = 1
-    """Number of tensor-parallel ranks per model.
+    """Number of tensor-parallel ranks per model replica.
 
     With AutoTP, DeepSpeed's train batch size counts each sample once per tensor-parallel rank.
     """
@@ -123,7 +123,7 @@ RankCounter = Callable[[Mapping[str, Any], int], DataRanks]
 
 
 def count_ranks_per_model(config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the number of ranks per model for each parallelism key in a config.
+    """Return the number of ranks that share a model replica, per parallelism key in a config.
 
     >>> count_ranks_per_model({"sequence_parallel_size": 2})
     {'sequence_parallel_size': 2}

@@ -65,7 +65,7 @@ class MemorySettings:
     offload_param: str = "none"
     """Device to which the parameters are offloaded: none, cpu or nvme."""
     master_weights: bool = True
-    """Whether the PyTorch backend converts trained 16-bit parameters to float32."""
+    """Whether the PyTorch backend converts trainable 16-bit parameters to float32."""
     on_cpu: bool = False
     """Whether the run trains on the CPU."""
     deepspeed: DeepSpeedSettings = DeepSpeedSettings()

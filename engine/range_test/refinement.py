@@ -47,9 +47,10 @@ class Refinement:
 
     @cached_property
     def lowest(self) -> float:
-        """The maximum learning rate at which the estimated final loss of a cycle is lowest.
+        """The maximum learning rate of the cycle with the lowest estimated final loss.
 
-        It is the minimum of a parabola fitted to the final losses near the best cycle.
+        It is the vertex of a parabola fitted to the final losses of the best cycle and its
+        neighbors.
         """
         return self._find_lowest(np.array(list(self.losses.values())).mean(axis=1))
 

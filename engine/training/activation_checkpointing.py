@@ -48,7 +48,8 @@ def checkpoint_activations(
 class CheckpointedForward:
     """A block's ``forward`` with activation checkpointing.
 
-    If a block is copied or unpickled, the new block gets its own method, bound to its own weights.
+    If a block is copied or unpickled, the new block gets its own ``forward``, which uses the
+    weights of the new block.
 
     Args:
         forward: bound ``forward`` method of a block.

@@ -108,8 +108,9 @@ class DeferredStep:
     copy. Call `read` after the start of the next backward pass, so that the device stays busy and
     the host rarely waits.
 
-    A dynamic loss scale for the next backward pass depends on the outcome. The host computes both
-    possible scales, and the device selects one.
+    A dynamic loss scale for the next backward pass depends on whether this step is skipped, which
+    the host does not know yet. The host therefore computes a scale for each case, and the device
+    selects one.
 
     Args:
         optimizer: optimizer for which `can_skip_on_device` is true.

@@ -29,7 +29,7 @@ class BaseLRs(list[float | Tensor]):
 
 
 class TorchInterface(LRScheduler):
-    """Base class of `ScheduleBinder`, with the attributes that other libraries use."""
+    """Base class of `ScheduleBinder`, with the attributes of PyTorch's `LRScheduler`."""
 
     schedule: Schedule[Any]
     controller: Controller[Any]

@@ -109,7 +109,7 @@ class Horizon:
 
 
 def is_time_string(value: Any) -> bool:
-    """Return whether a value is a time string."""
+    """Return whether a value is a time string, such as ``"10ep"``."""
     return isinstance(value, str) and _TIME.fullmatch(value) is not None
 
 

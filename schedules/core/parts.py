@@ -14,7 +14,7 @@ __all__ = ["ScheduleOfParts"]
 
 
 class ScheduleOfParts(Schedule[int]):
-    """Base class of schedules that consist of the schedules in their field ``schedulers``."""
+    """Base class of composite schedules, built from the schedules in their field ``schedulers``."""
 
     @property
     @abstractmethod

@@ -148,13 +148,13 @@ class RobustResult(NamedTuple):
 
 
 def run_robust_test(losses: Array) -> RobustResult:
-    """Run the robust test of whether the loss has passed its minimum.
+    """Test whether the loss has passed its minimum, with AutoWU's "robust" test.
 
     The test tolerates noise and loss spikes, and does not depend on the scale of the loss. It clips
     losses that differ from the lowest loss by more than twice the decrease in the loss so far.
     Losses that are not finite are replaced with the upper clipping limit. The losses are then
-    compressed with asinh and averaged in at most 256 bins. Unlike the published test, this test
-    draws no random samples, and it finds the most likely hyperparameters without Adam.
+    compressed with asinh and averaged in at most 256 bins. Unlike `run_published_test`, this
+    function draws no random samples, and it fits the Gaussian process without Adam.
 
     Args:
         losses: loss of each step of the warmup so far, in order. There must be at least 8.

@@ -295,7 +295,7 @@ def test_failing_rank_ends_the_job_within_seconds(tmp_path, backend, kind, statu
 def test_rank_that_ends_early_is_named_by_the_rank_that_waits_for_it(tmp_path, backend):
     done = launch_failing_rank(tmp_path, "end", backend)
     assert done.returncode == 1
-    assert "[localhost:r0] Rank 1 had ended before this rank failed." in done.stderr
+    assert "[localhost:r0] Rank 1 had already exited when this rank failed." in done.stderr
 
 
 @pytest.mark.slow
