@@ -354,8 +354,8 @@ def _log_missing_ranks(error: BaseException | None) -> None:
         ended = _read_ranks(store, _EXITED_RANKS)
         if ended:
             log.error(
-                "%s had already exited when this rank failed. All ranks must take the same number of "
-                "steps. Check that each rank has the same number of batches.",
+                "%s had already exited when this rank failed. All ranks must take the same number "
+                "of steps. Check that each rank has the same number of batches.",
                 _list_ranks(ended),
             )
         elif not _is_communication_error(error):

@@ -1,4 +1,4 @@
-"""The kinds of replies that the server sends: JSON, JSON with binary numbers after it, or a file."""
+"""Kinds of replies that the server sends: JSON, JSON with binary numbers after it, or a file."""
 
 from __future__ import annotations
 
