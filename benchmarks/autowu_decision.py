@@ -7,8 +7,8 @@ The script prints the median CPU time of one test for different numbers of losse
 over the published code. The published code takes 176 ms for 70 losses and 230 ms for 1,000 or more
 (measured with gpytorch 1.15.2, torch 2.13.0 and one thread on an idle machine).
 
-The script also prints how many of the recorded warmups end at the same step in both
-implementations.
+The script also replays recorded warmups, and prints how many of them end at the same step as in the
+published code.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 The script prints one table for saving and one for loading. Each table shows the CPU time, summed
 over the ranks, and the wall-clock time. It also shows the ratio of each time to that of a baseline,
 in which every rank writes or reads the raw bytes of its shard. The column "memory" is the largest
-increase of a rank's resident memory during the call (excluding memory-mapped files), as a fraction
-of the size of the rank's tensors.
+increase in a rank's resident memory during the save or load (excluding memory-mapped files), as a
+fraction of the size of the rank's tensors.
 
 The contenders are onecycle with FSDP2 (stage 3 of the PyTorch backend),
 torch.distributed.checkpoint (which computes no hashes), and DeepSpeed stages 0 and 2, each with and

@@ -1,4 +1,4 @@
-"""Inject faults into training scripts, such as a full disk, a malicious file or a signal.
+"""Inject faults, such as a full disk, a malicious file or a signal, into training scripts.
 
 Each fault is a shell script that runs in an empty directory. `benchmarks/fault_table.py` runs all
 of them and prints a table with the last line of the output, the exit status and the run time.
@@ -21,7 +21,7 @@ __all__ = ["run_faults"]
 ROOT = Path(__file__).parent.parent
 _MAX_LENGTH = 220
 _OF_SHELL = re.compile(r"(environment: line \d+: )?\s*(\d+ )?(Done|Killed|Terminated)\b.*")
-"""Pattern that matches the lines in which the shell reports the end of a process."""
+"""Pattern that matches the lines in which the shell reports that a process has exited."""
 _PRELUDE = """
 # The shell's `python` reads a script from standard input, which starts with the helpers of tests.
 onecycle() { "$PYTHON" -m engine.cli.main "$@"; }

@@ -6,10 +6,10 @@ The faults are real: the file system that runs out of space is a mounted tmpfs, 
 receives SIGKILL. If the tmpfs cannot be mounted, the rows that need it say so. Only the wrong
 system clock is simulated.
 
-The first table lists faults in checkpoints; its last column shows the step from which a new run
-resumes. Before most faults, three checkpoints exist, the newest at step 6. Before a fault that
-needs several ranks, only one checkpoint exists, at step 2. The second table lists faults in whole
-programs.
+The first table lists faults in checkpoints; its last column shows the step from which training
+resumes afterward. Before most faults, three checkpoints exist, the newest at step 6. Before a fault
+that needs several ranks, only one checkpoint exists, at step 2. The second table lists faults in
+the scripts of benchmarks/fault_runs.py.
 """
 
 from __future__ import annotations
@@ -195,7 +195,9 @@ def main() -> None:
     )
     parser.add_argument("--as-rank", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument(
-        "--only", metavar="TEXT", help="run only whole-program faults whose names contain TEXT"
+        "--only",
+        metavar="TEXT",
+        help="run only the faults of the second table whose names contain TEXT",
     )
     args = parser.parse_args()
     if args.as_rank:

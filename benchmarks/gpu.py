@@ -11,7 +11,7 @@ that the host waits for the device, counted with the profiler.
 
 The raw loop uses fused AdamW, autocast, `clip_grad_norm_` and `zero_grad`. All contenders use
 torch's fused AdamW and clip gradients at norm 1; onecycle also follows a 1Cycle schedule. A library
-that is not installed is listed under "skipped", and a contender that fails under "errors".
+that is not installed is listed under "skipped"; a contender that fails is listed under "errors".
 """
 
 from __future__ import annotations

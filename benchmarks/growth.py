@@ -10,9 +10,9 @@ fastest-growing column, relative to the previous row: 0 is constant, 1 is linear
   of one element. "plain step" is a step with PyTorch's optimizer, without the engine.
 - parameters: the same for a model with 100 tensors in one group, and the peak resident memory. The
   model with 1e9 parameters is on the meta device, so only the schedule is measured.
-- config: a call of `validate` on a config with many param groups, schedule phases, unknown keys or
+- config: a call to `validate` on a config with many param groups, schedule phases, unknown keys or
   comments.
-- steps: the time of a step and the resident memory of a tiny model, for each tenth of its training.
+- steps: the time of a step and the resident memory in each tenth of a tiny model's training.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def clock(function: Callable[[], object], repeats: int = 1) -> float:
-    """Return the mean CPU time of a call of ``function`` (all threads), in milliseconds."""
+    """Return the mean CPU time per call of ``function``, over all threads, in milliseconds."""
     begin = time.process_time()
     for _ in range(repeats):
         function()

@@ -66,7 +66,7 @@ CASES = (
 
 
 class Run:
-    """The processes of a run from one start to the next kill."""
+    """The processes of a training run, from one start until they exit or are killed."""
 
     def __init__(self, case: Case, directory: Path, training_steps: int, start: int = 0) -> None:
         with socket.socket() as free:

@@ -3,7 +3,7 @@
     python benchmarks/launch_faults.py [--only TEXT]
 
 Faults on hosts: the two hosts are network namespaces of this machine, each with its own sshd
-(tests/testing/lab.sh; requires root). Each rank waits indefinitely, unless it causes the fault.
+(tests/testing/lab.sh; requires root). A rank that does not cause the fault waits indefinitely.
 
 Faults on ranks: two ranks train on this machine, and one of them fails while the other rank waits
 for it in a collective (tests/testing/failing_rank.py).

@@ -4,7 +4,7 @@
 
 A shell script replaces ssh. It waits for ``--delay`` seconds, and then behaves like a host: it
 answers the probe or the connection check, or acts as an agent whose rank prints one line and waits.
-No rank trains. The script makes one host fail; the others exit when the launcher stops them.
+No rank trains. One simulated host fails; the others exit when the launcher stops them.
 
 The first table shows CPU seconds, which other programs on this machine barely affect:
 

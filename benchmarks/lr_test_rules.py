@@ -4,10 +4,11 @@
     python benchmarks/lr_test_rules.py
 
 The script uses 1,000 curves of five families at five noise levels (the standard deviation as a
-fraction of the descent), and 200 curves on which the loss does not fall. Each tool receives the
-losses one by one, and smooths and evaluates them with its own code. A suggestion is correct if it
-differs from the true value by less than a factor of 3. For the suggested maximum, the true value is
-the middle of the region in which the loss exceeds its minimum by less than 5% of the descent.
+fraction of the total drop in the loss), and 200 curves on which the loss does not fall. Each tool
+receives the losses one by one, and smooths and evaluates them with its own code. A suggestion is
+correct if it differs from the true value by less than a factor of 3. For the suggested maximum, the
+true value is the middle of the region in which the loss exceeds its minimum by less than 5% of the
+total drop.
 For the rule "steepest", which is the only rule of the other tools, the true value is the learning
 rate at which the loss falls most steeply as a function of log(lr).
 """

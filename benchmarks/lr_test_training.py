@@ -208,13 +208,13 @@ def standard_error(values: list[float]) -> float:
 
 
 def compare_with_grid(mine: list[float], top: list[float], lr: float, threshold: float) -> str:
-    """Describe a suggested maximum's accuracy compared with that of the grid's best maximum.
+    """Return a table cell that compares a suggested maximum with the best maximum of the grid.
 
     Args:
         mine: accuracies of the runs with the suggested maximum.
         top: accuracies of the runs with the best maximum of the grid, for the same seeds.
         lr: suggested maximum learning rate.
-        threshold: lowest mean accuracy that counts as equal to that of the best maximum.
+        threshold: lowest mean accuracy at which the suggestion counts as equally good.
     """
     pairs = [own - other for own, other in zip(mine, top, strict=True)]
     off = f"{statistics.mean(pairs):+.2f} ± {standard_error(pairs):.2f}"
@@ -253,7 +253,10 @@ def main() -> None:
         "--seeds", type=int, default=4, help="runs per maximum learning rate (default: 4)"
     )
     parser.add_argument(
-        "--first-seed", type=int, default=0, help="seed of the first run per maximum (default: 0)"
+        "--first-seed",
+        type=int,
+        default=0,
+        help="seed of the first run with each maximum learning rate (default: 0)",
     )
     parser.add_argument("--task", default="", help="run only the tasks whose names start with TASK")
     parser.add_argument("--output", type=Path, default=Path("lr_test_training.png"))

@@ -5,9 +5,9 @@
 Each run is killed, receives SIGTERM or Ctrl-C, exits after an epoch, or completes all its steps.
 Then it is restarted. The samples, the learning rate and a hash of the weights of each step are
 compared with those of an uninterrupted run. Four training loops run on one rank and on two. The
-first iterates over ``trainer.batches()``. The second does the same with the script's own data
-loader, which has two workers. The third iterates over the epochs that remain. The fourth saves and
-loads checkpoints itself.
+first iterates over ``trainer.batches()``. So does the second, but the script creates the data
+loader, which has two workers. The third loops over the remaining epochs. The fourth saves and loads
+checkpoints itself.
 
 The exit status is 1 if any steps differ. A killed run may repeat the steps since its most recent
 checkpoint.

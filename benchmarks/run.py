@@ -1,11 +1,11 @@
 """Run a group of benchmarks one by one, and print how long each takes.
 
-    python benchmarks/run.py speed       # as `make bench`
-    python benchmarks/run.py evidence    # as `make evidence`
+    python benchmarks/run.py speed       # same as `make bench`
+    python benchmarks/run.py evidence    # same as `make evidence`
 
 The group "evidence" trains models, and writes the results to the directory ``run/evidence``, where
-you can compare them with docs/results. If you run an interrupted group again, it continues with the
-first training run that is missing.
+you can compare them with docs/results. If this group is interrupted, run it again: it continues
+with the first training run whose results are missing.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def main() -> int:
     )
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument(
-        "--smoke", action="store_true", help="use only a few samples and steps (group evidence)"
+        "--smoke",
+        action="store_true",
+        help="use only a few samples and steps (only for the group evidence)",
     )
     args = parser.parse_args()
     if args.smoke and args.group != "evidence":

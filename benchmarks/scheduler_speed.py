@@ -62,7 +62,7 @@ def repeat_step(step: Step) -> Callable[[int], None]:
 
 
 def build_contenders(groups: int) -> dict[str, Callable[[int], None]]:
-    """Return, for each scheduler and the bare loop, a function that runs a number of steps."""
+    """Return a function that runs a number of steps, for each scheduler and for the bare loop."""
     from deepspeed.runtime.lr_schedules import OneCycle
 
     own = CYCLE | {

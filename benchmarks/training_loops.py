@@ -3,8 +3,8 @@
     python benchmarks/training_loops.py > docs/results/training_loops.md
 
 The script compares the final weights with those of plain DeepSpeed at the same stage and with those
-of a hand-written PyTorch loop, and computes the largest difference in each comparison. Each cell of
-the table shows the smaller of these two numbers, or that the engine rejects the loop.
+of a hand-written PyTorch loop. Each cell of the table shows the largest difference from the closer
+of the two, or that the engine rejects the loop.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ in every cell with a number. On PyTorch, a single process does not shard: stages
 
 
 def measure(loop: str, world_size: int, backend: str, stage: int, refusals: dict[str, str]) -> str:
-    """Run a training loop on a backend, and return the cell of the table for this run.
+    """Run a training loop on a backend, and return the text of its table cell.
 
     If the engine rejects the loop, its error message is added to ``refusals`` with a number, and
     the cell contains that number.

@@ -2,7 +2,7 @@
 
     python benchmarks/training_speed.py
 
-Each contender runs in its own process with one thread, so that contenders do not share a heap. The
+Each contender runs single-threaded in its own process, so that contenders do not share a heap. The
 processes take turns. The table shows the median CPU time per step, and the median ratio to the raw
 loop (PyTorch's default AdamW, clip_grad_norm_ and zero_grad). The column "calls (MLP)" shows the
 number of function calls per optimizer step when training the MLP, counted by cProfile.
@@ -81,7 +81,7 @@ def loss_fn(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def bound(task: Callable[[], tuple]) -> Step:
-    """Build a step with only the forward and backward passes. Its time is a lower bound."""
+    """Build a step that runs only the forward and backward passes, as a lower bound."""
     model, x, y = task()
 
     def step() -> None:
@@ -238,10 +238,10 @@ def cpu_time(step: Step, steps: int) -> float:
 
 
 def serve(connection: Connection, make: Callable, task: Callable[[], tuple], counts: bool) -> None:
-    """Run a contender in this process, and send its number of function calls and CPU time per step.
+    """Run a contender's steps in this process, and send the measurements over the connection.
 
-    The number of function calls is sent first. Then, for each number of steps received, the
-    contender runs that many steps, and the CPU time per step is sent back.
+    First, send the number of function calls per step, or None if ``counts`` is false. Then, for
+    each number received, run that many steps and send their CPU time per step. Return on 0.
     """
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

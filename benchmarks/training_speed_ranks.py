@@ -3,8 +3,8 @@
     torchrun --standalone --nproc_per_node 2 benchmarks/training_speed_ranks.py
 
 For each contender, the script prints the CPU time per step on rank 0 with one thread (the median of
-interleaved rounds), and the median ratio to the first hand-written loop, which uses fused AdamW and
-a single all-reduce of all gradients.
+interleaved rounds), and the median ratio of this time to that of the first hand-written loop, which
+uses fused AdamW and a single all-reduce of all gradients.
 """
 
 from __future__ import annotations

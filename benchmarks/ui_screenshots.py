@@ -52,7 +52,7 @@ for _ in range(400):
 
 
 def shoot(page: Page, name: str, theme: str, size: tuple[int, int], panels: int) -> None:
-    """Save a screenshot of a page, with few colors to keep the file small."""
+    """Save a screenshot of a page, reduced to 256 colors to keep the file small."""
     path = PICTURES / name
     with serve(page) as address, open_browser() as browser:
         set_theme(browser, theme)

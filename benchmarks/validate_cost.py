@@ -2,9 +2,9 @@
 
     python benchmarks/validate_cost.py
 
-The script prints the CPU time (user and system), its ratios to the CPU times of an empty Python
-process and of onecycle, and the peak memory (largest resident set size). Times and ratios are
-medians over the rounds, in which the contenders take turns.
+The script prints the CPU time (user and system), its ratios to the CPU times of ``python -c pass``
+and of onecycle, and the peak memory (largest resident set size). Every round runs each command
+once. Times and ratios are medians over the rounds; the peak memory is the maximum.
 """
 
 from __future__ import annotations

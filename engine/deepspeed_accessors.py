@@ -28,9 +28,9 @@ __all__ = ["DeepSpeedAccessors"]
 
 
 class DeepSpeedAccessors(nn.Module):
-    """Base class of `Engine` that provides its settings and counters under DeepSpeed's names.
+    """Base class of `Engine` with methods and properties that are named as in DeepSpeed.
 
-    Each method and property means the same on every backend.
+    They work on every backend, unless their docstring says otherwise.
     """
 
     _backend: Backend
@@ -358,8 +358,8 @@ class DeepSpeedAccessors(nn.Module):
             strict: whether the names must match the names in the model exactly.
             custom_load_fn: function that loads the weights, called with the weights as ``src`` and
                 the model as ``dst``.
-            fetch_z3_params: ignored; accepted for compatibility with DeepSpeed. Sharded weights are
-                always loaded.
+            fetch_z3_params: ignored; accepted for compatibility with DeepSpeed. Parameters that are
+                sharded in the model are always loaded.
         """
         del fetch_z3_params
         module = checkpoint.get("module")

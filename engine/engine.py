@@ -89,7 +89,7 @@ class Engine(DeepSpeedAccessors):
         - moves batches to this rank's device,
         - splits the samples across the ranks, unless the loader does so already,
         - stops at ``engine.max_duration``, and
-        - resumes at the position that is saved in a checkpoint.
+        - resumes at the position that is stored in the loaded checkpoint.
 
         ``loader`` itself stays unchanged. If the schedule has durations in epochs, pass the loader
         as ``training_data`` to `initialize` instead.
@@ -303,7 +303,7 @@ class Engine(DeepSpeedAccessors):
             fn: function that takes a batch and returns the loss or a dict of metrics. A metric is a
                 number or a scalar tensor, averaged over the batch. The weight of a batch is its
                 number of samples: the first dimension of its first tensor. To set a different
-                weight, such as the number of tokens, return ``(metrics, number)``. All ranks call
+                weight, such as the number of tokens, return ``(metrics, weight)``. All ranks call
                 ``fn`` the same number of times. A rank without further batches repeats a batch and
                 drops the result. To collect other results, use `gather`.
 
@@ -388,7 +388,8 @@ class Engine(DeepSpeedAccessors):
             tag: name or number of the checkpoint; default: the newest complete checkpoint.
             load_module_strict: whether the model must have exactly the saved parameters. If false,
                 parameters without a saved value keep their values, and additional saved parameters
-                are ignored. On DeepSpeed, false requires ``load_optimizer_states=False``.
+                are ignored. If false, the DeepSpeed backend requires
+                ``load_optimizer_states=False``.
             load_optimizer_states: whether to restore the optimizer and the loss scale.
             load_lr_scheduler_states: whether to restore the schedule.
             load_module_only: whether to restore only the model.

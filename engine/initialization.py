@@ -124,8 +124,8 @@ def initialize(
     Raises:
         ConfigError: the config is invalid; ``problems`` lists every problem.
         ValueError: an argument has the wrong type, there is a schedule but no optimizer, the
-            optimizer does not match the schedule, no parameter of the model requires gradients, or
-            the ranks have different configs.
+            schedule cannot run with the optimizer, no parameter of the model requires gradients,
+            or the ranks have different configs.
         ImportError: the config requires DeepSpeed, but DeepSpeed is not installed.
 
     >>> import torch, engine

@@ -193,7 +193,7 @@ def keep_positive(values: Iterable[float]) -> list[float]:
 
 
 def is_log_panel(panel: str, columns: Iterable[Sequence[float]]) -> bool:
-    """Return whether a panel shows learning rates, at least one of which is positive."""
+    """Return whether a panel may have a log axis: it shows learning rates, and one is positive."""
     return panel in _LR_PANELS and any(value > 0 for values in columns for value in values)
 
 
@@ -215,7 +215,7 @@ def trace_line(
 ) -> tuple[Sequence[int], Sequence[float]]:
     """Return the x and y coordinates of the line to draw, with vertical edges between stairs.
 
-    A stair is a value that is held for several steps. Ramps are straight lines.
+    A stair is a value that is held for several steps. Other values are joined by straight lines.
 
     >>> trace_line([0, 1, 2, 3], [0.1, 0.1, 0.2, 0.2])
     ([0, 1, 2, 2, 3], [0.1, 0.1, 0.1, 0.2, 0.2])

@@ -89,7 +89,7 @@ def collect_pages(target: Path) -> list[str]:
 
 
 def read_page(path: Path, target: Path) -> str:
-    """Return a page as Markdown. If it is a notebook, write its pictures next to ``target``."""
+    """Return a page as Markdown, and write a notebook's pictures next to its page, ``target``."""
     if path.suffix == ".md":
         return path.read_text(encoding="utf-8")
     notebook = nbformat.read(path, as_version=4)
@@ -150,7 +150,7 @@ def _list_pages(directory: str, texts: dict[str, str]) -> Iterator[str]:
 
 
 def expand_nav(nav: list[Any], pages: list[str]) -> list[Any]:
-    """Replace each pattern in a nav with the matching pages, and remove empty sections."""
+    """Return a nav with patterns replaced by the matching pages, and without empty sections."""
     named = set(_list_names(nav))
 
     def expand(item: Any) -> Iterator[Any]:

@@ -44,7 +44,7 @@ _BACKENDS = {"torch": "PyTorch", "deepspeed": "DeepSpeed"}
 
 
 def build_config_pages() -> dict[str, str]:
-    """Return a dict that maps the path of each page, relative to ``docs``, to its text."""
+    """Return the text of each page, by its path relative to ``docs``."""
     members = list(walk({}, schemas.read(SCHEMA), fill=_skip_old_sections))
     sections = [each for each in members if each.is_section and get_parent(each.pointer) == ""]
     pages = {"config.md": _build_overview(members, sections)}

@@ -141,7 +141,7 @@ class Experiment:
         """Run the LR range test, as ``onecycle lr-test --repeat 3 --min 1e-4`` does.
 
         With SGD, the losses fall only at learning rates above 1e-3. A sweep from 1e-4 has more
-        steps there than the default sweep from 1e-6, which found no significant descent.
+        steps in this range than the default sweep from 1e-6, which found no significant descent.
 
         Args:
             config: config with a OneCycle schedule, whose bounds are ignored.

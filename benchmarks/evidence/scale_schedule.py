@@ -1,4 +1,4 @@
-"""Compare the accuracy of runs whose length and schedule are scaled by four ratios.
+"""Compare the accuracy of runs with four values of ``scale_schedule_ratio``.
 
     python benchmarks/evidence/scale_schedule.py
 

@@ -58,7 +58,7 @@ class GPT(nn.Module):
 
 
 class Windows(Dataset[Tensor]):
-    """Overlapping windows of a text, half a window apart."""
+    """Overlapping windows of a text. Each starts half a window after the previous one."""
 
     def __init__(self, text: str) -> None:
         self.codes = torch.tensor(list(text.encode("ascii", "replace")))

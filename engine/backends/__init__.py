@@ -22,10 +22,10 @@ __all__ = ["build", "find_data_shard", "find_deepspeed_need"]
 
 
 def find_deepspeed_need(model: nn.Module, **arguments: Any) -> str | None:
-    """Return a description of the feature that requires DeepSpeed, or None if no feature does.
+    """Return which argument or model feature requires DeepSpeed, or None if none does.
 
-    The feature is the first argument in ``arguments`` that is not None. If all arguments are None,
-    the model is checked for model parallelism, such as MoE layers.
+    Each of ``arguments`` requires DeepSpeed if it is not None. If all are None, the model is
+    checked for model parallelism, such as MoE layers.
     """
     given = [f"the argument `{name}`" for name, value in arguments.items() if value is not None]
     return given[0] if given else find_model_parallelism(model)

@@ -294,7 +294,7 @@ class DeferringBackend(Backend):
     """Base class for backends that can take a step without waiting for the device."""
 
     deferred: DeferredStep | None = None
-    """Object that takes the deferred steps; None if the run cannot defer steps."""
+    """Object that runs the deferred steps; None if the run cannot defer steps."""
 
     @abstractmethod
     def start_step(self, loss: Tensor | None, *, divide_by: int = 1) -> None:

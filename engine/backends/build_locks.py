@@ -3,7 +3,7 @@
 DeepSpeed compiles its ops with `torch.utils.cpp_extension`. During a build, the build directory of
 the op contains the file ``lock``. While the file exists, every run that needs the op waits
 silently. The locks of `torch.compile` need no check, because the operating system releases them
-when the process that holds them ends.
+when the process that holds them exits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class BuildLock(NamedTuple):
 
     path: Path
     holder: int | None
-    """ID of the process that holds the lock; None if no visible process of this host holds it."""
+    """ID of the process that holds the lock; None if no such process is visible on this host."""
 
     def __str__(self) -> str:
         op = self.path.parent.name
@@ -63,7 +63,7 @@ def log_build_locks() -> None:
 
 
 def _find_holder(path: Path) -> int | None:
-    """Return the ID of a process of this user that holds a file open, or None if there is none."""
+    """Return the ID of a visible process that has a file open, or None if there is none."""
     wanted = path.resolve()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):  # the file was closed, or its process ended

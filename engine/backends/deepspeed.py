@@ -133,7 +133,7 @@ class DeepSpeedBackend(Backend):
             self.engine.set_gradient_accumulation_boundary(is_last)
 
     def _start_backward(self, *, is_last: bool) -> None:
-        """Check the order of passes, and tell DeepSpeed if this is the step's last backward pass.
+        """Reject an unsupported backward pass, and tell DeepSpeed if the pass is the step's last.
 
         DeepSpeed needs this information only if it manages gradient accumulation. Otherwise, it
         reduces all gradients in the optimizer step.

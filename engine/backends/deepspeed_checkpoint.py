@@ -92,9 +92,9 @@ def refuse_pickled_code() -> Iterator[None]:
 
 @contextlib.contextmanager
 def set_format(engine: Any, files: DeepSpeedFiles) -> Iterator[None]:
-    """Inside this context, set the checkpoint format that DeepSpeed's engine loads.
+    """Inside this context, make DeepSpeed's engine load the format of the checkpoint ``files``.
 
-    A checkpoint is either in the sharded format that DeepSpeed saves, or in its universal format.
+    The format is either the sharded format that DeepSpeed saves or the universal format.
 
     Raises:
         CheckpointError: the checkpoint is universal, but ``checkpoint.load_universal`` is not true.

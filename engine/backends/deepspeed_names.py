@@ -36,7 +36,7 @@ _KEYS: Mapping[str, tuple[str, Any]] = {
     "torch_autocast_enabled": ("/torch_autocast/enabled", False),
     "zero_allow_untested_optimizer": ("/zero_allow_untested_optimizer", False),
 }
-"""Maps DeepSpeed methods to the JSON pointer and the default of the config key that they read."""
+"""Maps each DeepSpeed method to the JSON pointer and default of the config key that it reads."""
 
 _SETTINGS: Mapping[str, Callable[[Config], Any]] = {
     "dynamic_loss_scale": lambda config: _read(config, "/fp16/loss_scale", 0) == 0,
@@ -51,7 +51,7 @@ _SETTINGS: Mapping[str, Callable[[Config], Any]] = {
     "zero_optimization_partition_gradients": lambda config: config.zero_stage >= 2,
     "zero_optimization_partition_weights": lambda config: config.zero_stage == 3,
 }
-"""Maps other DeepSpeed methods to functions that compute the methods' results from the config."""
+"""Maps each other DeepSpeed method to a function that computes its result from the config."""
 
 _WITHOUT_PARALLELISM = {
     "has_moe_layers": False,
@@ -108,7 +108,8 @@ def find_attribute(backend: Backend, config: Config, name: str) -> Any:
 def find_setting(config: Config, name: str) -> Any:
     """Return the config setting that DeepSpeed's engine provides under a given name.
 
-    If the name is that of a method, return a function without arguments that returns the setting.
+    If DeepSpeed provides it as a method, return a function that takes no arguments and returns the
+    setting.
 
     Raises:
         KeyError: no setting has this name.

@@ -29,7 +29,7 @@ log = logging.getLogger("onecycle")
 
 _BEST = "best"
 _USERS: weakref.WeakValueDictionary[str, AutomaticCheckpoints] = weakref.WeakValueDictionary()
-"""The newest `AutomaticCheckpoints` in this process for each checkpoint directory."""
+"""Maps each checkpoint directory to the newest `AutomaticCheckpoints` object in this process."""
 
 
 class SteppedRun(RunState, Protocol):
@@ -43,7 +43,7 @@ class SteppedRun(RunState, Protocol):
 
     @property
     def defers(self) -> bool:
-        """Whether a step can return before the device has finished the step."""
+        """Whether the engine's `step` can return before the device finishes the optimizer step."""
         ...
 
 
@@ -68,8 +68,8 @@ class AutomaticCheckpoints:
     def resume(self, run: RunState) -> bool:
         """Resume from the newest complete checkpoint if ``engine.checkpoint.resume`` allows it.
 
-        After this call, the run saves a checkpoint when the process exits and when a rank receives
-        SIGINT, SIGTERM or SIGUSR1.
+        After this call, the run saves a checkpoint when a rank receives SIGINT, SIGTERM or SIGUSR1.
+        A run with a single process also saves one when the process exits.
 
         Returns:
             Whether a checkpoint was loaded.
@@ -106,8 +106,8 @@ class AutomaticCheckpoints:
         ``engine.checkpoint.every`` steps, and when a rank has received SIGINT, SIGTERM or SIGUSR1.
 
         Raises:
-            CheckpointError: if another process writes to the directory. Only the first call checks
-                for other processes.
+            CheckpointError: if another run writes to the checkpoint directory. Only the first call
+                checks for other runs.
             SystemExit: after the save, if a rank has received one of these signals.
         """
         directory, every = self._directory, self._plan.every
@@ -146,7 +146,7 @@ class AutomaticCheckpoints:
             self._checkpointer.wait()
 
     def close(self, run: RunState) -> None:
-        """Save a final checkpoint if necessary, and restore the signal handlers.
+        """Save a final checkpoint if necessary, and restore the previous signal handlers.
 
         With several ranks, the checkpoint is saved only if every rank calls this method within 30
         seconds.
@@ -200,7 +200,7 @@ class AutomaticCheckpoints:
     def _warn_of_unsaved_steps(self, directory: Path) -> None:
         if self._ranks.rank == 0:
             log.warning(
-                "no checkpoint was saved after step %d; to save the final step, call "
+                "the steps after step %d were not saved; to save the final step, call "
                 "`trainer.destroy()` on every rank at the end of the script, or set "
                 "`engine.max_duration`",
                 self._checkpointer.find_saved_steps(directory),

@@ -37,8 +37,8 @@ def wait_for_ranks(ranks: Ranks, call: str) -> None:
     """Wait up to ten minutes for every rank to call this function.
 
     The environment variable ``ONECYCLE_TIMEOUT`` sets a different limit, in seconds. After 30
-    seconds, the lowest waiting rank logs the missing ranks, which may be busy, for example with an
-    evaluation.
+    seconds, the waiting rank with the lowest number logs the missing ranks, which may be busy, for
+    example with an evaluation.
 
     Args:
         ranks: rank and world size of this process.
@@ -81,8 +81,8 @@ def find_missing_ranks(
     Args:
         ranks: rank and world size of this process.
         timeout: timeout in seconds; None for 30 seconds.
-        on_delay: function to call with the missing ranks after 30 seconds. Only the lowest waiting
-            rank calls it.
+        on_delay: function to call with the missing ranks after 30 seconds. Only the waiting rank
+            with the lowest number calls it.
     """
     if ranks.world_size == 1:
         return []

@@ -122,7 +122,7 @@ class DataPosition:
             raise
 
     def check_is_used(self) -> None:
-        """Warn once if a saved position was loaded, but the script did not pass a data loader."""
+        """Warn once if a saved position was loaded but the script passed no data loader."""
         if self._pending is not None:
             self._pending = None
             if self._ranks.rank == 0:

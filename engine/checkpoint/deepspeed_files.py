@@ -31,7 +31,7 @@ _OWN_KEYS = frozenset(
     num_experts ds_autoep_layers autoep_layers universal_checkpoint_info folding
     """.split()  # noqa: SIM905  # readable at a glance, unlike a column of strings
 )
-"""Keys of DeepSpeed's model file. All other keys are from the script's ``client_state``."""
+"""DeepSpeed's own keys in a model file. All other keys are from the script's ``client_state``."""
 _COUNTS = {"global_steps": Count, "skipped_steps": Count, "dp_world_size": Size}
 """Types of the numbers that a model file must contain."""
 
@@ -146,9 +146,9 @@ class DeepSpeedFiles:
     def find_weights(self, groups: Sequence[Sequence[str]] = ()) -> dict[str, Any]:
         """Return the model's parameters and buffers by name.
 
-        If the checkpoint contains master weights, trained parameters are in float32. Without master
-        weights, they are in the dtype of the saved model. Values that are not tensors come from a
-        module's ``get_extra_state``.
+        The trained parameters are in float32 if the checkpoint contains master weights. Otherwise,
+        they are in the dtype of the saved model. Values that are not tensors come from a module's
+        ``get_extra_state``.
 
         Args:
             groups: names of the trained parameters in each param group.

@@ -84,7 +84,7 @@ class DeepSpeedSource:
 
 
 def has_states_for(optimizer: Optimizer, files: DeepSpeedFiles, model: nn.Module) -> bool:
-    """Return whether a checkpoint contains a state that an optimizer can load.
+    """Return whether a checkpoint contains optimizer states that ``optimizer`` can load.
 
     The result is true if the saved optimizer was of the same kind, such as Adam. The result is
     always false if the kind is not in `_KINDS`.

@@ -27,9 +27,9 @@ __all__ = [
 Identity = Mapping[str, Any]
 
 KERNEL_SETTINGS = frozenset({"fused", "foreach", "capturable"})
-"""Settings of a param group that select a kernel but do not change results.
+"""Settings of a param group that may change when a run resumes, because they only select a kernel.
 
-For example, a CUDA graph requires ``capturable``, but a run on the CPU cannot use this setting.
+For example, a run on the CPU can load a checkpoint that was saved with ``capturable=True``.
 """
 
 _CONVERTED = "converted"

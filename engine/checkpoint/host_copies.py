@@ -17,9 +17,9 @@ def copy_to_host(value: Any, old: Any = None) -> Any:
     """Return a copy of nested dicts, lists and tuples, with all tensors in host memory.
 
     Copies from a GPU are asynchronous. Before you read them, call the function that `find_waiting`
-    returns. A copy contains the values at the time of the call even if training continues, because
-    the device runs its work in order. Copies from a GPU are in pinned memory, because a copy to
-    pageable memory would block the host.
+    returns. Later changes to the tensors do not affect the copies, because the device runs its work
+    in order. Copies from a GPU are in pinned memory, because a copy to pageable memory would block
+    the host.
 
     Args:
         value: nested containers of tensors; other values are copied with `copy.deepcopy`.

@@ -24,7 +24,7 @@ _WRITE_SECONDS = 5.0
 
 
 class DirectoryLock:
-    """Lock on a directory, held until `release` is called or the process ends.
+    """Lock on a directory, held until `release` is called or the process exits.
 
     The file ``.lock`` identifies the process that owns the lock. If the owner has exited, another
     process can acquire the lock. A process on the same host or in the same Slurm job can acquire

@@ -32,7 +32,9 @@ log = logging.getLogger("onecycle")
 
 
 class Checkpointer:
-    """Manager that saves and loads the checkpoints of a run. Every rank must call each method.
+    """Manager that saves and loads the checkpoints of a run.
+
+    If one rank calls a method, all other ranks must call it, too.
 
     Args:
         config: config of the run.

@@ -184,7 +184,7 @@ class Restorer:
 
 
 def _restore_counters(run: RunState, state: Mapping[str, Any]) -> None:
-    """Restore the step counters, adjusted if gradient accumulation has changed."""
+    """Restore the step counters, adjusted to the run's number of gradient accumulation steps."""
     batch = run.config.batch
     saved = state.get("batch") or asdict(batch)
     counters = Counters(**state["counters"])

@@ -48,7 +48,7 @@ class Rollback:
         """Snapshot at the lowest loss so far; None before the first one and after the warmup."""
 
     def update(self, scheduler: object) -> None:
-        """Take a snapshot if the loss is the lowest so far; restore it when the decay starts.
+        """Take a snapshot at each new lowest mean loss, and restore it when the decay starts.
 
         Args:
             scheduler: AutoWU scheduler that has already received the loss of the current step.
@@ -66,7 +66,7 @@ class Rollback:
             )
 
     def save(self, checkpoint_dir: Path) -> None:
-        """Write this rank's snapshot to a checkpoint, if a snapshot has been taken."""
+        """Write this rank's snapshot, if there is one, to a checkpoint."""
         if self.snapshot is not None:
             write_values(checkpoint_dir / f"rollback.{self._ranks.rank}.pt", self.snapshot)
 

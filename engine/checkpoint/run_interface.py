@@ -82,5 +82,5 @@ class RunState(Protocol):
         ...
 
     def restore_counters(self, counters: Counters) -> None:
-        """Restore the counters of a checkpoint, so that the run continues at the saved step."""
+        """Restore the counters from a checkpoint, so that the run continues at the saved step."""
         ...

@@ -72,8 +72,8 @@ def prepare_schedule_state(
         override: whether this run's schedule replaces the saved schedule.
 
     Returns:
-        The state, or None if a PyTorch scheduler replaces the saved schedule. If None, the caller
-        must advance the scheduler to ``steps`` with `advance`.
+        The scheduler state, or None if a PyTorch scheduler replaces the saved schedule. If None,
+        the caller must advance the scheduler to ``steps`` with `advance`.
 
     Raises:
         ValueError: if the saved state is damaged.

@@ -189,7 +189,7 @@ def _find_saved_weights(
     """Return the entries of the model's state dict that `read` must restore.
 
     Raises:
-        CheckpointError: if the checkpoint does not contain the required tensors.
+        CheckpointError: if the checkpoint does not match the model.
     """
     weights: dict[str, Any] = get_model_state_dict(model)
     saved = {
@@ -214,7 +214,7 @@ def _find_saved_weights(
 def _read_optimizer(
     directory: Path, model: nn.Module, optimizer: Optimizer, source: Source
 ) -> dict[str, Any]:
-    """Return the saved optimizer state and the saved values of parameters not in the model."""
+    """Return the saved optimizer state, and the saved values of parameters outside the model."""
     with report_damage(directory / VALUES):
         saved = {**source.values, **source.tensors}
         own = build_empty_state(directory, model, optimizer, saved)
@@ -364,9 +364,9 @@ def _is_sharded(name: str, value: Any) -> bool:
 
 
 def _is_extra_state(name: str) -> bool:
-    """Return whether a value comes from a module's ``get_extra_state``.
+    """Return whether a state dict entry is the result of a module's ``get_extra_state``.
 
-    The structure of such a value is arbitrary and can change between saving and loading.
+    Such an entry can have any structure, which can change between saving and loading.
     """
     return name.rpartition(".")[2] == "_extra_state"
 

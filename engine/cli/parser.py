@@ -47,7 +47,7 @@ class _HelpFormatter(argparse.HelpFormatter):
     """Help formatter that wraps paragraphs, but not indented lines, such as examples."""
 
     def add_argument(self, action: argparse.Action) -> None:
-        """Add an argument; for subcommands, widen the help's first column by their indentation."""
+        """Add an argument, and make the help's first column wide enough for subcommands."""
         super().add_argument(action)
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001  # no public name
             self._action_max_length += self._indent_increment

@@ -60,7 +60,7 @@ def find_offload_device(config: Mapping[str, Any], name: str) -> str:
 
 
 def find_deepspeed_only_keys(members: Sequence[Member]) -> list[Member]:
-    """Return the keys and sections of a config that only DeepSpeed supports.
+    """Return the config's keys and sections that only DeepSpeed supports.
 
     If only DeepSpeed supports a whole section, the section is returned instead of its keys. Keys
     and sections that do not affect the training results are omitted, because the PyTorch backend

@@ -123,7 +123,9 @@ RankCounter = Callable[[Mapping[str, Any], int], DataRanks]
 
 
 def count_ranks_per_model(config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the number of ranks that share a model replica, per parallelism key in a config.
+    """Return the degree of each kind of parallelism within a model replica, by config key.
+
+    Degrees of 1 are omitted. The product of the degrees is the number of ranks per replica.
 
     >>> count_ranks_per_model({"sequence_parallel_size": 2})
     {'sequence_parallel_size': 2}

@@ -24,7 +24,7 @@ __all__ = ["FixEdit", "apply_fixes", "find_fix_edits", "replace_scheduler", "wri
 def apply_fixes(
     document: Document, problems: Sequence[Problem], accept: Callable[[Problem], bool]
 ) -> str:
-    """Return the text of a config with problems fixed and trailing commas removed.
+    """Fix problems in a config, remove its trailing commas, and return the new text.
 
     A key is not renamed if the config already contains a key with the new name.
 

@@ -21,7 +21,8 @@ class OptimizerBlock:
     params: Mapping[str, Any]
     param_groups: tuple[GroupSettings, ...] = ()
     no_decay: bool = False
-    """Whether to disable weight decay for biases and norm layers outside ``param_groups``."""
+    """Whether to exclude biases and norms from weight decay if no entry of ``param_groups``
+    selects them."""
     layer_decay: float = 1.0
     group_schedules: Mapping[int, Schedule[Any]] = field(default_factory=dict)
     """Schedules of individual param groups, by index in ``param_groups``."""

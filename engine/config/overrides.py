@@ -337,7 +337,10 @@ def _describe_value(document: Document, pointer: str, new: Any) -> str:
 
 
 def _replace_values(document: Document, value: Any, changes: Sequence[Override]) -> Document:
-    """Return a copy of a document with a new ``value`` and no locations inside changed values."""
+    """Return a copy of a document with a new ``value`` that contains the given changes.
+
+    The copy has no locations for keys inside the changed values.
+    """
     origins = {change.pointer: change.argument for change in changes}
     below = tuple(f"{pointer}/" for pointer in origins)
     origins = {**document.arguments, **origins}

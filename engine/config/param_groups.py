@@ -111,7 +111,7 @@ def _list_types(schema: Mapping[str, Any]) -> list[str]:
 
 
 def _drop_auto(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema without "auto", which integrations replace only in ``optimizer.params``."""
+    """Return the schema without "auto", which is not allowed in ``optimizer.param_groups``."""
     kept = {key: each for key, each in schema.items() if key not in {"pattern", "x-auto"}}
     return {**kept, "type": [each for each in _list_types(schema) if each != "string"]}
 

@@ -61,7 +61,7 @@ class Document:
     trailing_commas: tuple[int, ...] = ()
     """Offsets in ``text`` of the commas after the last item of an object or array."""
     arguments: Mapping[str, str] = field(default_factory=dict)
-    """Maps a JSON pointer to the command-line argument that set its value."""
+    """Maps the JSON pointer of each value set on the command line to the argument that set it."""
 
     def encode_text(self, text: str) -> bytes:
         """Encode text as UTF-8, with a byte order mark if the original file has one."""

@@ -101,7 +101,7 @@ def construct_schedule(
     Returns:
         Pair ``(schedule, problems)``. ``schedule`` is None if it cannot be constructed.
         ``problems`` lists problems with the schedule's parameters. It is empty if any parameter is
-        in ``unresolved``, because that parameter could be the cause.
+        in ``unresolved``, because that parameter could be the cause of the problems.
     """
     block = _find_block(config, pointer)
     if not isinstance(block, Mapping) or "type" not in block:

@@ -31,7 +31,7 @@ __all__ = [
 
 _MAX_PIECES = 5000
 _JUMP = 0.01
-"""Minimum size of a jump, as a fraction of the largest value of the hyperparameter."""
+"""Jumps up to this fraction of the hyperparameter's largest value are ignored."""
 _POSSIBLE_LENGTHS = (1000, 1, 30, 1_000_000)
 """Values to try for an unknown number of steps per epoch or samples per step."""
 
@@ -47,9 +47,8 @@ def build_horizon(
         steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
     Raises:
-        DurationError: the run is shorter than one step or too long, or ``max_duration`` cannot be
-            converted to steps, because ``steps_per_epoch``, ``samples_per_step`` or
-            ``tokens_per_sample`` is None.
+        DurationError: the run is shorter than one step or too long, or a number that is needed to
+            convert ``max_duration`` to steps is unknown.
 
     >>> build_horizon({"max_duration": "2ep"}, samples_per_step=8, steps_per_epoch=50).total_steps
     100
@@ -100,13 +99,13 @@ def find_horizon(
 def list_possible_horizons(
     schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None
 ) -> list[Horizon]:
-    """Return the run lengths to try: the actual length if it is known; otherwise, examples.
+    """Return the actual run length if it is known; otherwise, several possible run lengths.
 
     Callers check the config with each length. The config is invalid only if every check fails.
 
     Args:
         schedule: schedule whose durations will be converted to steps.
-        config: config without invalid values.
+        config: config from which invalid values have been removed.
         ranks: number of ranks that load different samples; None if unknown.
 
     Raises:
@@ -190,7 +189,7 @@ class EvaluatedSchedule:
     curves: Curves
 
     def overwrites(self, name: str) -> bool:
-        """Return whether the schedule ignores the initial value of a hyperparameter.
+        """Return whether the schedule sets a hyperparameter regardless of its initial value.
 
         Args:
             name: hyperparameter to check, such as ``lr``.

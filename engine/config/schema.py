@@ -133,7 +133,7 @@ def walk(
     (see `is_ignored`) are skipped.
 
     Args:
-        value: object to iterate over. For any other type, nothing is yielded.
+        value: object to iterate over. If it is not an object, nothing is yielded.
         schema: JSON schema of the object.
         pointer: JSON pointer of the object.
         fill: function that takes the schema of an absent key and returns the value to fill in. It

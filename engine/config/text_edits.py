@@ -78,7 +78,7 @@ def remove_key(document: Document, pointer: str) -> str:
 
 
 def _widen_to_line(text: str, start: int, end: int) -> tuple[int, int]:
-    """Extend a span to its whole line, or only over trailing spaces if the line has other text."""
+    """Extend a span to its whole line, or over the following spaces if the line has other text."""
     line_start = text.rfind("\n", 0, start) + 1
     if not text[line_start:start].strip() and text[end : end + 1] == "\n":
         return line_start, end + 1

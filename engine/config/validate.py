@@ -78,9 +78,9 @@ def examine(
         document: parsed config.
         world_size: number of ranks to validate the batch sizes for. If None, the batch sizes must
             be valid for at least one number of ranks.
-        reject_auto: whether to report "auto" values as errors, because only integrations such as
-            the Hugging Face Trainer can replace them. An "auto" that DeepSpeed itself replaces
-            with a default is not reported.
+        reject_auto: whether to report "auto" values as errors. Set this if no integration, such as
+            the Hugging Face Trainer, replaces them. An "auto" that DeepSpeed itself replaces with a
+            default is not reported.
         needs_deepspeed: name of a model feature or an argument of `initialize` that requires
             DeepSpeed; None if there is none.
         count_ranks: function that takes the config and the world size, and returns the number of

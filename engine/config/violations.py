@@ -23,7 +23,7 @@ __all__ = ["MAX_SUGGESTIONS", "check_against_schema", "get_suggested_pointer"]
 
 _RANGE = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems"}
 MAX_SUGGESTIONS = 100
-"""Maximum number of problems that get a suggestion, because finding suggestions is slow."""
+"""Maximum number of problems to find suggestions for. More would take too long."""
 _NO_SUGGESTION = Suggestion("")
 _REGISTRY: Registry[Any] = Registry(
     retrieve=lambda uri: Resource.from_contents(schemas.read(uri))  # type: ignore[call-arg]  # mypy does not know that attrs renames the field

@@ -35,7 +35,7 @@ EXAMPLE_RUN = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=32)
 """Length of the run for which all example parameters were chosen."""
 
 EXAMPLE_STEPS = 120
-"""Number of steps to plot: more than the length of the run, to show the values after its end."""
+"""Number of steps to plot: more than in `EXAMPLE_RUN`, to show the values after the run ends."""
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _MAX_EXACT = 100_000
@@ -71,7 +71,7 @@ def fit_example(name: str, other: Preview, steps: int) -> Curves:
 
     Args:
         name: type of the schedule.
-        other: preview of the config. The example's learning rate is scaled to the same peak.
+        other: preview of the config's schedule. The example is scaled to its peak learning rate.
         steps: length of the plot. The 100 steps of the example are stretched to this length.
     """
     curves = example_curves(SCHEDULES[name])

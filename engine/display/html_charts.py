@@ -35,7 +35,7 @@ class Line:
 
     label: str
     values: Sequence[float | None]
-    """Value at each step of the panel; None or NaN if the value is missing."""
+    """Values at the panel's `steps`; None or NaN for missing values."""
     color: int | None = None
     """Index of the color in the palette; None to use the index of the line in the panel."""
     is_compared: bool = False
@@ -104,7 +104,7 @@ class Page:
 
 
 def build_html(page: Page, extra: Mapping[str, Any] | None = None) -> str:
-    """Return a page as the text of an HTML file with all scripts, styles and data.
+    """Return a page as the text of a self-contained HTML file.
 
     Args:
         page: contents of the page.
@@ -120,7 +120,7 @@ def build_html(page: Page, extra: Mapping[str, Any] | None = None) -> str:
 
 
 def write_html(path: Path, page: Page, extra: Mapping[str, Any] | None = None) -> None:
-    """Write a page to a file. An existing file is replaced only once the new one is complete."""
+    """Write a page to a file. An existing file is not replaced until the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -49,7 +49,7 @@ def format_bytes(size: float) -> str:
 
 
 class EstimateTable(NamedTuple):
-    """A table of strings. From the third column on, each column with a name contains sizes."""
+    """A table of strings. All named columns except the first two contain sizes."""
 
     title: str
     columns: Sequence[str]
@@ -107,7 +107,7 @@ def describe_run(model: Sequence[ParameterSize], settings: MemorySettings) -> st
 
 
 def build_tables(alternatives: Sequence[Alternative]) -> tuple[EstimateTable, EstimateTable]:
-    """Return a table of the config's estimate by component, and a table of all ZeRO stages.
+    """Return a table of the config's estimate by component, and one that compares all ZeRO stages.
 
     Args:
         alternatives: estimates for all ZeRO stages, including the stage of the config.

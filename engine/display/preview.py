@@ -46,7 +46,7 @@ class Preview:
     groups: Sequence[str] = ()
     """The names of the param groups; empty if the config has no ``optimizer.param_groups``."""
     auto_values: Mapping[str, Any] = field(default_factory=dict)
-    """The values that replaced "auto", by param name."""
+    """The values that replaced "auto", by the name of the schedule's parameter."""
 
     @property
     def title(self) -> str:
@@ -270,7 +270,7 @@ def _build_curves(
 
 
 def _select(rows: Sequence[Base], groups: Iterable[int]) -> Base:
-    """Merge the initial hyperparameters of several param groups."""
+    """Merge the initial hyperparameters of the selected param groups into one dict."""
     chosen = [rows[group] for group in groups]
     return {name: tuple(row[name][0] for row in chosen) for name in rows[0]}
 

@@ -1,4 +1,4 @@
-"""Plot hyperparameters against the step in the terminal, with plotext."""
+"""Draw plots in the terminal with plotext: hyperparameters against the step number."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def draw_on_terminal(
 ) -> str:
     """Return a text plot of columns against the step, with one panel per hyperparameter.
 
-    The plot leaves a line for the next prompt. It exceeds ``size`` only if it has too many panels.
+    The plot leaves one line free for the shell prompt. It exceeds ``size`` only if it has too many
+    panels.
 
     Args:
         columns: values at each step, by column name.

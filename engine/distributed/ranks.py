@@ -304,7 +304,7 @@ def destroy_distributed() -> None:
     collectives that other ranks may never join.
 
     If an exception is ending this process, this function logs the ranks that are the likely cause:
-    ranks that ended earlier without an exception, or ranks that did not join the collective
+    ranks that exited earlier without an exception, or ranks that did not join the collective
     operation that failed.
     """
     if not _has_process_group():
@@ -342,8 +342,9 @@ def _announce_exit() -> None:
 def _log_missing_ranks(error: BaseException | None) -> None:
     """Log the ranks that this rank may have waited for when it failed.
 
-    If a collective operation fails, it fails on all ranks that have joined it. The ranks that
-    neither fail nor end have therefore not joined it. Only the first rank that failed logs them.
+    If any ranks had already exited, log these. Otherwise, if this is the first rank that failed and
+    a collective operation failed, log the ranks that have not failed: they have not joined the
+    operation, because it fails on every rank that has joined it.
 
     Args:
         error: exception that is ending this process.
@@ -368,7 +369,7 @@ def _log_missing_ranks(error: BaseException | None) -> None:
         if missing and failed[0] == rank and not ended:
             log.error(
                 "%s did not join the collective operation that failed. Check for a process that "
-                "hangs or has ended without an error. If a rank only needs more time, for example "
+                "hangs or has exited without an error. If a rank only needs more time, for example "
                 "to load data, set %s to a higher number of seconds.",
                 _list_ranks(sorted(missing)),
                 TIMEOUT,

@@ -20,7 +20,7 @@ __all__ = ["Signals"]
 log = logging.getLogger("onecycle")
 
 _NAMES = ("SIGUSR1", "SIGTERM", "SIGINT")
-"""Handled signals in ascending priority. If several are received, only the highest counts."""
+"""Handled signals in ascending priority. If several are received, the highest priority wins."""
 _MAX_STEP_TIME = 60.0
 """Seconds for which the script is assumed to be training after a `find_on_any_rank` call."""
 _MAX_DUPLICATE_TIME = 5.0
@@ -39,7 +39,7 @@ class Signals:
     A second signal ends the process immediately, because the script may not reach the next step
     for a long time, for example during an evaluation. A second SIGINT (Ctrl-C) raises
     KeyboardInterrupt, and a second SIGTERM kills the process. The first SIGINT also raises
-    KeyboardInterrupt if the last step was more than a minute ago. SIGUSR1 only announces that the
+    KeyboardInterrupt if no step has finished in the past minute. SIGUSR1 only announces that the
     job will end soon, so it does not count as a first signal.
 
     Outside the main thread, an instance does not record signals, because Python allows signal

@@ -14,7 +14,7 @@ _DEFAULT_PORT = 29500  # DeepSpeed's
 
 
 class _Starter(NamedTuple):
-    """The name and the environment variables of a program that starts tasks, such as srun."""
+    """A program that starts tasks, such as srun: its name and the environment variables it sets."""
 
     name: str
     size: str
@@ -47,8 +47,8 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
 
     Returns:
         Values of ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``. The
-        dict is empty for a single task, if ``RANK`` and ``WORLD_SIZE`` are already set, or if
-        ``WORLD_SIZE`` differs from the number of tasks.
+        dict is empty if there is only one task, if ``RANK`` and ``WORLD_SIZE`` are already set, or
+        if ``WORLD_SIZE`` differs from the number of tasks.
 
     Raises:
         ValueError: if srun or mpirun started several tasks, but one of the values is unknown.

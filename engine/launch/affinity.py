@@ -14,7 +14,7 @@ def sort_by_core(cpus: Iterable[int], get_core: Callable[[int], int]) -> list[in
     """Return logical CPUs sorted by physical core.
 
     Args:
-        cpus: numbers of the logical CPUs.
+        cpus: indices of the logical CPUs.
         get_core: function that maps a logical CPU to its physical core.
 
     >>> sort_by_core([0, 1, 2, 3], get_core=lambda cpu: cpu % 2)

@@ -101,7 +101,7 @@ def _parse_line(line: str) -> tuple[str, int | None]:
 
 
 def select_hosts(hosts: Sequence[Host], include: str = "", exclude: str = "") -> list[Host]:
-    """Return the hosts and slots that match filters in DeepSpeed's format.
+    """Select hosts and slots with an include or exclude filter in DeepSpeed's format.
 
     Args:
         hosts: hosts to select from.

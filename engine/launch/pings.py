@@ -1,4 +1,4 @@
-"""Send pings to the agents of all hosts from a separate process.
+"""Send pings to the launcher's agents on all hosts from a separate process.
 
 An agent stops its job if it receives no input for a while. The separate process sends pings even
 while the launcher is suspended (Ctrl-Z), and does not receive signals from the terminal. When the

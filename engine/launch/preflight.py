@@ -67,7 +67,7 @@ def check_hosts(request: LaunchRequest, config: str | None) -> list[HostCheck]:
 def _open_rendezvous_port(
     request: LaunchRequest, first: HostCheck
 ) -> Iterator[tuple[str | None, int]]:
-    """Keep the rendezvous port open inside this context, and yield the pair ``(address, port)``.
+    """Listen on the rendezvous port inside this context, and yield the pair ``(address, port)``.
 
     If the rendezvous is on the launcher, the address is None, because each host may reach the
     launcher at a different address.

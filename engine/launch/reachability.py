@@ -36,10 +36,10 @@ def connect(address: str, port: int) -> str:
 
 
 def main() -> None:
-    """Open a port on this host, or connect to a port of another host.
+    """Listen on a port of this host, or connect to a port of another host.
 
-    With the command-line argument ``PORT``, keep the port open until standard input is closed. With
-    the arguments ``ADDRESS PORT``, connect and print the error message, if any.
+    With the command-line argument ``PORT``, listen until standard input is closed. With the
+    arguments ``ADDRESS PORT``, connect and print the error message, if any.
     """
     *address, port = sys.argv[1:]
     if address:

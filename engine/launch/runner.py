@@ -225,7 +225,7 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
 
 
 def report_outcome(outcome: Outcome) -> int:
-    """Return the exit status; if the launch failed, first print the final output and the reason."""
+    """If the launch failed, print its last output lines and the reason. Return the exit status."""
     for line in outcome.last_lines:
         print(line, file=sys.stderr)
     if outcome.reason:

@@ -64,9 +64,9 @@ def build_sbatch(
 
     Args:
         request: launch request. Its host names are ignored, because Slurm chooses the hosts.
-        options: value of each ``#SBATCH`` option by its long name. The value of a flag is empty.
-            These options override the defaults. With ``requeue``, the job is requeued if a signal
-            ends it, for example after a preemption.
+        options: ``#SBATCH`` options as a mapping from long name to value (empty for a flag). They
+            override the defaults. With ``requeue``, the job is requeued if a signal ends it, for
+            example after a preemption.
         hide_secrets: whether to omit the values of environment variables whose names suggest a
             secret. The script then uses the values from the environment in which sbatch runs.
 

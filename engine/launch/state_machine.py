@@ -161,7 +161,7 @@ class LaunchStateMachine:
     def host_ended(
         self, name: str, returncode: int, failure: Failure | None, now: float
     ) -> list[Action]:
-        """Report that the agent of a host has exited, or that the connection to it was lost.
+        """Report that the agent of a host has exited, or that the connection to the host was lost.
 
         Args:
             name: name of the host.

@@ -65,15 +65,15 @@ def main(arguments: list[str]) -> int:
 
 
 def remove_directory(pid: int) -> None:
-    """Remove the temporary directory of a process that was killed while it ran `main`."""
+    """Remove the temporary directory that `main` left behind when process ``pid`` was killed."""
     for directory in Path(tempfile.gettempdir()).glob(f"{_get_prefix(pid)}*"):
         shutil.rmtree(directory, ignore_errors=True)
 
 
 def _raise_open_file_limit(nnodes: str, nproc: str) -> None:
-    """Raise the limit on open files, so that ranks can connect to each other and to the store.
+    """Raise the limit on open files, so that ranks can connect to each other and to the `TCPStore`.
 
-    If the hard limit is too low, only print a warning, because not every script connects all ranks.
+    If the hard limit is too low, only print a warning, because some scripts need fewer connections.
 
     Args:
         nnodes: number of hosts, or a range MIN:MAX.

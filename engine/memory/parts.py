@@ -25,7 +25,7 @@ class ParameterSize:
 
     Args:
         shape: shape of the tensor.
-        itemsize: bytes per element in the user's model, before the backend converts it.
+        itemsize: bytes per element in the user's model, before the backend changes the dtype.
         is_trained: whether the optimizer trains the parameter.
         in_block: whether the parameter belongs to a block of the model that FSDP2 gathers
             separately, such as a layer of a transformer.
@@ -45,14 +45,17 @@ class ParameterSize:
         return math.prod(self.shape)
 
     def count_shard(self, ranks: int) -> int:
-        """Return the number of elements per rank, with padding, when FSDP2 shards the parameter."""
+        """Return the number of elements, including padding, that FSDP2 stores on each rank."""
         if not self.shape:
             return 1
         return math.ceil(self.shape[0] / ranks) * math.prod(self.shape[1:])
 
 
 class Part(NamedTuple):
-    """A part of the model states: its device, and its size in bytes at each of the `MOMENTS`."""
+    """A part of the model states, such as the gradients, with its device and its size.
+
+    The size is given in bytes at each of the `MOMENTS`.
+    """
 
     name: str
     device: Device

@@ -140,6 +140,6 @@ def _repeat_forever(batches: Iterable[Any]) -> Iterator[Any]:
             yield batch
         if count == 0:
             raise ValueError(
-                "`batches` must yield at least one micro-batch in each iteration, got 0. Pass a "
-                "list or a data loader, because a generator can be iterated only once."
+                "`batches` must yield at least one micro-batch each time it is iterated, got 0. "
+                "Pass a list or a data loader, because a generator can be iterated only once."
             )

@@ -32,7 +32,7 @@ class SweepOver(SystemExit):
 
 @dataclass
 class Run:
-    """The recorded steps of one sweep over the learning rates, or of one short cycle."""
+    """The recorded steps of an LR sweep, or of a short 1Cycle run that refines its result."""
 
     lrs: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)

@@ -47,16 +47,16 @@ class Refinement:
 
     @cached_property
     def lowest(self) -> float:
-        """The maximum learning rate of the cycle with the lowest estimated final loss.
+        """The best maximum learning rate for a short cycle.
 
-        It is the vertex of a parabola fitted to the final losses of the best cycle and its
-        neighbors.
+        The value is at the vertex of a parabola fitted to the final losses of the best cycle and
+        its neighbors.
         """
         return self._find_lowest(np.array(list(self.losses.values())).mean(axis=1))
 
     @property
     def lowest_per_repeat(self) -> list[float]:
-        """Values of `lowest` for the first cycle at each learning rate, the second, and so on."""
+        """Value of `lowest` for each repeat, computed only from the cycles of that repeat."""
         return [self._find_lowest(column) for column in np.array(list(self.losses.values())).T]
 
     @property
@@ -77,8 +77,8 @@ class Refinement:
 
         The optimal learning rate decreases as a power of the number of training steps.
 
-        Source of the exponent: Bjorck et al., Scaling Optimal LR Across Token Horizons,
-        https://arxiv.org/abs/2409.19913.
+        Source of the exponent in `shrinkage`: Bjorck et al., Scaling Optimal LR Across Token
+        Horizons, https://arxiv.org/abs/2409.19913.
         """
         return float(f"{self.lowest * self.shrinkage:.2g}")
 

@@ -75,7 +75,8 @@ class LRRangeReport:
 
         Args:
             train: function ``train(block, repeat)`` that trains with the scheduler block and
-                returns the recorded run. ``repeat`` numbers the runs with the same block from 0.
+                returns the recorded run. ``repeat`` is the index of the run among those with the
+                same block.
             steps: number of steps per cycle.
             training_steps: number of steps of the planned training; None if it equals `steps`.
             known: OneCycle block whose momentum settings and ratio of phase lengths are used; None
@@ -99,7 +100,7 @@ class LRRangeReport:
 
         The smoothed curve and the rules of `suggest` use the points of all runs. If there
         are several runs, and more than half of them have their own suggestion, ``max_lr`` is the
-        median of these suggestions. A single run that diverged early therefore has little effect.
+        median of these suggestions, so one run that diverges early has little effect.
         """
         lrs, losses = (
             np.concatenate([np.asarray(part, float) for part in parts])
@@ -115,10 +116,10 @@ class LRRangeReport:
         return Suggestion(rounded, reason, found.rules, found.smoothed)
 
     def _find_early_end(self, reason: str) -> str:
-        """Return a message if the script ended during the sweep, and an empty string otherwise.
+        """Return the reason for the missing suggestion if a sweep is incomplete, or "" otherwise.
 
         Args:
-            reason: reason why the recorded losses do not allow a suggestion.
+            reason: reason that `suggest` gives for the missing suggestion.
         """
         for run in self.runs:
             steps = run.facts.get("steps", 0)

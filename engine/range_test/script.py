@@ -36,9 +36,10 @@ _reports: list[Path] = []
 
 
 def is_next_engine_swept(sweep: Sweep) -> bool:
-    """Return whether the next engine runs the LR range test.
+    """Return whether the next engine that the script creates runs the LR range test.
 
-    All other engines of the script train with their own schedules.
+    Call this function once before each engine is created. All other engines train with their own
+    schedules.
 
     Raises:
         MisuseError: if the script creates a second engine, but `sweep` does not select an engine.
@@ -66,7 +67,7 @@ def apply_sweep(config: Config, sweep: Sweep) -> Config:
 
 
 def spread_sweep(config: Config, sweep: Sweep, optimizer: Optimizer) -> Config:
-    """Return a config whose sweep keeps the ratios of the param groups' learning rates."""
+    """Extend a config's sweep to all param groups, in proportion to their learning rates."""
     lrs = read_initial_lrs(optimizer.param_groups)
     return replace(config, schedule=from_config(spread_over_groups(sweep.scheduler, lrs)))
 

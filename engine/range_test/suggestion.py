@@ -268,7 +268,7 @@ def _apply_rules(curve: SmoothedCurve, divergence: float | None) -> Suggestion:
 def _find_middle_of_basin(x: Array, loss: Array, limit: float) -> float:
     """Return the middle of the interval around the minimum in which the loss is below ``limit``.
 
-    At a flat minimum, noise shifts the lowest point, but hardly affects the middle of the interval.
+    At a flat minimum, noise shifts the lowest point, but barely affects the middle of the interval.
     """
     low = int(np.argmin(loss))
     above = np.flatnonzero(loss > limit)

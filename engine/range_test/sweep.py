@@ -123,7 +123,7 @@ def read_initial_lrs(groups: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def spread_over_groups(block: Mapping[str, Any], lrs: Sequence[float]) -> dict[str, Any]:
-    """Return a scheduler block that keeps the ratios of the groups' learning rates.
+    """Extend a scheduler block to all param groups, in proportion to ``lrs``.
 
     Args:
         block: block of a `Sweep`, or a OneCycle block, with learning rates for the first param

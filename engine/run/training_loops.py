@@ -1,4 +1,4 @@
-"""Train pipeline models, evaluate batches, loop over the data, and restore the training state."""
+"""Train pipeline models, evaluate batches, loop over the data, and preserve the training state."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _iterate_epochs(loader: RunLoader, run: TrainingRun) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def preserve_state(model: nn.Module, backend: Backend, loader: RunLoader | None) -> Iterator[None]:
-    """Restore the training state on exit, even after an exception.
+    """Preserve the training state across a ``with`` block, even if the block raises an exception.
 
     Args:
         model: module whose training mode is restored, including all submodules.

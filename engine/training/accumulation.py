@@ -32,7 +32,7 @@ class Accumulation:
     boundary: bool | None = None
     """Value set by `Engine.set_gradient_accumulation_boundary`; None to count micro-batches."""
     has_gradients: bool = False
-    """Whether trained parameters had gradients after the previous micro-batch of this batch."""
+    """Whether a trainable parameter had a gradient after the previous micro-batch of this batch."""
     is_managed: bool = True
     """Whether micro-batches are counted; if false, every call to `step` completes a batch."""
     averages_gradients: bool = True

@@ -89,7 +89,7 @@ def check_is_trainable(model: nn.Module) -> None:
 
 
 def check_are_in_model(model: nn.Module, groups: Iterable[Any], backend: str) -> None:
-    """Check that all trained parameters belong to the model.
+    """Check that all parameters in ``groups`` belong to the model.
 
     The backend neither saves parameters outside of the model nor averages their gradients.
 
@@ -130,8 +130,8 @@ def _check_factory(name: str, value: Any, *, argument: str) -> None:
     except TypeError as error:
         builder = getattr(value, "__name__", "build")
         raise ValueError(
-            f"`{name}` must be callable with only the {argument}, got {_describe(value)}: {error}. "
-            f"Pass `lambda {argument}: {builder}({argument}, …)`."
+            f"`{name}` must be callable with the {argument} as its only argument, got "
+            f"{_describe(value)}: {error}. Pass `lambda {argument}: {builder}({argument}, …)`."
         ) from None
 
 

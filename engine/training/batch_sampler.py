@@ -68,7 +68,7 @@ def order_sampler(source: Any, config: Config, **settings: Any) -> EpochOrder:
     """Return the order in which each epoch visits the items of a sampler.
 
     Before each epoch is sampled, the global random generators and the sampler's generators are
-    seeded with ``engine.seed`` and the epoch. Afterwards, their previous states are restored.
+    seeded with ``engine.seed`` and the epoch. Afterward, their previous states are restored.
 
     Args:
         source: sampler or batch sampler with a length.
@@ -112,7 +112,7 @@ def set_epoch(source: Any, epoch: int) -> None:
 
 
 class GlobalBatchSampler(Sampler[Any]):
-    """Sampler of one rank's micro-batches. The batches do not depend on the world size.
+    """Sampler of one rank's micro-batches, cut from batches that are the same for any world size.
 
     The order of an epoch is cut into batches of ``train_batch_size`` samples. Each batch is split
     across ranks and micro-batches. Step k therefore trains on the same samples for any number of
@@ -139,7 +139,7 @@ class GlobalBatchSampler(Sampler[Any]):
         self._seeds_workers = seeds_workers
         self.epoch = 0
         self.skips = 0
-        """Number of micro-batches that the next iteration skips, without loading their samples."""
+        """Number of micro-batches that the next iterator skips, without loading their samples."""
         ranks = 1 if order.is_sharded else config.batch.data_ranks
         self._micro = 1 if order.is_batched else config.batch.micro
         self._stride = self._micro * ranks

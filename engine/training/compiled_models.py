@@ -11,7 +11,7 @@ __all__ = ["unwrap_compiled"]
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:
-    """Return the module that `torch.compile` wrapped, compiled in place as by `nn.Module.compile`.
+    """Return the module in a `torch.compile` wrapper, after compiling the module in place.
 
     The wrapper adds ``_orig_mod.`` to the keys of the state dict, so an uncompiled model could not
     load the wrapper's checkpoints. A model without the wrapper is returned unchanged.

@@ -46,8 +46,8 @@ def call_on_batches(model: Callable[..., Any], batches: Iterator[Any], count: in
         batch = next(batches, None)
         if batch is None:
             raise ValueError(
-                f"`data_iter` must yield the {count} micro-batches of a step, got {index}. Pass "
-                "an endless iterator, or stop training at the end of an epoch."
+                f"`data_iter` must yield {count} micro-batches per step, got {index}. Pass an "
+                "endless iterator, or stop training at the end of an epoch."
             )
         yield call_model(model, batch)
 

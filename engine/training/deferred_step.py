@@ -2,7 +2,7 @@
 
 A step with non-finite gradients must be skipped. If the host makes this decision, it must wait for
 the backward pass, and the device is then idle until the host starts the optimizer. With
-`DeferredStep`, the device decides, and the host reads the outcome later.
+`DeferredStep`, the device decides, and the host reads the decision later.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class StepResult:
 
 
 class DeferredStep:
-    """Runner that starts each optimizer step and reads its outcome later.
+    """Runner that starts optimizer steps and later reads whether the device skipped them.
 
     The backward pass leaves scaled, unclipped gradients in ``.grad``. The fused kernel divides them
     by

@@ -38,7 +38,7 @@ _Row = tuple[str | None, Any, Any]
 
 @contextlib.contextmanager
 def preserve_modes(model: nn.Module) -> Iterator[None]:
-    """Restore the training mode of every submodule on exit."""
+    """Restore the train or eval mode of every submodule on exit."""
     modes = {module: module.training for module in model.modules()}
     try:
         yield
@@ -145,7 +145,8 @@ class Evaluator:
     def _iterate(self, loader: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
         """Return an iterator over pairs ``(batch, is_repeated)``.
 
-        If ``is_repeated`` is true, this rank has no new batch, and the results must be dropped.
+        If ``is_repeated`` is true, this rank has no new batch, and the results for the repeated
+        batch must be dropped.
         """
         if self._ranks.world_size == 1:
             return ((batch, False) for batch in loader)
@@ -187,7 +188,7 @@ def _plan_split(loader: Iterable[Any]) -> tuple[int, int, bool, str] | None:
 
     The tuple contains the number of samples, the batch size, ``drop_last`` and a hash of the first
     sample. If the tuples of all ranks are equal, every rank has the same dataset, which is then
-    split across the ranks. Otherwise, each rank's dataset contains only a part of the data.
+    split across the ranks. Otherwise, each rank processes all batches of its own loader.
     """
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         return None
@@ -248,7 +249,7 @@ def _to_bytes(tensor: Tensor) -> Tensor:
 
 
 def _read_result(result: Any, samples: int | None) -> list[_Row]:
-    """Check the result of ``fn`` for a batch, and return (name, mean, samples) for each metric.
+    """Check what the user's function returned for a batch, and return one row per metric.
 
     Tensors stay on their device.
     """

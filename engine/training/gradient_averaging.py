@@ -129,9 +129,10 @@ class GradientAverager:
 
     @contextlib.contextmanager
     def overlap(self) -> Iterator[None]:
-        """Average gradients during the backward pass inside this context.
+        """Average gradients while the backward pass is still running.
 
-        The remaining gradients are averaged when the context exits.
+        Run the backward pass inside this context. The remaining gradients are averaged when the
+        context exits.
         """
         self._update_buckets()
         for bucket in self._buckets:
@@ -398,7 +399,7 @@ def _build_bucket(parameters: list[nn.Parameter]) -> _Bucket:
 
 
 def find_sparse_weights(model: nn.Module) -> set[int]:
-    """Return the ids of a model's weights with sparse gradients."""
+    """Return the `id` of each embedding weight that gets sparse gradients."""
     return {
         id(module.weight)
         for module in model.modules()

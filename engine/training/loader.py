@@ -160,7 +160,7 @@ class RunLoader:
         self._check_resume = check_resume
 
     def stop_when(self, run_is_over: Callable[[], bool], save_last: Callable[[], None]) -> None:
-        """Stop the iteration when ``run_is_over`` returns true, and then call ``save_last``."""
+        """End the iteration, and call ``save_last``, as soon as ``run_is_over`` returns true."""
         self._run_is_over, self._save_last = run_is_over, save_last
 
     def call_after_epoch(self, end_epoch: Callable[[], None]) -> None:
@@ -179,7 +179,7 @@ class RunLoader:
         return self._count_requests(self._start_epoch())
 
     def iterate_forever(self) -> Iterator[Any]:
-        """Return an infinite iterator over the batches of one epoch after another."""
+        """Return an infinite iterator that starts the next epoch whenever an epoch ends."""
         if self._endless is None:
             self._endless = itertools.chain.from_iterable(itertools.repeat(self))
         return self._endless

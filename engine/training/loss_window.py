@@ -79,7 +79,7 @@ class LossWindow:
         return torch.stack(self._losses).float().mean() if self._losses else None
 
     def set_mean(self, mean: float) -> None:
-        """Make `mean` return a mean loss that was computed elsewhere."""
+        """Set the result of the method `mean` to a value that was computed elsewhere."""
         self._mean = mean
 
     def renew(self) -> LossWindow:

@@ -173,8 +173,8 @@ class MisuseChecks:
     def note_scheduler(self, scheduler: Any) -> None:
         """Record how many steps the scheduler has taken.
 
-        Call this method after the engine has completed a deferred step, because that also advances
-        the scheduler.
+        Call this method after the engine has completed a deferred step, because completing the step
+        also advances the scheduler.
         """
         if scheduler is not self._scheduler:
             self._scheduler = scheduler if _has_position(scheduler) else None

@@ -96,9 +96,9 @@ def _add_number(directory: str, number: int) -> Path:
 
 
 def _create_unused(directory: str) -> int:
-    """Create the first unused directory of ``DIR``, ``DIR-2``, ``DIR-3``, …, and return its number.
+    """Create the directory ``DIR``, or ``DIR-2``, ``DIR-3``, … if the earlier ones are taken.
 
-    The number of ``DIR`` is 1.
+    Return its number, which is 1 for ``DIR``.
     """
     first = Path(directory)
     if first.is_dir() and not any(first.iterdir()):  # the user has created it

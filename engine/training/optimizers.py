@@ -194,7 +194,7 @@ def _construct(
 def check_shapes(
     model: nn.Module, block: OptimizerBlock | None, parameters: list[Any] | None
 ) -> None:
-    """Check that the config's optimizer supports the shapes of the trained parameters.
+    """Check that the config's optimizer supports the shapes of the parameters to train.
 
     PyTorch's Muon accepts only parameters with two dimensions.
 

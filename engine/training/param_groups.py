@@ -105,7 +105,7 @@ def divide_parameters(
 
 
 def _list_members(each: Any) -> Any:
-    """Convert a param group's parameters to a list, or return a named parameter without its name.
+    """Convert the parameters of a param group to a list, and drop the names of named parameters.
 
     A param group may contain a generator, which can be iterated only once.
     """
@@ -123,7 +123,7 @@ def build_param_groups(
     parameters: Iterable[Any] | None = None,
     wrap: Sequence[str] = (),
 ) -> list[ParamGroup]:
-    """Divide the trained parameters of a model into param groups.
+    """Divide the parameters to train into param groups.
 
     A parameter belongs to the first entry of the config's ``optimizer.param_groups`` with a pattern
     that matches one of the parameter's names. The parameters that match no entry form the last
@@ -136,7 +136,7 @@ def build_param_groups(
         wrap: class names of the blocks for ``layer_decay``; see `find_blocks`.
 
     Raises:
-        ValueError: a pattern selects no trained parameter, ``parameters`` contains param groups or
+        ValueError: a pattern selects no parameter to train, ``parameters`` contains param groups or
             parameters outside the model, or the model has no blocks for ``layer_decay``.
 
     >>> settings = GroupSettings("head", ("^1",), {"lr": 0.1}, no_decay=False)

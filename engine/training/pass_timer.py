@@ -41,7 +41,7 @@ class PassTimer:
         """Wrap a function so that its calls are timed, except while gradients are disabled.
 
         Args:
-            name: name of the function in `pop_means`.
+            name: key of the function in the result of `pop_means`.
             function: function to measure. A call that raises an exception is not measured.
         """
 

@@ -60,7 +60,7 @@ class StepRecord:
     """Momentum (first beta for Adam) of each param group; None if no group has momentum. In the
     sequence, None stands for a group without momentum."""
     weight_decay: Sequence[float] | None
-    """Weight decay of each param group that has one; empty or None if no group has one."""
+    """Weight decay of each param group that has one."""
     loss: float | None
     """Mean loss over micro-batches and ranks; None if the engine did not record the loss."""
     grad_norm: float | None
@@ -112,7 +112,7 @@ class ProgressReporter:
         self.timer: PassTimer | None = None
         """Timer whose mean times are logged with each progress line; None if nothing is timed."""
         self.has_bar = settings.has_bar and is_first and ProgressBar.is_supported()
-        """Whether this process shows a progress bar, so that each step must call `move_bar`."""
+        """Whether this process shows a progress bar. If so, call `move_bar` after each step."""
         self._bar: ProgressBar | None = None
         self._bar_text = ""
         self._is_logged = settings.is_logged

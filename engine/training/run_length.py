@@ -24,7 +24,8 @@ class RunLength:
     steps_this_run: int | None = None
     """Maximum number of optimizer steps in this process; None for no limit."""
     total_steps: float | None = None
-    """Length of the whole run in batches; None if ``engine.max_duration`` is not in batches."""
+    """Length of the whole run in batches, one per step; None if ``engine.max_duration`` is not in
+    batches."""
     total_samples: float | None = None
     """Length of the whole run in samples; None if ``engine.max_duration`` is not in epochs or
     samples."""

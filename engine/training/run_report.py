@@ -1,4 +1,4 @@
-"""Write the report of a run: a page in a single HTML file with interactive charts."""
+"""Write the report of a run: a single HTML file with interactive charts."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class _Point(NamedTuple):
 class _Series:
     """The values of a metric, with a bounded number of points.
 
-    Each point is the mean of the finite values among ``stride`` consecutive values, at the step of
-    the last value.
+    Each point shows the mean of the finite values among ``stride`` consecutive values. Its step is
+    that of the last of these values.
     """
 
     stride: int = 1
@@ -256,7 +256,7 @@ def _read_decision(value: Mapping[str, Any]) -> Decision:
 
 
 def _write_at_exit(report: RunReport) -> Any:
-    """Register and return a function that writes the report when the process ends."""
+    """Register and return a function that writes the report when the process exits."""
     reference = weakref.ref(report)
 
     def write() -> None:

@@ -43,7 +43,7 @@ def log_setup(
         device: device of rank 0.
         precision: precision of weights and computation.
         optimizer: name of the optimizer; None if the engine only runs inference.
-        num_parameters: number of elements in all trained parameters.
+        num_parameters: number of elements in all trainable parameters.
         scheduler: scheduler of the run; None if it has none.
         replacements: messages about config sections that arguments of `initialize` replace.
         param_groups: param groups that the config describes. They are logged below the table.

@@ -38,11 +38,11 @@ def analyze(
     compared: Sequence[Mapping[str, Any]] = (),
     window: tuple[int, int] | None = None,
 ) -> Numbers:
-    """Validate a config, and compute its curves, form, memory and derived values.
+    """Validate a config, and compute the curves, form, memory estimate and derived values to show.
 
     Args:
         text: text in the editor.
-        name: file name, for messages.
+        name: file name to show in messages.
         settings: run settings that the user entered on the page.
         compared: other configs and schedules to draw for comparison; see `compute_curves`.
         window: first and last step to draw; None for all steps.

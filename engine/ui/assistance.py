@@ -154,7 +154,7 @@ def _describe_key(cursor: Cursor, schema: Mapping[str, Any]) -> Iterator[str]:
 
 @cache
 def _read_other_names() -> dict[tuple[tuple[str, ...], str], list[str]]:
-    """Return other libraries' names for each key, by the path of its section and its own name."""
+    """Map each pair ``(path of the section, key)`` to the names of the key in other libraries."""
     found: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for pointer, names in schemas.read("aliases.json").items():
         for other, key in names.items():

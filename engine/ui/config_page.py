@@ -37,7 +37,7 @@ TEMPLATE = """\
 
 
 class ConfigPage:
-    """The page that edits one config file.
+    """The web page for editing one config file.
 
     Args:
         file: file to edit.
@@ -103,7 +103,7 @@ class ConfigPage:
 
 
 def _edit(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Change the scheduler block in the text of a config, and return the new text."""
+    """Edit the scheduler block in the text of a config, and return a dict with the new text."""
     text = _read_text(body)
     if isinstance(body.get("type"), str):
         steps = RunSettings.from_json({"steps": body.get("steps")}).steps

@@ -34,13 +34,13 @@ _MAX_COMPARED = 8
 
 
 class Column(NamedTuple):
-    """A curve of one hyperparameter, with the labels for its legend."""
+    """A curve of one hyperparameter, with the names that form its label in the legend."""
 
     hyperparameter: str
     group: str
     """Name of the param group; empty if all groups share the curve."""
     source: str
-    """File name or schedule type that the curve comes from; empty for the config itself."""
+    """Name of the compared config or schedule; empty for curves of the config in the editor."""
     curve: Curve
 
     @property
@@ -51,7 +51,7 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class CurveSet:
-    """The preview of a config, and the curves to draw."""
+    """The curves of a config, and of the configs and schedules to compare it with."""
 
     preview: Preview
     columns: Sequence[Column]
@@ -74,7 +74,7 @@ class CurveSet:
         return np.unique(np.linspace(first, last, _SAMPLES).round())
 
     def evaluate(self, steps: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
-        """Yield the values of each column at the given steps.
+        """Yield the values of each curve at the given steps.
 
         Args:
             steps: steps in ascending order.
@@ -94,7 +94,7 @@ class CurveSet:
             yield known[column.curve]
 
     def to_json(self, steps: NDArray[np.float64]) -> dict[str, Any]:
-        """Return the labels, phases and constants of the plots as a JSON-compatible dict.
+        """Return the plots' labels, phases and constant hyperparameters as a JSON-compatible dict.
 
         Args:
             steps: steps to draw.
@@ -148,7 +148,7 @@ def compute_curves(
     steps_per_epoch: int | None,
     compared: Sequence[Mapping[str, Any]] = (),
 ) -> CurveSet:
-    """Compute the curves of a config and of the configs and schedules to compare it with.
+    """Compute the curves of a config, and of the configs and schedules to compare it with.
 
     Args:
         document: parsed config.

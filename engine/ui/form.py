@@ -101,7 +101,7 @@ def _choose_range(schema: Mapping[str, Any], value: Any) -> dict[str, Any] | Non
 
 
 def set_param(text: str, name: str, value: Any) -> str:
-    """Set a parameter of the schedule, and return the new text.
+    """Set a parameter of the schedule in a config's text, and return the new text.
 
     Raises:
         ValueError: the text is not valid JSON.
@@ -110,7 +110,7 @@ def set_param(text: str, name: str, value: Any) -> str:
 
 
 def remove_param(text: str, name: str) -> str:
-    """Remove a parameter of the schedule, so that its default applies. Return the new text.
+    """Remove a parameter of the schedule from a config's text, and return the new text.
 
     Raises:
         ValueError: the text is not valid JSON.
@@ -187,7 +187,7 @@ def _parse(text: str) -> Document:
     document = parse(text, "config")
     if not isinstance(document.value, Mapping):
         raise ValueError(
-            "The form can edit the text only if it is a valid JSON object. Correct the text."
+            "The text must be a valid JSON object, so that the form can edit it. Correct the text."
         )
     return document
 

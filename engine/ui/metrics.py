@@ -52,7 +52,7 @@ def find_metric_name(name: str) -> str:
 
 
 def is_metric_file(path: Path) -> bool:
-    """Return whether a file is a CSV file of ``csv_monitor``."""
+    """Return whether a file is a CSV file written by ``csv_monitor``."""
     try:
         with path.open("rb") as file:
             return _HEADER.fullmatch(file.readline(_MAX_ROW)) is not None
@@ -90,7 +90,7 @@ class _CSVFile:
         self._parts: list[Numbers] = []
 
     def update(self, most: int) -> tuple[int, int]:
-        """Read about ``most`` new bytes. Return how many were read and how many are left."""
+        """Read up to about ``most`` new bytes, and return the numbers of bytes read and unread."""
         try:
             with self.path.open("rb") as file:
                 status = self.path.stat()

@@ -1,4 +1,4 @@
-"""Kinds of replies that the server sends: JSON, JSON with binary numbers after it, or a file."""
+"""Replies that the server sends: JSON, JSON followed by binary arrays, or a file."""
 
 from __future__ import annotations
 

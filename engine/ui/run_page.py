@@ -42,10 +42,10 @@ class _Column(NamedTuple):
 
 
 class RunPage:
-    """The page that shows runs.
+    """Page that shows the metrics, settings and checkpoints of training runs.
 
     Args:
-        roots: directories in which to find the runs.
+        roots: directories to search for runs.
     """
 
     html = "run.html"
@@ -74,7 +74,7 @@ class RunPage:
         return run
 
     def _summarize(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the checkpoints, settings and reports of the runs."""
+        """Return the checkpoints, settings and reports of all runs."""
         del body
         self._runs = find_runs(self._roots, self._runs)
         checkpoints = {run.name: run.list_checkpoints() for run in self._runs}
@@ -160,7 +160,7 @@ class RunPage:
         return Numbers(header, arrays)
 
     def _find_decision(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Return AutoWU's decision to end the warmup of a run."""
+        """Return AutoWU's decision to end the warmup of the requested run."""
         for run in self._runs:
             if run.name == body.get("run"):
                 checkpoints = run.list_checkpoints()
@@ -229,7 +229,7 @@ def _find_last(values: NDArray[np.float64]) -> float | None:
 
 
 def _reduce_range_test(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the data that the run page plots from an LR range test's report."""
+    """Reduce an LR range test's report to the data that the run page plots."""
     suggestion = report["suggestion"] if isinstance(report["suggestion"], Mapping) else {}
     sweeps = []
     for sweep in report["runs"] if isinstance(report["runs"], list) else []:

@@ -160,7 +160,11 @@ def _group_directories(root: Path) -> dict[tuple[Path, str], list[Path]]:
 
 
 def _find_own_root(root: Path, directory: Path) -> Path:
-    """Return the directory of the run whose metrics are in ``directory``."""
+    """Return the root directory of the run whose metrics are in ``directory``.
+
+    It is ``root`` if ``directory`` is ``root`` or a child of ``root``. Otherwise, it is the child
+    of ``root`` that contains ``directory``.
+    """
     parts = directory.relative_to(root).parts
     return root / parts[0] if len(parts) > 1 else root
 

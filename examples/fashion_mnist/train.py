@@ -74,7 +74,8 @@ def main() -> None:
     parser.add_argument(
         "--config",
         type=Path,
-        help="path of the config (default: ds_config.json, or digits.json without Fashion-MNIST)",
+        help="path of the config (default: ds_config.json, or digits.json if Fashion-MNIST is not "
+        "available)",
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("run"), help="directory for the plot")

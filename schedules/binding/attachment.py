@@ -59,7 +59,7 @@ class Attachment:
                 other.note_other_writer()
 
     def has_last_group(self, groups: Sequence[Group]) -> bool:
-        """Return whether ``groups`` are still the param groups that a schedule last wrote to.
+        """Return whether the param groups that a schedule wrote to most recently are in ``groups``.
 
         Loading the optimizer's state replaces its param groups.
         """
@@ -118,7 +118,7 @@ def check_not_chained() -> None:
             chain = frame.f_locals["self"]
             if len(chain._schedulers) > 1:  # noqa: SLF001  # it has no public name
                 raise ValueError(
-                    "PyTorch's ChainedScheduler cannot multiply this schedule with others, because "
+                    "PyTorch's ChainedScheduler cannot combine this schedule with others, because "
                     "the schedule sets the learning rate itself. Use `schedules.ChainedScheduler`, "
                     "as in `attach(schedules.ChainedScheduler(schedulers=[…]), optimizer)`."
                 )

@@ -123,8 +123,10 @@ class ScheduleBinder(TorchInterface):
         self._bind(self._read_base(complete_base(base, len(optimizer.param_groups))))
         self._first_step = FirstStep(optimizer)
         self.evidence: Evidence | None = None
-        """Losses and learning rates that led to the latest decision; None before the first decision
-        or if the decision was restored from a checkpoint."""
+        """Losses and learning rates that led to the latest decision.
+
+        None before the first decision, or if the latest decision was loaded from a checkpoint.
+        """
         for warning in schedule.resolve(horizon).warnings():
             warnings.warn(warning, stacklevel=3)
         self._state, self.last_epoch = self.controller.init(), at
@@ -143,7 +145,7 @@ class ScheduleBinder(TorchInterface):
         return {name: find_slots(name, self.optimizer) for name in self.schedule.hyperparameters}
 
     def _read_base(self, given: Base) -> Base:
-        """Return the initial hyperparameters of the param groups."""
+        """Complete ``given`` with initial hyperparameters read from the param groups."""
         groups, base = self.optimizer.param_groups, dict(given)
         slots = {"lr": find_slots("lr", self.optimizer), **self._slots}
         for name in slots.keys() - given.keys():
@@ -169,10 +171,11 @@ class ScheduleBinder(TorchInterface):
         """Advance the schedule, and set the optimizer's hyperparameters for its next step.
 
         Args:
-            loss: loss of the step, a number or a scalar tensor. Only feedback schedules accept it.
-                Pass the mean over all ranks, so that all ranks make the same decision.
-            metric: metric of the step, a number or a scalar tensor. Schedules that do not depend on
-                a metric ignore the value.
+            loss: loss of the optimizer step just taken, as a number or a scalar tensor. Only
+                feedback schedules accept it. Pass the mean over all ranks, so that all ranks make
+                the same decision.
+            metric: new value of the metric, if any, as a number or a scalar tensor. Schedules that
+                do not depend on a metric ignore the value.
 
         Raises:
             ValueError: the loss is missing, is not a single number, or is passed to a schedule that
@@ -221,10 +224,11 @@ class ScheduleBinder(TorchInterface):
     def _check_base(self) -> None:
         if self._doubt is not None:
             raise ValueError(
-                f"The initial values of the schedule are uncertain: {self._doubt}, and the "
-                "current value may come from a schedule or from the script. Load the saved state "
-                "of the schedule, or pass the initial values to `attach` as `base`. To multiply "
-                "schedules, as PyTorch's ChainedScheduler does, use `schedules.ChainedScheduler`."
+                f"The initial values of the schedule are uncertain: {self._doubt}, and it is "
+                "unknown whether a schedule or the script set the current value. Load the saved "
+                "state of the schedule, or pass the initial values to `attach` as `base`. To "
+                "multiply schedules, as PyTorch's ChainedScheduler does, use "
+                "`schedules.ChainedScheduler`."
             )
 
     def _holds_own_values(self) -> bool:
@@ -331,7 +335,7 @@ class ScheduleBinder(TorchInterface):
 
     @property
     def state(self) -> Any:
-        """State of the controller. It is replaced at each step, never modified in place."""
+        """Current state of the schedule. It is replaced at each step, never modified in place."""
         return self.last_epoch if isinstance(self.controller, OpenLoop) else self._state
 
     @property
@@ -353,7 +357,7 @@ class ScheduleBinder(TorchInterface):
     def identity(self) -> dict[str, Any]:
         """Type and parameters of the schedule, with durations in steps.
 
-        A saved state can be loaded only into a schedule with the same type and parameters.
+        By default, `load_state_dict` accepts only states with the same type and parameters.
         Durations are in steps because a duration such as "1dur" depends on the length of the run.
         """
         return build_identity(self.schedule, self._horizon)
@@ -428,7 +432,7 @@ class ScheduleBinder(TorchInterface):
 
     @property
     def _compared(self) -> Collection[str]:
-        """Names of the hyperparameters whose initial values must match the saved state."""
+        """Names of the hyperparameters whose initial values must match those in a saved state."""
         return self._slots.keys()
 
     def __getstate__(self) -> dict[str, Any]:

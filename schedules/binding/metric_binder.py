@@ -68,7 +68,7 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
         """Return the learning rates that the schedule reduces.
 
         Without a warmup, these are the current learning rates. With a warmup, they are the initial
-        learning rates, at which the warmup ends.
+        learning rates, which the warmup reaches at its end.
         """
         if getattr(self.schedule, "warmup_steps", 0):
             return super()._read_base(given)

@@ -42,7 +42,7 @@ class _SavedState:
     base: dict[str, tuple[Annotated[float, Range()], ...]]
     state: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
     is_written: bool = field(default=True, metadata=OPTIONAL)
-    """Whether the param groups had the values of this schedule when the state was saved."""
+    """Whether the param groups contained this schedule's values when the state was saved."""
 
 
 def complete_base(base: BaseValues | None, groups: int) -> Base:

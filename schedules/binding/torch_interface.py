@@ -35,14 +35,14 @@ class TorchInterface(LRScheduler):
     controller: Controller[Any]
     _horizon: Horizon | None
     before_use: Callable[[], None] | None = None
-    """Function that methods such as `get_last_lr` call first. The engine sets it to complete a
-    deferred step."""
+    """Function that methods such as `get_last_lr` call first. The engine sets a function that
+    completes a deferred step."""
     _extra_count = 0
     _losses: tuple[float, ...] = ()
     """Losses passed to `record_loss` since the previous call to `step`."""
     _position: int
-    """Number of steps that a feedback schedule has taken. A script can set `last_epoch`, but not
-    this attribute."""
+    """Number of steps that a feedback schedule has taken. If `last_epoch` differs from it, a script
+    has changed `last_epoch`."""
     last_epoch: int
     """Number of optimizer steps so far, not counting skipped steps. As in PyTorch, a script can set
     it, and the next `step` continues from there. For a feedback schedule, the next `step` raises an
@@ -52,8 +52,8 @@ class TorchInterface(LRScheduler):
     _doubt: str | None
     """Why the initial hyperparameters are uncertain; None if they are known."""
     _writer: RangeWriter | None
-    """Writes the scheduled values until the formula of a curve changes; None before the first step
-    and for feedback schedules."""
+    """Fast writer for the steps up to the next change of a curve's formula; None if the next step
+    must take the slow path."""
     _slots: Mapping[str, Sequence[Slot]]
 
     @property
@@ -71,7 +71,7 @@ class TorchInterface(LRScheduler):
 
     @abstractmethod
     def _go_to(self, state: Any, step: int, write: bool = True) -> None:
-        """Set the state and the step, and optionally write the hyperparameters to the optimizer."""
+        """Set the schedule's state and step, and optionally update the optimizer accordingly."""
 
     def _prepare_use(self) -> None:
         if self.before_use is not None:
@@ -176,13 +176,13 @@ class TorchInterface(LRScheduler):
         return None if loss is None else _read_loss(loss)
 
     def _check_position(self) -> None:
-        """Check that no other code has set the step of a feedback schedule."""
+        """Raise an error if a script has changed the `last_epoch` of a feedback schedule."""
         if self.schedule.feedback is not None and self.last_epoch != self._position:
             raise ValueError(
-                f"`last_epoch` must not be changed, because {self.schedule.type_name} depends on "
-                f"past values of the {self.schedule.feedback}. It is now {self.last_epoch}, after "
-                f"{self._position} steps. Call step() for each step. To change the step, call "
-                "load_state_dict() with a saved state."
+                f"`last_epoch` must be the number of steps taken ({self._position}), got "
+                f"{self.last_epoch}. {self.schedule.type_name} depends on the "
+                f"{self.schedule.feedback} of each step. Call step() for each step. To change the "
+                "step, call load_state_dict() with a saved state."
             )
 
     def get_last_lr(self) -> list[float | Tensor]:

@@ -102,7 +102,7 @@ def join(parts: Iterable[Curve], boundaries: Iterable[float], names: Sequence[st
 def decay_after_warmup(
     decay: Callable[[float, float, float], Curve], peak: float, end_value: float, steps: float
 ) -> Curve:
-    """Return the decay after a warmup, or the constant peak if no steps remain for the decay.
+    """Return the curve after a warmup: the decay, or a constant if no steps remain for the decay.
 
     Args:
         decay: function that builds the decay from its start value, end value and length.
@@ -193,7 +193,7 @@ class _Stairs(Curve):
 
 
 def stairs(curve: Curve, steps: float, count: int, *, rounds_up: bool = False) -> Curve:
-    """Turn a curve into a staircase that divides every ``steps`` steps into ``count`` equal stairs.
+    """Turn a curve into a staircase with ``count`` stairs of equal length per ``steps`` steps.
 
     The value at step k is the value of ``curve`` at ``floor(k * count / steps) * steps / count``.
     With ``rounds_up=True``, ``ceil`` replaces ``floor``. A descending staircase that rounds up is

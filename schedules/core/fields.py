@@ -86,7 +86,7 @@ class Items:
 
 
 class AutoValue(NamedTuple):
-    """Marker for a field that accepts "auto", which an integration replaces with a value."""
+    """Marker for a field that accepts "auto", which integrations such as Transformers replace."""
 
     integrations: str
     """Comma-separated names of the integrations that replace "auto"."""

@@ -19,7 +19,7 @@ class ScheduleOfParts(Schedule[int]):
     @property
     @abstractmethod
     def parts(self) -> Sequence[Schedule[Any]]:
-        """The schedules that this schedule consists of."""
+        """The schedules that make up this schedule."""
 
     @property
     @override

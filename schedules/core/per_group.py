@@ -84,9 +84,9 @@ def broadcast_lr(schedule: Any, name: str, lrs: tuple[float, ...]) -> tuple[floa
         lrs: initial learning rate of each group.
 
     Raises:
-        ValueError: ``relative`` is false and the field is a single number, although the groups
-            have different initial learning rates, or the field is a list that does not have one
-            number per group.
+        ValueError: the field is a list that does not have one number per group; or the field is a
+            single number, ``relative`` is false, and the groups have different initial learning
+            rates.
 
     >>> import schedules
     >>> warmup = schedules.WarmupLR(warmup_max_lr=10.0, relative=True)

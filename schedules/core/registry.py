@@ -310,7 +310,7 @@ def to_class(path: str, found: Any) -> type[Schedule[Any]]:
     if isinstance(found, Schedule):
         raise ValueError(  # noqa: TRY004  # it is a value of the config
             f"{path!r} must be a schedule class or a function of the step, got the instance "
-            f"{found!r}. Set `type` and `params` to the class and parameters of this schedule."
+            f"{found!r}. Set `type` and `params` to the class and parameters of this instance."
         )
     return cast("type[Schedule[Any]]", importlib.import_module(_CUSTOM).adapt(found, path))
 

@@ -96,12 +96,15 @@ def complete_base(base: Mapping[str, float | Iterable[float]] | None) -> Base:
 
 
 class Replay(NamedTuple):
-    """Result of `replay`: hyperparameters at each step, and evidence for the final decision."""
+    """Result of `replay`: values at each step, and evidence for the schedule's final decision."""
 
     rows: list[Values]
     """Hyperparameters at each step, including the step after the final loss."""
     evidence: Evidence | None
-    """Losses and learning rates that led to the final decision; None if there was no decision."""
+    """Losses and learning rates that led to the schedule's final decision.
+
+    None if the schedule made no decision.
+    """
 
 
 def replay(

@@ -52,7 +52,7 @@ __all__ = [
 
 
 class _Scheduler(LearningRateSchedule):
-    """Base class of Composer's schedulers. Subclasses define the curve without a warmup."""
+    """Base class of Composer's schedulers. Subclasses define the curve, excluding any warmup."""
 
     def curve(self, lr: float) -> Curve:
         return self._body(lr, start=0)

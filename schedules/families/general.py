@@ -327,7 +327,7 @@ class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
                 lr / sqrt(1 + (k - warmup_steps) / timescale)   k >= warmup_steps
 
     Source: Zhai et al., Scaling vision transformers, https://arxiv.org/abs/2106.04560; Vaswani et
-    al., https://arxiv.org/abs/1706.03762 (the timescale is the length of the warmup).
+    al., https://arxiv.org/abs/1706.03762 (where `timescale` is `warmup_steps`).
     """
 
     warmup_steps: WarmupStepsOrZero = 0

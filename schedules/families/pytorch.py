@@ -1,9 +1,9 @@
 """PyTorch's schedulers, with PyTorch's names and parameters.
 
 Formulas and defaults match torch/optim/lr_scheduler.py in PyTorch 2.13. PyTorch computes most
-values from the previous value. Here, each value depends only on the step k. When a schedule has
-ended, its final value is kept, whereas in PyTorch, the learning rate of CosineAnnealingLR rises
-again. docs/decisions/0006-pytorch-schedules.md describes the differences.
+values from the previous value. Here, each value depends only on the step k. After a schedule has
+ended, its values stay constant. In PyTorch, the learning rate of CosineAnnealingLR rises again.
+docs/decisions/0006-pytorch-schedules.md describes the differences.
 """
 
 from __future__ import annotations
@@ -223,12 +223,12 @@ class CosineAnnealingWarmRestarts(LearningRateSchedule, example={"T_0": 15, "T_m
 class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     """PyTorch's 1cycle: the learning rate rises to a peak, then falls far below its initial value.
 
-    With n = ``total_steps``, the learning rate rises from ``max_lr / div_factor`` to ``max_lr``
-    until step ``pct_start * n - 1``, then falls to ``max_lr / div_factor / final_div_factor`` until
-    step ``n - 1``. With ``three_phase``, it first falls back to ``max_lr / div_factor`` over the
-    same number of steps as the rise. Each phase is a cosine or a line. Momentum goes from
-    ``max_momentum`` to ``base_momentum`` and back. After step ``n - 1``, the values stay constant.
-    PyTorch raises an error instead.
+    With n = ``total_steps``, the learning rate starts at ``max_lr / div_factor``, reaches
+    ``max_lr`` at step ``pct_start * n - 1``, and ends at
+    ``max_lr / div_factor / final_div_factor`` at step ``n - 1``. With ``three_phase``, it falls
+    back to ``max_lr / div_factor`` first, in as many steps as it rose. Each phase is a cosine or a
+    straight line. Momentum goes from ``max_momentum`` to ``base_momentum`` and back. After step
+    ``n - 1``, the values stay constant. PyTorch raises an error instead.
 
     Source: ``OneCycleLR`` in torch/optim/lr_scheduler.py; Smith and Topin, Super-convergence,
     https://arxiv.org/abs/1708.07120.

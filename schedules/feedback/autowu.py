@@ -24,7 +24,7 @@ Count = Annotated[int | None, Range(at_least=1)]
 
 @schedule_class
 class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "total_epochs": 10}):
-    """Increase the learning rate until the loss has passed its minimum, then decay it.
+    """Raise the learning rate until the loss has passed its minimum, then lower the learning rate.
 
     The warmup increases the learning rate exponentially from ``min_lr`` to ``max_lr``. Meanwhile, a
     Gaussian process fitted to the losses estimates the probability that the loss has passed its
@@ -43,15 +43,15 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     learning rate.
 
     The parameter ``test`` selects the test that makes these estimates and ends the warmup.
-    "reference" comes from the published code. It runs once per epoch, needs about thirty epochs,
-    and depends on the scale of the loss. The test "robust" runs about sixty times per warmup, does
-    not depend on the scale of the loss, and tolerates loss spikes. With "robust", the cooldown
-    starts at n = 0; with "reference", it starts at n = 1, as in the published code.
+    "reference" comes from the code of AutoWU's authors. It runs once per epoch, needs about thirty
+    epochs, and depends on the scale of the loss. The test "robust" runs about sixty times per
+    warmup, does not depend on the scale of the loss, and tolerates loss spikes. With "robust", the
+    cooldown starts at n = 0; with "reference", it starts at n = 1, as in the authors' code.
 
     If ``rollback`` is true, the weights and the optimizer state are restored when the warmup ends.
     They return to their values at the end of the test interval with the lowest mean loss. A test
-    interval consists of the steps from one run of the test to the next. A rollback helps models
-    that diverge at high learning rates, such as models without normalization layers.
+    interval consists of the steps from one evaluation of the test to the next. A rollback helps
+    models that diverge at high learning rates, such as models without normalization layers.
 
     The engine passes the loss of ``trainer.backward(loss)`` to the schedule. In a custom loop, call
     ``step(loss=loss)``. Previews use a synthetic loss.
@@ -102,12 +102,12 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     cooldown_type: Literal["cosine", "half_cosine"] = "cosine"
     """Shape of the cooldown; "half_cosine" starts at half of the peak learning rate."""
     test: Literal["reference", "robust"] = "reference"
-    """Statistical test that decides when the warmup ends: the test from the published code
-    ("reference"), or a test that does not depend on the scale of the loss ("robust")."""
+    """Statistical test that decides when the warmup ends: the test from the code of AutoWU's
+    authors ("reference"), or a test that does not depend on the scale of the loss ("robust")."""
     rollback: bool = False
     """Whether to restore earlier weights and optimizer states when the warmup ends: those from the
     end of the test interval with the lowest mean loss. A test interval consists of the steps from
-    one run of the test to the next."""
+    one evaluation of the test to the next."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.min_lr >= self.max_lr:

@@ -174,7 +174,7 @@ class AutoWUController(FeedbackController[AutoWUState]):
         return state.decision
 
     def is_lowest(self, state: AutoWUState) -> bool:
-        """Return whether a test interval has just ended with the lowest mean loss so far."""
+        """Return whether a test interval with the lowest mean loss so far has just ended."""
         return state.is_lowest
 
     def evidence(self, before: AutoWUState, loss: float, after: AutoWUState) -> Evidence | None:

@@ -29,13 +29,13 @@ class AutoWUState:
     """State of the random number generator that samples losses. None before the first sample."""
     votes: tuple[bool, ...] = ()
     alone: Count = 0
-    """Number of consecutive robust tests with high confidence that the current loss is above the
-    minimum, whatever the initial loss."""
+    """Number of consecutive robust tests that are confident that the loss is above its minimum.
+    Unlike `votes`, this does not require that the loss first fell to the minimum."""
     chance: float = 0.0
     """Probability that the loss has passed its minimum, according to the latest test."""
     argmin: float = 1.0
     lowest: float = math.inf
-    """Lowest mean loss so far in a test interval (the steps between two tests)."""
+    """Lowest mean loss so far. Each mean is taken over the steps between two statistical tests."""
     is_lowest: bool = False
     peak: float = 0.0
     begin: int = 0

@@ -42,7 +42,7 @@ class FeedbackController(Controller[S]):
         return state
 
     def evidence(self, before: S, loss: float, after: S) -> Evidence | None:
-        """Return the losses and learning rates that led to a decision; None if they are unknown.
+        """Return the losses and learning rates that led to the decision in ``after``, if known.
 
         By default, return None. Override this method in a controller that records the losses.
         """

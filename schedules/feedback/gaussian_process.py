@@ -239,7 +239,7 @@ class Posterior(NamedTuple):
 
     @classmethod
     def from_statistics(cls, data: Statistics, by: Hyperparameters, basis: Array) -> Posterior:
-        """Compute the posterior given the losses, at the positions whose features are in ``basis``.
+        """Compute the posterior at the positions with features ``basis``, given the losses.
 
         Args:
             data: statistics of the losses.
@@ -266,18 +266,18 @@ class Posterior(NamedTuple):
 
 
 def solve_ratio(data: Statistics, within: float = 0.0) -> Hyperparameters:
-    """Return the most likely hyperparameters of a Gaussian process with mean 0.
+    """Return the maximum-likelihood hyperparameters of a Gaussian process with mean 0.
 
-    The function tries 73 ratios rho = scale / noise from 1e-4 to 1e5. For each ratio, the most
-    likely noise has a closed form::
+    The function tries 73 ratios rho = scale / noise from 1e-4 to 1e5. For each ratio, the noise
+    with the highest likelihood has a closed form::
 
         noise(rho) = (y^T y + within - sum(rho b^2 / (1 + rho lambda))) / n
 
     Args:
         data: statistics of n losses y, with the eigenvalues lambda (``values``) and the projected
             losses b (``projected``).
-        within: if ``data`` was computed from the mean losses of bins, the sum of the squared
-            deviations of the losses from the mean of their bin. Defaults to 0.
+        within: sum of the squared deviations of the losses from the mean of their bin, if ``data``
+            was computed from the mean losses of bins. Defaults to 0.
     """
     shrunk = _RATIOS / (1 + _RATIOS * data.values)
     noise = (data.squares + within - shrunk @ data.projected**2) / data.size

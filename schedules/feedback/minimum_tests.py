@@ -80,7 +80,7 @@ class PublishedResult(NamedTuple):
 
 
 def run_published_test(losses: Array, fit: Hyperparameters, sample: Sampler) -> PublishedResult:
-    """Run AutoWU's published test of whether the loss has passed its minimum.
+    """Test whether the loss has passed its minimum, with the test in AutoWU's published code.
 
     The test sets the mean of the Gaussian process to the mean of the losses. It then fits the
     hyperparameters to at most 100 losses with 100 steps of Adam, starting from the previous fit.
@@ -89,7 +89,7 @@ def run_published_test(losses: Array, fit: Hyperparameters, sample: Sampler) -> 
 
     Args:
         losses: loss of each step of the warmup so far, in order.
-        fit: hyperparameters returned by the previous test. For the first test, pass
+        fit: hyperparameters returned by the previous call. For the first call, pass
             `Hyperparameters.initial()`.
         sample: function that selects losses at random; see `Sampler`. It is called only if there
             are more than 100 finite losses.
@@ -119,7 +119,7 @@ def compute_published_band(losses: Array, fit: Hyperparameters) -> Band:
 
     Args:
         losses: loss of each step of the warmup so far, in order. At least one must be finite.
-        fit: hyperparameters returned by the test.
+        fit: hyperparameters returned by `run_published_test`.
     """
     finite = np.isfinite(losses)
     x = np.arange(losses.size)[finite] / losses.size

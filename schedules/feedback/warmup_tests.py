@@ -1,4 +1,4 @@
-"""The tests that end AutoWU's warmup after several consecutive confident results."""
+"""Statistical tests that end AutoWU's warmup after several consecutive confident results."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Verdict(NamedTuple):
 
 
 class WarmupTest(ABC):
-    """Base class of the tests that check whether the loss has passed its minimum."""
+    """Base class of the statistical tests that check whether the loss has passed its minimum."""
 
     dtype: ClassVar[type]
     """Data type of the losses that `apply` receives."""
@@ -69,11 +69,17 @@ class WarmupTest(ABC):
 
     @abstractmethod
     def find_likely_minimum(self, state: AutoWUState) -> float | None:
-        """Return the likely position of the loss minimum (0 to 1); None if the test finds none."""
+        """Return the likely position of the loss minimum, from 0 (start) to 1 (latest test).
+
+        Return None if the test finds no minimum.
+        """
 
     @abstractmethod
     def band(self, losses: NDArray[Any], state: AutoWUState) -> Band | None:
-        """Return the mean and confidence band fitted to ``losses``; None before the first test."""
+        """Return the mean and confidence band fitted to ``losses``.
+
+        Return None if there is no fit yet.
+        """
 
     @abstractmethod
     def warning(self) -> str | None:
@@ -81,7 +87,7 @@ class WarmupTest(ABC):
 
 
 class PublishedTest(WarmupTest):
-    """AutoWU's published test of whether the loss has passed its minimum.
+    """Test from AutoWU's published code that checks whether the loss has passed its minimum.
 
     The test runs once per epoch and ends the warmup after three consecutive confident results.
     """

@@ -181,9 +181,7 @@ def test_step_in_fp16_with_an_unscaled_loss_raises():
 def test_eval_batch_keeps_the_parameters_and_the_training_mode():
     trainer = start(lambda: torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Flatten(0)))
     before = weights(trainer)
-    with pytest.raises(
-        ValueError, match=r"`data_iter` must yield the 2 micro-batches of a step, got 1"
-    ):
+    with pytest.raises(ValueError, match=r"`data_iter` must yield 2 micro-batches per step, got 1"):
         trainer.eval_batch(iter([X[:1]]))
     assert trainer.training
     trainer.module[1].eval()

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print the documentation of one rule or a list of all rules, and return the exit status."""
+    """Print a rule's documentation, or a list of all rules, and return the exit status."""
     from engine.config.rules.pages import RULEBOOK
     from schedules.core.spelling import find_nearest
 

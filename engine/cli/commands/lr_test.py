@@ -139,7 +139,7 @@ def _add_script_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help=f"{SET_HELP}. The values apply to each config that the script passes to "
-        "engine.initialize, and to the files passed to --config and --write when they are read",
+        "engine.initialize, and to what this command reads from the --config and --write files",
     )
     parser.add_argument(
         "--engine",

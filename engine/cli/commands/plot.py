@@ -286,7 +286,7 @@ def _find_source(name: str) -> str:
     """Return the config path or the schedule name for a ``--compare`` argument.
 
     Raises:
-        ValueError: if the name is neither a file nor a schedule, and has no suffix or colon.
+        ValueError: if a name without a suffix or colon is neither a file nor a schedule.
     """
     if Path(name).is_file():
         return name

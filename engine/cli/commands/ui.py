@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=["ds_config.json"],
         help="a ds_config.json to edit, or the directories of one or more runs (default: "
-        "ds_config.json, which is created when you save it)",
+        "ds_config.json; if the file does not exist, the first save creates it)",
     )
     parser.add_argument(
         "--port",

@@ -1,4 +1,4 @@
-"""Input of the validation rules: the valid values of a config and derived values."""
+"""Input of the validation rules: the valid values of a config, and values derived from them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["Rule", "RuleContext"]
 
 @dataclass(frozen=True)
 class RuleContext:
-    """The individually valid config values, and values derived from them.
+    """The config values that are valid on their own, and values derived from them.
 
     ``world_size`` is None if the number of ranks is unknown.
     """
@@ -52,7 +52,7 @@ class RuleContext:
 
     @property
     def unresolved(self) -> Collection[str]:
-        """JSON pointers of invalid values, "auto" values and probably misspelled keys."""
+        """JSON pointers to invalid values, "auto" values and probably misspelled keys."""
         return self.structure.unresolved
 
     @property

@@ -1,4 +1,4 @@
-"""Rule for ``engine.dataloader``: reject worker settings if ``num_workers`` is 0."""
+"""Rule for ``engine.dataloader``: reject settings that require workers if ``num_workers`` is 0."""
 
 from __future__ import annotations
 

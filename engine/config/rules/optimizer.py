@@ -1,7 +1,7 @@
 """Rules for the optimizer.
 
 The rules report optimizer params that conflict or have no effect, schedules that set a
-hyperparameter missing from the optimizer, and optimizers that do not support sharding.
+hyperparameter that the optimizer does not have, and optimizers that do not support sharding.
 """
 
 from __future__ import annotations

@@ -77,8 +77,8 @@ def _check_own_schedules(context: RuleContext) -> Iterator[Problem]:
 def _check_shared_schedule(context: RuleContext) -> Iterator[Problem]:
     """Yield an error if the shared schedule would replace the groups' own learning rates.
 
-    Only the entries of ``param_groups`` are compared with each other. The default group is ignored,
-    because it may be empty.
+    Entries of ``param_groups`` with their own schedule are ignored. So is the group of parameters
+    that match no entry, because it may be empty.
     """
     schedule, block = context.schedule, context.get_section("optimizer")
     uses_groups = bool(block.get("param_groups")) or block.get("layer_decay", 1) != 1

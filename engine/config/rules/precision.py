@@ -38,10 +38,10 @@ def _check_single_precision(context: RuleContext) -> Iterator[Problem]:
 
 
 def _is_autocast_of_16_bits(context: RuleContext, on: list[str]) -> bool:
-    """Return whether ``on`` is ``torch_autocast`` plus ``fp16`` or ``bf16`` with the same dtype.
+    """Return whether the enabled sections ``on`` are ``torch_autocast`` and ``fp16`` or ``bf16``.
 
-    Such sections can be enabled together. For fp16 without ZeRO, return False, because DeepSpeed
-    would scale the loss twice.
+    Both must select the same dtype. For fp16 without ZeRO, return False, because DeepSpeed would
+    scale the loss twice.
     """
     if len(on) != 2 or "torch_autocast" not in on:
         return False

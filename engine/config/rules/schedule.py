@@ -122,7 +122,7 @@ def _check_end(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_values(context: RuleContext) -> Iterator[Problem]:
-    """Yield an error if the schedule does not match the optimizer, or sets a non-finite value."""
+    """Yield an error if the schedule cannot run with the optimizer, or sets a non-finite value."""
     error = context.find_incompatibility()
     if error is not None:
         yield context.error("schedule", _PARAMS, error)
@@ -205,7 +205,7 @@ def _get_onecycle_default(name: str) -> Any:
 
 
 def _format_first_step_size(cycle: Mapping[str, Any]) -> str:
-    """Format the value of ``cycle_first_step_size``, or its default if not set, as JSON."""
+    """Return ``cycle_first_step_size``, or its default if it is not set, as JSON text."""
     return json.dumps(
         cycle.get("cycle_first_step_size", _get_onecycle_default("cycle_first_step_size"))
     )

@@ -61,7 +61,7 @@ def _check_offload(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
-    """Yield a warning for CPU offloading, which the PyTorch backend ignores on a single rank."""
+    """Yield a warning if the PyTorch backend ignores CPU offloading because of a single rank."""
     if context.world_size != 1 or context.backend.name != "torch":
         return
     for name in ("offload_optimizer", "offload_param"):

@@ -57,7 +57,7 @@ def test_last_epoch_of_a_feedback_schedule_is_rejected():
     binder.step(1.0)
     binder.last_epoch = 5
     with pytest.raises(
-        ValueError, match="must not be changed, because AutoWU .* is now 5, after 1 step"
+        ValueError, match=r"must be the number of steps taken \(1\), got 5\. AutoWU depends"
     ):
         binder.step(1.0)
 
@@ -318,6 +318,6 @@ def test_get_lr_of_a_feedback_schedule_at_a_step_that_other_code_has_set_is_an_e
     binder = make_autowu()
     binder.last_epoch += 1
     with pytest.raises(
-        ValueError, match="must not be changed, because AutoWU .* is now 1, after 0 steps"
+        ValueError, match=r"must be the number of steps taken \(0\), got 1\. AutoWU depends"
     ):
         binder.get_lr()
