@@ -101,6 +101,6 @@ def plot_history(axis: Axes, rows: Sequence[Row], *, scale: float = 1, **style: 
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Save a figure as an image with 150 dots per inch."""
+    """Save a figure as an image at 150 dots per inch."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

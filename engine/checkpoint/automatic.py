@@ -53,7 +53,7 @@ class AutomaticCheckpoints:
     Every rank must call each method. Without ``engine.checkpoint.dir``, the methods do nothing.
 
     Args:
-        plan: the config's section ``engine.checkpoint``.
+        plan: the config's ``engine.checkpoint`` section.
         checkpointer: object that writes and reads the checkpoints.
         ranks: rank and world size of this process.
     """

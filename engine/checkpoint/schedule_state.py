@@ -96,7 +96,7 @@ def _convert_position(steps: int, config: Config, saved_batch: Mapping[str, int]
     earlier step. Any other schedule continues at the same step.
 
     Args:
-        steps: number of applied optimizer steps in the checkpoint.
+        steps: number of optimizer steps that had been applied when the checkpoint was saved.
         config: config of this run.
         saved_batch: batch sizes in the checkpoint.
     """

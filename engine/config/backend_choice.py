@@ -45,7 +45,7 @@ def find_offload_device(config: Mapping[str, Any], name: str) -> str:
     The device is "none", "cpu", "nvme" or "auto".
 
     Args:
-        config: config with the section ``zero_optimization``.
+        config: config with a ``zero_optimization`` section.
         name: key of the offloading section: "offload_optimizer" or "offload_param".
 
     >>> find_offload_device({"zero_optimization": {"cpu_offload": True}}, "offload_optimizer")

@@ -1,4 +1,4 @@
-"""Read the section ``optimizer`` of a config, and fill in its defaults."""
+"""Read the ``optimizer`` section of a config, and fill in its defaults."""
 
 from __future__ import annotations
 

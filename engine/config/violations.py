@@ -70,7 +70,7 @@ def get_suggested_pointer(problem: Problem) -> str:
 def _convert_error(
     document: Document, error: jsonschema.ValidationError, pointer: str, suggestions: int
 ) -> Iterator[Problem]:
-    """Convert an error of the ``jsonschema`` package into problems in the config.
+    """Convert a ``jsonschema`` validation error into problems in the config.
 
     For errors about unknown keys, only the first ``suggestions`` keys get a suggestion.
     """

@@ -42,7 +42,7 @@ def draw(
         columns: values at each step, by column name; see `schedules.plots.name_columns`.
         path: output file. Its suffix, such as ``.png`` or ``.pdf``, selects the format.
         title: title of the figure.
-        steps: step numbers of the values, in ascending order (default: 0, 1, 2, …).
+        steps: training step of each row of values, in ascending order (default: 0, 1, 2, …).
         curves: curve of each column. Phases of a curve, such as the warmup, are labeled.
         sources: schedule that each column belongs to, if several schedules are compared.
         log: whether the axis of the learning rate is logarithmic (default: only for an exponential

@@ -198,7 +198,7 @@ def preview_document(
             problems.append(document.build_problem("named-code", code.pointer, message, hint))
         if problems:
             raise ConfigError(document.name, problems)
-        message = "The section `scheduler` is missing. Add it to preview a schedule."
+        message = "The `scheduler` section is missing. Add it to preview a schedule."
         raise ConfigError(document.name, [Problem("missing-key", "error", "", 0, 0, message)])
     try:
         horizon = build_horizon(

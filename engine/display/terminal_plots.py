@@ -63,7 +63,7 @@ def draw_on_terminal(
     Args:
         columns: values at each step, by column name.
         title: title of the plot, printed above the panels.
-        steps: step numbers of the values, in ascending order (default: 0, 1, 2, …).
+        steps: training step of each row of values, in ascending order (default: 0, 1, 2, …).
         curves: curve of each column; its phases are listed below the plot.
         sources: schedule that each column belongs to, if several schedules are compared.
         log: whether the axis of the learning rate is logarithmic.
@@ -150,8 +150,8 @@ def _draw_panel(
 
     Args:
         panel: panel to draw.
-        steps: step numbers of the values.
-        shades: color of each column.
+        steps: step number of each plotted point, in ascending order.
+        shades: color of each curve, by column name.
         values: labels of the vertical axis, by value.
         positions: labels of the horizontal axis, by step; empty to draw no labels.
         size: width and height in characters.

@@ -103,7 +103,7 @@ def format_profile(profiles: Sequence[ModuleProfile], settings: Mapping[str, Any
 
     Args:
         profiles: profile of each module, starting with the model.
-        settings: section ``flops_profiler`` of the config, with default values filled in.
+        settings: the config's ``flops_profiler`` section, with default values filled in.
     """
     model = profiles[0]
     backward = 2 + settings["recompute_fwd_factor"]

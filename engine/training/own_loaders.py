@@ -210,10 +210,11 @@ def _check_same_order(order: EpochOrder, ranks: Ranks) -> None:
         if other != found[0]:
             lengths = f" (`{order.name}` is {found[0][0]} and {other[0]})"
             raise ValueError(
-                f"The sampler must yield the same samples in the same order on all ranks, but rank "
-                f"0 and rank {rank} differ{lengths if other[0] != found[0][0] else ''}. Use a "
-                "sampler that yields all samples on each rank, or set the attributes `rank` and "
-                "`num_replicas` of a sampler that splits the samples."
+                f"The samplers of rank 0 and rank {rank} differ"
+                f"{lengths if other[0] != found[0][0] else ''}. Use a sampler that yields the same "
+                "samples in the same order on all ranks, or one that splits the samples equally "
+                "across the ranks and has the attributes `rank` and `num_replicas`, as "
+                "`DistributedSampler` does."
             )
 
 

@@ -228,7 +228,7 @@ class ProgressReporter:
     def _name_values(
         self, name: str, values: Sequence[float | None] | None, *, always: bool = False
     ) -> dict[str, float | None]:
-        """Return a dict that maps a metric name for each param group to the group's value.
+        """Return a dict that maps the metric name of each param group to the group's value.
 
         With ``always=False``, the dict contains only the first group until the values of the groups
         differ for the first time.

@@ -24,15 +24,17 @@ class RunLength:
     steps_this_run: int | None = None
     """Maximum number of optimizer steps in this process; None for no limit."""
     total_steps: float | None = None
-    """Length of the whole run in batches, one per step; None if ``engine.max_duration`` is not in
-    batches."""
+    """Length of the whole run in steps (one batch per step), including skipped steps; None if
+    ``engine.max_duration`` is not given in steps."""
     total_samples: float | None = None
-    """Length of the whole run in samples; None if ``engine.max_duration`` is not in epochs or
-    samples."""
+    """Length of the whole run in samples; None if ``engine.max_duration`` is not given in epochs,
+    samples or tokens."""
     schedule_steps: int | None = None
-    """Length of the schedule in applied steps; None if the run does not end with the schedule."""
+    """Length of the schedule in steps, not counting skipped steps; None if the run does not end
+    with the schedule."""
     steps_before: int = 0
-    """Number of applied steps in the loaded checkpoint. `steps_this_run` does not count them."""
+    """Number of optimizer steps that had been applied when the loaded checkpoint was saved; 0 if no
+    checkpoint was loaded. `steps_this_run` does not count them."""
     is_position_known: bool = False
     """Whether the script has read the engine's epoch or step count to continue from there."""
 

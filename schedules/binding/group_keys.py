@@ -2,8 +2,8 @@
 
 - ``lr_scale`` (timm, fairseq, MAE) and ``lr_mult`` (earlier versions of Megatron-LM) multiply the
   scheduled learning rate. ``wd_mult`` (Megatron-LM) multiplies the scheduled weight decay.
-- ``max_lr``, ``min_lr``, ``start_wd`` and ``end_wd`` (Megatron-LM) replace the parameters with the
-  same names, in schedules that list these names in `Schedule.group_keys`.
+- ``max_lr``, ``min_lr``, ``start_wd`` and ``end_wd`` (Megatron-LM) override the schedule's
+  parameters of the same name, in schedules that list these names in `Schedule.group_keys`.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _check_not_applied(
 
 
 def _replace_parameters(schedule: Schedule[Any], groups: Sequence[Group]) -> Schedule[Any]:
-    """Return the schedule with its parameters replaced by param group keys of the same names."""
+    """Return the schedule, with param group keys overriding its parameters of the same name."""
     changes = {}
     for key in _REPLACEMENTS:
         index = next((index for index, group in enumerate(groups) if key in group), None)

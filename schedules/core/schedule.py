@@ -147,7 +147,7 @@ class Schedule(ABC, Generic[S]):
     """Parameters that a param group of the optimizer can override with a key of the same name."""
 
     feedback: ClassVar[Literal["loss", "metric"] | None] = None
-    """Feedback on which the schedule depends; None if the schedule depends only on the step."""
+    """Kind of feedback that the schedule depends on; None if it depends only on the step."""
 
     example: ClassVar[Mapping[str, Any]] = {}
     """Parameters for the example in the documentation, a run of 10 epochs with 10 steps each."""

@@ -230,9 +230,10 @@ class WrappedScheduler(Schedule[int]):
     def _written(self) -> tuple[str, ...]:
         """Names of the hyperparameters that the scheduler sets during its first steps.
 
-        The scheduler runs on a dummy optimizer to find these names. If a parameter is a list, the
-        dummy optimizer has one param group per list item. If the scheduler raises an error with
-        these param groups, it runs again with a single one.
+        The scheduler runs on a dummy optimizer to find these names. If an argument of the scheduler
+        is a list, the dummy optimizer has one param group per list item. If lists differ in length,
+        the longest counts. If the scheduler raises an error with these param groups, it runs again
+        with one param group per item of a shorter list, and finally with a single param group.
         """
         lists = {len(value) for value in self.params().values() if isinstance(value, list)}
         errors = []

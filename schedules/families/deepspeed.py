@@ -114,8 +114,9 @@ class OneCycle(
     """Number of equal stairs in the second half of the cycle; 0 disables the staircase, and null
     uses `cycle_first_stair_count`."""
     decay_step_size: StepsOrZero | None = None
-    """Length of each decay interval after the cycle; see `decay_lr_rate`. The decay never ends, so
-    set `engine.max_duration` to end the run. 0 or null disables the decay."""
+    """Length of each decay interval after the cycle; see `decay_lr_rate`. The decay has no end, so
+    the length of the run cannot be derived from this schedule; set `engine.max_duration`. 0 or null
+    disables the decay."""
     post_cycle_decay_step_size: StepsOrZero | None = None
     """Alias of `decay_step_size`, used in DeepSpeed's tutorial. Set only one of the two keys."""
     cycle_momentum: bool = True

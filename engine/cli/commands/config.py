@@ -122,7 +122,7 @@ def _list_param_groups(context: RuleContext, path: str) -> list[str]:
     block = build_optimizer_block(config.get("optimizer"), context.backend.name)
     if block is None:
         raise ValueError(
-            "`--model` requires a config with the section `optimizer`, which describes the param "
+            "`--model` requires a config with an `optimizer` section, which describes the param "
             "groups. Add the section, or omit the option."
         )
     model = build_model(path)

@@ -174,7 +174,7 @@ class RuleContext:
         return self.document.build_problem(rule, pointer, message, hint, severity="warning")
 
     def note(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Build a note: an unusual setting that may be intended."""
+        """Build a note: a report of an unusual setting that may be intentional."""
         return self.document.build_problem(rule, pointer, message, hint, severity="note")
 
 

@@ -54,7 +54,7 @@ def _check_own_schedules(context: RuleContext) -> Iterator[Problem]:
         if schedule.feedback is not None:
             message = f"{schedule.type_name} depends on the {schedule.feedback}, which the "
             message += "schedule of a single param group does not receive."
-            hint = "Move it to the section `scheduler`."
+            hint = "Move it to the `scheduler` section."
             yield context.error("param-groups", pointer, message, hint)
             continue
         missing = [

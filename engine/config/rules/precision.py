@@ -34,7 +34,7 @@ def _check_single_precision(context: RuleContext) -> Iterator[Problem]:
         )
     if has_both:
         message = "The config has both `bf16` and its deprecated name `bfloat16`."
-        yield context.error("precision", "/bfloat16", message, "Remove the section `bfloat16`.")
+        yield context.error("precision", "/bfloat16", message, "Remove the `bfloat16` section.")
 
 
 def _is_autocast_of_16_bits(context: RuleContext, on: list[str]) -> bool:
