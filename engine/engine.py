@@ -166,10 +166,7 @@ class Engine(DeepSpeedAccessors):
         return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)
 
     def _start_pass(self) -> bool:
-        """Check that the gradients accumulated so far still exist.
-
-        Return whether the next backward pass averages the gradients across ranks.
-        """
+        """Check the accumulated gradients; return whether the pass averages them across ranks."""
         accumulation = self._run.accumulation
         if accumulation.has_gradients:
             self._run.misuse.check_accumulated(accumulation)
@@ -347,8 +344,7 @@ class Engine(DeepSpeedAccessors):
         Args:
             save_dir: directory that holds the run's checkpoints; created if missing.
             tag: name or number of this checkpoint; default: ``global_stepN`` after N steps.
-            client_state: dict of your own numbers, strings and tensors, which `load_checkpoint`
-                returns.
+            client_state: your own numbers, strings and tensors, which `load_checkpoint` returns.
             save_latest: whether `load_checkpoint` may load this checkpoint if no tag is passed.
             exclude_frozen_parameters: whether to leave out parameters that do not require
                 gradients, such as the base model in LoRA. When the checkpoint is loaded, these
@@ -388,8 +384,7 @@ class Engine(DeepSpeedAccessors):
             tag: name or number of the checkpoint; default: the newest complete checkpoint.
             load_module_strict: whether the model must have exactly the saved parameters. If false,
                 parameters without a saved value keep their values, and additional saved parameters
-                are ignored. If false, the DeepSpeed backend requires
-                ``load_optimizer_states=False``.
+                are ignored. On DeepSpeed, also pass ``load_optimizer_states=False``.
             load_optimizer_states: whether to restore the optimizer and the loss scale.
             load_lr_scheduler_states: whether to restore the schedule.
             load_module_only: whether to restore only the model.

@@ -93,7 +93,8 @@ def _build_per_group(schedules: Mapping[Any, Any], optimizer: Optimizer) -> PerG
             named = f", named {', '.join(names)}" if names else ""
             raise ValueError(
                 f"The keys of `schedule` must be indices or names of param groups, got {key!r}. "
-                f"Number of param groups of the optimizer: {len(groups)}{named}."
+                f"The optimizer has {len(groups)} param group{'' if len(groups) == 1 else 's'}"
+                f"{named}."
             )
         twice = [index for index in indices if index in found]
         if twice:

@@ -208,10 +208,7 @@ class Schedule(ABC, Generic[S]):
 
     @property
     def unresolved_fields(self) -> tuple[str, ...]:
-        """Names of the fields that still hold time strings, such as "10ep".
-
-        `resolve` converts these to steps.
-        """
+        """Names of the fields with time strings, such as "10ep", which `resolve` converts."""
         return tuple(
             name
             for name, field in read_fields(type(self)).items()

@@ -1,8 +1,7 @@
 """DeepSpeed's schedules: OneCycle, LRRangeTest, WarmupLR, WarmupDecayLR and WarmupCosineLR.
 
-Parameters, defaults and curves match deepspeed/runtime/lr_schedules.py in DeepSpeed 0.19, except
-where a docstring describes a difference; docs/decisions/0003-deepspeed-schedules.md gives the
-reasons.
+Parameters, defaults and curves match deepspeed/runtime/lr_schedules.py in DeepSpeed 0.19. The
+docstrings describe all differences; docs/decisions/0003-deepspeed-schedules.md gives the reasons.
 """
 
 from __future__ import annotations
@@ -115,8 +114,7 @@ class OneCycle(
     uses `cycle_first_stair_count`."""
     decay_step_size: StepsOrZero | None = None
     """Length of each decay interval after the cycle; see `decay_lr_rate`. The decay has no end, so
-    the length of the run cannot be derived from this schedule; set `engine.max_duration`. 0 or null
-    disables the decay."""
+    the schedule does not end the run; set `engine.max_duration`. 0 or null disables the decay."""
     post_cycle_decay_step_size: StepsOrZero | None = None
     """Alias of `decay_step_size`, used in DeepSpeed's tutorial. Set only one of the two keys."""
     cycle_momentum: bool = True
@@ -229,8 +227,7 @@ class LRRangeTest(
 
         lr(k) = lr_range_test_min_lr * (1 + lr_range_test_step_rate * x)
 
-    With ``lr_range_test_staircase``, x is rounded down. The schedule has no end; stop the run
-    when the loss diverges.
+    With ``lr_range_test_staircase``, x is rounded down. Stop the run when the loss diverges.
 
     >>> test = LRRangeTest(lr_range_test_min_lr=0.1, lr_range_test_step_size=2)
     >>> [round(lr, 6) for lr in test.curves({"lr": (0.1,)})["lr"][0].values(5)]
@@ -352,8 +349,7 @@ class WarmupDecayLR(
         lr(k) = warmup_max_lr + (warmup_min_lr - warmup_max_lr) * (k - N) / (T - N)
 
     After step T, the learning rate stays constant. If ``warmup_max_lr`` is null, the maximum
-    is the param group's initial learning rate. DeepSpeed's default for ``warmup_max_lr`` is
-    0.001 instead.
+    is the param group's initial learning rate. In DeepSpeed, the default is 0.001 instead of null.
 
     >>> decay = WarmupDecayLR(total_num_steps=6, warmup_num_steps=2, warmup_type="linear")
     >>> list(decay.curves({"lr": (1.0,)})["lr"][0].values(8))

@@ -336,13 +336,13 @@ def test_constant_data_is_not_taken_for_repeated_batches():
     [
         (
             lambda: DataLoader(Numbers(), 3),
-            r"must be 2, the value of `train_micro_batch_size_per_gpu`",
+            r"must equal `train_micro_batch_size_per_gpu` \(2\), got 3",
         ),
         (
             lambda: DataLoader(
                 Numbers(), batch_sampler=BatchSampler(SequentialSampler(Numbers()), 5, False)
             ),
-            "`train_micro_batch_size_per_gpu`, got 5",
+            r"`train_micro_batch_size_per_gpu` \(2\), got 5",
         ),
         (lambda: DataLoader(Numbers(), MICRO, sampler=Endless()), "Endless must have a length"),
         (Numbers, "must be a torch DataLoader"),
