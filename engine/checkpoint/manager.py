@@ -143,7 +143,7 @@ class Checkpointer:
 
     def find_saved_steps(self, directory: Path) -> int:
         """Return the step of this run's newest checkpoint in a directory; 0 if there is none."""
-        return self._saved.get(directory.resolve(), (0, -1))[0]
+        return max(0, self._saved.get(directory.resolve(), (0, -1))[0])
 
     def _collect(self, run: RunState, client_state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state to save, without the state of the model and the optimizer.

@@ -33,7 +33,7 @@ def checkpoint_activations(
         on_host: whether to move the saved inputs to CPU memory.
 
     Raises:
-        ValueError: the model does not contain any of the classes in ``wrap``.
+        ValueError: the model does not contain a class in ``wrap``.
     """
     blocks = find_blocks(model, wrap)
     if not blocks:
@@ -95,9 +95,10 @@ def find_blocks(model: nn.Module, wrap: Sequence[str] = ()) -> list[nn.Module]:
     """
     if wrap:
         found = [module for module in model.modules() if type(module).__name__ in wrap]
-        if not found:
+        missing = sorted(set(wrap) - {type(module).__name__ for module in found})
+        if missing:
             raise ValueError(
-                f"`engine.wrap` must name classes of the model's modules, got {list(wrap)}. "
+                f"`engine.wrap` must name classes of the model's modules, got {missing}. "
                 "Use class names that `print(model)` shows."
             )
         return found
