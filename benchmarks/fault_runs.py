@@ -190,7 +190,7 @@ for step in range(4):
     trainer.step()
 trainer.destroy()
 if trainer.global_rank == 1:
-    shutil.copytree("run", "other/run")
+    shutil.copytree("run", "other/run", ignore=shutil.ignore_patterns(".lock"))
     shutil.rmtree("other/run/global_step4")
     os.chdir("other")
 torch.distributed.barrier()
