@@ -276,7 +276,12 @@ def _is_sharded(model: nn.Module, settings: tuple[Any, ...]) -> bool:
     """
     if not isinstance(model, FSDPModule):
         return False
-    if _SHARDED.get(model) != settings:
+    if model not in _SHARDED:
+        raise ValueError(
+            "`model` is already sharded by `fully_shard`. Pass the model without sharding it: "
+            "`initialize` shards it according to the config."
+        )
+    if _SHARDED[model] != settings:
         raise ValueError(
             "`model` is already sharded by FSDP2, with a different ZeRO stage, precision or "
             "offloading. Build a new model, or use the same settings as the first engine."

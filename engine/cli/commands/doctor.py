@@ -150,7 +150,8 @@ def _describe_op(builder: object) -> tuple[bool, str]:
     try:
         fits = bool(builder.is_compatible(verbose=False))  # type: ignore[attr-defined]
     except Exception as error:  # noqa: BLE001  # different ops raise different exceptions
-        return False, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        first_line = str(error).partition("\n")[0]
+        return False, f"{type(error).__name__}: {first_line or 'no message'}"
     return fits, "can be built" if fits else "not supported on this machine"
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import engine
 from tests.testing.distributed import run_distributed_test
@@ -151,6 +153,9 @@ def reshard_differently():
     train(model, build_config("torch", 1))  # stages 1 and 2 shard a model in the same way
     with pytest.raises(ValueError, match="already sharded by FSDP2"):
         engine.initialize(config=build_config("torch", 3), model=model)
+    own = fully_shard(build_model(), mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(ValueError, match="Pass the model without sharding it"):
+        engine.initialize(config=build_config("torch", 3), model=own)
 
 
 def test_sharded_model_with_another_stage_raises():
