@@ -29,7 +29,9 @@ def _check_hyperparameters(context: RuleContext) -> Iterator[Problem]:
     ):
         kind = context.get_section("scheduler")["type"]
         message = f"{kind} changes momentum or betas, but {name} has neither."
-        hint = 'Set "cycle_momentum": false in scheduler.params, or choose another optimizer.'
+        hint = "Choose another schedule or optimizer."
+        if hasattr(context.schedule, "cycle_momentum"):
+            hint = 'Set "cycle_momentum": false in scheduler.params, or choose another optimizer.'
         yield context.error("no-momentum", "/scheduler", message, hint)
     if "weight_decay" in context.schedule.hyperparameters and "weight_decay" not in parameters:
         kind = context.get_section("scheduler")["type"]

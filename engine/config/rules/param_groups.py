@@ -65,7 +65,7 @@ def _check_own_schedules(context: RuleContext) -> Iterator[Problem]:
         if missing:
             message = f"{schedule.type_name} changes {missing[0]}, but {name} has none."
             hint = "Choose another schedule or optimizer."
-            if missing[0] == "momentum":
+            if missing[0] == "momentum" and hasattr(schedule, "cycle_momentum"):
                 hint = 'Set "cycle_momentum": false in its params, or choose another optimizer.'
             yield context.error("param-groups", pointer, message, hint)
             continue

@@ -85,9 +85,11 @@ def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
             low, high = evaluated.get_range("momentum")
             what = "betas[0]" if name == "betas" else name
             message = f"The schedule overwrites `{what}` with values from {low:g} to {high:g}."
-            hint = "DeepSpeed also sets betas[1] to 0.99; onecycle does not change it."
+            hint = ""
+            if name == "betas" and evaluated.schedule.type_name == "OneCycle":
+                hint = "DeepSpeed also sets betas[1] to 0.99; onecycle does not change it."
             pointer = f"/optimizer/params/{name}"
-            yield context.note("unused-betas", pointer, message, hint if name == "betas" else "")
+            yield context.note("unused-betas", pointer, message, hint)
 
 
 def _check_end(context: RuleContext) -> Iterator[Problem]:

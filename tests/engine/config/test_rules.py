@@ -549,3 +549,17 @@ def test_optimizer_that_cannot_be_sharded_depends_on_the_world_size(name, world_
     }
     found = [each for each in find_problems(config, world_size) if each[0] == "not-sharded"]
     assert [each[1] for each in found] == ([] if severity is None else [severity])
+
+
+def test_check_fix_names_cycle_momentum_only_for_schedules_that_have_it():
+    phases = {"lr": [{"to": 0.2, "duration": 9}], "momentum": [{"to": 0.9, "duration": 9}]}
+    cycle = {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2}
+    for kind, params, expected in (("Phases", phases, False), ("OneCycle", cycle, True)):
+        config = {
+            "train_batch_size": 8,
+            "optimizer": {"type": "Adagrad", "params": {"lr": 0.1}},
+            "scheduler": {"type": kind, "params": params},
+        }
+        found = check(parse(json.dumps(config), "f"), None)
+        problem = next(each for each in found if each.rule == "no-momentum")
+        assert ("cycle_momentum" in problem.hint) is expected
