@@ -40,6 +40,40 @@ _MASK = "CUDA_VISIBLE_DEVICES"
 _SUBREAPER, _PARENT_DEATH = 36, 1  # PR_SET_CHILD_SUBREAPER and PR_SET_PDEATHSIG of prctl
 
 
+class _Commands:
+    """The commands that the launcher writes to the standard input of this agent.
+
+    Args:
+        descriptor: file descriptor of the standard input.
+        unread: bytes that have already been read from the descriptor.
+    """
+
+    def __init__(self, descriptor: int, unread: bytes) -> None:
+        self._inputs = [descriptor]
+        self._unread = unread
+        self._silence = 0.0  # seconds
+
+    @property
+    def is_launcher_lost(self) -> bool:
+        """Whether the launcher has exited, or has sent nothing for 30 seconds."""
+        return not self._inputs or self._silence > _MAX_SILENCE
+
+    def read(self) -> set[bytes]:
+        """Wait up to 0.1 seconds for commands, and return the complete ones."""
+        before = time.monotonic()
+        ready, _, _ = select.select(self._inputs, [], [], 0.1)
+        # Do not count the time during which this host was suspended.
+        self._silence += min(time.monotonic() - before, 1.0)
+        if ready:
+            self._silence = 0.0
+            more = os.read(ready[0], 4096)
+            self._unread += more
+            if not more:
+                self._inputs = []  # the launcher has exited
+        *lines, self._unread = self._unread.split(b"\n")
+        return set(lines)
+
+
 class _Job:
     """The torchrun process of this host, and the ranks that it starts."""
 
@@ -85,57 +119,45 @@ class _Job:
 def main() -> int:
     """Read a job from standard input and run it. Return the exit status of the job."""
     _prctl(_SUBREAPER)
-    line, words = _read_first_line(sys.stdin.fileno())
+    line, rest = _read_first_line(sys.stdin.fileno())
     if not line:
         return to_exit_status(-signal.SIGTERM)  # the launcher exited before it sent the job
     spec = json.loads(line)
+    commands = _Commands(sys.stdin.fileno(), rest)
     signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda caught, _: signals.append(caught))
-    lock = _wait_for_lock(spec.get("lock"), signals)  # noqa: F841  # held until this process exits
+    lock = _wait_for_lock(spec.get("lock"), commands, signals)  # noqa: F841  # held until this process exits
     if signals:
         return to_exit_status(-signals[0])
     # Write without buffering, so that the job's output cannot come before or inside this line.
     os.write(sys.stdout.fileno(), f"{STARTED}\n".encode())
     job = _Job(spec)
-    _watch(job, words, signals)
+    _watch(job, commands, signals)
     status = to_exit_status(job.process.returncode)
     job.kill()
     remove_directory(job.process.pid)
     return status
 
 
-def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
+def _watch(job: _Job, commands: _Commands, signals: list[int]) -> None:
     """Wait until the job exits. Stop it on request or if the launcher is unreachable.
 
     Args:
         job: running job.
-        words: bytes already read from standard input after the first line, such as ``kill``.
+        commands: commands from the launcher.
         signals: received signals. The signal handlers append to this list.
     """
-    silence = 0.0
-    inputs = [sys.stdin.fileno()]
     while job.process.poll() is None:
-        if b"term" in words:
+        received = commands.read()
+        if b"term" in received or commands.is_launcher_lost or signals:
             job.stop()
-        if b"kill" in words:
+        if b"kill" in received:
             job.kill()
-        words = b""
-        before = time.monotonic()
-        ready, _, _ = select.select(inputs, [], [], 0.1)
-        silence += min(time.monotonic() - before, 1.0)  # not the time while this host is suspended
-        if ready:
-            silence = 0.0
-            words = os.read(ready[0], 4096)
-            if not words:  # the launcher exited
-                job.stop()
-                inputs = []
-        if signals or silence > _MAX_SILENCE:
-            job.stop()
         job.kill_if_overdue()
 
 
-def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
+def _wait_for_lock(name: str | None, commands: _Commands, signals: list[int]) -> IO[str] | None:
     """Acquire a lock. If an earlier agent holds the lock, wait until that agent exits.
 
     The lock file is never deleted. Otherwise, another process could create and lock a new file with
@@ -143,8 +165,9 @@ def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
 
     Args:
         name: name of the lock; None if no lock is needed.
-        signals: received signals. Any signal ends the wait. If the launcher stops the job or exits
-            during the wait, SIGTERM is appended.
+        commands: commands from the launcher.
+        signals: received signals. Any signal ends the wait. If the launcher stops the job or is
+            unreachable, SIGTERM is appended.
 
     Returns:
         The open lock file, or None if no lock is needed. If a signal ended the wait, the file might
@@ -154,9 +177,8 @@ def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
         return None
     file = Path(tempfile.gettempdir(), f"{name}.lock").open("w")  # noqa: SIM115  # the lock is held until this process exits
     while not signals and not _try_lock(file):
-        ready, _, _ = select.select([sys.stdin.fileno()], [], [], 0.1)
-        words = os.read(ready[0], 4096) if ready else b"ping"
-        if not words or b"term" in words or b"kill" in words:
+        received = commands.read()
+        if commands.is_launcher_lost or b"term" in received or b"kill" in received:
             signals.append(signal.SIGTERM)
     return file
 

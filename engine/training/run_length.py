@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from engine.config import Config
 from engine.errors import MisuseError
 from engine.training.progress import Counters
-from schedules.core.durations import DurationError
+from schedules.core.durations import DurationError, get_unit
 
 __all__ = ["RunLength"]
 
@@ -58,7 +58,7 @@ class RunLength:
             if steps_per_epoch is not None:  # the length is known, but invalid
                 raise
             return False
-        if total is not None and isinstance(duration, str) and not duration.strip().endswith("ba"):
+        if total is not None and get_unit(duration) not in {None, "ba"}:
             self.total_samples = total * config.batch.train
         else:
             self.total_steps = total

@@ -14,7 +14,7 @@ from engine.config.schema import is_ignored, schedule_schema
 from engine.config.text_edits import remove_key, set_value
 from engine.display.catalog import EXAMPLE_RUN, EXAMPLE_STEPS, example_curves, get_summary
 from schedules import SCHEDULES
-from schedules.core.durations import convert_to_steps
+from schedules.core.durations import convert_to_steps, get_unit
 from schedules.core.fields import describe_schema
 
 __all__ = ["build_form", "change_type", "list_gallery", "remove_param", "set_param"]
@@ -177,7 +177,7 @@ def _scale(value: Any, schema: Mapping[str, Any], steps: int, has_length: bool) 
         return {key: _scale(each, {}, steps, has_length) for key, each in value.items()}
     is_text = isinstance(value, str) and _DURATION.fullmatch(value) is not None
     is_count = type(value) is int and "pattern" in schema and value > 1
-    if not (is_text or is_count) or (has_length and str(value).endswith("dur")):
+    if not (is_text or is_count) or (has_length and get_unit(value) == "dur"):
         return value
     length = convert_to_steps(value, EXAMPLE_RUN, scaled=False)
     return max(1, round(length * steps / int(EXAMPLE_RUN.total_steps or 1)))

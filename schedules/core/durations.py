@@ -20,6 +20,7 @@ __all__ = [
     "FractionalSteps",
     "Horizon",
     "convert_to_steps",
+    "get_unit",
     "has_data_durations",
     "is_time_string",
 ]
@@ -110,7 +111,17 @@ class Horizon:
 
 def is_time_string(value: Any) -> bool:
     """Return whether a value is a time string, such as ``"10ep"``."""
-    return isinstance(value, str) and _TIME.fullmatch(value) is not None
+    return get_unit(value) is not None
+
+
+def get_unit(value: Any) -> str | None:
+    """Return the unit of a time string in lower case; None if the value is not a time string.
+
+    >>> get_unit("500BA"), get_unit(500)
+    ('ba', None)
+    """
+    match = _TIME.fullmatch(value) if isinstance(value, str) else None
+    return match[2].lower() if match else None
 
 
 def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
@@ -205,8 +216,7 @@ def has_data_durations(schedule: Any) -> bool:
         return any(map(has_data_durations, schedule.values()))
     if isinstance(schedule, list | tuple):
         return any(map(has_data_durations, schedule))
-    match = _TIME.fullmatch(schedule) if isinstance(schedule, str) else None
-    return match is not None and match[2].lower() in ("ep", "sp", "tok", "dur")
+    return get_unit(schedule) in {"ep", "sp", "tok", "dur"}
 
 
 def _convert_fraction(value: float, horizon: Horizon, text: str) -> float:

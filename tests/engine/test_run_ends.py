@@ -157,7 +157,7 @@ def test_run_in_tokens_is_over_after_this_many_tokens():
         engine.initialize(config=config, model=torch.nn.Linear(2, 1))
 
 
-@pytest.mark.parametrize(("duration", "steps"), [("56sp", 7 + 4), ("14ba", 14)])
+@pytest.mark.parametrize(("duration", "steps"), [("56SP", 7 + 4), ("14 BA", 14)])
 def test_run_with_a_larger_batch_ends_after_the_same_samples_or_batches(duration, steps):
     trainer, loader = start(max_duration=duration)
     train_epoch(trainer, loader)

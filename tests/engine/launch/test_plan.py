@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -206,6 +208,22 @@ def test_agent_passes_argv_and_environment_unchanged(argv, env):
         seen_argv, seen_env = json.loads(started.stdout.readline())
     assert seen_argv == argv
     assert env.items() <= seen_env.items()
+
+
+@pytest.mark.parametrize("parts", [["kill\n"], ["", "ki", "ll\n"], ["ping\nte", "rm\n"]])
+def test_agent_obeys_commands_at_any_border_of_its_reads(parts):
+    spec = {"host": "h", "argv": ["sleep", "60"], "env": {}, "cwd": str(Path.cwd()), "grace": 1}
+    with subprocess.Popen(
+        [sys.executable, "-m", "engine.launch.agent"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    ) as started:
+        for part in [f"{json.dumps(spec)}\n{parts[0]}", *parts[1:]]:
+            started.stdin.write(part)
+            started.stdin.flush()
+            time.sleep(0.5)
+        assert started.wait(20) in (128 + signal.SIGKILL, 128 + signal.SIGTERM)
 
 
 def test_agent_waits_for_the_previous_agent_of_its_host(tmp_path):
