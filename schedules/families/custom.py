@@ -157,7 +157,7 @@ def wrap_scheduler(cls: Any, name: str) -> type[WrappedScheduler]:
             f"method of {name!r} requires the argument `{required[0]}`. Use a scheduler whose "
             "`step` method requires no arguments."
         )
-    parameters = [each for each in _parameters(cls) if each.name not in _NOT_IN_CONFIGS]
+    parameters = [each for each in _named_parameters(cls) if each.name not in _NOT_IN_CONFIGS]
     namespace = {
         "wrapped": staticmethod(cls),
         "__doc__": f"PyTorch scheduler: {inspect.getdoc(cls)}",
@@ -376,7 +376,7 @@ class FunctionSchedule(LearningRateSchedule):
         """
         body: dict[str, Any] = {"function": staticmethod(function), "__doc__": function.__doc__}
         class_name = getattr(function, "__name__", name)
-        return _make_class(FunctionSchedule, class_name, name, _optional_parameters(function), body)
+        return _make_class(FunctionSchedule, class_name, name, _named_parameters(function), body)
 
     def __reduce__(self) -> Any:
         # The class was created at run time, so pickle cannot import it.
@@ -392,7 +392,7 @@ class FunctionSchedule(LearningRateSchedule):
         return from_function(lambda k: lr * function(k))
 
 
-def _optional_parameters(function: Any) -> list[inspect.Parameter]:
+def _named_parameters(function: Any) -> list[inspect.Parameter]:
     """Skip a function's first parameter, and return the others that can be passed by name."""
     try:
         parameters = _parameters(function)

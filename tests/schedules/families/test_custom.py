@@ -152,3 +152,19 @@ def test_transformers_factory_sets_what_its_scheduler_sets():
     peer = transformers.get_linear_schedule_with_warmup(theirs, **params)
     for group, other in zip(run(ours, attach(block, ours), 8), run(theirs, peer, 8), strict=True):
         assert [g["lr"] for g in group] == [g["lr"] for g in other]
+
+
+class StepDecay(OF_TORCH.LRScheduler):
+    def __init__(self, optimizer, factor=0.5, *args, **settings):
+        self.factor = factor
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return [lr * self.factor**self.last_epoch for lr in self.base_lrs]
+
+
+def test_scheduler_with_variable_arguments_does_not_require_them():
+    optimizer = torch.optim.SGD(weights(), lr=0.1)
+    history = run(optimizer, attach(StepDecay, optimizer, factor=0.1), 3)
+    lrs = [group["lr"] for [group] in history]
+    assert lrs == pytest.approx([0.1, 0.01, 0.001])
