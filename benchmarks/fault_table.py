@@ -172,7 +172,7 @@ def fail_on_rank(directory: Path) -> Iterator[tuple[str, str, str]]:
         lines = [line for line in done.stderr.splitlines() if any(text in line for text in known)]
         message = lines[0].split(": ", 1)[1][:170] if lines else done.stderr[-300:]
         spent = time.monotonic() - start_time
-        yield f"{fault} ({spent:.0f} s including startup)", f"{message} …", "step 2"
+        yield f"{fault} ({spent:.0f} s including startup)", f"{message} …", find_resumed_step(saved_dir)
 
 
 def run_rank(case: str, directory: str) -> None:

@@ -223,7 +223,8 @@ def _get_name(optimizer: Optimizer) -> str | None:
 
 
 def _choose_source(args: argparse.Namespace | None, *configs: Source | None) -> Source:
-    given = [config for config in (*configs, getattr(args, "deepspeed_config", None)) if config]
+    candidates = (*configs, getattr(args, "deepspeed_config", None))
+    given = [config for config in candidates if config not in (None, "")]
     if not given:
         raise ValueError(
             "`config` must be a path or a dict, got None. Pass the path of your ds_config.json."

@@ -32,4 +32,4 @@ def quote_value(value: Any) -> str:
 
 def shorten(text: str) -> str:
     """Truncate a string to at most 60 characters."""
-    return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "…"
+    return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
