@@ -6,17 +6,17 @@ The script trains LeNet (without normalization) and a small ResNet (with batch n
 Fashion-MNIST, with images downsampled to 14 x 14. All runs use AdamW and the same number of epochs,
 with batch sizes of 256, 2,048 and 8,192. The methods are
 
-- fixed: the best of three learning rates for batch size 256;
-- scaled: the fixed learning rate times batch size / 256;
-- cosine: warmup to the scaled learning rate over a tenth of the run, then cosine decay to 0;
+- fixed: a constant learning rate for all batch sizes, the best of three at batch size 256;
+- scaled: the learning rate of "fixed" times batch size / 256;
+- cosine: warmup to the learning rate of "scaled" over a tenth of the run, then cosine decay to 0;
 - 1Cycle: OneCycle between the bounds that an LR range test suggests for the batch size;
-- refined: the same, but short cycles refine the maximum, as with ``lr-test --refine``;
+- refined: the same, but short 1Cycle runs refine the maximum, as with ``lr-test --refine``;
 - AutoWU: AutoWU with its robust test for a minimum of the loss, and with rollback to the weights at
   that minimum; no hyperparameter is tuned;
 - AutoWU 1/4: the same, with a warmup of at most a quarter of the run instead of half.
 
-"refined" and "AutoWU 1/4" are meant to improve on 1Cycle and AutoWU for large batches, so there are
-no runs of these two methods with batch size 256.
+"refined" and "AutoWU 1/4" are not run with batch size 256, because they are meant to improve on
+1Cycle and AutoWU for large batches.
 
 The results are saved in a JSON file next to the plot. Results that already exist are reused.
 """
@@ -54,7 +54,7 @@ BATCHES = (256, 2048, 8192)
 METHODS = ("fixed", "scaled", "cosine", "1Cycle", "refined", "AutoWU", "AutoWU 1/4")
 ONLY_LARGE = ("refined", "AutoWU 1/4")
 CYCLE_STEPS = 32
-"""Number of steps in each short cycle that refines the maximum learning rate."""
+"""Number of steps in each of the short 1Cycle runs that refine the maximum learning rate."""
 CANDIDATES = (1e-3, 2e-3, 4e-3)
 
 
@@ -166,7 +166,7 @@ class Experiment:
         return report.suggestion.max_lr
 
     def refine_max_lr(self, net: str, size: int, max_lr: float) -> float:
-        """Refine a suggested maximum learning rate with short cycles, and return the result."""
+        """Return a suggested maximum learning rate after refining it with short 1Cycle runs."""
 
         def train_cycle(block: dict[str, Any], repeat: int) -> Run:
             trainer = self.build_engine(net, 100 + repeat, 1e-3, block)

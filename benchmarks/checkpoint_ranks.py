@@ -1,4 +1,4 @@
-"""Compare the time and memory of sharded checkpoints with those of raw I/O and other libraries.
+"""Compare the time and memory that onecycle and other libraries need for sharded checkpoints.
 
     torchrun --standalone --nproc_per_node 2 benchmarks/checkpoint_ranks.py
 

@@ -2,11 +2,11 @@
 
     python benchmarks/checkpoint_speed.py
 
-The script prints one table each for saving, for loading, and for the time during which an
-asynchronous save blocks training. The tables show the CPU time of the training thread and the
-wall-clock time (medians of interleaved rounds), and the ratio of each to the time for writing,
-reading or copying a single buffer of the same size. Syncing and hashing, which make sure that a
-checkpoint is complete, have a separate row.
+The script prints three tables: for saving, for loading, and for the time that an asynchronous save
+blocks training. Each row shows the CPU time of the training thread, the wall-clock time, and the
+ratio of each to its value in the first row, which writes, reads or copies a single buffer of the
+same size. All numbers are medians of interleaved rounds. Syncing the saved files to disk and
+hashing them share a separate row.
 """
 
 from __future__ import annotations

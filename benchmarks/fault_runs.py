@@ -1,7 +1,7 @@
-"""Inject faults, such as a full disk, a malicious file or a signal, into training scripts.
+"""Inject faults, such as a full disk, a malicious file or a signal, into training runs.
 
-Each fault is a shell script that runs in an empty directory. `benchmarks/fault_table.py` runs all
-of them and prints a table with the last line of the output, the exit status and the run time.
+Each fault is caused by a shell script that runs in an empty directory. `benchmarks/fault_table.py`
+runs all scripts and prints each script's last line of output, exit status and run time in a table.
 """
 
 from __future__ import annotations
@@ -460,8 +460,7 @@ def run_faults(only: str = "") -> Iterator[tuple[str, str, int, float]]:
     """Run the script of each fault whose name contains ``only``.
 
     Yields:
-        A tuple of the fault's name, and the script's last line of output, exit status and run time
-        in seconds.
+        Tuple ``(name, last_line_of_output, exit_status, seconds)``.
     """
     for fault in FAULTS:
         if only in fault.name:

@@ -3,13 +3,13 @@
     python benchmarks/fault_table.py [--only TEXT]
 
 The faults are real: the file system that runs out of space is a mounted tmpfs, and the killed rank
-receives SIGKILL. If the tmpfs cannot be mounted, the rows that need it say so. Only the wrong
-system clock is simulated.
+receives SIGKILL. Faults that need a tmpfs are skipped if none can be mounted. Only the wrong system
+clock is simulated.
 
-The first table lists faults in checkpoints; its last column shows the step from which training
-resumes afterward. Before most faults, three checkpoints exist, the newest at step 6. Before a fault
-that needs several ranks, only one checkpoint exists, at step 2. The second table lists faults in
-the scripts of benchmarks/fault_runs.py.
+The first table lists faults in checkpoints and saves; its last column shows the step from which
+training resumes afterward. Before most faults, three checkpoints exist, the newest at step 6.
+Before a fault that needs several ranks, only one checkpoint exists. The second table lists the
+faults that are defined in benchmarks/fault_runs.py.
 """
 
 from __future__ import annotations
@@ -172,7 +172,11 @@ def fail_on_rank(directory: Path) -> Iterator[tuple[str, str, str]]:
         lines = [line for line in done.stderr.splitlines() if any(text in line for text in known)]
         message = lines[0].split(": ", 1)[1][:170] if lines else done.stderr[-300:]
         spent = time.monotonic() - start_time
-        yield f"{fault} ({spent:.0f} s including startup)", f"{message} …", find_resumed_step(saved_dir)
+        yield (
+            f"{fault} ({spent:.0f} s including startup)",
+            f"{message} …",
+            find_resumed_step(saved_dir),
+        )
 
 
 def run_rank(case: str, directory: str) -> None:
@@ -197,7 +201,7 @@ def main() -> None:
     parser.add_argument(
         "--only",
         metavar="TEXT",
-        help="run only the faults of the second table whose names contain TEXT",
+        help="print only the second table, with the faults whose names contain TEXT",
     )
     args = parser.parse_args()
     if args.as_rank:

@@ -5,9 +5,9 @@
 
 The tasks are a GPT with 124M parameters in bf16, the same GPT compiled, and a small MLP whose step
 shows the overhead of each library. Each contender runs in its own process, and the processes take
-turns. The report is JSON: milliseconds per step (median of the rounds), tokens or samples per
-second, the median ratio to the raw loop, peak GPU memory in bytes, and the number of times per step
-that the host waits for the device, counted with the profiler.
+turns. The report is JSON: milliseconds per step and their ratio to those of the raw loop (medians
+of the rounds), tokens or samples per second, peak GPU memory in bytes, and the number of times per
+step that the host waits for the device, counted with the profiler.
 
 The raw loop uses fused AdamW, autocast, `clip_grad_norm_` and `zero_grad`. All contenders use
 torch's fused AdamW and clip gradients at norm 1; onecycle also follows a 1Cycle schedule. A library
@@ -82,7 +82,7 @@ class Task:
 
     @property
     def length(self) -> int:
-        """Tokens per sequence of the GPT."""
+        """Sequence length of the GPT, in tokens."""
         return 16 if self.is_dry else 1024
 
     @property
@@ -93,7 +93,7 @@ class Task:
 
     @property
     def items(self) -> int:
-        """Number of tokens or samples per step."""
+        """Number of tokens (GPT) or samples (MLP) per step."""
         return self.rows * self.length if self.is_gpt else self.rows
 
     def build(self) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
@@ -282,7 +282,7 @@ CONTENDERS: dict[str, tuple[str, Callable[[Task], Step]]] = {
     "Accelerate": ("accelerate", accelerate),
     "Fabric": ("lightning_fabric", fabric),
 }
-"""Maps each contender to the package that it needs and the function that builds its step."""
+"""Maps each contender to the package it needs and a function that builds its training step."""
 
 
 def wait(task: Task) -> None:
@@ -311,7 +311,7 @@ def measure(task: Task, step: Step) -> tuple[float, int | None]:
 def count_syncs(task: Task, step: Step, steps: int = 4) -> float:
     """Return how many times per step the host waits for the device.
 
-    On the CPU, operations that read a value from a tensor are counted instead.
+    On the CPU, conversions of a tensor to a Python number, such as ``item()``, are counted instead.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if not task.is_dry:
@@ -430,7 +430,7 @@ def run_task(
     Args:
         task: task to run.
         contenders: contenders that have not failed.
-        rounds: number of rounds.
+        rounds: number of times to measure each contender, unless the time runs out.
         start: time at which the benchmark started, from `time.monotonic`.
     """
 
@@ -543,7 +543,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--dry-run", action="store_true", help="run a small benchmark on the CPU")
-    parser.add_argument("--rounds", type=int, help="rounds per task (default: 5; dry run: 2)")
+    parser.add_argument(
+        "--rounds", type=int, help="measurements per task and contender (default: 5; dry run: 2)"
+    )
     parser.add_argument("--out", type=Path, help="file for the report (default: standard output)")
     args = parser.parse_args()
     if args.dry_run:

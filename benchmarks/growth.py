@@ -3,15 +3,18 @@
     python benchmarks/growth.py [--only groups] [--steps 1000000]
 
 Each case is measured in a new process. Times are CPU times, which other programs barely affect. The
-time of a step is the mean over several steps. The column "growth" is the growth exponent of the
-fastest-growing column, relative to the previous row: 0 is constant, 1 is linear, 2 is quadratic.
+time of a step is the mean over several steps. The column "growth" compares each row with the
+previous row: it is the growth exponent of the column that grows fastest. An exponent of 0 means
+constant cost, 1 linear cost and 2 quadratic cost.
 
-- groups: start-up, a step, saving and loading, for a model in which each param group has one tensor
-  of one element. "plain step" is a step with PyTorch's optimizer, without the engine.
-- parameters: the same for a model with 100 tensors in one group, and the peak resident memory. The
-  model with 1e9 parameters is on the meta device, so only the schedule is measured.
-- config: a call to `validate` on a config with many param groups, schedule phases, unknown keys or
-  comments.
+- groups: the times of start-up, a step, saving and loading, for a model in which each param group
+  has one tensor of one element. "plain step" is a step with PyTorch's optimizer but without the
+  engine.
+- parameters: the same times, and the peak resident memory, for a model with 100 tensors in one
+  param group. A second table measures only the schedule, for models on the meta device with up to
+  1e9 parameters.
+- config: the time of a call to `validate` on a config with many param groups, schedule phases,
+  unknown keys or comments.
 - steps: the time of a step and the resident memory in each tenth of a tiny model's training.
 """
 
@@ -51,7 +54,10 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def clock(function: Callable[[], object], repeats: int = 1) -> float:
-    """Return the mean CPU time per call of ``function``, over all threads, in milliseconds."""
+    """Return the mean CPU time of ``repeats`` calls of ``function``, in milliseconds.
+
+    The time includes all threads of this process.
+    """
     begin = time.process_time()
     for _ in range(repeats):
         function()
@@ -238,7 +244,7 @@ def run_case(case: list[Any]) -> Any:
 
 
 def measure(task: str, *arguments: Any) -> Any:
-    """Measure the case that `run_case` passes to this process, and return its results."""
+    """Measure a case in this process, and return its results."""
     *rest, directory = arguments
     path = Path(directory)
     if task == "groups":
@@ -288,7 +294,7 @@ def main() -> None:
         "--largest",
         type=float,
         default=1e8,
-        help="number of parameters of the largest model (2e8 parameters need 7 GB)",
+        help="number of parameters of the largest model (2e8 parameters need 7 GB of memory)",
     )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()

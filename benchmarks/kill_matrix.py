@@ -3,17 +3,17 @@
     python benchmarks/kill_matrix.py --kills 200
 
 Each run saves a checkpoint every two steps. All its processes are killed with SIGKILL after a
-random time, and restarted with the same config until the run is complete. There are runs with one
-and two processes, with synchronous and asynchronous saves, with PyTorch and DeepSpeed, and with one
-engine and two engines in the script; two engines save to nested directories.
+random time, and restarted with the same config until the run is complete. A run has one or two
+processes, synchronous or asynchronous saves, PyTorch or DeepSpeed as the backend, and one or two
+engines in its script. The second engine saves to a subdirectory of the first engine's directory.
 
-At each start, the clock is set back by another hour, because the choice of the newest checkpoint
-must not depend on the clock. Each run keeps two automatic checkpoints. Its directory also contains
-a checkpoint that the script saves explicitly and that must never be deleted. At each step, the
-learning rate, the data and a hash of the weights are compared with those of an uninterrupted run.
+At each start, the run's clock is set back by another hour, because the choice of the newest
+checkpoint must not depend on the clock. Each engine keeps its two newest automatic checkpoints. The
+script also saves a checkpoint explicitly, which must never be deleted. At each step, the learning
+rate, the data and a hash of the weights are compared with those of an uninterrupted run.
 
-The exit status is 1 if a step differs, a run fails to restart, the explicit checkpoint is missing
-or changed, or the wrong checkpoints exist at the end.
+The exit status is 1 if a step differs, a run fails to restart, or the checkpoints at the end do not
+have the same tags and steps as those of the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ CASES = (
 
 
 class Run:
-    """The processes of a training run, from one start until they exit or are killed."""
+    """The processes launched by one start or restart of a training run."""
 
     def __init__(self, case: Case, directory: Path, training_steps: int, start: int = 0) -> None:
         with socket.socket() as free:

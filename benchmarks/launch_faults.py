@@ -3,13 +3,14 @@
     python benchmarks/launch_faults.py [--only TEXT]
 
 Faults on hosts: the two hosts are network namespaces of this machine, each with its own sshd
-(tests/testing/lab.sh; requires root). A rank that does not cause the fault waits indefinitely.
+(tests/testing/lab.sh; requires root). The ranks only wait; for the fault "a rank ends with 7",
+one of them exits.
 
-Faults on ranks: two ranks train on this machine, and one of them fails while the other rank waits
-for it in a collective (tests/testing/failing_rank.py).
+Faults on ranks: two ranks train on this machine. One of them fails while the other rank waits for
+it in a collective (tests/testing/failing_rank.py), or the ranks or the launcher receive SIGINT.
 
-The tables show the launcher's message, the time in seconds from the fault to the exit of the
-launcher, and the number of processes of the job that are still running a few seconds later.
+The tables show the launcher's message and exit status, the time in seconds from the fault to the
+launcher's exit, and how many of the job's processes are left afterward.
 """
 
 from __future__ import annotations
@@ -73,7 +74,15 @@ MARK = "LAUNCH_FAULTS"
 
 
 def break_host(fault: str, what: str, until: str, happens: str, settle: int) -> str:
-    """Inject a fault into one of two hosts, and return the table row for this fault."""
+    """Inject a fault into a launch on two hosts, and return the table row for this fault.
+
+    Args:
+        fault: name of the fault in the table.
+        what: first argument of the script that each rank runs (tests/testing/worker.py).
+        until: shell command to run before the fault.
+        happens: shell command that injects the fault, or "".
+        settle: seconds from the launcher's exit until the remaining processes are counted.
+    """
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         (directory / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
@@ -94,7 +103,14 @@ def break_host(fault: str, what: str, until: str, happens: str, settle: int) -> 
 
 
 def break_rank(fault: str, kind: str, backend: str) -> str:
-    """Inject a fault into one of two ranks, and return the table row for this fault."""
+    """Inject a fault into a launch of two ranks, and return the table row for this fault.
+
+    Args:
+        fault: name of the fault in the table.
+        kind: how rank 1 fails (see tests/testing/failing_rank.py), or what receives SIGINT:
+            "launcher" or "ranks".
+        backend: "torch" or "deepspeed".
+    """
     with tempfile.TemporaryDirectory() as name:
         directory, mark = Path(name), uuid.uuid4().hex
         is_signal = kind in {"launcher", "ranks"}
@@ -130,9 +146,10 @@ def send_interrupt(launcher: subprocess.Popen[bytes], directory: Path, *, to_ran
 
 
 def describe_end(directory: Path) -> str:
-    """Return the last line of the traceback, if any, and the launcher's message.
+    """Describe how a launch ended, from the error output and checkpoints in its directory.
 
-    If a checkpoint was saved, the returned text also reports it.
+    The text contains the last line of the traceback, if any, the launcher's message, and whether
+    a checkpoint was saved.
     """
     lines = [
         line.replace("[rank1]:", "").partition("] ")[2].strip() or line

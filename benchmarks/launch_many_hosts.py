@@ -17,7 +17,8 @@ The second table shows wall-clock seconds (including the CPU time of the stubs),
 
 - preflight: both rounds of the preflight check; each round includes the delay;
 - corrected: preflight, minus the stubs' CPU time divided by the number of cores;
-- outputs: from the start of the launcher until it has printed the first line or all lines;
+- first output, all outputs: from the start of the launcher until it has printed a line from one
+  host or from every host;
 - notice: from the failure of a host until the launcher stops another host;
 - exit: from the failure until the launcher has exited;
 - MiB, threads, files, processes: the launcher's peak resident set size, and its peak numbers of
@@ -72,7 +73,10 @@ def build_hostfile(count: int) -> str:
 
 
 def measure_part(part: str, directory: Path) -> dict[str, float]:
-    """Build the launch plan or run the preflight check in this process, and return the times."""
+    """Return the wall-clock and CPU seconds of one part of a launch.
+
+    ``part`` is "plan" (build the launch plan) or "preflight" (run the preflight check).
+    """
     from engine.launch.hosts import read_hostfile
     from engine.launch.plan import build_plan
     from engine.launch.preflight import check_hosts
@@ -135,7 +139,7 @@ class Usage:
             self.largest[name] = max(self.largest[name], value)
 
     def read_helpers(self) -> float:
-        """Return the proportional set size of the processes that send pings, in MiB."""
+        """Return the total proportional set size, in MiB, of the processes that send pings."""
         path = Path("/proc", str(self.pid), "task", str(self.pid), "children")
         kib = 0
         for child in path.read_text().split():
@@ -185,7 +189,12 @@ def measure_run(directory: Path, environment: dict[str, str], count: int) -> dic
 
 
 def measure(count: int, delay: float) -> dict[str, dict[str, float]]:
-    """Return the measurements of each part of a launch on ``count`` hosts."""
+    """Return the measurements of the launch plan, the preflight check and the run.
+
+    Args:
+        count: number of simulated hosts.
+        delay: seconds before a simulated host responds.
+    """
     from engine.launch.probe import probe
 
     with tempfile.TemporaryDirectory(prefix="launch_many_hosts_") as name:

@@ -1,16 +1,17 @@
-"""Compare LR range test suggestions with Lightning's and torch-lr-finder's on synthetic curves.
+"""Compare onecycle's LR suggestions with those of Lightning and torch-lr-finder.
 
     pip install -c constraints.txt -e '.[benchmarks]'
     python benchmarks/lr_test_rules.py
 
-The script uses 1,000 curves of five families at five noise levels (the standard deviation as a
-fraction of the total drop in the loss), and 200 curves on which the loss does not fall. Each tool
-receives the losses one by one, and smooths and evaluates them with its own code. A suggestion is
-correct if it differs from the true value by less than a factor of 3. For the suggested maximum, the
-true value is the middle of the region in which the loss exceeds its minimum by less than 5% of the
-total drop.
-For the rule "steepest", which is the only rule of the other tools, the true value is the learning
-rate at which the loss falls most steeply as a function of log(lr).
+The script uses 1,000 synthetic loss curves of five families at five noise levels (the standard
+deviation as a fraction of the total drop in the loss), and 200 curves on which the loss does not
+fall. Each tool receives the same losses, and smooths and evaluates them with its own code. A
+suggestion is correct if it differs from the true value by less than a factor of 3.
+
+For onecycle's suggested maximum learning rate, the true value is the middle of the region in which
+the loss without noise exceeds its minimum by less than 5% of the total drop. For the rule
+"steepest", the only one that the other tools have, the true value is the learning rate at which the
+loss falls most steeply as a function of log(lr).
 """
 
 from __future__ import annotations
@@ -117,7 +118,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "--curves", type=int, default=1000, help="number of synthetic curves (default: 1000)"
+        "--curves",
+        type=int,
+        default=1000,
+        help="number of curves on which the loss falls (default: 1000)",
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -6,9 +6,9 @@ The suggestions are those of ``onecycle lr-test --repeat 3``, with and without r
 (``--refine --training-steps``). There are three tasks: LeNet on Fashion-MNIST (or on scikit-learn's
 digits if Fashion-MNIST is not available), an MLP on the digits, and a small transformer that
 predicts the next character in the source code and docs of this repository. Each task is trained
-with 1Cycle schedules that start at a tenth of their maximum. The maxima are the suggestions and
-nine learning rates half a decade apart, each with several seeds. Accuracy is measured on held-out
-data.
+with 1Cycle schedules that start at a tenth of their maximum. These maxima are the two suggestions
+and a grid of nine learning rates half a decade apart. Each maximum is used with several seeds.
+Accuracy is measured on held-out data.
 """
 
 from __future__ import annotations
@@ -208,11 +208,11 @@ def standard_error(values: list[float]) -> float:
 
 
 def compare_with_grid(mine: list[float], top: list[float], lr: float, threshold: float) -> str:
-    """Return a table cell that compares a suggested maximum with the best maximum of the grid.
+    """Return a table cell that compares a suggested learning rate with the best one in the grid.
 
     Args:
-        mine: accuracies of the runs with the suggested maximum.
-        top: accuracies of the runs with the best maximum of the grid, for the same seeds.
+        mine: accuracies of the runs with the suggested learning rate.
+        top: accuracies of the runs with the best learning rate in the grid, for the same seeds.
         lr: suggested maximum learning rate.
         threshold: lowest mean accuracy at which the suggestion counts as equally good.
     """

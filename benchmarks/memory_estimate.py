@@ -2,11 +2,11 @@
 
     python benchmarks/memory_estimate.py > docs/results/memory_estimate.md
 
-A small model trains for four steps with every backend, ZeRO stage, precision and offloading option,
-on one rank and on two. The script adds up the sizes of all tensors that exist at the end of a
-forward pass, at the end of a backward pass and in the optimizer step. The first table compares the
-largest of these sums with the estimate. The second table compares the estimate for a large model
-with the results of DeepSpeed's own estimators.
+The script trains a small model with different backends, ZeRO stages, precisions, offloading options
+and optimizers, on one rank and on two. It adds up the sizes of all tensors that exist at the end of
+each forward and backward pass and at the start of the optimizer step. The first table compares the
+largest of these sums with the estimate. The second table compares the estimates of onecycle and
+DeepSpeed for a model with 7 billion parameters.
 """
 
 from __future__ import annotations

@@ -3,14 +3,16 @@
     python benchmarks/random_cuts.py --cuts 30
 
 Each run is killed, receives SIGTERM or Ctrl-C, exits after an epoch, or completes all its steps.
-Then it is restarted. The samples, the learning rate and a hash of the weights of each step are
-compared with those of an uninterrupted run. Four training loops run on one rank and on two. The
-first iterates over ``trainer.batches()``. So does the second, but the script creates the data
-loader, which has two workers. The third loops over the remaining epochs. The fourth saves and loads
-checkpoints itself.
+Then it is restarted. Each step's samples, learning rate and hash of the weights are compared with
+those of an uninterrupted run. The runs use one or two ranks and one of four training loops:
 
-The exit status is 1 if any steps differ. A killed run may repeat the steps since its most recent
-checkpoint.
+- ``batches`` iterates over ``trainer.batches()``;
+- ``workers`` does the same, with the script's own data loader, which has two workers;
+- ``epochs`` loops over the remaining epochs;
+- ``script`` saves and loads checkpoints itself.
+
+This program exits with status 1 if any steps differ. Only a killed run may repeat steps: those
+since its most recent checkpoint.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ def start(directory: Path, case: Case) -> int:
 
 
 def read_rows(directory: Path, ranks: int) -> list[str]:
-    """Return the rows that all ranks wrote, in rank order and prefixed with the rank."""
+    """Return each rank's rows, one per training step, prefixed with the rank."""
     return [
         f"{rank}: {row}"
         for rank in range(ranks)
@@ -83,9 +85,11 @@ def read_rows(directory: Path, ranks: int) -> list[str]:
 def count_differences(case: Case, directory: Path, expected: list[str]) -> tuple[int, int]:
     """Interrupt and resume a run, and compare its rows with those of an uninterrupted run.
 
+    Each row describes one training step of one rank.
+
     Returns:
-        The number of rows that differ, and the number of rows that were written again. Rows that
-        were written again count as different, unless the run was killed.
+        The number of rows that differ, and the number of repeated rows. If the run was not killed,
+        repeated rows also count as different.
     """
     status = start(directory, case)
     assert status in STATUS[case.cut], (case, status, (directory / "output").read_text()[-3000:])

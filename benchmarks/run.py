@@ -1,11 +1,11 @@
-"""Run a group of benchmarks one by one, and print how long each takes.
+"""Run the benchmarks of a group one by one, and print how long each takes.
 
     python benchmarks/run.py speed       # same as `make bench`
     python benchmarks/run.py evidence    # same as `make evidence`
 
-The group "evidence" trains models, and writes the results to the directory ``run/evidence``, where
-you can compare them with docs/results. If this group is interrupted, run it again: it continues
-with the first training run whose results are missing.
+The group "evidence" trains models, and writes the results to the directory ``run/evidence``. You
+can compare them with the published results in docs/results. If this group is interrupted, run it
+again: it continues with the first training run whose results are missing.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main() -> int:
     parser.add_argument(
         "--smoke",
         action="store_true",
-        help="use only a few samples and steps (only for the group evidence)",
+        help="use only a few samples and steps; requires the group `evidence`",
     )
     args = parser.parse_args()
     if args.smoke and args.group != "evidence":

@@ -62,7 +62,10 @@ def repeat_step(step: Step) -> Callable[[int], None]:
 
 
 def build_contenders(groups: int) -> dict[str, Callable[[int], None]]:
-    """Return a function that runs a number of steps, for each scheduler and for the bare loop."""
+    """Map the name of each scheduler to a function that runs a given number of its steps.
+
+    The dict also contains the bare loop, as the baseline.
+    """
     from deepspeed.runtime.lr_schedules import OneCycle
 
     own = CYCLE | {
@@ -115,7 +118,7 @@ def time_steps(console: Console, rounds: int) -> None:
 
 
 def compute_with_numpy(steps: int) -> list[np.ndarray]:
-    """Compute a reference curve of learning rate and momentum with numpy."""
+    """Compute the learning rate and momentum curves in plain numpy, as a baseline."""
     first, end = steps // 4, steps // 2
     progress = np.zeros(steps)
     progress[: first + 1] = np.floor(np.arange(first + 1) * (500 / first)) / 500
@@ -165,8 +168,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=25, help="number of rounds (default: 25)")
-    parser.add_argument("--steps", type=int, default=1_000_000, help="number of steps in the curve")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=25,
+        help="number of timing rounds for single steps (default: 25)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=1_000_000,
+        help="number of steps in the whole curve (default: 1000000)",
+    )
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

@@ -1,11 +1,11 @@
-"""Measure the startup time and the memory of a training process.
+"""Measure the startup time and peak memory of a training process.
 
     python benchmarks/start_up.py
 
-Each contender, such as plain PyTorch or onecycle, runs in its own process. The process first builds
-a PyTorch optimizer, because this imports parts of torch that every contender needs. The table shows
-the additional CPU time of importing the contender and of initializing training with it, and the
-peak memory after four steps of a GPT with 10 million parameters.
+Each contender, such as plain PyTorch or onecycle, runs in its own process. Before the timer
+starts, the process builds a PyTorch optimizer, which imports the parts of torch that every
+contender needs. The table shows the CPU time of importing the contender and of initializing
+training with it, and the peak memory after four training steps of a GPT with 10 million parameters.
 """
 
 from __future__ import annotations

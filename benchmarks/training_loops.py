@@ -1,10 +1,10 @@
-"""Run ten kinds of training loop on every backend and ZeRO stage, on one rank and on two.
+"""Run many kinds of training loop on every backend and ZeRO stage, on one rank and on two.
 
     python benchmarks/training_loops.py > docs/results/training_loops.md
 
-The script compares the final weights with those of plain DeepSpeed at the same stage and with those
-of a hand-written PyTorch loop. Each cell of the table shows the largest difference from the closer
-of the two, or that the engine rejects the loop.
+The final weights are compared with two references: plain DeepSpeed at the same stage, and a
+hand-written PyTorch loop. Each table cell shows the largest difference from the closer reference,
+or that the engine rejects the loop.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ in every cell with a number. On PyTorch, a single process does not shard: stages
 def measure(loop: str, world_size: int, backend: str, stage: int, refusals: dict[str, str]) -> str:
     """Run a training loop on a backend, and return the text of its table cell.
 
-    If the engine rejects the loop, its error message is added to ``refusals`` with a number, and
+    If the engine rejects the loop, the error message is added to ``refusals`` with a number, and
     the cell contains that number.
     """
     results = run_distributed_test(run_loop, world_size, loop, backend, stage)

@@ -1,11 +1,12 @@
-"""Compare the cost of an optimizer step in onecycle, a raw PyTorch loop and other libraries.
+"""Compare the CPU time of a training step in onecycle, a raw PyTorch loop and other libraries.
 
     python benchmarks/training_speed.py
 
 Each contender runs single-threaded in its own process, so that contenders do not share a heap. The
-processes take turns. The table shows the median CPU time per step, and the median ratio to the raw
-loop (PyTorch's default AdamW, clip_grad_norm_ and zero_grad). The column "calls (MLP)" shows the
-number of function calls per optimizer step when training the MLP, counted by cProfile.
+processes take turns. For an MLP and a small GPT, the table shows the median CPU time per training
+step, and the median ratio to the raw loop (PyTorch's default AdamW, clip_grad_norm_ and zero_grad).
+The column "calls (MLP)" shows the number of function calls per training step of the MLP, counted by
+cProfile.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def loss_fn(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def bound(task: Callable[[], tuple]) -> Step:
-    """Build a step that runs only the forward and backward passes, as a lower bound."""
+    """Return a function that runs only the forward and backward passes, as a lower bound."""
     model, x, y = task()
 
     def step() -> None:
@@ -219,7 +220,7 @@ def contenders() -> dict[str, Callable[[Callable[[], tuple]], Step]]:
 
 
 def calls(step: Step, steps: int = 20) -> int:
-    """Return the number of function calls per optimizer step, counted by cProfile."""
+    """Return the mean number of function calls that ``step`` makes, counted by cProfile."""
     for _ in range(3):
         step()
     profile = cProfile.Profile()
@@ -241,7 +242,8 @@ def serve(connection: Connection, make: Callable, task: Callable[[], tuple], cou
     """Run a contender's steps in this process, and send the measurements over the connection.
 
     First, send the number of function calls per step, or None if ``counts`` is false. Then, for
-    each number received, run that many steps and send their CPU time per step. Return on 0.
+    each number received, run that many steps and send their mean CPU time. Return when the number
+    is 0.
     """
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

@@ -1,10 +1,10 @@
-"""Compare the cost of a step on two ranks in onecycle, hand-written loops and DeepSpeed.
+"""Compare the CPU time of a training step on two ranks in onecycle, raw PyTorch and DeepSpeed.
 
     torchrun --standalone --nproc_per_node 2 benchmarks/training_speed_ranks.py
 
-For each contender, the script prints the CPU time per step on rank 0 with one thread (the median of
-interleaved rounds), and the median ratio of this time to that of the first hand-written loop, which
-uses fused AdamW and a single all-reduce of all gradients.
+The contenders run single-threaded and take turns. For each one, the script prints the median CPU
+time per training step on rank 0, and its median ratio to "one flat all-reduce": a raw PyTorch loop
+that uses fused AdamW and a single all-reduce of all gradients.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measure how long `onecycle ui` takes to redraw the problems and curves after a keystroke.
+"""Measure how long `onecycle ui` takes to update the problem list and plots after a keystroke.
 
     python benchmarks/ui_latency.py
 
@@ -50,13 +50,13 @@ new PerformanceObserver((list) => {
 
 
 def find_largest() -> Path:
-    """Return the path of the largest config in the test corpus that has a schedule."""
+    """Return the path of the largest config with a scheduler block in the test corpus."""
     paths = sorted(CORPUS.glob("*/*.json"), key=lambda path: path.stat().st_size, reverse=True)
     return next(path for path in paths if '"scheduler"' in path.read_text())
 
 
 def measure(text: str, steps: int | None, rounds: int) -> Iterator[float]:
-    """Yield the latency of each keystroke in milliseconds."""
+    """Yield the latency in milliseconds of each of ``rounds`` keystrokes in the config ``text``."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "ds_config.json")
         path.write_text(text)

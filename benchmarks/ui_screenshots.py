@@ -2,7 +2,8 @@
 
     python benchmarks/ui_screenshots.py
 
-Requires chromium and chromedriver. The script trains two small models for the second screenshot.
+Requires chromium and chromedriver. The script also trains two small models, whose metrics are
+shown in the screenshot ``ui_run.png``.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ for _ in range(400):
 
 
 def shoot(page: Page, name: str, theme: str, size: tuple[int, int], panels: int) -> None:
-    """Save a screenshot of a page, reduced to 256 colors to keep the file small."""
+    """Wait until a page shows ``panels`` charts, then save a screenshot of it in 256 colors."""
     path = PICTURES / name
     with serve(page) as address, open_browser() as browser:
         set_theme(browser, theme)

@@ -1,10 +1,11 @@
-"""Compare the cost of validating a config in a new process, with onecycle and with DeepSpeed.
+"""Compare the CPU time and memory that onecycle and DeepSpeed need to validate a config.
 
     python benchmarks/validate_cost.py
 
-The script prints the CPU time (user and system), its ratios to the CPU times of ``python -c pass``
-and of onecycle, and the peak memory (largest resident set size). Every round runs each command
-once. Times and ratios are medians over the rounds; the peak memory is the maximum.
+For each command, the script prints the CPU time (user and system), the ratios of this time to the
+CPU times of ``python -c pass`` and onecycle, and the peak memory (largest resident set size). Every
+round runs each command once, in a new process. Times and ratios are medians over the rounds; the
+peak memory is the maximum.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Train a PyTorch model from one JSON config in the format of DeepSpeed's ``ds_config.json``.
 
-`initialize` validates the config and returns a training engine. Call the engine like the model.
-Public names are imported lazily, so that loading and validating a config does not import torch.
-``make generate`` writes ``__init__.pyi``, which declares the types of these names.
+`initialize` validates the config and returns a training engine. Call the engine wherever you would
+call the model. Public names are imported lazily, so that loading and validating a config does not
+import torch. ``make generate`` writes ``__init__.pyi``, which declares the types of these names.
 """
 
 from __future__ import annotations

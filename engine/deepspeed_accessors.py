@@ -95,7 +95,7 @@ class DeepSpeedAccessors(nn.Module):
         """The monitors of the run, such as TensorBoard.
 
         To write your own metrics, call ``monitor.write_events([(name, value, samples)])`` on every
-        rank. ``samples`` is the number of processed samples.
+        rank. ``samples`` is the number of samples processed so far.
         """
         return self._run.progress.monitors
 
@@ -274,11 +274,13 @@ class DeepSpeedAccessors(nn.Module):
         """Build a data loader for this rank's shard of a dataset.
 
         Args:
-            dataset: dataset to load. An iterable dataset must split its samples across ranks.
+            dataset: dataset to load. An `IterableDataset` must split its samples across ranks
+                itself.
             batch_size: number of samples per batch on one rank; default: the micro-batch size.
             route: "train" to shuffle the samples; "eval" or "predict" to keep their order.
             pin_memory: whether to copy batches to pinned memory, if the rank uses a GPU.
-            data_sampler: sampler of this rank; by default, the samples are split across ranks.
+            data_sampler: sampler for this rank; ``route`` is then ignored. By default, the samples
+                are split across ranks.
             collate_fn: function that turns a list of samples into a batch.
             num_local_io_workers: number of worker processes; default: 0.
         """
@@ -298,7 +300,7 @@ class DeepSpeedAccessors(nn.Module):
         """Average the gradients across ranks, if the next call to `step` runs the optimizer.
 
         `step` averages the gradients automatically. Call this method only to read or change the
-        averaged gradients before `step`.
+        averaged gradients before `step`. ``bucket_size`` is ignored.
         """
         del bucket_size
         if self._run.accumulation.is_boundary():
@@ -308,7 +310,7 @@ class DeepSpeedAccessors(nn.Module):
     def coalesce_grad_reduction(self) -> Iterator[None]:
         """Delay gradient reduction until this context exits, then reduce all gradients together.
 
-        Exit the context before you call `step`. This method requires ZeRO on the DeepSpeed backend.
+        Exit the context before you call `step`. Requires the DeepSpeed backend with ZeRO.
 
         Raises:
             AttributeError: the run does not use the DeepSpeed backend.
@@ -358,8 +360,8 @@ class DeepSpeedAccessors(nn.Module):
             strict: whether the names must match the names in the model exactly.
             custom_load_fn: function that loads the weights, called with the weights as ``src`` and
                 the model as ``dst``.
-            fetch_z3_params: ignored; accepted for compatibility with DeepSpeed. Parameters that are
-                sharded in the model are always loaded.
+            fetch_z3_params: ignored; accepted for compatibility with DeepSpeed. Sharded parameters
+                are always loaded.
         """
         del fetch_z3_params
         module = checkpoint.get("module")

@@ -166,7 +166,7 @@ class Engine(DeepSpeedAccessors):
         return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)
 
     def _start_pass(self) -> bool:
-        """Check the accumulated gradients; return whether the pass averages them across ranks."""
+        """Check gradients; return whether the next backward pass averages them across ranks."""
         accumulation = self._run.accumulation
         if accumulation.has_gradients:
             self._run.misuse.check_accumulated(accumulation)
@@ -220,7 +220,7 @@ class Engine(DeepSpeedAccessors):
             self._automatic.save_best(self._run)
 
     def batches(self) -> Iterator[Any]:
-        """Yield the batches of the training data, epoch after epoch, until the run ends.
+        """Yield the micro-batches of the training data, epoch after epoch, until the run ends.
 
         The run ends at ``engine.max_duration``. Without ``engine.max_duration``, the run ends at
         the end of the schedule. A resumed run starts at the saved position in the data.
@@ -270,7 +270,7 @@ class Engine(DeepSpeedAccessors):
         return torch.stack(losses).sum()
 
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
-        """Return the mean loss of one batch, without training."""
+        """Return the mean loss of one batch: ``gradient_accumulation_steps()`` micro-batches."""
         with evaluation_mode(self):
             return evaluate_batch(self, data_iter, self._run)
 
@@ -290,9 +290,9 @@ class Engine(DeepSpeedAccessors):
         The model runs in eval mode without gradients. Afterwards, the mode of each submodule and
         the random state are restored. Every rank must call this method.
 
-        The samples are split across ranks if ``loader`` is a `DataLoader` of the whole dataset. In
-        all other cases, such as an iterable dataset or a custom sampler, each rank evaluates all
-        batches of its ``loader``. Shuffling and a ``DistributedSampler`` do not affect the result.
+        The samples are split across ranks if ``loader`` is a `DataLoader` of the whole dataset,
+        even if it shuffles or has a ``DistributedSampler``. In all other cases, such as an iterable
+        dataset or a custom sampler, each rank evaluates all batches of its own ``loader``.
 
         Args:
             loader: `DataLoader`, list or other finite iterable. Its batches are moved to
@@ -317,7 +317,7 @@ class Engine(DeepSpeedAccessors):
         """Concatenate the tensors of all ranks along the first dimension, in rank order.
 
         Every rank must call this method. The first dimension may differ between ranks. A scalar
-        tensor counts as one row. Inside `evaluate`, each sample is gathered once.
+        tensor counts as one row. Inside `evaluate`, batches that a rank repeats add no rows.
 
         Args:
             value: tensor, or nested tuples, lists, dicts or dataclasses of tensors.
@@ -376,16 +376,16 @@ class Engine(DeepSpeedAccessors):
     ) -> tuple[str, dict[str, Any]]:
         """Restore the state of a run from a checkpoint. Every rank must call this method.
 
-        The state consists of the model, optimizer, loss scale, schedule, counters and data
-        position.
+        The state consists of the model, optimizer, loss scale, RNG states, schedule, counters and
+        data position.
 
         Args:
-            load_dir: directory that was passed to `save_checkpoint` of this engine or of DeepSpeed.
+            load_dir: ``save_dir`` of the `save_checkpoint` call, in onecycle or in DeepSpeed.
             tag: name or number of the checkpoint; default: the newest complete checkpoint.
             load_module_strict: whether the model must have exactly the saved parameters. If false,
                 parameters without a saved value keep their values, and additional saved parameters
                 are ignored. On DeepSpeed, also pass ``load_optimizer_states=False``.
-            load_optimizer_states: whether to restore the optimizer and the loss scale.
+            load_optimizer_states: whether to restore the optimizer, loss scale and RNG states.
             load_lr_scheduler_states: whether to restore the schedule.
             load_module_only: whether to restore only the model.
 
@@ -437,9 +437,9 @@ class Engine(DeepSpeedAccessors):
     def run_is_over(self) -> bool:
         """Whether the run has reached its end.
 
-        The run ends after ``engine.max_duration`` or ``engine.steps_this_run``. With `batches`, the
-        run also ends at the end of the schedule. ``engine.checkpoint.best`` can end the run
-        earlier.
+        The run ends after ``engine.max_duration`` or ``engine.steps_this_run``. If neither is set,
+        a run that uses `batches` ends at the end of the schedule. ``engine.checkpoint.best`` can
+        end the run earlier.
         """
         return self._run.is_over
 

@@ -76,7 +76,8 @@ class Problem:
     hint: str = ""
     fix: Fix | None = None
     suggestion: str = ""
-    """The key that the user probably meant, the JSON pointer of a missing key, or ""."""
+    """For an unknown key, the key that the user probably meant. For a missing key, the JSON pointer
+    of that key. Otherwise, ""."""
 
     def __str__(self) -> str:
         return escape(f"{self.message} {self.hint}".strip())
@@ -85,14 +86,12 @@ class Problem:
 class ConfigError(ValueError):
     """Raised when a config is invalid.
 
-    ``problems`` contains every problem in the config. The message lists the first 100.
-
     The class derives from `ValueError`.
 
     Args:
-        name: name of the config in the message.
+        name: name of the config, such as its path, for the message.
         problems: all problems in the config.
-        message: message of the exception; by default, the list of problems.
+        message: message of the exception; by default, a list of the first 100 problems.
     """
 
     def __init__(self, name: str, problems: Sequence[Problem], message: str = "") -> None:

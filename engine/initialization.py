@@ -277,13 +277,14 @@ def _load(
 def _prefer_arguments(
     config: Config, optimizer: object, lr_scheduler: object
 ) -> tuple[Config, list[str]]:
-    """Remove the optimizer or schedule from the config if an argument replaces it.
+    """Drop the config's optimizer or schedules if arguments replace them.
 
     Returns:
-        The config, and a log message about each replacement.
+        The resulting config, and a log message about each replacement.
 
     Raises:
-        ValueError: the config or an argument requires an optimizer, but no optimizer is specified.
+        ValueError: no optimizer is specified although the config or an argument requires one, or
+            the argument ``optimizer`` replaces a config optimizer that defines param groups.
     """
     if optimizer is None and config.optimizer is None:
         _check_inference(config, lr_scheduler)

@@ -1,10 +1,11 @@
-"""Make the public names of `engine` and the package `schedules` available in ``onecycle``.
+"""Provide the public names of `engine`, and the package ``schedules`` as ``onecycle.schedules``.
 
-``onecycle.initialize`` is `engine.initialize`, and ``onecycle.schedules`` is the package
-``schedules``. Names are imported on first use. ``__init__.pyi`` declares their types.
+For example, ``onecycle.initialize`` is `engine.initialize`. Names are imported on first use.
+``__init__.pyi`` declares their types.
 
-If one of the user's files, such as an ``engine.py`` next to the training script, has the same name
-as a package of onecycle, importing ``onecycle`` raises an ImportError that names the file.
+If one of the user's files, such as an ``engine.py`` next to the training script, shadows the
+package ``engine``, ``schedules`` or ``schemas``, importing ``onecycle`` raises an ImportError that
+names the file.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ __all__ = ["main"]
 def main() -> int:
     """Run the ``onecycle`` command and return its exit status.
 
-    This function is the entry point of the installed ``onecycle`` script. Unlike ``python -m``, the
-    script does not put the working directory on ``sys.path``.
+    This function is the entry point of the installed ``onecycle`` script. The script does not need
+    `run_isolated`, because it does not put the working directory on ``sys.path``.
     """
     from engine.cli.main import main as run_command
 

@@ -1,9 +1,9 @@
-"""Run a module of onecycle without importing anything from the working directory.
+"""Run a module of onecycle, even if the working directory has a module with the same name.
 
 ``python -m`` puts the working directory first on ``sys.path``. If a project has its own
 ``engine.py``, ``python -m engine.launch.agent`` would import that file. Python's option ``-P``
-prevents this, but it also hides a checkout of onecycle that is not installed.
-``python -m onecycle.isolated engine.launch.agent`` finds the checkout.
+prevents this, but with ``-P``, Python does not find an uninstalled checkout of onecycle in the
+working directory. ``python -m onecycle.isolated engine.launch.agent`` works in both cases.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ __all__ = ["run_isolated"]
 def run_isolated(module: str) -> None:
     """Remove the working directory from ``sys.path``, then run a module as ``python -m`` does.
 
-    Call this function only in a process that was started with ``python -m``.
+    A working directory that is a checkout of onecycle stays on ``sys.path``. Call this function
+    only in a process that was started with ``python -m``.
 
     Args:
         module: full name of the module. Its arguments are ``sys.argv[1:]``.

@@ -1,4 +1,4 @@
-"""Import onecycle's package `engine`, and reject other modules that have the same name."""
+"""Import onecycle's `engine` package, and reject other modules that have the same name."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ ROOT = os.path.dirname(os.path.dirname(__file__))  # noqa: PTH120  # pathlib is 
 
 
 def import_engine() -> ModuleType:
-    """Import and return the package `engine`.
+    """Import and return onecycle's `engine` package.
 
     Raises:
-        ImportError: one of the user's modules has the same name as the package ``engine``,
-            ``schedules`` or ``schemas``.
+        ImportError: one of the user's modules has the same name as onecycle's ``engine``,
+            ``schedules`` or ``schemas`` package.
     """
     spec = importlib.util.find_spec("engine")
     found = spec and [*(spec.submodule_search_locations or ()), spec.origin][0]

@@ -26,16 +26,16 @@ __all__ = [
 
 Group = dict[str, Any]
 Slots = Mapping[str, Sequence["Slot"]]
-"""Mapping from each hyperparameter to its slot in each param group."""
+"""Mapping from each hyperparameter to its slots, one per param group."""
 
 _Lines = tuple[float, float, list[tuple[float, float, float, float]]]
 
 
 class Slot:
-    """Key under which a param group stores a hyperparameter.
+    """Place in a param group where a hyperparameter is stored.
 
     Args:
-        key: name of the key, such as "lr".
+        key: key of the param group, such as "lr".
     """
 
     def __init__(self, key: str) -> None:
@@ -183,8 +183,8 @@ class RangeWriter:
 
     Args:
         groups: param groups of the optimizer.
-        slots: dict that maps each hyperparameter to its slot in each group.
-        curves: dict that maps each hyperparameter to its curve in each group.
+        slots: dict that maps each hyperparameter to its slots, one per group.
+        curves: dict that maps each hyperparameter to its curves, one per group.
         step: first step to write.
     """
 
@@ -212,7 +212,7 @@ class RangeWriter:
         """Step whose values were written most recently."""
         self.num_groups = len(groups)
         self.last_group = groups[-1]
-        """The group at the end of the list, used to detect that groups were added or replaced."""
+        """The final param group; used with ``num_groups`` to detect added or replaced groups."""
         self._slots = slots
         self._pieces = {
             name: [found[curve] for curve in in_groups] for name, in_groups in curves.items()
@@ -243,8 +243,8 @@ class RangeWriter:
         """Write the scheduled values at a step into the param groups.
 
         Returns:
-            Whether the values were written. If false, other code has changed the betas of a param
-            group, and a new writer is required.
+            Whether all values were written. If false, other code has changed the betas of a param
+            group, and the caller must create a new writer.
         """
         old = self._betas
         if self._line:
@@ -298,8 +298,11 @@ class RangeWriter:
     def _share_betas(self, groups: Sequence[Group]) -> tuple[float, ...] | None:
         """Let all param groups share one tuple of betas, if their betas are equal at every step.
 
-        With one comparison per group, `write` can then detect that other code changed the betas.
-        Return the shared tuple, or None if the betas differ or the schedule does not set them.
+        `write` then needs only one identity check per group to detect that other code has changed
+        the betas.
+
+        Returns:
+            The shared tuple. None if the betas differ or the schedule does not set them.
         """
         keys = {slot.key for slot in self._slots.get("momentum", ())}
         if keys != {"betas"} or len(set(self._pieces["momentum"])) > 1:
@@ -312,10 +315,10 @@ class RangeWriter:
         return betas
 
     def _find_shared_formulas(self) -> list[tuple[str, Formula]]:
-        """Return the key and the formula of each hyperparameter, if all param groups share them.
+        """Return a (key, formula) pair for each hyperparameter if all param groups use these pairs.
 
-        Each formula then has to be evaluated only once per step. If the groups do not share all
-        keys and formulas, return an empty list.
+        Each formula is then evaluated only once per step. If any key or formula differs between
+        groups, return an empty list.
         """
         shared = []
         for name, pieces in self._pieces.items():
@@ -332,10 +335,10 @@ class RangeWriter:
         ``(step - origin) / steps`` only once for all groups.
 
         Returns:
-            The origin (the first step of the lines), the number of steps, and one row per group.
-            A row contains the initial learning rate, its total change, the initial beta1 and its
-            total change. None if a curve is not linear, the curves have different origins or
-            lengths, or the schedule does not set exactly ``lr`` and a pair of ``betas``.
+            ``(origin, steps, rows)``: the step at which the lines start, their number of steps, and
+            a row ``(initial lr, change of lr, initial beta1, change of beta1)`` for each group.
+            None if a curve is not linear, if the curves differ in ``origin`` or ``steps``, or if
+            the scheduled hyperparameters are not exactly ``lr`` and beta1 (one of two ``betas``).
         """
         keys = {slot.key for slots in self._slots.values() for slot in slots}
         if keys != {"lr", "betas"} or self._pieces.keys() != {"lr", "momentum"}:

@@ -64,12 +64,13 @@ def plot(
 
     Args:
         *schedules: schedules, or ``{"type": …, "params": {…}}`` blocks.
-        steps: number of steps to plot, up to 100,000. Defaults to the length of the run or, if it
-            is unknown, the length of the longest schedule.
+        steps: number of steps to plot, up to 100,000. Defaults to the length of the run in
+            ``horizon`` or, if it is unknown, to the length of the longest schedule.
         base: initial hyperparameters of the optimizer, each a number or a list with one number per
             param group. Defaults to a single group with learning rate 0.1, momentum 0.9 and weight
             decay 0.
-        horizon: length of the run, used to convert time strings to steps and to scale durations.
+        horizon: length of the run, used to convert time strings such as ``"10ep"`` to steps and
+            to scale durations.
         log: whether the learning rate axis is logarithmic. A logarithmic axis does not show zeros.
             By default, the axis is logarithmic only for an exponential sweep.
 
@@ -107,9 +108,9 @@ def plot(
 
 
 def _find_labels(schedules: Sequence[Schedule[Any]]) -> list[str]:
-    """Return the legend label of each schedule: its type or, if several have that type, its repr.
+    """Return the legend label of each schedule; "" if there is only one schedule.
 
-    If there is only one schedule, its label is empty.
+    The label is the schedule's type or, if several schedules have that type, its index and repr.
     """
     names = [each.type_name for each in schedules]
     if len(names) == 1:
@@ -123,13 +124,12 @@ def _find_labels(schedules: Sequence[Schedule[Any]]) -> list[str]:
 def name_columns(curves: Mapping[str, tuple[Curve, ...]], label: str = "") -> dict[str, Curve]:
     """Return a dict that maps column names to the curves of a schedule.
 
-    The column name is the hyperparameter, such as ``lr``. If the param groups have different
+    A column is named after its hyperparameter, such as ``lr``. If the param groups have different
     curves, there is one column per param group: ``lr.0``, ``lr.1``, …
 
     Args:
-        curves: curve of each hyperparameter in each param group. Groups with equal values share a
-            curve.
-        label: label of the schedule, appended to each name after a dot; may be empty.
+        curves: dict that maps each hyperparameter to its curve in each param group.
+        label: label of the schedule, appended to each column name after a dot; may be empty.
     """
     columns = {}
     suffix = f".{label}" if label else ""
@@ -167,7 +167,7 @@ def find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) -
 def choose_styles(
     columns: Iterable[str], sources: Mapping[str, str] | None = None
 ) -> dict[str, tuple[int, int]]:
-    """Return the indices of each column's color and line style.
+    """Return a dict that maps each column to the indices of its color and its line style.
 
     ``sources`` maps each column to its schedule. The columns of a schedule have the same color in
     all panels, and its param groups have different line styles. Without ``sources``, each param
@@ -193,12 +193,12 @@ def keep_positive(values: Iterable[float]) -> list[float]:
 
 
 def is_log_panel(panel: str, columns: Iterable[Sequence[float]]) -> bool:
-    """Return whether a panel may have a log axis: it shows learning rates, and one is positive."""
+    """Return whether a panel can have a log axis: it must show a positive learning rate."""
     return panel in _LR_PANELS and any(value > 0 for values in columns for value in values)
 
 
 def is_sweep(values: Sequence[float]) -> bool:
-    """Return whether values increase exponentially, by a factor of at least 100.
+    """Return whether values increase exponentially, by a total factor of at least 100.
 
     >>> is_sweep([1e-5, 1e-4, 1e-3, 1e-2]), is_sweep([1e-4, 4e-3, 7e-3, 1e-2])
     (True, False)
@@ -213,9 +213,9 @@ def is_sweep(values: Sequence[float]) -> bool:
 def trace_line(
     steps: Sequence[int], values: Sequence[float]
 ) -> tuple[Sequence[int], Sequence[float]]:
-    """Return the x and y coordinates of the line to draw, with vertical edges between stairs.
+    """Return the x and y coordinates of a line that joins plateaus by vertical edges.
 
-    A stair is a value that is held for several steps. Other values are joined by straight lines.
+    A plateau is a value that is held for several steps. Other values are joined by straight lines.
 
     >>> trace_line([0, 1, 2, 3], [0.1, 0.1, 0.2, 0.2])
     ([0, 1, 2, 2, 3], [0.1, 0.1, 0.1, 0.2, 0.2])

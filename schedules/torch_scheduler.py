@@ -35,7 +35,7 @@ def attach(
             attach a schedule per param group, pass a dict that maps the index or the ``"name"`` of
             a group to one of these. Groups that are not in the dict keep their initial values.
         optimizer: optimizer whose hyperparameters the schedule sets.
-        horizon: length of the run, used to convert time strings to steps and to scale durations.
+        horizon: length of the run, and numbers that convert time strings such as "10ep" to steps.
         base: initial learning rate of all param groups, or a list with one value per group. To set
             other hyperparameters too, pass a dict that maps "lr", "momentum" and "weight_decay" to
             such values. Defaults to the optimizer's current values or, if another schedule has set

@@ -10,10 +10,10 @@ the schemas use:
 - ``x-since`` and ``x-removed``: DeepSpeed versions in which the key was added and removed
 - ``x-alias-of``: another key that has the same meaning
 
-``aliases.json`` maps the key names of other tools to the keys of this config. ``rules.json``
-contains the documentation of each validation rule. ``no_effect.json`` lists the keys that a backend
-can ignore without affecting the results, and the reason for each. An entry with ``values`` applies
-only to those values of the key, and an entry with ``stages`` only to those ZeRO stages.
+``aliases.json`` maps the key names of other tools to config keys. ``rules.json`` contains the
+documentation of each validation rule. ``no_effect.json`` lists the keys that a backend can ignore
+without affecting the results, and the reason for each. An entry with ``values`` applies only to
+those values of the key, and an entry with ``stages`` only to those ZeRO stages.
 """
 
 from __future__ import annotations

@@ -63,10 +63,10 @@ The public names of the packages `engine` and `schedules`. `onecycle` has the na
 
 
 def build_api_pages() -> dict[str, str]:
-    """Return the text of each page, keyed by the page's path in the site.
+    """Return the Markdown text of each page, keyed by a path such as ``reference/index.md``.
 
     Raises:
-        ValueError: a public name is not on any page.
+        ValueError: a public name of `engine` or `schedules` is not in `_PAGES`.
     """
     listed = {name for _, names in _PAGES.values() for name in names}
     if missing := set(_find_public_names()) - listed:

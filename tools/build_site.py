@@ -49,7 +49,7 @@ class SiteError(Exception):
 def find_pages() -> dict[str, str]:
     """Return a dict that maps the repository path of each page and asset to its path in the site.
 
-    The index page of a directory, such as ``config``, is ``config.md`` or ``config/README.md``.
+    The index page of ``config/``, for example, is made from ``config.md`` or ``config/README.md``.
     """
     pages = dict(TOP_PAGES)
     for path in sorted((ROOT / "docs").rglob("*")):
@@ -89,7 +89,10 @@ def collect_pages(target: Path) -> list[str]:
 
 
 def read_page(path: Path, target: Path) -> str:
-    """Return a page as Markdown, and write a notebook's pictures next to its page, ``target``."""
+    """Return a page as Markdown. If it is a notebook, write its pictures next to ``target``.
+
+    ``target`` is the path to which the caller will write the page.
+    """
     if path.suffix == ".md":
         return path.read_text(encoding="utf-8")
     notebook = nbformat.read(path, as_version=4)
@@ -150,7 +153,7 @@ def _list_pages(directory: str, texts: dict[str, str]) -> Iterator[str]:
 
 
 def expand_nav(nav: list[Any], pages: list[str]) -> list[Any]:
-    """Return a nav with patterns replaced by the matching pages, and without empty sections."""
+    """Return a copy of a MkDocs nav with patterns expanded to pages and empty sections removed."""
     named = set(_list_names(nav))
 
     def expand(item: Any) -> Iterator[Any]:
@@ -170,7 +173,7 @@ def expand_nav(nav: list[Any], pages: list[str]) -> list[Any]:
 
 
 def _list_names(nav: Any) -> Iterator[str]:
-    """Yield the pages and patterns of a nav."""
+    """Yield the pages and patterns that are listed in a nav."""
     if isinstance(nav, str):
         yield nav
     else:
@@ -179,7 +182,7 @@ def _list_names(nav: Any) -> Iterator[str]:
 
 
 def build_site(directory: Path) -> Path:
-    """Build the site in an empty or new directory, and return the directory of its HTML files.
+    """Delete a directory if it exists, build the site there, and return the path of the HTML files.
 
     Raises:
         SiteError: a page is not in the nav of mkdocs.yml, or Zensical reports a problem, such as a

@@ -2,11 +2,11 @@
 
     python tools/compare_values.py BEFORE AFTER
 
-BEFORE and AFTER are the directories of the checkouts. In both checkouts, the script evaluates
-the scheduler block of each reference file in tests/golden and of each config in tests/corpus. Each
-block is evaluated at each step, with one and two param groups, and with SGD and AdamW. The script
-then trains with several schedules in BEFORE, saves checkpoints, and resumes from them in AFTER. The
-exit status is 1 if any value differs.
+BEFORE and AFTER are the directories of the checkouts. In both, the script evaluates the scheduler
+blocks of the reference files in tests/golden and of the configs in tests/corpus, and the example of
+each schedule. It evaluates each block for one and for two param groups, and then with an SGD and an
+AdamW optimizer. The script also trains with several schedules in BEFORE, saves checkpoints, and
+resumes from them in AFTER. The exit status is 1 if any value or loss differs.
 """
 
 from __future__ import annotations

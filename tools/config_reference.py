@@ -44,7 +44,7 @@ _BACKENDS = {"torch": "PyTorch", "deepspeed": "DeepSpeed"}
 
 
 def build_config_pages() -> dict[str, str]:
-    """Return the text of each page, by its path relative to ``docs``."""
+    """Return a dict that maps the path of each page, relative to ``docs``, to its Markdown text."""
     members = list(walk({}, schemas.read(SCHEMA), fill=_skip_old_sections))
     sections = [each for each in members if each.is_section and get_parent(each.pointer) == ""]
     pages = {"config.md": _build_overview(members, sections)}
@@ -86,7 +86,7 @@ def _build_page(section: Member, members: Sequence[Member]) -> Iterator[str]:
 
 
 def _shorten(pointer: str) -> str:
-    """Return the dotted name of a key without the name of its top-level section."""
+    """Convert a JSON pointer to a dotted name that omits the top-level section."""
     return dotted_name(pointer).partition(".")[2]
 
 

@@ -51,7 +51,7 @@ def generate_files() -> dict[Path, str]:
 
 
 def build_index() -> str:
-    """Return a JSON index with the family and the field descriptions of each schedule."""
+    """Return the text of the JSON file `INDEX`: each schedule's module and field descriptions."""
     entries = {
         name: {"family": family, "fields": read_source_descriptions(cls)}
         for family in FAMILIES

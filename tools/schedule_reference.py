@@ -1,4 +1,4 @@
-"""Build the Markdown reference of all schedules, one page per family, and draw their plots."""
+"""Build the Markdown reference of all schedules, one page per family, and plot each schedule."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["build_schedule_pages", "draw_schedules"]
 
 
 class Page(NamedTuple):
-    """A page of the reference: its file name and its first sentence."""
+    """A page of the schedule reference: its file name, without extension, and first sentence."""
 
     name: str
     sentence: str
@@ -59,7 +59,7 @@ _PAGES = {
         "feedback", "Schedules that depend on the loss or on a metric."
     ),
 }
-"""Maps each heading in the output of `onecycle schedules` to its page."""
+"""Maps each heading in the output of `onecycle schedules` to a page of the schedule reference."""
 
 _INTRODUCTION = """\
 # Schedules
@@ -78,7 +78,7 @@ A parameter that accepts a time is a number of optimizer steps or a time string:
 
 
 def build_schedule_pages() -> dict[str, str]:
-    """Return a dict that maps the path of each page, relative to ``docs``, to its text."""
+    """Return the text of each schedule reference page, keyed by its path relative to ``docs``."""
     pages = {"schedules.md": "\n".join(_build_overview()) + "\n"}
     for title, classes in group_by_source().items():
         lines = _build_page(title, classes)
@@ -87,7 +87,7 @@ def build_schedule_pages() -> dict[str, str]:
 
 
 def draw_schedules(directory: Path) -> None:
-    """Plot the example of each schedule, and save the plots as SVG files."""
+    """Plot each schedule with its example parameters, and save the plots as SVG files."""
     settings = {"svg.fonttype": "none", "svg.hashsalt": "onecycle"}  # text stays text
     for name, cls in SCHEDULES.items():
         curves = example_curves(cls)

@@ -5,7 +5,7 @@
 The script repeats the "Batch Scaling Example" of DeepSpeed's 1Cycle tutorial with a small model: an
 MLP on Fashion-MNIST, with images downsampled to 14 x 14. The target is a test accuracy of 0.84. For
 a batch size of 64, the script tunes a fixed learning rate to reach the target after as few samples
-as possible. Then it trains with a batch size of 512:
+as possible. Then it trains with a batch size of 512 and each of four schedules:
 
 - Fixed: the tuned learning rate;
 - LinearScale: eight times the tuned learning rate;
@@ -53,10 +53,10 @@ def set_batch(config: Config, size: int, lr: float) -> Config:
 
 
 def train_to_target(config: Config, task: Task, seed: int) -> Row:
-    """Train a model until it reaches the target accuracy or the run ends, and return the results.
+    """Train a model until it reaches the target accuracy or the length of the configured run.
 
-    The result "samples" is the number of samples after which the model reached the target, or None
-    if it did not.
+    In the returned row, ``"samples"`` is the number of training samples processed before the first
+    evaluation that reached the target; None if no evaluation did.
     """
     size = config["train_batch_size"]
     row = train(

@@ -2,8 +2,8 @@
 
     python benchmarks/evidence/command_line.py
 
-Every run starts from the same config, ``configs/command_line/gpt.json``; the arguments of
-``engine.add_schedule_arguments`` override it. One run is repeated in two halves, with
+All runs use the config ``configs/command_line/gpt.json``. Command-line arguments from
+``engine.add_schedule_arguments`` override its settings. One run is repeated in two halves, with
 ``--steps_this_run``, and compared with the uninterrupted run.
 """
 
@@ -38,7 +38,7 @@ def run_gpt(arguments: str, seed: int, windows: int = 640) -> Row:
 
 
 def compare_halves(experiment: Experiment, whole: Row) -> Row:
-    """Repeat a run in two halves, and return a comparison with the uninterrupted run."""
+    """Repeat the run ``whole`` in two halves, and compare the learning rates and losses."""
     half = len(whole["lr"]) // 2
     directory = tempfile.mkdtemp()
     arguments = f"{whole['arguments']} --steps_this_run {half} --checkpoints {directory}"

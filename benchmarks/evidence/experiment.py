@@ -88,7 +88,9 @@ class Experiment:
         parser = argparse.ArgumentParser(
             description=description, formatter_class=argparse.RawTextHelpFormatter
         )
-        parser.add_argument("--seeds", type=int, default=3, help="seeds per setting (default: 3)")
+        parser.add_argument(
+            "--seeds", type=int, default=3, help="number of seeds per setting (default: 3)"
+        )
         parser.add_argument("--first-seed", type=int, default=0, help="first seed (default: 0)")
         parser.add_argument("--rerun", action="store_true", help="discard the stored results")
         parser.add_argument("--smoke", action="store_true", help="use only a few samples and steps")
@@ -140,15 +142,16 @@ class Experiment:
     ) -> Row:
         """Run the LR range test, as ``onecycle lr-test --repeat 3 --min 1e-4`` does.
 
-        With SGD, the losses fall only at learning rates above 1e-3. A sweep from 1e-4 has more
-        steps in this range than the default sweep from 1e-6, which found no significant descent.
+        In these experiments with SGD, the loss falls only at learning rates above 1e-3. A sweep
+        from 1e-4 has more steps in that range than the default sweep from 1e-6, in which the test
+        found no significant drop of the loss.
 
         Args:
             config: config with a OneCycle schedule, whose bounds are ignored.
             task: model and data.
             steps: number of steps in each of the three sweeps.
-            refine_for: number of steps in the training run. The suggestion is refined for this
-                length with short cycles. None to skip the refinement.
+            refine_for: number of steps in the planned training run, for which short 1Cycle runs
+                refine the suggestion; None to skip the refinement.
 
         Returns:
             A row with the config's scheduler block, in which the suggested bounds are set.
@@ -253,14 +256,14 @@ def train(
         config: config of the run.
         task: model and data.
         seed: random seed for the weights and the order of the samples.
-        every: number of optimizer steps between evaluations; None for one epoch.
+        every: number of optimizer steps between evaluations; None to evaluate once per epoch.
         stop: function that receives the newest history entry and returns whether to end the run.
         args: parsed command-line arguments that override values of the config.
 
     Returns:
-        A row with the history, which has one entry per evaluation: the mean loss and accuracy on
-        the training samples since the previous evaluation, and the accuracy on the test data. The
-        row also has the learning rates of every n-th step; n is stored as "lr_stride".
+        A row with the history and the learning rates. The history has one entry per evaluation:
+        the accuracy on the test data, and the mean training loss and accuracy since the previous
+        evaluation. The learning rate is stored for every n-th step, and n as "lr_stride".
     """
     torch.manual_seed(seed)
     # On a CPU, convolutions are faster with channels last.

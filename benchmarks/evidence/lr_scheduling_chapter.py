@@ -4,7 +4,7 @@
 
 The script repeats the runs of the chapter "Learning Rate Scheduling": LeNet on Fashion-MNIST for 30
 epochs, with five schedules. Then it trains for 10 epochs with a cosine schedule, and for 10 epochs
-with 1Cycle between the bounds that the LR range test suggests.
+with 1Cycle, whose minimum and maximum learning rates are those that an LR range test suggests.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHAPTER = {
     "cosine": "0.904",
     "cosine_with_warmup": "0.901",
 }
-"""Test accuracy of one run with each schedule, as reported in the chapter's PyTorch edition."""
+"""Test accuracy of each schedule, as reported in "Dive into Deep Learning" (PyTorch edition)."""
 SHORT = ("cosine_in_10_epochs", "one_cycle")
 
 

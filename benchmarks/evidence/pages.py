@@ -18,10 +18,10 @@ START, END = "<!-- Written by the command above. -->\n", "<!-- End of the result
 
 
 def write_page(experiment: Experiment, *tables: str) -> None:
-    """Write the tables into the experiment's page, replacing those of an earlier call.
+    """Write the tables into the experiment's page, in place of those from an earlier call.
 
-    The tables follow a line that names the dataset, seeds, machine, versions, date and CPU time. If
-    the page does not exist, it is created without any other text.
+    A line above the tables names the dataset, seeds, machine, versions, date and CPU time. If the
+    page does not exist, it is created with only this line and the tables.
     """
     path = experiment.output / f"{experiment.name}.md"
     results = experiment.results
@@ -67,7 +67,7 @@ def get_last(rows: Iterable[Row], name: str) -> list[float]:
 
 
 def build_figure(panels: int) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its panels, which are side by side."""
+    """Return a figure with ``panels`` panels side by side, and the list of these panels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5 * panels, 4.2), layout="constrained")
@@ -84,7 +84,7 @@ def plot_lr(axis: Axes, row: Row, *, scale: float = 1, **style: str | None) -> N
 
 
 def plot_history(axis: Axes, rows: Sequence[Row], *, scale: float = 1, **style: str) -> None:
-    """Plot the median and the range of the test accuracy of several runs at each evaluation.
+    """Plot the median and range of the test accuracy across several runs, at each evaluation.
 
     Args:
         axis: panel of a figure.

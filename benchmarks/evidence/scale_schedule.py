@@ -3,9 +3,9 @@
     python benchmarks/evidence/scale_schedule.py
 
 Composer's ``scale_schedule_ratio`` multiplies the length of a run and all durations of its
-schedule. The script trains an MLP on Fashion-MNIST, with images downsampled to 14 x 14, for 1, 2, 4
-and 8 epochs, with a cosine schedule and with a step schedule that has two milestones. For
-comparison, it ends other runs after 1 and 2 epochs without scaling their 4-epoch schedule.
+schedule. The script trains an MLP on Fashion-MNIST, with images downsampled to 14 x 14. It scales
+a 4-epoch cosine schedule and a 4-epoch step schedule with two milestones to 1, 2, 4 and 8 epochs.
+For comparison, other runs use the unscaled 4-epoch schedules but end after 1 or 2 epochs.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Train a small GPT on the documentation of Python, with SambaFlow's command-line arguments.
+"""Train a small GPT on Python's documentation, using SambaFlow's command-line argument names.
 
     python benchmarks/evidence/train_gpt.py --lr_schedule cosine_schedule_with_warmup \\
         --learning_rate 0.003 --warmup_steps 20 --max_steps 200 --end_lr_ratio 0.1
 
-The text is the module ``pydoc_data.topics`` of Python's standard library. The script prints the
-loss on held-out text.
+The text comes from the module ``pydoc_data.topics`` of Python's standard library. The script prints
+the loss on held-out text.
 """
 
 from __future__ import annotations

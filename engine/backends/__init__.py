@@ -44,8 +44,8 @@ def build(
     """Build the backend that the config selects.
 
     Args:
-        model: module to train. It is moved to the rank's device. If the config requires it, the
-            module is compiled, sharded or set up for activation checkpointing.
+        model: module to train. It is moved to the rank's device and, depending on the config,
+            compiled, sharded or set up for activation checkpointing.
         optimizer: the user's optimizer, or a function that takes the parameters and returns an
             optimizer; if None, the config's optimizer is used.
         config: a validated config.
@@ -58,7 +58,7 @@ def build(
     Raises:
         ValueError: the model, parameters, optimizer and config are incompatible, or the model or an
             argument requires the DeepSpeed backend.
-        ImportError: the config requires DeepSpeed, but DeepSpeed is not installed.
+        ImportError: the config selects DeepSpeed, but DeepSpeed is not installed.
     """
     check_stages(model, config)
     groups = None if parameters is None else list(parameters)

@@ -69,9 +69,9 @@ class Backend(ABC):
     basic_optimizer: Optimizer
     """The underlying torch optimizer, unwrapped."""
     num_parameters: int
-    """Number of elements in all trained parameters, before sharding."""
+    """Total number of elements in the parameters of the optimizer, before sharding."""
     grad_norm: float | None
-    """2-norm of all gradients in the most recent step, before clipping; None before any step."""
+    """2-norm of all gradients at the latest step, before clipping; None before the first step."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class Backend(ABC):
     def scale(self, loss: Tensor, accumulation: int, *, is_last: bool) -> Tensor:
         """Scale a loss as `backward` does, and return it without running the backward pass.
 
-        Scripts use this method if they call ``.backward()`` on the loss themselves.
+        This is for scripts that call ``.backward()`` on the scaled loss themselves.
         """
 
     @abstractmethod
@@ -165,9 +165,9 @@ class Backend(ABC):
         return None
 
     def has_gradients(self) -> bool:
-        """Return whether any trained parameter has a gradient.
+        """Return whether any parameter of the optimizer has a gradient.
 
-        A backend that cannot determine the answer returns True.
+        A backend that cannot determine this returns True.
         """
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
@@ -182,8 +182,8 @@ class Backend(ABC):
     def set_batch_sizes(self, batch: BatchSizes) -> None:  # noqa: B027  # most backends do not need it
         """Change the batch sizes during a run.
 
-        Only the DeepSpeed backend overrides this method, because DeepSpeed's engine keeps its own
-        copy of the batch sizes.
+        The default implementation does nothing. The DeepSpeed backend overrides it, because
+        DeepSpeed's engine keeps its own copy of the batch sizes.
         """
 
     @property
@@ -224,7 +224,8 @@ class Backend(ABC):
         Args:
             checkpoint_dir: directory to write to.
             group: process group used only for saving; None for a single process.
-            buffers: copies of the tensors from the previous save. Their memory is reused.
+            buffers: dict in which this method stores its copies of the tensors, so that the next
+                save can reuse their memory. Pass an empty dict to the first save.
             frozen: whether to include parameters that do not require gradients.
 
         Raises:
@@ -291,14 +292,14 @@ class Backend(ABC):
 
 
 class DeferringBackend(Backend):
-    """Base class for backends that can take a step without waiting for the device."""
+    """Base class for backends that can start an optimizer step without waiting for the device."""
 
     deferred: DeferredStep | None = None
-    """Object that runs the deferred steps; None if the run cannot defer steps."""
+    """Object that starts steps and reads their results later; None if steps are not deferred."""
 
     @abstractmethod
     def start_step(self, loss: Tensor | None, *, divide_by: int = 1) -> None:
-        """Start a step without waiting for its result.
+        """Start an optimizer step without waiting for its result.
 
         Call `finish_step` to get the result. Call this method only if `deferred` is not None.
 
@@ -311,7 +312,7 @@ class DeferringBackend(Backend):
     def finish_step(self) -> tuple[bool, float]:
         """Wait for the step that `start_step` started.
 
-        This method does not communicate, so the ranks may call it at different times.
+        This method does not communicate with other ranks, so ranks may call it at different times.
 
         Returns:
             Whether the step was applied, and its mean loss over all ranks.

@@ -21,7 +21,7 @@ log = logging.getLogger("onecycle")
 
 
 class BuildLock(NamedTuple):
-    """A lock file in a build directory, and the process that holds it open."""
+    """A lock file in a build directory, and the process that has it open."""
 
     path: Path
     holder: int | None
@@ -57,13 +57,13 @@ def find_build_locks() -> list[BuildLock]:
 
 
 def log_build_locks() -> None:
-    """Log an error for each stale lock file and a warning for each other lock file."""
+    """Log an error for each stale lock file, and a warning for each lock that a process holds."""
     for lock in find_build_locks():
         log.log(logging.ERROR if lock.holder is None else logging.WARNING, "%s", lock)
 
 
 def _find_holder(path: Path) -> int | None:
-    """Return the ID of a visible process that has a file open, or None if there is none."""
+    """Return the ID of a process that has ``path`` open, or None if no such process is visible."""
     wanted = path.resolve()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):  # the file was closed, or its process ended

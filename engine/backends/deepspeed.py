@@ -133,7 +133,7 @@ class DeepSpeedBackend(Backend):
             self.engine.set_gradient_accumulation_boundary(is_last)
 
     def _start_backward(self, *, is_last: bool) -> None:
-        """Reject an unsupported backward pass, and tell DeepSpeed if the pass is the step's last.
+        """Reject an unsupported backward pass, and tell DeepSpeed whether it is the step's last.
 
         DeepSpeed needs this information only if it manages gradient accumulation. Otherwise, it
         reduces all gradients in the optimizer step.
@@ -206,8 +206,8 @@ class DeepSpeedBackend(Backend):
     def _are_gradients_finite(self) -> bool:
         """Return whether the gradients of all ranks are finite.
 
-        Without ZeRO, DeepSpeed does not check the gradients. If every rank has the same weights,
-        this method also stores the gradient norm in ``grad_norm``.
+        Without ZeRO, DeepSpeed does not check this. If all ranks have the same gradients, this
+        method also stores the gradient norm in ``grad_norm``.
         """
         parameters = (p for g in self.optimizer.param_groups for p in g["params"])
         norm = compute_norm([get_gradient(p) for p in parameters if p.grad is not None])
@@ -346,8 +346,8 @@ class DeepSpeedBackend(Backend):
     def _load_only_weights(self, files: DeepSpeedFiles, *, strict: bool) -> None:
         """Load the weights and the step counters of a checkpoint, but not the optimizer's state.
 
-        At ZeRO stage 3, DeepSpeed's ``load_checkpoint`` would load the weights of the newest tag
-        instead of the weights of this checkpoint.
+        This method does not call DeepSpeed's ``load_checkpoint``. At ZeRO stage 3, that would load
+        the weights of the checkpoint named in the file ``latest`` instead of this checkpoint's.
         """
         with report_damage_on_all_ranks(files.directory, self.ranks):
             found = files.find_weights()

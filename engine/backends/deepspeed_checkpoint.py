@@ -92,7 +92,7 @@ def refuse_pickled_code() -> Iterator[None]:
 
 @contextlib.contextmanager
 def set_format(engine: Any, files: DeepSpeedFiles) -> Iterator[None]:
-    """Inside this context, make DeepSpeed's engine load the format of the checkpoint ``files``.
+    """Inside this context, make DeepSpeed's engine expect the checkpoint format of ``files``.
 
     The format is either the sharded format that DeepSpeed saves or the universal format.
 
@@ -156,8 +156,8 @@ def keep_implementation(optimizer: Optimizer) -> Iterator[None]:
     """Inside this context, keep settings such as ``fused`` when a PyTorch optimizer loads a state.
 
     The state may come from another implementation of the optimizer. In the state of DeepSpeed's
-    FusedAdam, the param groups lack these settings, and step counts are integers instead of
-    tensors.
+    FusedAdam, for example, the param groups lack these settings, and step counts are integers. The
+    step counts are converted to tensors.
     """
     before = [
         {name: value for name, value in group.items() if name != "params"}

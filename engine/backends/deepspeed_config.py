@@ -1,8 +1,8 @@
 """Build the config that is passed to DeepSpeed.
 
-The result is the user's config without onecycle's own keys. Keys that are missing from its sections
-are set to the defaults in onecycle's schemas, because DeepSpeed's own defaults change between
-versions. DeepSpeed therefore runs exactly the config that was validated.
+The result is the user's config without the keys that onecycle handles itself. In each section of
+that config, most missing keys are set to the defaults in onecycle's schemas, because DeepSpeed's
+own defaults change between versions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Import DeepSpeed, and skip the compilation of its CPU all-reduce op, which can take minutes."""
+"""Import DeepSpeed without its CPU all-reduce op, whose compilation can take minutes."""
 
 from __future__ import annotations
 

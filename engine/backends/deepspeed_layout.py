@@ -66,7 +66,7 @@ class Layout:
         Args:
             files: files of the checkpoint.
             optimizer: whether the optimizer's state will be loaded.
-            strict: whether the checkpoint and the model must have the same weights.
+            strict: whether the checkpoint must contain the same weight names as the model.
 
         Raises:
             CheckpointError: the checkpoint does not fit the model or the optimizer.
@@ -113,8 +113,8 @@ class Layout:
             )
         if shapes not in (None, own_shapes):
             raise CheckpointError(
-                f"{files.directory} does not match the optimizer: the shapes of the trained "
-                f"parameters differ. {_FIX}"
+                f"{files.directory} does not match the optimizer: the shapes of the trainable "
+                f"parameters differ between the checkpoint and this run. {_FIX}"
             )
 
     def _read_weights(self, *, frozen: bool) -> dict[str, Tensor]:

@@ -36,7 +36,8 @@ _KEYS: Mapping[str, tuple[str, Any]] = {
     "torch_autocast_enabled": ("/torch_autocast/enabled", False),
     "zero_allow_untested_optimizer": ("/zero_allow_untested_optimizer", False),
 }
-"""Maps each DeepSpeed method to the JSON pointer and default of the config key that it reads."""
+"""Maps the name of a DeepSpeed engine method to the JSON pointer and default of the config key
+that the method reads."""
 
 _SETTINGS: Mapping[str, Callable[[Config], Any]] = {
     "dynamic_loss_scale": lambda config: _read(config, "/fp16/loss_scale", 0) == 0,
@@ -51,7 +52,8 @@ _SETTINGS: Mapping[str, Callable[[Config], Any]] = {
     "zero_optimization_partition_gradients": lambda config: config.zero_stage >= 2,
     "zero_optimization_partition_weights": lambda config: config.zero_stage == 3,
 }
-"""Maps each other DeepSpeed method to a function that computes its result from the config."""
+"""Maps the name of a DeepSpeed engine method to a function that computes the method's result from
+the config."""
 
 _WITHOUT_PARALLELISM = {
     "has_moe_layers": False,
@@ -60,7 +62,7 @@ _WITHOUT_PARALLELISM = {
     "seq_dp_world_size": None,
     "sequence_parallel_size": 1,
 }
-"""Attributes of DeepSpeed's engine, with their values for a model without model parallelism."""
+"""Attributes of DeepSpeed's engine, with their values in runs that use only data parallelism."""
 
 _ONLY_DEEPSPEED = frozenset(
     """

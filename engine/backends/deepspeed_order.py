@@ -15,7 +15,7 @@ from engine.errors import MisuseError
 __all__ = ["BackwardOrder"]
 
 _UNSUPPORTED = ("Direct calls to tensor.backward()", "The size of tensor a (0)")
-"""Parts of DeepSpeed's error messages about unsupported backward passes."""
+"""Substrings of DeepSpeed's error messages about unsupported backward passes."""
 
 
 class BackwardOrder:
@@ -23,9 +23,9 @@ class BackwardOrder:
 
     In these cases, DeepSpeed 0.19 silently loses gradients or computes wrong gradients:
 
-    - With ZeRO stage 1 or 2, more than one backward pass of a step is marked as the last. DeepSpeed
-      averages the gradients in the first of these passes, so the gradients of the later passes are
-      wrong.
+    - With ZeRO stage 1 or 2, a step has another backward pass after the one that is marked as its
+      last. DeepSpeed averages the gradients in the marked pass, so the gradients of later passes
+      are wrong.
     - With ZeRO stage 3, two forward passes are followed by two backward passes. DeepSpeed releases
       the parameters after the first backward pass, so the gradients of the second pass are wrong.
     - With master weights at any stage, a parameter is unfrozen after the engine is built. DeepSpeed
@@ -60,9 +60,9 @@ class BackwardOrder:
         """
         if self._has_averaged and self._zero_stage in {1, 2}:
             raise MisuseError(
-                f"With ZeRO stage {self._zero_stage}, DeepSpeed averages the gradients in the last "
-                "backward pass of a step, but `backward` was called again after that pass. Sum "
-                "the losses and call `backward` once. Alternatively, call "
+                f"With ZeRO stage {self._zero_stage}, DeepSpeed averaged the gradients of this "
+                "step in the previous backward pass, so `backward` must not be called again "
+                "before `step`. Sum the losses and call `backward` once. Alternatively, call "
                 "`set_gradient_accumulation_boundary(False)` before the first `backward` call and "
                 "`set_gradient_accumulation_boundary(True)` before the last."
             )

@@ -10,10 +10,10 @@ __all__ = ["register_with_deepspeed"]
 def register_with_deepspeed(*, replace: bool = False) -> list[str]:
     """Register onecycle's schedules with DeepSpeed, for ``deepspeed.initialize`` and Accelerate.
 
-    After this call, ``scheduler.type`` in the config accepts the names of the schedules. DeepSpeed
-    calls the scheduler's ``step()`` after each optimizer step, except after steps that it reports
-    as skipped. Specify durations as numbers of steps. A string such as "10ep" (10 epochs) requires
-    the number of steps per epoch, which DeepSpeed does not provide.
+    After this call, ``scheduler.type`` in the config accepts the names of the schedules. The
+    schedule does not advance when DeepSpeed reports an optimizer step as skipped. Specify durations
+    as numbers of steps. A string such as "10ep" (10 epochs) requires the number of steps per epoch,
+    which DeepSpeed does not provide.
 
     Args:
         replace: whether to replace DeepSpeed's own five schedules with onecycle's versions.

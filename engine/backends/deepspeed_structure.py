@@ -1,7 +1,7 @@
 """Check the structure of DeepSpeed's checkpoint files before DeepSpeed loads them.
 
-DeepSpeed assigns the weights before it reads the other files. Without these checks, a damaged file
-could leave saved weights in the model but the old state in the optimizer.
+DeepSpeed loads the weights before it reads the other files. Without these checks, a damaged file
+could leave the model with the saved weights and the optimizer with its old state.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["check_structure", "read_weights"]
 
 _OPTIMIZER = "optimizer_state_dict"
 _NESTED = ("base_optimizer_state", _OPTIMIZER, "state", "param_groups")
-"""Keys under which DeepSpeed's optimizer state contains torch's optimizer state."""
+"""Keys of DeepSpeed's optimizer state that hold the state of the wrapped torch optimizer."""
 
 
 def check_structure(
@@ -38,7 +38,7 @@ def check_structure(
         engine: DeepSpeed's engine.
         directory: directory of the checkpoint.
         weights: meta tensors that `read_weights` returned.
-        strict: whether the checkpoint must have exactly the weights of the model.
+        strict: whether the saved ``state_dict`` must have the same keys as the model's.
         trusts: whether to unpickle objects of any class. Unpickling them can run code from the
             files.
 
@@ -63,7 +63,7 @@ def check_structure(
 
 
 def _check_model(values: Any, weights: Mapping[str, Any], *, strict: bool) -> None:
-    """Check the model file of this rank. The file may contain shards of the weights.
+    """Check the contents of this rank's model file.
 
     Raises:
         ValueError: a value is missing or has the wrong type or shape.
@@ -76,14 +76,14 @@ def _check_model(values: Any, weights: Mapping[str, Any], *, strict: bool) -> No
     check_same_structure(saved, {key: weights[key] for key in saved if key in weights}, "module")
     if strict and (different := saved.keys() ^ weights.keys()):
         name = describe(min(different, key=str))
-        raise ValueError(f"the key {name} is missing from either the model or the saved `module`.")
+        raise ValueError(f"only one of the model and the saved `module` has the key {name}.")
 
 
 def read_weights(engine: Any) -> dict[str, Any]:
-    """Return the ``state_dict`` that DeepSpeed would save now, with meta tensors.
+    """Return the model's ``state_dict`` as DeepSpeed would save it, but with meta tensors.
 
-    With ZeRO stage 3, the result is the ``state_dict`` of the sharded model. Every rank must then
-    call this function, because DeepSpeed gathers small parameters with a collective operation.
+    With ZeRO stage 3, this is the ``state_dict`` of the sharded model, and every rank must call
+    this function, because DeepSpeed gathers small parameters with a collective operation.
     """
     has_events = engine._optimizer_has_ckpt_event_prologue()  # noqa: SLF001  # private in DeepSpeed
     if has_events:

@@ -26,10 +26,14 @@ _PACKAGES = (
 
 
 def find_model_parallelism(model: nn.Module) -> str | None:
-    """Return which part of a model implements its own parallelism; None if no part does.
+    """Find a module or parameter that implements the model's own parallelism.
 
     For example, the ranks may hold different experts of an MoE layer, so averaging all gradients
-    over all ranks would be incorrect. The result is a noun phrase for error messages.
+    over all ranks would be incorrect.
+
+    Returns:
+        A noun phrase for error messages, such as "the expert parameter `w`"; None if there is no
+        such module or parameter.
 
     >>> find_model_parallelism(nn.Linear(2, 2))
     """
@@ -50,11 +54,10 @@ def find_model_parallelism(model: nn.Module) -> str | None:
 def find_data_shard(model: Any, mpu: Any, mesh_param: Any) -> tuple[int, int] | None:
     """Return the index of this rank's data shard and the number of shards.
 
-    The values are the same as in DeepSpeed. Return None if neither the model nor an argument
-    determines them.
+    The values are the same as in DeepSpeed. Return None if the arguments do not determine them.
 
     Args:
-        model: model of the run. A PipelineModule defines which ranks form a pipeline.
+        model: model to train. If it is a PipelineModule, its own ``mpu()`` replaces ``mpu``.
         mpu: model-parallel unit, as in ``deepspeed.initialize``.
         mesh_param: pair ``(data_parallel_size, sequence_parallel_size)``.
     """

@@ -53,11 +53,11 @@ class PyTorchBackend(DeferringBackend):
     """Backend that trains with PyTorch and averages the gradients over all ranks.
 
     Trainable 16-bit parameters are converted to float32 if ``engine.master_weights`` is true. If
-    the config selects bf16 or fp16, the model's methods run under autocast with that dtype. Without
-    bf16 or fp16 in the config, autocast uses the original dtype of the converted parameters.
+    the config selects bf16 or fp16, the model's methods run under autocast with that dtype. If
+    it selects neither, autocast uses the original dtype of the converted parameters, if any.
 
     Args:
-        model: the user's module; it is moved to the device of ``ranks``.
+        model: the user's module; it is moved to ``ranks.device``.
         optimizer: the user's optimizer, or a function that takes the parameters and returns an
             optimizer; if None, the config's optimizer is used.
         config: a validated config.
@@ -67,7 +67,7 @@ class PyTorchBackend(DeferringBackend):
             gradients.
 
     Raises:
-        ValueError: the model does not contain any class in ``engine.wrap``, ``engine.compile`` is
+        ValueError: ``engine.wrap`` names no class of the model's modules, ``engine.compile`` is
             not a known compiler, a parameter of the model is on the meta device, or the user's
             optimizer does not train any parameter of the model.
     """
@@ -139,7 +139,7 @@ class PyTorchBackend(DeferringBackend):
     def _build_averager(self) -> GradientAverager | None:
         """Build the object that averages gradients across ranks.
 
-        Return None if the model averages the gradients itself.
+        Return None if the model averages its gradients itself, as with FSDP.
         """
         return GradientAverager(self.model, self.optimizer, self.ranks)
 

@@ -99,8 +99,8 @@ def save_weights(
     Args:
         backend: backend that trains the model with PyTorch.
         path: file to write; its directory is created if missing.
-        precision: "bf16" or "fp16" to save float32 parameters in 16 bits; "fp32" to save them in
-            float32.
+        precision: "bf16" or "fp16" to convert float32 parameters to that dtype; "fp32" to save them
+            unchanged.
         exclude_frozen: whether to leave out parameters that do not require gradients.
 
     Raises:
@@ -118,7 +118,7 @@ def save_weights(
 
 
 def convert_parameters(backend: Backend, weights: dict[str, Any], precision: str) -> None:
-    """Replace the float32 parameters in ``weights`` with copies in "bf16" or "fp16".
+    """Replace float32 parameters in ``weights`` with copies in ``precision``: "bf16" or "fp16".
 
     With any other value of ``precision``, the parameters stay in float32.
     """

@@ -36,9 +36,9 @@ class SteppedRun(RunState, Protocol):
     """Protocol for the training run that `AutomaticCheckpoints.save_if_due` receives."""
 
     latest: Counters
-    """The step counters.
+    """The step counters, which can be read without waiting for the device.
 
-    Unlike `RunState.counters`, they may not yet show whether a deferred step was applied.
+    Unlike `RunState.counters`, they may not yet show whether the most recent step was skipped.
     """
 
     @property
@@ -69,7 +69,8 @@ class AutomaticCheckpoints:
         """Resume from the newest complete checkpoint if ``engine.checkpoint.resume`` allows it.
 
         After this call, the run saves a checkpoint when a rank receives SIGINT, SIGTERM or SIGUSR1.
-        A run with a single process also saves one when the process exits.
+        With ``engine.checkpoint.every``, a single-process run also saves one when the process
+        exits without an exception.
 
         Returns:
             Whether a checkpoint was loaded.
@@ -146,10 +147,10 @@ class AutomaticCheckpoints:
             self._checkpointer.wait()
 
     def close(self, run: RunState) -> None:
-        """Save a final checkpoint if necessary, and restore the previous signal handlers.
+        """Save a final checkpoint if the current step is unsaved, and restore signal handlers.
 
-        With several ranks, the checkpoint is saved only if every rank calls this method within 30
-        seconds.
+        No checkpoint is saved while an exception is being handled. With several ranks, a checkpoint
+        is saved only if every rank calls this method within 30 seconds.
         """
         atexit.unregister(self._save_at_exit)
         try:
@@ -182,7 +183,7 @@ class AutomaticCheckpoints:
     def _save_at_exit(self, run: RunState) -> None:
         """Save a final checkpoint if a single-process run exits without an exception.
 
-        With several ranks, no checkpoint is saved, because other ranks may have already exited.
+        With several ranks, only log a warning, because other ranks may have already exited.
         """
         directory = self._directory
         if directory is None or hasattr(sys, "last_value") or self._is_saved(run, directory):

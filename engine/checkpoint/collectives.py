@@ -1,4 +1,4 @@
-"""Synchronize the ranks before and during a save. If one rank fails, all ranks fail."""
+"""Coordinate the ranks during saves and loads: an error on one rank is raised on all ranks."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def wait_for_ranks(ranks: Ranks, call: str) -> None:
     """Wait up to ten minutes for every rank to call this function.
 
     The environment variable ``ONECYCLE_TIMEOUT`` sets a different limit, in seconds. After 30
-    seconds, the waiting rank with the lowest number logs the missing ranks, which may be busy, for
-    example with an evaluation.
+    seconds, the waiting rank with the lowest number logs a warning that lists the missing ranks.
 
     Args:
         ranks: rank and world size of this process.
-        call: name of the call in the error message, such as ``save_checkpoint('runs/1')``.
+        call: name to use in messages for the call that requires all ranks, such as
+            ``save_checkpoint('runs/1')``.
 
     Raises:
         RuntimeError: if a rank does not call this function in time. The message lists all missing
@@ -75,8 +75,8 @@ def find_missing_ranks(
     """Return the ranks that do not call this function before the timeout.
 
     The timeout starts when the first rank calls this function. The result is the same on all ranks.
-    The ranks use the process group's store instead of a barrier, because PyTorch supports a timeout
-    only for gloo barriers, and a gloo barrier does not time out if rank 0 is missing.
+    The function uses the process group's store, because ``torch.distributed.monitored_barrier``
+    requires gloo and ignores its timeout if rank 0 is missing.
 
     Args:
         ranks: rank and world size of this process.
@@ -135,7 +135,7 @@ def call_on_rank_0(ranks: Ranks, function: Callable[[], T]) -> T:
     Every rank must call `call_on_rank_0`.
 
     Raises:
-        Exception: on every rank, the exception that the function raised on rank 0.
+        Exception: on every rank, the exception that ``function`` raised on rank 0.
     """
     result: list[Any] = [None, None]
     if ranks.rank == 0:
@@ -167,7 +167,7 @@ def raise_on_all_ranks(
 
     Raises:
         Exception: the exception that the block raised on this rank.
-        RuntimeError: if the block raised an exception on another rank only.
+        RuntimeError: if the block failed on another rank but not on this one.
     """
     failure: Exception | None = None
     try:

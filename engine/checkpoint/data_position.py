@@ -42,12 +42,12 @@ class DataPosition:
             self._pending = None
 
     def get_state(self) -> dict[str, Any] | None:
-        """Return the loader state shared by all ranks, or None if the run has no loader."""
+        """Return the position without this rank's loader state; None if the run has no loader."""
         state = None if self._loader is None else self._loader.state_dict()
         return state and {key: value for key, value in state.items() if key != "loader"}
 
     def save(self, directory: Path) -> None:
-        """Save the state of this rank's data loader, if it has the method ``state_dict``."""
+        """Save the state dict of this rank's data loader, if the loader has one."""
         state = {} if self._loader is None else self._loader.state_dict()
         if "loader" in state:
             write_values(self._get_path(directory), state["loader"])
@@ -122,7 +122,7 @@ class DataPosition:
             raise
 
     def check_is_used(self) -> None:
-        """Warn once if a saved position was loaded but the script passed no data loader."""
+        """Warn once if a saved position was loaded but the run has no data loader."""
         if self._pending is not None:
             self._pending = None
             if self._ranks.rank == 0:

@@ -33,15 +33,15 @@ _OWN_KEYS = frozenset(
 )
 """DeepSpeed's own keys in a model file. All other keys are from the script's ``client_state``."""
 _COUNTS = {"global_steps": Count, "skipped_steps": Count, "dp_world_size": Size}
-"""Types of the numbers that a model file must contain."""
+"""Maps the key of each number that a model file must contain to the number's type."""
 
 
 class SavedTensor(NamedTuple):
-    """Tensor in a checkpoint. It is read from the file on first use."""
+    """Tensor in a checkpoint. If possible, its elements are read from the file on first use."""
 
     shape: torch.Size
     parts: list[Tensor]
-    """The elements in order, as flat tensors. The last tensor may have padding at the end."""
+    """Flat tensors that contain the elements in order. The last one may end with padding."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,7 +103,7 @@ class DeepSpeedFiles:
 
     @property
     def is_universal(self) -> bool:
-        """Whether the checkpoint is universal, that is, any number of ranks can load it."""
+        """Whether this is a universal checkpoint, which any number of ranks can load."""
         return (self.directory / _UNIVERSAL).is_dir()
 
     @property
@@ -146,12 +146,13 @@ class DeepSpeedFiles:
     def find_weights(self, groups: Sequence[Sequence[str]] = ()) -> dict[str, Any]:
         """Return the model's parameters and buffers by name.
 
-        The trained parameters are in float32 if the checkpoint contains master weights. Otherwise,
-        they are in the dtype of the saved model. Values that are not tensors come from a module's
+        Parameters are in float32 if the checkpoint contains their master weights. Otherwise, they
+        are in the dtype of the saved model. Values that are not tensors come from a module's
         ``get_extra_state``.
 
         Args:
-            groups: names of the trained parameters in each param group.
+            groups: names of the parameters in each of the optimizer's param groups. Required to
+                find the master weights of a run without ZeRO.
         """
         pieces = self._find_pieces(groups)
         weights: dict[str, Any] = {}
@@ -169,10 +170,10 @@ class DeepSpeedFiles:
         return weights
 
     def find_optimizer_states(self, groups: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
-        """Return the optimizer state of each trained parameter, by name.
+        """Return the optimizer state of each trainable parameter, by name.
 
         Args:
-            groups: names of the trained parameters in each param group.
+            groups: names of the parameters in each of the optimizer's param groups.
         """
         found: dict[str, dict[str, Any]] = {}
         found_pieces = self._find_pieces(groups).items()
@@ -196,7 +197,7 @@ class DeepSpeedFiles:
         return groups
 
     def read_loss_scaler(self) -> dict[str, Any] | None:
-        """Return a state for `LossScaler`, or None if the saved loss scale was static."""
+        """Return a state dict for `LossScaler`, or None if the run used a static loss scale."""
         holder = self._model.get("optimizer") or self._first_shard
         scaler = vars(holder["loss_scaler"]) if "loss_scaler" in holder else holder
         if "last_overflow_iter" not in scaler:
@@ -219,7 +220,7 @@ class DeepSpeedFiles:
         }
 
     def get_trained_shapes(self) -> list[list[int]] | None:
-        """Return the shapes of all trained parameters, or None if they are unknown.
+        """Return the shapes of all trainable parameters, or None if they are unknown.
 
         The shapes are sorted, because DeepSpeed can reorder the parameters and split param groups.
         """
@@ -233,7 +234,7 @@ class DeepSpeedFiles:
 
     @cached_property
     def _shapes(self) -> dict[str, torch.Size]:
-        """The unsharded shape of each sharded parameter, by name."""
+        """Full parameter shapes, by name. DeepSpeed saves them only if the run uses ZeRO."""
         groups = [
             *(self._model.get("param_shapes") or []),
             self._model.get("frozen_param_shapes") or {},
@@ -318,9 +319,9 @@ class DeepSpeedFiles:
                 start += count
 
     def _find_whole(self, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, _Piece]]:
-        """Yield the name and the `_Piece` of each trained parameter that was saved without ZeRO.
+        """Yield the name and the `_Piece` of each parameter in ``groups``, for a run without ZeRO.
 
-        Without ZeRO, DeepSpeed saves the states in the order of the parameters, without names.
+        DeepSpeed then saves the optimizer states in the order of the parameters, without names.
         """
         saved = self._model.get("optimizer") or {}
         states = saved.get("optimizer_state_dict", saved).get("state", {})

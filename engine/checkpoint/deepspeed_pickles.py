@@ -1,4 +1,4 @@
-"""Unpickle DeepSpeed's checkpoint files without running code from them."""
+"""Unpickle DeepSpeed's checkpoint files, by default without running code from them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _CLASSES = {
 
 
 class _Attributes:
-    """Placeholder for DeepSpeed's classes. It stores only the attributes of an instance."""
+    """Placeholder for a DeepSpeed class; its instances have attributes but no methods."""
 
 
 def read_file(path: Path, *, trusts: bool = False) -> Any:
-    """Return the contents of a DeepSpeed checkpoint file without importing DeepSpeed.
+    """Return the contents of a DeepSpeed checkpoint file.
 
-    If possible, the file is memory-mapped, and tensors are read from it on first use.
+    If ``trusts`` is false, DeepSpeed is not imported, and the file is memory-mapped if possible.
 
     Args:
         path: file to read.
@@ -39,7 +39,7 @@ def read_file(path: Path, *, trusts: bool = False) -> Any:
 
     Raises:
         CheckpointError: the file is damaged, or ``trusts`` is false and the file contains an object
-            other than a tensor, a plain value or an instance of DeepSpeed's own classes.
+            that is not a tensor, a plain value or an instance of a class in `_CLASSES`.
     """
     stand_ins = [
         (int if name == "ZeroStageEnum" else _Attributes, f"{module}.{name}")

@@ -1,4 +1,4 @@
-"""Load a checkpoint in DeepSpeed's format with the PyTorch backend."""
+"""Load DeepSpeed checkpoints with the PyTorch backend."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _KINDS: Mapping[type[Optimizer], tuple[set[str], set[str]]] = {
     RMSprop: ({"alpha"}, {"square_avg"}),
     Adagrad: ({"lr_decay"}, {"sum"}),
 }
-"""Names of param-group settings and of parameter states that identify each kind of optimizer.
+"""Maps each optimizer class to the param-group keys and the state keys that identify it.
 
-DeepSpeed does not save the name of the optimizer.
+DeepSpeed does not save the class of the optimizer.
 """
 
 
@@ -84,10 +84,10 @@ class DeepSpeedSource:
 
 
 def has_states_for(optimizer: Optimizer, files: DeepSpeedFiles, model: nn.Module) -> bool:
-    """Return whether a checkpoint contains optimizer states that ``optimizer`` can load.
+    """Return whether ``optimizer`` can load the optimizer state in a checkpoint.
 
-    The result is true if the saved optimizer was of the same kind, such as Adam. The result is
-    always false if the kind is not in `_KINDS`.
+    The saved optimizer must have been of the same kind; Adam and AdamW count as one kind. The
+    result is False for an optimizer of any kind that is not in `_KINDS`.
     """
     states = files.find_optimizer_states(list_group_names(model, optimizer)).values()
     groups = files.find_param_groups()

@@ -45,7 +45,7 @@ def build_identity(config: Config, scheduler: object, optimizer: Identity) -> Id
         config: config of the run.
         scheduler: scheduler of the run, with all durations resolved to steps; None if the run has
             no scheduler.
-        optimizer: result of `read_hyperparameters`, called before the schedule changes the param
+        optimizer: result of `read_hyperparameters` from before the schedule changed the param
             groups.
     """
     block, scaling = config.optimizer, config.loss_scaling
@@ -176,8 +176,9 @@ def _is_json(value: Any) -> bool:
 def _describe(value: Any) -> Any:
     """Convert a value to JSON types.
 
-    A tensor or array becomes a number or a list of numbers. A large tensor or array becomes a hash.
-    A function or class becomes its name. Any other object becomes the name of its class.
+    A tensor or array becomes a number, a list of numbers or, if it is large, a hash. A function or
+    class becomes its name. Any other object that JSON cannot represent becomes the name of its
+    class.
     """
     try:
         return json.loads(json.dumps(value, default=_describe_object))

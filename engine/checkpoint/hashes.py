@@ -1,8 +1,8 @@
 """Compute and verify the hashes of a checkpoint's files.
 
 The hashes detect damaged files, but not forged files: an attacker who can change a file can also
-change the manifest that contains the hashes. The hash function is XXH3, which is about ten times as
-fast as SHA-256.
+change the manifest that contains the hashes. New checkpoints use the hash function XXH3, which is
+about ten times as fast as SHA-256.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from xxhash import xxh3_128
 __all__ = ["compute_hash", "describe_files", "find_hash", "matches_hash"]
 
 _ALGORITHMS: Mapping[str, Callable[[], Any]] = {"xxh3_128": xxh3_128, "sha256": hashlib.sha256}
-"""Maps each hash's key in a manifest to the hash function. New checkpoints use the first one."""
+"""Hash functions, keyed by their names in a manifest. New checkpoints use the first one."""
 _ALGORITHM = next(iter(_ALGORITHMS))
 _CHUNK = 1 << 20  # bytes; stays in the cache of the core that hashes it
 

@@ -1,4 +1,4 @@
-"""Copy nested tensors to host memory asynchronously."""
+"""Copy the tensors in nested containers to host memory asynchronously."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["copy_to_host", "find_waiting"]
 def copy_to_host(value: Any, old: Any = None) -> Any:
     """Return a copy of nested dicts, lists and tuples, with all tensors in host memory.
 
-    Copies from a GPU are asynchronous. Before you read them, call the function that `find_waiting`
-    returns. Later changes to the tensors do not affect the copies, because the device runs its work
-    in order. Copies from a GPU are in pinned memory, because a copy to pageable memory would block
-    the host.
+    GPU tensors are copied asynchronously. Before you read the copies, call the function that
+    `find_waiting` returns. Later changes to the GPU tensors on the same stream do not affect the
+    copies, because a stream runs its operations in order. The copies of GPU tensors are in pinned
+    memory, because a copy to pageable memory would block the host.
 
     Args:
         value: nested containers of tensors; other values are copied with `copy.deepcopy`.
-        old: an earlier result for a value of the same structure. The memory of its tensors is
-            reused if their type, shape and dtype match.
+        old: an earlier result for a value of the same structure. Its tensors are overwritten and
+            returned where their class, shape and dtype match.
 
     >>> weights = {"w": torch.ones(2)}
     >>> first = copy_to_host(weights)
@@ -58,7 +58,7 @@ def find_waiting(value: Any) -> Callable[[], None]:
     Any thread may call the returned function.
 
     Args:
-        value: nested tensors that were passed to `copy_to_host`.
+        value: the nested containers that were passed to `copy_to_host`.
     """
     devices = {tensor.device for tensor in _find_tensors(value) if tensor.device.type != "cpu"}
     streams = [torch.get_device_module(device).current_stream(device) for device in devices]

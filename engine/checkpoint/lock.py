@@ -26,10 +26,10 @@ _WRITE_SECONDS = 5.0
 class DirectoryLock:
     """Lock on a directory, held until `release` is called or the process exits.
 
-    The file ``.lock`` identifies the process that owns the lock. If the owner has exited, another
-    process can acquire the lock. A process on the same host or in the same Slurm job can acquire
-    the lock immediately. Any other process must wait until the heartbeat in the file has not
-    changed for 60 seconds. Reading checkpoints does not require the lock.
+    The file ``.lock`` identifies the process that owns the lock. After the owner has exited,
+    another process can acquire the lock: immediately on the same host, and on other hosts once the
+    heartbeat in the file has been unchanged for 60 seconds. An owner on another host in the same
+    Slurm job is assumed to have exited. Reading checkpoints does not require the lock.
 
     Args:
         directory: existing directory.

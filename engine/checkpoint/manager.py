@@ -117,7 +117,7 @@ class Checkpointer:
         """Lock a directory, and delete incomplete checkpoints in it. `close` unlocks the directory.
 
         Raises:
-            CheckpointError: if another process writes to the directory.
+            CheckpointError: if another process has locked the directory.
             OSError: if the directory is not writable.
         """
         if (path := directory.resolve()) in self._locks:
@@ -136,8 +136,8 @@ class Checkpointer:
     def is_saved(self, run: RunState, directory: Path) -> bool:
         """Return whether the run's newest checkpoint in a directory is up to date.
 
-        The checkpoint is up to date if the run has neither taken a step nor reported its metric
-        since the save.
+        The checkpoint is up to date if, since the save, the run has neither taken a step nor
+        reported the metric that selects the best checkpoint.
         """
         return self._saved.get(directory.resolve(), (0, -1)) == _get_position(run)
 
@@ -265,7 +265,7 @@ class Checkpointer:
                 raise
 
     def close(self) -> None:
-        """Wait until this rank's current save has finished, and unlock the directories."""
+        """Wait for this rank's current save to finish, and unlock the checkpoint directories."""
         try:
             if self.async_saver is not None:
                 self.async_saver.close()

@@ -1,4 +1,4 @@
-"""Read and format checkpoint manifests, which list the files and describe the run."""
+"""Read and format manifests, which list a checkpoint's files and describe its training run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Manifest:
     is_automatic: bool = False
     """Whether the checkpoint was saved automatically. `prune` deletes only such checkpoints."""
     sequence: int = 0
-    """Number that orders the checkpoints in a directory, independently of the clock."""
+    """Number that increases with each save in a directory, so that sorting needs no clock."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     checksum: str = ""
     """SHA-256 hash of the rest of the manifest; empty if an older onecycle version wrote it."""
@@ -97,7 +97,8 @@ def read_manifest(checkpoint_dir: Path) -> Manifest:
     if not required <= found.keys() <= names:
         wrong = escape(", ".join(sorted((required - found.keys()) | (found.keys() - names))))
         raise CheckpointError(
-            f"{path} is damaged: it has missing or unknown keys ({wrong}). Use another checkpoint."
+            f"{path} is damaged: these keys are missing or unknown: {wrong}. Use another "
+            "checkpoint."
         )
     if "checksum" in found and found["checksum"] != _compute_checksum(found):
         raise CheckpointError(

@@ -84,7 +84,7 @@ def build_empty_state(
 ) -> dict[str, Any]:
     """Return an optimizer state with uninitialized tensors, into which a checkpoint can be loaded.
 
-    Saved states of parameters that this optimizer lacks are left out.
+    States saved for parameters that are not in this optimizer are left out.
 
     Args:
         directory: directory of the checkpoint, for the error message.
@@ -123,7 +123,10 @@ def build_empty_state(
     for number, (group, each) in enumerate(zip(groups, settings, strict=True)):
         for key in HYPERPARAMETERS:
             if key in group and key not in each:
-                raise ValueError(f"`optimizer.param_groups[{number}]` must have the key `{key}`.")
+                raise ValueError(
+                    f"`optimizer.param_groups[{number}]` in the checkpoint must have the key "
+                    f"`{key}`."
+                )
     return {
         "state": {name: _restore_lists(state[name]) for name in parameters if name in state},
         "param_groups": [
@@ -192,12 +195,12 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[
 
 
 class _Indices(list[int]):
-    """Parameter indices of a param group. The ``in`` operator also finds those of similar groups.
+    """Parameter indices of a param group, with an ``in`` operator that speeds up loading.
 
     For each state tensor, `Optimizer.load_state_dict` searches the groups one by one for the
     parameter, to read the group's settings ``fused`` and ``capturable``. With 10,000 groups, this
-    takes minutes. The search ends earlier because ``in`` also returns True for the parameters of
-    all other groups with the same values of ``fused`` and ``capturable``.
+    takes minutes. To end the search earlier, ``in`` also returns True for the parameters of all
+    other groups with the same values of ``fused`` and ``capturable``.
     """
 
     def __init__(self, own: Iterable[int] = (), known: Collection[int] = ()) -> None:
@@ -243,7 +246,7 @@ def _name_groups(
 def _split_name(key: str, parameters: Mapping[str, Any]) -> tuple[str | None, list[str]]:
     """Split the dotted name of a saved value into a parameter name and the keys that follow it.
 
-    Return None and an empty list if the name does not start with the name of a parameter.
+    Return ``(None, [])`` if ``key`` does not start with the name of a parameter.
     """
     parts = key.split(".")
     for end in range(1, len(parts)):

@@ -1,4 +1,4 @@
-"""Update an optimizer's tensors in place when a state is loaded or parameters are moved."""
+"""Load an optimizer's state in place, and move it to the devices of the parameters."""
 
 from __future__ import annotations
 
@@ -46,10 +46,9 @@ def keep_tensors(optimizer: Optimizer) -> Iterator[None]:
 
 
 def _fill(old: Any, new: Any) -> Any:
-    """Copy the nested tensors in ``new`` into the tensors in ``old``, and return the result.
+    """Return ``new`` with each tensor replaced by its counterpart in ``old``, updated in place.
 
-    The result contains the tensors of ``old``, and those of ``new`` that have no counterpart of the
-    same shape, dtype and device.
+    A tensor in ``new`` without a counterpart of the same shape, dtype and device is kept.
     """
     if isinstance(old, Tensor) and isinstance(new, Tensor):
         is_alike = (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)

@@ -66,11 +66,14 @@ _LOADABLE: list[Any] = [
     pathlib.PosixPath,
     pathlib.WindowsPath,
 ]
-"""Classes and functions outside of PyTorch that can be unpickled without running other code."""
+"""Classes and functions that are safe to unpickle, in addition to those that PyTorch allows."""
 
 
 def write_values(path: Path, values: Any) -> None:
-    """Write values to a file: plain values, tensors, arrays, and lists or mappings of these.
+    """Write ``values`` to a file that `read_values` can load.
+
+    ``values`` can be a tensor, an array, a plain value such as a number, a string or a date, or a
+    list or mapping of these.
 
     Raises:
         OSError: the disk is full or the directory is not writable.
@@ -87,8 +90,8 @@ def check_plain_values(values: Any, name: str) -> None:
     """Check that `read_values` supports the types of all values.
 
     Args:
-        values: value to check, including all values nested in it.
-        name: name of the value, for the error message.
+        values: a value or a nested list or mapping of values.
+        name: name of ``values`` in the error message.
 
     Raises:
         ValueError: a value has an unsupported type.
@@ -140,20 +143,20 @@ def unpickle(
     mmap: bool | None = None,
     fix: str = "Use another checkpoint.",
 ) -> Any:
-    """Return the contents of a ``torch.save`` file, and reject objects that could run code.
+    """Load a ``torch.save`` file, but reject objects that could run code when unpickled.
 
     All tensors in the result are on the CPU.
 
     Args:
         path: file to load.
         allowed: classes to allow in addition to tensors and plain values. Each item is a class, or
-            a tuple of a class and its name in the file.
+            a tuple ``(class, name)`` if the file refers to the class by another name.
         load: `torch.load`, or a function with the same arguments.
         mmap: see `torch.load`.
-        fix: last sentence of the error message if the file contains other classes.
+        fix: advice that ends the error message if the file contains a class that is not allowed.
 
     Raises:
-        CheckpointError: the file is damaged, or contains an object of another class.
+        CheckpointError: the file cannot be unpickled, or contains a class that is not allowed.
     """
     try:
         with safe_globals([*_LOADABLE, *allowed]):
@@ -192,14 +195,14 @@ def summarize(error: BaseException) -> str:
 
 
 def read_as(kind: Any, path: Path) -> Any:
-    """Return the values in a file, and check that they have the structure of a given type.
+    """Return the values in a file, and check that they match the type ``kind``.
 
     Args:
         kind: type annotation of the values; see `schedules.core.saved_state.restore`.
         path: file that `write_values` wrote.
 
     Raises:
-        CheckpointError: the file is damaged, or its values do not have this structure.
+        CheckpointError: the file is damaged, or its values do not match ``kind``.
     """
     values = read_values(path)
     with report_damage(path):
@@ -211,8 +214,8 @@ def read_as(kind: Any, path: Path) -> Any:
 def report_damage(path: Path) -> Iterator[None]:
     """Convert any exception in a ``with`` block to a CheckpointError.
 
-    The error reports that the file is damaged or missing. If the block fails, it must leave the
-    state of the run unchanged.
+    The error says that the file is damaged or missing. A block that fails must leave the state of
+    the run unchanged.
 
     Args:
         path: file that the block reads or checks.

@@ -39,7 +39,7 @@ class Parts:
     """Flags that select the states to restore in addition to the model."""
 
     optimizer: bool
-    """Whether to restore the optimizer, the loss scaler and the random states."""
+    """Whether to restore the optimizer, the loss scaler and the RNG states."""
     scheduler: bool
     """Whether to restore the scheduler."""
     counters: bool
@@ -48,14 +48,14 @@ class Parts:
 
 @dataclass(frozen=True)
 class _SmallFiles:
-    """States to restore in addition to the model and optimizer; None for those not restored."""
+    """Saved states other than the model and optimizer; None for each state that is not restored."""
 
     random_state: Any = None
     position: Any = None
     schedule: Any = None
     """State of the scheduler."""
     snapshot: Any = None
-    """State to which AutoWU can roll back."""
+    """Snapshot of the model and optimizer that AutoWU can roll back to."""
 
 
 class Restorer:
@@ -124,7 +124,8 @@ class Restorer:
     def _check_match(self, run: RunState, selected: Selected, parts: Parts) -> None:
         """Check the settings that must match between the checkpoint and this run.
 
-        Also select the scheduler state to restore from a DeepSpeed checkpoint.
+        Also discard a DeepSpeed checkpoint's scheduler state if the built-in schedule of this run
+        cannot load it.
         """
         checkpoint_dir, manifest, state = selected.path, selected.manifest, selected.state
         is_converted = selected.is_foreign and parts.scheduler and not self._plan.override

@@ -1,4 +1,7 @@
-"""Roll back a run to its state at the lowest warmup loss, if AutoWU's ``rollback`` is true."""
+"""Implement AutoWU's ``rollback`` parameter.
+
+After the warmup, the model and the optimizer return to their state at the lowest warmup loss.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,18 @@ class RestorableBackend(Protocol):
 
     @property
     def ranks(self) -> Ranks:
-        """Rank and world size of this process."""
+        """Rank of this process, and the world size."""
         ...
 
     def snapshot(self, reuse: Any = None) -> Any:
-        """Return a copy of the state of the model, the optimizer and the loss scaler."""
+        """Return a copy of the state of the model, the optimizer and the loss scaler.
+
+        The memory of ``reuse``, an earlier snapshot, may be overwritten.
+        """
         ...
 
     def restore(self, snapshot: Any, *, only_check: bool = False) -> None:
-        """Restore a state returned by `snapshot` or, with ``only_check=True``, only check it."""
+        """Restore a snapshot; with ``only_check=True``, only check that it fits this run."""
         ...
 
 
@@ -37,8 +43,7 @@ class Rollback:
     """Manager that rolls back the model, optimizer and loss scaler to their lowest-loss state.
 
     During the warmup, AutoWU computes the mean loss at regular intervals. `update` takes a snapshot
-    whenever this mean is the lowest so far, and restores the snapshot when AutoWU switches from
-    warmup to decay.
+    whenever this mean is the lowest so far, and restores the latest snapshot when the warmup ends.
     """
 
     def __init__(self, backend: RestorableBackend) -> None:
@@ -48,7 +53,7 @@ class Rollback:
         """Snapshot at the lowest loss so far; None before the first one and after the warmup."""
 
     def update(self, scheduler: object) -> None:
-        """Take a snapshot at each new lowest mean loss, and restore it when the decay starts.
+        """Take a snapshot at each new lowest mean loss; restore the latest when the warmup ends.
 
         Args:
             scheduler: AutoWU scheduler that has already received the loss of the current step.

@@ -1,4 +1,4 @@
-"""Protocols for the run and the backend whose state is saved in checkpoints."""
+"""Protocols for the parts of the run and the backend that the checkpoint code uses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ class SavedBackend(Protocol):
         ...
 
     def save(self, checkpoint_dir: Path, *, frozen: bool = True) -> None:
-        """Write the state of the model, the optimizer and the loss scaler to a checkpoint."""
+        """Save the model, the optimizer and the loss scaler.
+
+        For the arguments, see `engine.backends.base.Backend.save`.
+        """
         ...
 
     def save_async(
@@ -45,7 +48,9 @@ class SavedBackend(Protocol):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        """Save the same state as `save`, but in the background.
+        """Save the same state as `save`, but write the files in the background.
+
+        For the arguments, see `engine.backends.base.Backend.save_async`.
 
         Returns:
             A future that completes when this rank has written its files.
@@ -55,7 +60,10 @@ class SavedBackend(Protocol):
     def load(
         self, checkpoint_dir: Path, *, optimizer: bool, strict: bool, frozen: bool = True
     ) -> None:
-        """Restore the model and, if ``optimizer`` is true, the optimizer and the loss scaler."""
+        """Restore the model and, if ``optimizer`` is true, the optimizer and the loss scaler.
+
+        For the arguments, see `engine.backends.base.Backend.load`.
+        """
         ...
 
 

@@ -45,7 +45,7 @@ __all__ = ["SHARDS", "ShardReader", "ShardWriter", "write_tensors"]
 
 
 SHARDS = "shard.*.safetensors"
-"""Glob pattern of the file names. Each rank writes one file."""
+"""Glob pattern that matches the safetensors files of a checkpoint, one per rank."""
 _ALIGNMENT = 8  # bytes
 _DTYPES = {
     torch.float64: "F64",
@@ -87,7 +87,7 @@ class ShardWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Return copies of the plans with the rank added, which becomes part of the file name."""
+        """Return a copy of each plan that also stores the rank, to be used in the file name."""
         return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -200,7 +200,9 @@ class ShardReader(StorageReader):
         return self._metadata
 
     def read_whole(self, targets: Mapping[str, Tensor]) -> None:
-        """Load unsharded tensors by name, in place, without torch's slow load planner.
+        """Fill each unsharded target with the saved tensor of the same name.
+
+        torch's load planner is not used, because it is slow.
 
         Raises:
             KeyError: if a tensor is not in the checkpoint.
@@ -212,7 +214,8 @@ class ShardReader(StorageReader):
             assert isinstance(saved, TensorStorageMetadata)
             if saved.size != target.shape:
                 raise ValueError(
-                    f"`{name}` must have shape {tuple(target.shape)}, got {tuple(saved.size)}."
+                    f"`{name}` must have shape {tuple(target.shape)}, got {tuple(saved.size)} in "
+                    "the checkpoint."
                 )
             for chunk in saved.chunks:
                 path, key = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
@@ -309,7 +312,7 @@ def _read_header(
             )
             if (whole.size, whole.properties.dtype) != (torch.Size(part.shape), tensor.dtype):
                 raise ValueError(
-                    f"the saved shards of `{part.of}` disagree on its full shape or dtype."
+                    f"the saved shards of `{part.of}` disagree on the tensor's full shape or dtype."
                 )
             whole.chunks.append(ChunkStorageMetadata(offsets, tensor.shape))
             locations[MetadataIndex(part.of, offsets)] = (path, name)
@@ -341,8 +344,8 @@ def _check_parts(name: str, whole: TensorStorageMetadata) -> None:
         is_covered &= is_inside and (len(differing) != 1 or differing[0])
     if not is_covered:
         raise ValueError(
-            f"the saved shards of `{name}` do not cover its shape, {tuple(whole.size)}, exactly "
-            "once."
+            f"the saved shards of `{name}` must cover the full tensor, of shape "
+            f"{tuple(whole.size)}, without gaps or overlaps."
         )
 
 

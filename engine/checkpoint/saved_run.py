@@ -71,7 +71,7 @@ class _SavedRun:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Return the saved state of a run, and check its structure.
+    """Read a run's saved state from the file ``path``, and check its structure.
 
     Raises:
         CheckpointError: if the file is damaged.
@@ -99,6 +99,6 @@ def _check_counters(values: Mapping[str, Any]) -> None:
     counters = Counters(**values)
     if counters.applied_steps < 0:
         raise ValueError(
-            f"`engine.counters.skipped_steps` must be <= global_steps "
+            f"`engine.counters.skipped_steps` must be <= `global_steps` "
             f"({counters.global_steps}), got {counters.skipped_steps}."
         )

@@ -37,12 +37,12 @@ def convert_deepspeed_state(
         scheduler: scheduler of this run.
 
     Returns:
-        The state, or None if a built-in schedule cannot load it. The schedule then continues at the
-        current step of the run.
+        The state, or None if the scheduler is a built-in schedule that cannot load it. If None, the
+        schedule continues at the current step of the run.
 
     Raises:
         CheckpointError: if the training script created the scheduler, and the checkpoint does not
-            contain a state for it.
+            contain a state that this scheduler can load.
     """
     if isinstance(scheduler, ScheduleBinder):
         return saved if saved is not None and {"type", "params", "step"} <= saved.keys() else None
@@ -66,9 +66,9 @@ def prepare_schedule_state(
 
     Args:
         scheduler: scheduler of this run.
-        state: saved state of the run.
+        state: saved state of the run, which includes the scheduler state.
         config: config of this run.
-        steps: number of optimizer steps that were applied before the run continues.
+        steps: number of applied optimizer steps from which the run continues.
         override: whether this run's schedule replaces the saved schedule.
 
     Returns:
@@ -108,7 +108,7 @@ def _convert_position(steps: int, config: Config, saved_batch: Mapping[str, int]
 
 
 def _check_schedule_state(scheduler: LRScheduler, state: dict[str, Any]) -> None:
-    """Check that a scheduler can continue from a state, without changing the scheduler.
+    """Check that a scheduler can load a state. The scheduler itself stays unchanged.
 
     Raises:
         Exception: if the state is damaged, or does not match the scheduler.
@@ -128,7 +128,7 @@ def _check_schedule_state(scheduler: LRScheduler, state: dict[str, Any]) -> None
 
 
 def _fix_lengths(value: Any) -> Any:
-    """Convert lists to tuples, so that `check_same_structure` requires their exact lengths."""
+    """Convert lists to tuples, for which `check_same_structure` requires equal lengths."""
     if isinstance(value, dict):
         return {key: _fix_lengths(each) for key, each in value.items()}
     return tuple(map(_fix_lengths, value)) if isinstance(value, list) else value
@@ -139,14 +139,14 @@ def _adapt_schedule_state(
 ) -> dict[str, Any]:
     """Return a saved scheduler state adapted to the schedule of this run.
 
-    A schedule without feedback continues at the current step of the run. A feedback schedule
-    depends on past losses, so it restarts if its type or params differ from those of the saved
-    schedule.
+    A schedule without feedback continues at step ``applied_steps``. A feedback schedule depends on
+    past losses: it continues from its saved state, or restarts if its type or params differ from
+    those of the saved schedule.
 
     Args:
         saved: scheduler state in the checkpoint; can be empty.
         own: current state of this run's scheduler.
-        applied_steps: step at which the schedule continues.
+        applied_steps: step at which a schedule without feedback continues.
     """
     state = own | {"step": applied_steps}
     if "state" in own:
@@ -165,8 +165,8 @@ def _adapt_schedule_state(
 def advance(scheduler: LRScheduler, applied_steps: int) -> None:
     """Step a PyTorch scheduler until it reaches the current step of the run.
 
-    Unlike a `ScheduleBinder`, a PyTorch scheduler cannot jump to a step. The saved state is not
-    loaded, because it contains the settings of the saved run.
+    Unlike a `ScheduleBinder`, a PyTorch scheduler cannot jump to a step. Loading its saved state
+    would also restore the settings of the saved run.
 
     Args:
         scheduler: scheduler of this run.

@@ -50,7 +50,8 @@ class CheckpointSelector:
     def select(self, directory: Path, tag: str | None) -> Selected:
         """Return the checkpoint that rank 0 chooses, and check that all ranks read the same files.
 
-        Rank 0 reads all files to verify their hashes. The other ranks check the files' sizes.
+        Rank 0 verifies the hashes of a onecycle checkpoint's files. The other ranks check only the
+        file sizes.
 
         Args:
             directory: directory that holds the run's checkpoints.
@@ -121,11 +122,11 @@ class CheckpointSelector:
 
 
 def find_foreign(directory: Path, tag: str | None) -> Path | None:
-    """Return a checkpoint that DeepSpeed wrote without onecycle, or None if there is none.
+    """Return the path of a checkpoint if DeepSpeed wrote it without onecycle; otherwise None.
 
     Args:
         directory: directory that holds the checkpoints.
-        tag: name of the checkpoint. If None, it is read from the file ``latest``.
+        tag: name of the checkpoint; None to read the name from the file ``latest``.
     """
     if tag is None:
         return _follow(directory / storage.LATEST)
@@ -133,9 +134,9 @@ def find_foreign(directory: Path, tag: str | None) -> Path | None:
 
 
 def _follow(pointer: Path) -> Path | None:
-    """Return the DeepSpeed checkpoint whose name is in a file such as ``latest``.
+    """Return the path of the DeepSpeed checkpoint that is named in a file such as ``latest``.
 
-    Return None if the file does not exist or does not name a DeepSpeed checkpoint.
+    Return None if there is no such file or no such checkpoint, or if onecycle wrote the checkpoint.
     """
     if not pointer.is_file():
         return None

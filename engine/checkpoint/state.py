@@ -97,23 +97,24 @@ def write_async(
     *,
     frozen: bool = True,
 ) -> Future[None]:
-    """Copy this rank's shards of the model and the optimizer, and write them in the background.
+    """Copy this rank's shards to host memory, and write the copies in the background.
 
-    Every rank must call this function. The copies are in host memory, so training can continue as
-    soon as the function returns. If the tensors are on a GPU, the background thread waits until the
-    copies are complete.
+    Every rank must call this function. Training can continue as soon as the function returns, even
+    if GPU tensors are still being copied. The background thread waits for these copies before it
+    writes them.
 
     Args:
         directory: existing directory to write to.
         model: model to save.
         optimizer: optimizer of the model.
         group: process group that is used only for saving; None for a single process.
-        buffers: copies from the previous save, updated in place. Their memory is reused.
+        buffers: copies from the previous save, whose memory is reused; empty for the first save.
+            This function adds the new copies.
         frozen: whether to include frozen parameters.
 
     Returns:
-        A future that completes when this rank has written its files or, on rank 0, when all ranks
-        have written their files.
+        A future that completes when all ranks have written their shards and, on rank 0, the file
+        `VALUES` has been written too.
     """
     state = _get_state(model, optimizer, frozen=frozen)
     copies = copy_to_host(state, buffers)
@@ -144,14 +145,14 @@ def read(
     Every rank must call this function.
 
     Args:
-        directory: directory that `write` wrote to.
+        directory: directory of the checkpoint.
         model: model to restore.
         optimizer: optimizer to restore; None restores only the model.
         strict: whether the checkpoint and the model must have the same parameters and buffers. If
             False, tensors without a counterpart are ignored.
         frozen: whether the checkpoint must contain the frozen parameters. If False, frozen
             parameters that are missing from the checkpoint keep their current values.
-        source: contents of the checkpoint; default: the files that `write` wrote.
+        source: contents of the checkpoint; None for the files that `write` wrote to ``directory``.
 
     Raises:
         CheckpointError: if the checkpoint is incomplete or damaged, or does not match the model
@@ -214,7 +215,7 @@ def _find_saved_weights(
 def _read_optimizer(
     directory: Path, model: nn.Module, optimizer: Optimizer, source: Source
 ) -> dict[str, Any]:
-    """Return the saved optimizer state, and the saved values of parameters outside the model."""
+    """Return the saved state of the optimizer and of its parameters that are not in the model."""
     with report_damage(directory / VALUES):
         saved = {**source.values, **source.tensors}
         own = build_empty_state(directory, model, optimizer, saved)
@@ -241,7 +242,7 @@ def _find_tensors(state: dict[str, Any]) -> dict[str, Any]:
 def _find_extra_states(
     directory: Path, model_state: Mapping[str, Any], saved_values: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the saved extra state of each module, by name."""
+    """Return the saved extra state of each module, by its key in the model's state dict."""
     names = [name for name in model_state if _is_extra_state(name)]
     for name in names:
         if f"{_MODEL}{name}" not in saved_values:
@@ -366,7 +367,7 @@ def _is_sharded(name: str, value: Any) -> bool:
 def _is_extra_state(name: str) -> bool:
     """Return whether a state dict entry is the result of a module's ``get_extra_state``.
 
-    Such an entry can have any structure, which can change between saving and loading.
+    Such an entry is saved as a whole, because its structure can change between saving and loading.
     """
     return name.rpartition(".")[2] == "_extra_state"
 
@@ -383,7 +384,8 @@ def check_weights(
         strict: whether the model must have all saved tensors.
 
     Raises:
-        CheckpointError: if a tensor is missing or unexpected, or has a different shape or dtype.
+        CheckpointError: if a tensor is missing or unexpected, has a different shape, or has a
+            floating-point dtype only in the checkpoint or only in the model.
     """
     for key, tensor in own.items():
         if key not in saved:

@@ -26,7 +26,7 @@ _IMPLEMENTATION = {"fused", "foreach"}
 _NOT_IN_TEMPLATES = {*_IMPLEMENTATION, "capturable", "params"}
 _MAX_INT = 2**63 - 1
 _MAX_FLOAT = torch.finfo(torch.float32).max
-"""Largest finite number by which PyTorch can multiply a float32 tensor."""
+"""Largest finite float32 number: the limit for the numeric settings of a param group."""
 HYPERPARAMETERS = ("lr", "momentum", "betas", "weight_decay")
 """Settings of a param group that a checkpoint must contain if the optimizer has them."""
 
@@ -112,7 +112,7 @@ def check_param_groups(saved: Any, own: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         saved: param groups in the checkpoint.
-        own: param groups of this run, with the same parameter names or indices as ``saved``.
+        own: param groups of this run. Their ``params`` are names or indices, as in ``saved``.
 
     Raises:
         ValueError: if a value is missing, has the wrong type or is out of range.
@@ -201,8 +201,8 @@ class _Templates:
     """Builder of the optimizer state that a parameter should have after the first step.
 
     For an optimizer class in `torch.optim`, a temporary optimizer of this class takes one step on a
-    small parameter with the same number of dimensions. For any other class, the expected state is
-    the current state of the parameter, because a step could have side effects.
+    small parameter with as many dimensions as the real one. For any other class, the expected state
+    is the current state of the parameter, because a step could have side effects.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:

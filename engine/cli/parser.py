@@ -26,9 +26,10 @@ COMMANDS = {
     "schema": "print the JSON Schema of configs, or of one schedule's params",
     "completion": "print a script that completes commands and options in your shell",
 }
-"""Maps the name of each subcommand to its one-line help.
+"""Maps the name of each subcommand to its one-line help text.
 
-The code of a subcommand is in the module of the same name in `engine.cli.commands`.
+The code of a subcommand is in the module of the same name in `engine.cli.commands`, with ``_`` in
+place of ``-``.
 """
 
 _EPILOG = """\
@@ -90,7 +91,7 @@ class _Version(argparse.Action):
 
 
 def find_command(name: str) -> str:
-    """Return the subcommand with the given name, ignoring case.
+    """Return the lowercase name of the subcommand that ``name`` matches, ignoring case.
 
     Raises:
         ValueError: if the name is unknown. The message suggests a similar name.
@@ -103,7 +104,7 @@ def find_command(name: str) -> str:
 
 
 def build_command_parser(name: str) -> argparse.ArgumentParser:
-    """Build the parser of one subcommand, and import only the module of this subcommand."""
+    """Build the parser of one subcommand, importing only that subcommand's module."""
     parser = CommandParser(prog=f"onecycle {name}")
     import_command(name).add_arguments(parser)
     return parser
@@ -113,8 +114,8 @@ def build_parser(complete: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Build the parser of the ``onecycle`` command, whose help lists the subcommands.
 
     Args:
-        complete: subcommands to add with all of their arguments. The other subcommands have only a
-            name and a one-line help.
+        complete: names of the subcommands to add with all of their arguments. The other
+            subcommands get only a name and a one-line help text.
     """
     parser = CommandParser(
         prog="onecycle",

@@ -62,9 +62,9 @@ def find_offload_device(config: Mapping[str, Any], name: str) -> str:
 def find_deepspeed_only_keys(members: Sequence[Member]) -> list[Member]:
     """Return the config's keys and sections that only DeepSpeed supports.
 
-    If only DeepSpeed supports a whole section, the section is returned instead of its keys. Keys
-    and sections that do not affect the training results are omitted, because the PyTorch backend
-    can ignore them.
+    If a section is supported only by DeepSpeed, its keys are not listed separately. Keys and
+    sections that do not affect the training results are omitted, because the PyTorch backend can
+    ignore them.
 
     Args:
         members: all keys of the config; each section precedes its keys.
@@ -88,8 +88,8 @@ def choose_backend(
     If ``engine.backend`` is "torch" or "deepspeed", that backend is chosen. Otherwise, DeepSpeed is
     chosen if
 
-    - the config enables ZeRO, has pipeline stages, or has another key that only DeepSpeed supports
-      and that affects the results,
+    - the config enables ZeRO, has pipeline stages, or contains a key that affects the results and
+      that only DeepSpeed supports,
     - the model or a keyword argument requires DeepSpeed (``needs_deepspeed``), or
     - the optimizer is Muon, for which DeepSpeed's implementation is the default.
 

@@ -107,7 +107,10 @@ class BatchError(ValueError):
 
 
 class DataRanks(NamedTuple):
-    """The number of ranks that load different samples. Ranks that split one model count as one."""
+    """The number of ranks that load different samples.
+
+    Ranks that share a model replica count as one.
+    """
 
     number: int
     tensor_parallel: int = 1

@@ -29,7 +29,8 @@ def convert_numbers_to_booleans(document: Document) -> tuple[Document, list[Prob
         document: parsed config; it is not modified.
 
     Returns:
-        The document with these replacements, and one note per replacement.
+        Pair ``(document, problems)``: the document with these replacements, and for each of them a
+        problem of severity "note".
     """
     converted = {
         member.pointer: bool(member.value)

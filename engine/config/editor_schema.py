@@ -18,9 +18,9 @@ _DRAFT = "http://json-schema.org/draft-07/schema#"
 def editor_schema() -> dict[str, Any]:
     """Build the JSON Schema that editors use for completion, tooltips and error highlighting.
 
-    A config refers to this schema with the key ``$schema``. The schema selects the schema of
-    ``params`` by the value of ``type``. Only `onecycle validate` checks other dependencies between
-    values.
+    A config refers to this schema in its ``$schema`` key. In the optimizer and scheduler blocks,
+    the value of ``type`` determines which keys are valid in ``params``. Only `onecycle validate`
+    checks other dependencies between values.
     """
     schema = _inline_references(schemas.read(SCHEMA))
     schema["$schema"] = _DRAFT
@@ -51,7 +51,7 @@ def _inline_references(schema: Mapping[str, Any]) -> dict[str, Any]:
 def _copy_for_editors(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of a schema with empty ``properties`` and without ``$ref`` and ``$schema``.
 
-    For a deprecated or removed key, the copy contains a ``deprecationMessage`` for editors.
+    A ``deprecationMessage`` is added to the schema of a deprecated or removed key.
     """
     copy = {key: value for key, value in schema.items() if key not in {"$ref", "$schema"}}
     if "properties" in copy:
@@ -62,7 +62,7 @@ def _copy_for_editors(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _branch_on_type(of_types: Mapping[str, Mapping[str, Any]], *, any_case: bool) -> dict[str, Any]:
-    """Build a schema that selects the schema of ``params`` by the value of ``type``.
+    """Build a schema that validates ``params`` differently for each value of ``type``.
 
     Args:
         of_types: dict that maps each type to the schema of its ``params``.

@@ -26,7 +26,7 @@ def apply_fixes(
 ) -> str:
     """Fix problems in a config, remove its trailing commas, and return the new text.
 
-    A key is not renamed if the config already contains a key with the new name.
+    A key is not renamed if the same section already contains a key with the new name.
 
     Args:
         document: config to fix.
@@ -43,7 +43,7 @@ def apply_fixes(
 
 
 class FixEdit(NamedTuple):
-    """The automatic fix for a problem: ``text`` replaces the text from ``start`` to ``end``."""
+    """The automatic fix for a problem: ``text`` replaces ``[start:end]`` of the config's text."""
 
     problem: Problem
     start: int

@@ -35,7 +35,7 @@ def find_named_code(block: Any, pointer: str = "/scheduler") -> Iterator[NamedCo
     """Yield each import path and entry point in a ``scheduler`` block and its nested schedules.
 
     Args:
-        block: value of the key ``scheduler``. If the value is not an object, nothing is yielded.
+        block: value of the config's ``scheduler`` key. If it is not a dict, nothing is yielded.
         pointer: JSON pointer of the block.
 
     >>> block = {"type": "LambdaLR", "params": {"lr_lambda": "my_module:warmup"}}
@@ -61,7 +61,7 @@ def find_named_code(block: Any, pointer: str = "/scheduler") -> Iterator[NamedCo
 
 
 def find_optimizer_code(block: Any) -> list[NamedCode]:
-    """Return a list with the import path in ``optimizer.type``; empty if there is none.
+    """Return ``optimizer.type`` as a one-item list if it is an import path, and ``[]`` otherwise.
 
     >>> [code.name for code in find_optimizer_code({"type": "my_module:MyOptimizer"})]
     ['my_module:MyOptimizer']
@@ -87,7 +87,7 @@ def _find_import_paths(value: Any, pointer: str) -> Iterator[NamedCode]:
 def check_named_code(
     document: Document, block: Mapping[str, Any], pointer: str = "/scheduler"
 ) -> Iterator[Problem]:
-    """Yield a problem or note for each import path and entry point in a ``scheduler`` block.
+    """Yield `check_import`'s result for each import path and entry point in a ``scheduler`` block.
 
     Args:
         document: parsed config.
@@ -99,10 +99,10 @@ def check_named_code(
 
 
 def check_import(document: Document, code: NamedCode) -> Problem:
-    """Check that an import path is well-formed and its module exists, without importing it.
+    """Check an import path or entry point without importing the code that it names.
 
-    Return an error or a warning for an invalid path. For a valid path, return a note that the code
-    itself is not checked.
+    Return an error if an import path is malformed, a warning if its module is not found, and
+    otherwise a note that the code itself is not checked.
     """
     pointer, path = code
     name = dotted_name(pointer)

@@ -20,8 +20,7 @@ def find_reason_for_no_effect(member: Member, backend: str, stage: int | None = 
     Args:
         member: key of a config, with its value.
         backend: "torch" or "deepspeed".
-        stage: ZeRO stage. If None, a key is assumed to affect the results if it does so in any
-            stage.
+        stage: ZeRO stage; None to return a reason only if it applies to every stage.
 
     >>> print(find_reason_for_no_effect(Member("/gradient_allreduce_op", "sum", {}), "torch"))
     None
@@ -44,12 +43,12 @@ def _find_current_pointer(member: Member) -> str:
 
 
 def _is_listed(member: Member, values: Any) -> bool:
-    """Return whether a key has a value that does not affect the results.
+    """Return whether the value of a key or section is one that does not affect the results.
 
     Args:
         member: key of a config, with its value.
-        values: values for which the key has no effect; None if it never has an effect. For a
-            section, a dict with a list of such values for each key that can have an effect.
+        values: list of such values; None if no value affects the results. For a section, a dict
+            that maps some of its keys to such lists; each of these keys must have a listed value.
     """
     if values is None:
         return True

@@ -15,21 +15,21 @@ __all__ = ["OptimizerBlock", "build_optimizer_block"]
 
 @dataclass(frozen=True)
 class OptimizerBlock:
-    """The config's ``optimizer`` block with a canonical optimizer name and all defaults."""
+    """The config's ``optimizer`` section with all defaults; ``type`` has its canonical spelling."""
 
     type: str
     params: Mapping[str, Any]
     param_groups: tuple[GroupSettings, ...] = ()
     no_decay: bool = False
-    """Whether to exclude biases and norms from weight decay if no entry of ``param_groups``
-    selects them."""
+    """Whether to exclude biases and normalization weights from weight decay. This applies to
+    parameters that no entry of ``param_groups`` selects."""
     layer_decay: float = 1.0
     group_schedules: Mapping[int, Schedule[Any]] = field(default_factory=dict)
     """Schedules of individual param groups, by index in ``param_groups``."""
 
     @property
     def group_keys(self) -> tuple[str, ...]:
-        """Dotted names of the keys that divide the parameters into param groups."""
+        """Dotted names of the keys in use that divide the parameters into param groups."""
         keys = {
             "param_groups": bool(self.param_groups),
             "no_decay": self.no_decay,
@@ -75,9 +75,9 @@ def build_optimizer_block(
 
 
 def _as_floats(value: Any, schema: Mapping[str, Any]) -> Any:
-    """Convert an integer or a list of integers to floats, if the schema allows floats.
+    """Convert an integer, or each integer in a list, to a float where the schema allows floats.
 
-    JSON does not distinguish 0 from 0.0, but PyTorch rejects betas of mixed types.
+    For example, PyTorch rejects the betas ``(0, 0.999)``, which mix an integer and a float.
     """
     if isinstance(value, list):
         return [_as_floats(each, schema.get("items", {})) for each in value]

@@ -1,4 +1,4 @@
-"""Look up ``optimizer.type`` and the JSON schema of the optimizer's params."""
+"""Look up the JSON schema of an optimizer's ``params`` by its ``optimizer.type``."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _ANY_PARAMS: Mapping[str, Any] = {}
 def find_optimizer_schema(document: Document, name: str) -> Mapping[str, Any] | Problem:
     """Return the JSON schema of an optimizer's ``params``, or a problem with ``optimizer.type``.
 
-    If imports are allowed, a custom class is imported. Its schema contains the names of the
-    constructor's arguments, but not their types. If imports are not allowed, the result for a
-    custom class is usually a note that the class is not checked.
+    If ``name`` is an import path and imports are allowed (see `imports_allowed`), import the class
+    and return a schema with the names, but not the types, of its constructor's arguments. If
+    imports are not allowed, return a note that the class is not checked, or an error in the path.
 
     Args:
         document: parsed config.

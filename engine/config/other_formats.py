@@ -24,7 +24,7 @@ _BEFORE_YAML = re.compile(r"(?:\s|#[^\n]*|---[^\n]*)*")
 
 
 def is_utf_16(data: bytes) -> bool:
-    """Return whether bytes are UTF-16 text, with or without a byte order mark.
+    """Return whether bytes look like UTF-16 text, with or without a byte order mark.
 
     >>> is_utf_16('{"a": 1}'.encode("utf-16")), is_utf_16(b'{"a": 1}')
     (True, False)
@@ -33,7 +33,7 @@ def is_utf_16(data: bytes) -> bool:
 
 
 def recognize_yaml(text: str) -> tuple[str, str] | None:
-    """Return a message and a hint if a text is YAML, and None if not.
+    """Return an error message and a hint if a text looks like YAML; otherwise, return None.
 
     >>> recognize_yaml("# comment\\ntrain_batch_size: 8\\n")[0]
     'The config must be a JSON object in braces, but it looks like YAML.'
@@ -47,7 +47,7 @@ def recognize_yaml(text: str) -> tuple[str, str] | None:
 
 
 def recognize_keys(keys: Collection[str]) -> tuple[str, str] | None:
-    """Return a message and a hint if the keys belong to an Accelerate config, and None if not.
+    """Return an error message and a hint for the keys of an Accelerate config; None for other keys.
 
     Args:
         keys: top-level keys of the config.

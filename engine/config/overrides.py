@@ -1,14 +1,14 @@
 """Override config values with command-line arguments of the training script.
 
 `add_config_arguments` adds DeepSpeed's arguments for the config file. `add_schedule_arguments` adds
-arguments that override values in this file. Some of these arguments have the same names and
-meanings as in SambaFlow (``--learning_rate``, ``--max_steps``, …). There is also one argument per
-parameter of DeepSpeed's schedules.
+arguments that override values in the config file. Some of them have the same names and meanings as
+in SambaFlow (``--learning_rate``, ``--max_steps``, …). There is also one argument per parameter of
+DeepSpeed's schedules.
 
-If the script defines an argument with the same name, before or after these calls, the script's
-argument takes precedence. The value of the script's argument does not override the config.
+If the script itself defines an argument with one of these names, before or after calling these
+functions, the script's argument takes precedence. Its value does not override the config.
 
-`apply_assignments` implements the option ``--set`` of onecycle's commands, which accepts any key.
+`apply_assignments` implements ``--set``, an option of onecycle's commands that can set any key.
 """
 
 from __future__ import annotations
@@ -84,15 +84,14 @@ def _find_schedule_parameters() -> dict[str, type[Schedule[Any]]]:
 
 
 _VALUES = "onecycle_overrides"
-"""Namespace attribute that stores the values of onecycle's arguments, by argument name."""
+"""Name of the namespace attribute that maps each of onecycle's arguments to its value."""
 
 
 class _StoreOverride(argparse.Action):
-    """An argparse action that stores the value of an argument in two places.
+    """An argparse action that stores an argument's value in two places.
 
-    The value is stored in the namespace attribute with the argument's name, and in the dict
-    ``onecycle_overrides`` of the namespace. A script's argument with the same name does not change
-    the value in the dict.
+    The value is stored in the usual namespace attribute and in the namespace's dict
+    ``onecycle_overrides``, which the script's own arguments do not change.
     """
 
     def __call__(
@@ -268,7 +267,7 @@ def apply_assignments(
         if not _set_value(value, pointer, new):
             raise ValueError(
                 f"`--set {assignment}` cannot be applied, because a parent of `{name}` is not an "
-                "object. Run `onecycle config FILE` to list the keys of a config."
+                "object. Run `onecycle config FILE` to list the config's keys."
             )
         changes.append(Override("--set", pointer, new, replaced_value))
     unserializable = list(find_unserializable(value, ""))
@@ -337,9 +336,9 @@ def _describe_value(document: Document, pointer: str, new: Any) -> str:
 
 
 def _replace_values(document: Document, value: Any, changes: Sequence[Override]) -> Document:
-    """Return a copy of a document with a new ``value`` that contains the given changes.
+    """Return a copy of a document with ``value``, to which ``changes`` are already applied.
 
-    The copy has no locations for keys inside the changed values.
+    The copy lacks the source locations of keys inside the changed values.
     """
     origins = {change.pointer: change.argument for change in changes}
     below = tuple(f"{pointer}/" for pointer in origins)
@@ -355,9 +354,9 @@ def _replace_values(document: Document, value: Any, changes: Sequence[Override])
 def _find_values_to_set(
     given: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, Any]]:
-    """Yield the argument name, JSON pointer and new value of each config value to set.
+    """Yield ``(argument, pointer, value)`` for each config value that the given arguments set.
 
-    The type of the schedule is yielded first.
+    ``scheduler.type`` is yielded first.
     """
     if "lr_schedule" in given:
         yield "lr_schedule", "/scheduler/type", given["lr_schedule"]

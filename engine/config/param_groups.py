@@ -41,8 +41,9 @@ class GroupSettings:
     Args:
         name: name of the group.
         patterns: regular expressions that select parameters by name, with `re.search`.
-        hyperparameters: hyperparameters that differ from ``optimizer.params``.
-        no_decay: whether to exclude biases and norms from weight decay.
+        hyperparameters: hyperparameters of the group, which override ``optimizer.params``.
+        no_decay: whether to exclude biases, normalization parameters and other parameters with at
+            most one dimension from weight decay.
     """
 
     name: str
@@ -82,7 +83,8 @@ def _read_entry_schema() -> Mapping[str, Any]:
 def build_group_schema(optimizer: str) -> dict[str, Any]:
     """Return the JSON schema of ``optimizer.param_groups`` for an optimizer.
 
-    Each entry accepts the optimizer's hyperparameters that are numbers or lists of numbers.
+    Besides keys such as ``params``, each entry accepts those hyperparameters of the optimizer that
+    are numbers or lists of numbers and may differ between groups.
 
     >>> schema = build_group_schema("SGD")
     >>> list(schema["items"]["properties"])
@@ -111,13 +113,13 @@ def _list_types(schema: Mapping[str, Any]) -> list[str]:
 
 
 def _drop_auto(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema without "auto", which is not allowed in ``optimizer.param_groups``."""
+    """Return a hyperparameter's schema without "auto", which param groups do not accept."""
     kept = {key: each for key, each in schema.items() if key not in {"pattern", "x-auto"}}
     return {**kept, "type": [each for each in _list_types(schema) if each != "string"]}
 
 
 def find_group_schedulers(config: Mapping[str, Any]) -> Iterator[tuple[int, str, Any]]:
-    """Yield the group index, JSON pointer and block of each param group's ``scheduler``.
+    """Yield the group index, JSON pointer and value of each ``scheduler`` in a param group.
 
     >>> config = {"optimizer": {"param_groups": [{"scheduler": {"type": "StepLR"}}]}}
     >>> list(find_group_schedulers(config))
@@ -131,7 +133,7 @@ def find_group_schedulers(config: Mapping[str, Any]) -> Iterator[tuple[int, str,
 
 
 def check_param_groups(document: Document, optimizer: str, entries: Any) -> Iterator[Problem]:
-    """Check each entry of ``optimizer.param_groups`` separately, and yield the problems.
+    """Yield the problems in the entries of ``optimizer.param_groups``.
 
     Args:
         document: parsed config.

@@ -61,7 +61,7 @@ class Document:
     trailing_commas: tuple[int, ...] = ()
     """Offsets in ``text`` of the commas after the last item of an object or array."""
     arguments: Mapping[str, str] = field(default_factory=dict)
-    """Maps the JSON pointer of each value set on the command line to the argument that set it."""
+    """Command-line arguments that set values, keyed by the JSON pointers of these values."""
 
     def encode_text(self, text: str) -> bytes:
         """Encode text as UTF-8, with a byte order mark if the original file has one."""
@@ -100,16 +100,16 @@ class Document:
         fix: Fix | None = None,
         suggestion: str = "",
     ) -> Problem:
-        """Build a problem, and look up its line and column in the config.
+        """Build a `Problem`, and look up its line and column in the config.
 
-        If the key is missing, use the position of the nearest enclosing section.
+        If ``pointer`` is not in the config, use the position of the nearest enclosing section.
 
         Args:
             rule: ID of the rule that found the problem.
             pointer: JSON pointer of the key.
             message: what is wrong.
             hint: how to fix it.
-            at_key: whether to report the position of the key instead of its value.
+            at_key: whether to report the position of the key instead of the value's position.
             severity: "error", "warning" or "note".
             fix: automatic fix, or None.
             suggestion: key that the user probably meant, or the JSON pointer of a missing key.
@@ -149,8 +149,8 @@ def is_finite(number: float) -> bool:
 def parse(text: str, name: str) -> Document:
     """Parse the text of a config into a `Document`.
 
-    If a syntax error prevents parsing, the ``value`` of the returned document is None, and its
-    ``problems`` contain the error.
+    If a syntax error prevents parsing, the returned document's ``value`` is None, and the
+    document's ``problems`` contain the error.
 
     Args:
         text: text of the config.
@@ -220,7 +220,7 @@ class _Parser:
         if self.at == len(self.text):
             raise _BrokenSyntaxError(
                 self.at,
-                "The config must be a JSON object, but it is empty.",
+                "The config must be a JSON object, got an empty file.",
                 'Write, for example, {"train_batch_size": 32}.',
             )
         value = self._value("", self.find_location(self.at), depth=0)
@@ -286,7 +286,7 @@ class _Parser:
 
         Args:
             bracket: closing bracket of the current object or array.
-            first: whether no item has been read yet, so that no comma is expected.
+            first: whether the next item would be the first, so that no comma is expected.
 
         Returns:
             Whether the closing bracket was found.

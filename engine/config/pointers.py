@@ -49,7 +49,7 @@ def get_last_key(pointer: str) -> str:
 
 
 def get_parent(pointer: str) -> str:
-    """Return the JSON pointer of the enclosing object or array."""
+    """Return the JSON pointer of the object or array that encloses the value at ``pointer``."""
     return pointer.rpartition("/")[0]
 
 

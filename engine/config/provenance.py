@@ -95,7 +95,7 @@ def _trace_batch_sizes(document: Document, ranks: DataRanks) -> Iterator[Entry]:
 def _describe_origin(document: Document, member: Member) -> str:
     """Return the origin of a value: a command-line argument, or a file name and line.
 
-    For "auto", the result also names the integrations that replace the value.
+    For an "auto" value, the result also names the libraries that replace it, such as transformers.
     """
     filled_in = member.value == "auto" and "x-auto" in member.schema
     suffix = f", filled in by {member.schema['x-auto']}" if filled_in else ""

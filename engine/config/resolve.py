@@ -120,7 +120,7 @@ class DataSettings:
     persistent_workers: bool
     """Whether the workers keep running between epochs."""
     pin_memory: bool
-    """Whether batches are loaded into pinned memory, if there is a GPU."""
+    """Whether batches are loaded into pinned memory; ignored without a GPU."""
     shuffle: bool
     """Whether the samples of a map-style dataset are reshuffled in each epoch."""
 
@@ -130,9 +130,9 @@ class ModelSettings:
     """Settings for preparing and training the model."""
 
     wrap_classes: tuple[str, ...]
-    """Class names of the modules to shard, or to recompute in the backward pass, as a unit."""
+    """Class names of the model's blocks, each of which is sharded or recomputed as a unit."""
     activation_checkpointing: Literal["device", "host"] | None
-    """Memory in which activation checkpointing saves block inputs; None if disabled."""
+    """Memory that holds the inputs of recomputed blocks; None if no block is recomputed."""
     compile_backend: str | None
     """The backend of torch.compile; None if the model is not compiled."""
     master_weights: bool
@@ -140,7 +140,7 @@ class ModelSettings:
     cast_inputs: bool
     """Whether layers with 16-bit weights cast floating-point inputs to the weights' dtype."""
     deferred_step: bool | None
-    """Whether the PyTorch backend defers optimizer steps if possible; None means only on a GPU."""
+    """Whether `step` may return before the device finishes the update; None means only on a GPU."""
     device: Literal["auto", "cuda", "cpu"]
     """Device type to train on; "auto" means a GPU if PyTorch finds one, otherwise the CPU."""
 
@@ -183,10 +183,10 @@ class Config(Mapping[str, Any]):
     zero_stage: int
     """ZeRO stage: 0 shards nothing, 1 optimizer states, 2 also gradients, 3 also parameters."""
     cpu_offload: bool
-    """Whether parameters or optimizer states are offloaded to CPU memory."""
+    """Whether parameters or optimizer states are offloaded to CPU memory or NVMe."""
     model: ModelSettings
     max_skipped_steps: int | None
-    """Number of consecutive skipped steps after which the run ends; None for no limit."""
+    """Number of consecutive skipped steps after which the run fails; None for no limit."""
     batch: BatchSizes
     gradient_clipping: float
     precision: Literal["fp32", "bf16", "fp16"]
@@ -200,7 +200,7 @@ class Config(Mapping[str, Any]):
     """Where to write the report; None to write no report."""
     checkpoint: CheckpointPlan
     monitors: Mapping[str, Mapping[str, Any]]
-    """The sections ``tensorboard``, ``csv_monitor`` and ``wandb``."""
+    """The ``tensorboard``, ``csv_monitor`` and ``wandb`` sections, with defaults filled in."""
     overrides: tuple[Override, ...]
     warnings: tuple[Problem, ...]
     """Problems of severity "warning": likely mistakes that do not prevent the run from starting."""
@@ -288,8 +288,8 @@ def load_config(
             values.
         assignments: ``KEY=VALUE`` strings that override config values, such as
             "optimizer.params.lr=0.01". They take precedence over ``args``.
-        needs_deepspeed: name of a model feature or an argument of `initialize` that requires
-            DeepSpeed; None if there is none. If set, the default backend is DeepSpeed.
+        needs_deepspeed: model feature or `initialize` argument that makes DeepSpeed the default
+            backend because only DeepSpeed supports it; None if the run uses none.
         count_ranks: function that takes the config and the world size, and returns the number of
             ranks that load different samples. By default, this number is derived from the config's
             parallelism settings.

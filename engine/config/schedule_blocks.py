@@ -69,7 +69,7 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
-    """Return a copy of the problem whose hint lists schedules that accept the unknown parameter.
+    """Return the problem with a hint that names schedules accepting its unknown parameter.
 
     Return the problem unchanged if it does not report an unknown parameter, if its hint already
     suggests a key, or if no schedule accepts the parameter.
@@ -93,15 +93,15 @@ def construct_schedule(
 
     Args:
         document: parsed config.
-        config: config without invalid values.
+        config: config from which invalid values have been removed.
         unresolved: JSON pointers of invalid values and "auto" values.
         ranks: number of ranks that load different samples; None if unknown.
         pointer: JSON pointer of the block.
 
     Returns:
         Pair ``(schedule, problems)``. ``schedule`` is None if it cannot be constructed.
-        ``problems`` lists problems with the schedule's parameters. It is empty if any parameter is
-        in ``unresolved``, because that parameter could be the cause of the problems.
+        ``problems`` lists problems with the schedule's parameters or the run length. It is empty if
+        any parameter is in ``unresolved``, because that parameter could be the cause of them.
     """
     block = _find_block(config, pointer)
     if not isinstance(block, Mapping) or "type" not in block:

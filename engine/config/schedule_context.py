@@ -31,9 +31,9 @@ __all__ = [
 
 _MAX_PIECES = 5000
 _JUMP = 0.01
-"""Jumps up to this fraction of the hyperparameter's largest value are ignored."""
+"""Largest jump to ignore, as a fraction of the hyperparameter's maximum."""
 _POSSIBLE_LENGTHS = (1000, 1, 30, 1_000_000)
-"""Values to try for an unknown number of steps per epoch or samples per step."""
+"""Values to try when the number of steps per epoch, or of samples per step, is unknown."""
 
 
 def build_horizon(
@@ -42,7 +42,7 @@ def build_horizon(
     """Return the run length that the ``engine`` section of a config sets.
 
     Args:
-        engine: the ``engine`` section, with or without defaults.
+        engine: the ``engine`` section. Missing keys have their default values.
         samples_per_step: ``train_batch_size``; None if unknown.
         steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
@@ -99,9 +99,9 @@ def find_horizon(
 def list_possible_horizons(
     schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None
 ) -> list[Horizon]:
-    """Return the actual run length if it is known; otherwise, several possible run lengths.
+    """Return a list with the run length if it is known, otherwise with several possible lengths.
 
-    Callers check the config with each length. The config is invalid only if every check fails.
+    Reject a config only if it is invalid for every length in the list.
 
     Args:
         schedule: schedule whose durations will be converted to steps.
@@ -109,7 +109,7 @@ def list_possible_horizons(
         ranks: number of ranks that load different samples; None if unknown.
 
     Raises:
-        DurationError: the run is shorter than one step, or too long.
+        DurationError: every possible run length is less than one step, or too large.
     """
     run = config.get("engine", {})
     texts = f"{run.get('max_duration')} {list(vars(schedule).values())}".lower()
@@ -152,14 +152,14 @@ def build_base_values(
 ) -> Base:
     """Return the initial learning rate, momentum and weight decay of each param group.
 
-    The defaults of Adam are used for a config without an ``optimizer`` block and for custom
-    optimizers.
+    If the config has no ``optimizer`` block or a custom optimizer, missing values default to
+    Adam's.
 
     Args:
         config: config without "auto" values.
-        schedule: schedule of the config. If a schedule parameter is a list, the length of the list
-            is the number of param groups.
-        group: hyperparameters of a param group that override the optimizer's hyperparameters.
+        schedule: schedule of the config. Its lists with one value per param group set the
+            number of groups. Without such lists, there is one group.
+        group: hyperparameters of a param group, which override those of the optimizer.
     """
     block = config.get("optimizer", {"type": "Adam"})
     name = optimizer_name(block["type"])
@@ -202,10 +202,10 @@ class EvaluatedSchedule:
         return all(self.curves[name][0](step) == changed(step) for step in steps)
 
     def get_range(self, name: str) -> tuple[float, float]:
-        """Return the minimum and maximum of a hyperparameter over the length of the schedule.
+        """Return the minimum and maximum of a hyperparameter over the schedule.
 
-        To save time, each piece of the curve, such as the warmup, is evaluated only at its first
-        and last step.
+        Only the first param group is considered. To save time, each piece of its curve, such as the
+        warmup, is evaluated only at its first and last step.
         """
         if name not in self._ranges:
             curve = self.curves[name][0]
@@ -217,11 +217,11 @@ class EvaluatedSchedule:
 
     @functools.cached_property
     def _ranges(self) -> dict[str, tuple[float, float]]:
-        """Cached results of `get_range`, which is slow for a staircase with thousands of stairs."""
+        """Cached results of `get_range`, by hyperparameter."""
         return {}
 
     def find_infinite(self) -> tuple[str, int, float] | None:
-        """Return the first non-finite value in the run, as (hyperparameter, step, value).
+        """Return a non-finite value in the run, as ``(hyperparameter, step, value)``.
 
         Return None if all values of the run are finite. To save time, each piece of a curve, such
         as the warmup, is evaluated only at its first and last step.
@@ -239,9 +239,9 @@ class EvaluatedSchedule:
         """Yield each jump in a hyperparameter between two phases of the schedule.
 
         Yields:
-            The `Joint` at which the jump occurs, and the hyperparameter's values at this step in
-            the earlier and the later phase. If a jump occurs in several param groups, only the
-            first group is reported.
+            The `Joint` at which the jump occurs, and the hyperparameter's values at that step in
+            the earlier phase and in the later phase. If several param groups have a jump there,
+            only the first of them is reported.
         """
         largest = {name: self.get_range(name)[1] for name in self.curves}
         for joint in self.schedule.joints():
@@ -254,7 +254,7 @@ class EvaluatedSchedule:
 
     @property
     def end(self) -> int | None:
-        """The step from which the learning rate stays constant, or None if it never does."""
+        """Step from which the schedule keeps the learning rate constant; None if there is none."""
         if "lr" not in self.curves:
             return None
         curve, step = self.curves["lr"][0], 0

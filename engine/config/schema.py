@@ -36,7 +36,7 @@ __all__ = [
 
 SCHEMA = "ds_config.schema.json"
 IGNORED_PREFIXES = ("x-", "//", "_")
-"""Prefixes of ignored keys, which serve as comments or disabled settings."""
+"""Prefixes of keys that are ignored: comments and disabled settings."""
 OPTIMIZERS: Mapping[str, dict[str, Any]] = schemas.read("optimizers.json")["$defs"]
 
 ABSENT: Any = object()
@@ -163,9 +163,9 @@ def walk(
 
 
 def _find_replaced_keys(value: Mapping[str, Any], properties: Mapping[str, Any]) -> set[str | None]:
-    """Return the canonical names of keys that an object sets under an old name or an alias.
+    """Return the current names of the keys that an object sets under an alias or deprecated name.
 
-    The set can also contain None and hints such as "Remove the key.", which are not key names.
+    The set can also contain None and sentences such as "Remove the key.", which match no key.
     """
     given = [properties[key] for key in value if key in properties]
     return {schema.get(word) for schema in given for word in ("x-alias-of", "x-instead")}
@@ -176,14 +176,14 @@ def get_member_schema(
 ) -> Mapping[str, Any]:
     """Return the schema of a key, with references resolved.
 
-    The schema of ``params`` in an optimizer or scheduler block depends on the block's ``type``. For
-    ``optimizer.type``, return the schema of the optimizer itself, because it has annotations such
-    as ``x-backend``.
+    The schema of ``params`` in an optimizer or scheduler block depends on the block's ``type``. The
+    schema of ``optimizer.type`` is the schema of the configured optimizer, which has annotations
+    such as ``x-backend``.
 
     Args:
         schema: schema of the key, as given in the schema of the enclosing object.
         pointer: JSON pointer of the key.
-        around: object that contains the key.
+        around: config object that contains the key.
     """
     name = around.get("type")
     if isinstance(name, str):
@@ -199,10 +199,10 @@ def get_member_schema(
 
 
 def means_default(pointer: str, value: Any) -> bool:
-    """Return whether a value is "auto" and DeepSpeed uses the key's default instead.
+    """Return whether a value is "auto" and stands for the key's default.
 
-    DeepSpeed uses the default for each key of ``zero_optimization`` with the value "auto". For
-    ``stage``, the result is False, because the default would disable ZeRO.
+    In DeepSpeed, "auto" stands for the default in every key of ``zero_optimization``. This function
+    makes an exception for ``stage``, because the default would disable ZeRO.
 
     >>> means_default("/zero_optimization/reduce_bucket_size", "auto")
     True

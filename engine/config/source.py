@@ -50,7 +50,7 @@ def load_document(config: Source) -> Document:
             raise _build_unreadable_error(
                 name,
                 f"The config must not be larger than {_MAX_BYTES:,} bytes.",
-                "Check that the file is a ds_config.json.",
+                "Check that this is the right file.",
             )
         if is_utf_16(data):
             raise _build_unreadable_error(
@@ -75,11 +75,12 @@ def load_document(config: Source) -> Document:
 
 
 def check_is_readable(path: Path) -> None:
-    """Check that reading a file cannot block indefinitely.
+    """Check that a path is a regular file, or a pipe that is open in this process.
+
+    Reading any other pipe or a device can block indefinitely.
 
     Raises:
-        OSError: the path does not exist, or is neither a regular file nor a pipe that is open in
-            this process.
+        OSError: the path does not exist, or is another kind of file.
     """
     is_open = str(path) == "/dev/stdin" or str(path.parent) in _OPEN_FILES
     mode = path.stat().st_mode

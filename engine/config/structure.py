@@ -38,9 +38,10 @@ class Structure:
     config: Mapping[str, Any]
     """The config without invalid values and without "auto" values."""
     members: Sequence[Member]
-    """The config's keys with their schemas, except keys that the schema rejects."""
+    """The config's keys with their values and schemas, except keys that fail the schema check."""
     unresolved: Collection[str]
-    """JSON pointers of invalid values, "auto" values, and probably misspelled keys."""
+    """JSON pointers of invalid values, "auto" values and unknown keys. If a key is probably
+    misspelled, the pointer of the correct key is also included."""
     schedule: Schedule[Any] | None
     """The schedule in ``config``; None if it is absent or cannot be constructed."""
     data_ranks: DataRanks | None
@@ -101,7 +102,8 @@ def _get_error_pointers(problems: Sequence[Problem]) -> set[str]:
 def _find_deprecated(document: Document) -> Iterator[Problem]:
     """Yield a note for each deprecated key whose replacement is not set.
 
-    Yield an error if a section contains both keys, because DeepSpeed rejects such a config.
+    Yield an error if a section contains both a deprecated key and its replacement, because
+    DeepSpeed rejects such a config.
     """
     for member in walk(document.value, schemas.read(SCHEMA)):
         if not member.schema.get("deprecated"):

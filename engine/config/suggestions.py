@@ -1,7 +1,7 @@
-"""Suggest a valid key for an unknown key.
+"""Suggest how to correct an unknown key in a config.
 
-A suggestion is a key with a similar name, the equivalent of another tool's key, or the section to
-which the unknown key belongs. Unlikely suggestions are omitted.
+A suggestion is a valid key with a similar name, the equivalent of another tool's key, or the
+section in which the key is valid.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ _IMPLEMENTATIONS = (
 class Suggestion(NamedTuple):
     """A suggestion for an unknown key.
 
-    ``hint`` is the sentence to show to the user, or an empty string. ``meant`` is the valid key of
-    the same section that the user probably meant, or an empty string. ``fix`` renames the unknown
-    key to ``meant``. The fix is certain only if the unknown key is a known alias.
+    ``hint`` is the sentence to show to the user, or an empty string. ``meant`` is the key that the
+    user probably meant, or an empty string if it is unknown or belongs to another section. ``fix``
+    renames the unknown key to ``meant``. A fix is certain only for a known alias of ``meant``.
     """
 
     hint: str

@@ -1,4 +1,4 @@
-"""Set or remove one value in the text of a config, and preserve all other text.
+"""Set or remove values in the text of a config, and preserve all other text.
 
 Comments, whitespace and the order of keys stay as they are. A new key is added at the end of
 its object and indented like its siblings.
@@ -78,7 +78,10 @@ def remove_key(document: Document, pointer: str) -> str:
 
 
 def _widen_to_line(text: str, start: int, end: int) -> tuple[int, int]:
-    """Extend a span to its whole line, or over the following spaces if the line has other text."""
+    """Extend a span to its whole line if the line has no other text.
+
+    Otherwise, extend the span over the spaces that follow it.
+    """
     line_start = text.rfind("\n", 0, start) + 1
     if not text[line_start:start].strip() and text[end : end + 1] == "\n":
         return line_start, end + 1
@@ -151,7 +154,7 @@ def _first(document: Document, parent: str) -> str:
 
 
 def _find_tokens(text: str, start: int) -> Iterator[re.Match[str]]:
-    """Yield the strings, brackets and commas that follow an offset in a text, skipping comments."""
+    """Yield the strings, brackets and commas from an offset on, skipping comments."""
     for token in _TOKEN.finditer(text, start):
         if not token.group().startswith(("//", "#", "/*")):
             yield token

@@ -78,10 +78,9 @@ def examine(
         document: parsed config.
         world_size: number of ranks to validate the batch sizes for. If None, the batch sizes must
             be valid for at least one number of ranks.
-        reject_auto: whether to report "auto" values as errors. Set this if no integration, such as
-            the Hugging Face Trainer, replaces them. An "auto" that DeepSpeed itself replaces with a
-            default is not reported.
-        needs_deepspeed: name of a model feature or an argument of `initialize` that requires
+        reject_auto: whether to report "auto" as an error where only an integration, such as the
+            Hugging Face Trainer, can replace it. Set this when no integration is used.
+        needs_deepspeed: name of the model feature or `initialize` argument that requires
             DeepSpeed; None if there is none.
         count_ranks: function that takes the config and the world size, and returns the number of
             ranks that load different samples.

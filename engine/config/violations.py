@@ -1,4 +1,4 @@
-"""Check config values against a JSON schema, and report each violation as a problem."""
+"""Check config values against a JSON schema, and report each violation as a `Problem`."""
 
 from __future__ import annotations
 

@@ -21,13 +21,13 @@ class AutoValues:
     learning_rate: float = 5e-5
     """Learning rate of the optimizer. The default is the same as in transformers."""
     total_steps: int | None = None
-    """Length of the run in steps; None to use ``engine.max_duration`` or, if not set, 1,000."""
+    """Length of the run in steps; None for ``engine.max_duration`` if it is set, else 1,000."""
     warmup_steps: int | None = None
     """Length of the warmup in steps; None for a tenth of the run."""
 
 
 def replace_auto_values(document: Document, values: AutoValues) -> tuple[Document, dict[str, Any]]:
-    """Replace "auto" in the learning rate and in the schedule of a config.
+    """Replace an "auto" learning rate and "auto" scheduler parameters in a config.
 
     Returns:
         The document with the replacements, and a dict that maps each replaced parameter of the

@@ -35,7 +35,7 @@ EXAMPLE_RUN = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=32)
 """Length of the run for which all example parameters were chosen."""
 
 EXAMPLE_STEPS = 120
-"""Number of steps to plot: more than in `EXAMPLE_RUN`, to show the values after the run ends."""
+"""Number of steps to plot, including 20 steps after the end of `EXAMPLE_RUN`."""
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _MAX_EXACT = 100_000
@@ -61,7 +61,7 @@ def get_summary(cls: type[Schedule[Any]]) -> str:
 
 
 def example_curves(cls: type[Schedule[Any]]) -> dict[str, Curve]:
-    """Return the hyperparameter curves of a schedule with its example parameters."""
+    """Return the hyperparameter curves of a schedule that is built with its example parameters."""
     curves = cls(**cls.example).build_curves(_BASE, EXAMPLE_RUN)
     return {name: groups[0] for name, groups in curves.items()}
 
@@ -70,9 +70,10 @@ def fit_example(name: str, other: Preview, steps: int) -> Curves:
     """Return a schedule's example curves, scaled for comparison with a config's schedule.
 
     Args:
-        name: type of the schedule.
-        other: preview of the config's schedule. The example is scaled to its peak learning rate.
-        steps: length of the plot. The 100 steps of the example are stretched to this length.
+        name: type of the example schedule.
+        other: preview of the config's schedule. The example is scaled to the same peak
+            learning rate.
+        steps: number of steps to plot. The 100 steps of the example are stretched to this length.
     """
     curves = example_curves(SCHEDULES[name])
     length = int(EXAMPLE_RUN.total_steps or 1)

@@ -69,7 +69,7 @@ def build_curve_page(
 
 
 def build_decision(evidence: Evidence) -> Decision:
-    """Return a text and a chart that show why a loss-driven warmup ended."""
+    """Return a `Decision` whose text and chart show why a loss-driven warmup ended."""
     step, lr, reason, probability = evidence.decision
     sure = "" if probability is None else f" (probability {probability:.3f})"
     text = f"The warmup ended after step {step}, at a learning rate of {lr:.4g}: {reason}{sure}."

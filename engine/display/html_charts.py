@@ -53,7 +53,7 @@ class Panel:
     steps: Sequence[float]
     lines: Sequence[Line]
     is_log: bool = False
-    """Whether a logarithmic axis is available for this panel."""
+    """Whether the vertical axis supports a logarithmic scale."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def read_extra(path: Path) -> Any:
 
 @functools.cache
 def _read_template() -> tuple[str, str]:
-    """Return the page template's text before and after the embedded data."""
+    """Return the text of the page template before and after the placeholder for the data."""
     text = _STATIC.joinpath("report.html").read_text(encoding="utf-8")
     before, after = text.split("{{ data }}")
     return _fill(before), _fill(after)
@@ -167,7 +167,7 @@ def _read_static(name: str) -> str:
 
 
 def _encode(value: Any) -> Any:
-    """Convert a dataclass to a dict with camelCase keys, and non-finite numbers to None."""
+    """Convert a dataclass to a dict with camelCase keys and None instead of non-finite numbers."""
     return _convert(asdict(value))
 
 

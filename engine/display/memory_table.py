@@ -49,7 +49,7 @@ def format_bytes(size: float) -> str:
 
 
 class EstimateTable(NamedTuple):
-    """A table of strings. All named columns except the first two contain sizes."""
+    """A table of strings. From the third column on, each column with a name contains sizes."""
 
     title: str
     columns: Sequence[str]
@@ -64,8 +64,8 @@ def print_estimate(
     """Print the config's memory estimate by component, and the peak memory for each ZeRO stage.
 
     Args:
-        name: path of the config.
-        model: parameters of the model.
+        name: path of the config, printed in the first line.
+        model: sizes of the model's parameters.
         alternatives: estimates for all ZeRO stages, including the stage of the config.
         out: stream to print to.
     """
@@ -94,7 +94,7 @@ def _render(table: EstimateTable) -> Table:
 
 
 def describe_run(model: Sequence[ParameterSize], settings: MemorySettings) -> str:
-    """Describe the model and the run in one line."""
+    """Describe the model and the training setup in one line."""
     count = sum(each.count for each in model)
     trained = sum(each.count for each in model if each.is_trained)
     size = f"{count:,} parameters" + ("" if trained == count else f", {trained:,} of them trained")

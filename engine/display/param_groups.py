@@ -24,12 +24,12 @@ class GroupRow:
 
     Args:
         name: name of the group.
-        entry: index in the config's ``optimizer.param_groups``; None if no entry selects the
-            parameters.
+        entry: index of the group's entry in the config's ``optimizer.param_groups``; None if no
+            entry selects the parameters.
         hyperparameters: values to show, such as the learning rate.
         parameters: names of the parameters.
         num_elements: total number of elements of the parameters.
-        schedule: type of the group's own schedule; None if the group follows the config's schedule.
+        schedule: type of the schedule that the config sets for this group only, if any.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Plot hyperparameters against the step, as an image file."""
+"""Plot hyperparameters against the training step, and save the plots as image files."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def draw(
         sources: schedule that each column belongs to, if several schedules are compared.
         log: whether the axis of the learning rate is logarithmic (default: only for an exponential
             sweep).
-        evidence: losses that ended a loss-driven warmup, and the Gaussian process fitted to them.
-            Both are shown in an additional panel. If ``columns`` contains ``loss``, the panel shows
-            that column instead of the losses in ``evidence``.
+        evidence: losses that led to the end of a loss-driven warmup, and the Gaussian process
+            fitted to them, if any. Both are shown in an additional panel. If ``columns`` contains
+            ``loss``, the panel shows that column instead of the losses in ``evidence``.
         dpi: resolution of the image in dots per inch.
     """
     shown = {name: columns[name] for name in columns if evidence is None or name != _LOSS}
@@ -93,7 +93,7 @@ def _draw_loss(axis: Axes, losses: Sequence[float], evidence: Evidence) -> None:
 
 
 def draw_decision(evidence: Evidence, path: Path, title: str) -> None:
-    """Plot the learning rate and losses of a loss-driven warmup, with the reason for its end."""
+    """Plot the learning rate and losses of a loss-driven warmup; the title says why it ended."""
     step, lr, reason, probability = evidence.decision
     confidence = "" if probability is None else f" (probability {probability:.3f})"
     draw(

@@ -37,16 +37,16 @@ class Preview:
 
     name: str
     configured: Schedule[Any]
-    """The schedule as configured, with unscaled durations."""
+    """The schedule with the durations from the config, such as "10ep"."""
     schedule: Schedule[Any]
-    """The schedule with scaled durations in steps."""
+    """The schedule after its durations were scaled and converted to steps."""
     curves: Curves
     horizon: Horizon
     base: Base
     groups: Sequence[str] = ()
     """The names of the param groups; empty if the config has no ``optimizer.param_groups``."""
     auto_values: Mapping[str, Any] = field(default_factory=dict)
-    """The values that replaced "auto", by the name of the schedule's parameter."""
+    """Maps each optimizer or scheduler parameter that was "auto" to the value that replaced it."""
 
     @property
     def title(self) -> str:
@@ -57,14 +57,15 @@ class Preview:
     def replay_losses(
         self, losses: Sequence[float]
     ) -> tuple[dict[str, list[float]], Evidence | None]:
-        """Compute the values of a loss-driven schedule for recorded losses.
+        """Compute the values that a loss-driven schedule sets for recorded losses.
 
         Args:
             losses: recorded loss at each step.
 
         Returns:
-            The values of each hyperparameter at each step, and the losses that determined the end
-            of the warmup. The losses are None if the warmup did not end.
+            ``(values, evidence)``: the values of each hyperparameter at each step, and the losses
+            and learning rates that led to the end of the warmup; ``evidence`` is None if the
+            warmup did not end.
 
         Raises:
             ValueError: the schedule is not loss-driven.
@@ -91,18 +92,14 @@ class Preview:
 
         if isinstance(self.schedule, WrappedScheduler) and steps > _MAX_RUN_STEPS:
             raise ValueError(
-                f"PyTorch must compute each step of {self.schedule.type_name}, so a plot can have "
-                f"at most {_MAX_RUN_STEPS:,} steps, got {steps:,}. Set `--steps` to plot only the "
-                "first steps."
+                f"A plot of the PyTorch scheduler {self.schedule.type_name} can have at most "
+                f"{_MAX_RUN_STEPS:,} steps, got {steps:,}. Set `--steps` to plot only the first "
+                "steps."
             )
 
     @property
     def span(self) -> int:
-        """Default number of steps to plot.
-
-        The default is the length of the run. If the run length is unknown, the default is the
-        length of the schedule.
-        """
+        """Default number of steps to plot: the run length or, if unknown, the schedule's `span`."""
         return int(self.horizon.scaled_steps or 0) or max(1, self.schedule.span)
 
     @property
@@ -111,9 +108,9 @@ class Preview:
         return name_columns(self.curves)
 
     def rows(self, steps: int) -> Iterator[tuple[float, ...]]:
-        """Return an iterator over the rows of the first ``steps`` steps.
+        """Return an iterator with one row for each of the first ``steps`` steps.
 
-        A row contains the step and the value of each column.
+        A row contains the step, followed by the value of each of the `columns`.
         """
         values = [curve.values(steps) for curve in self.columns.values()]
         return zip(range(steps), *values, strict=True)

@@ -30,13 +30,13 @@ class Report:
     problems: Sequence[Problem]
     color: bool = False
     width: int | None = None
-    """Number of columns of the terminal; None to print each problem on one line."""
+    """Width of the terminal in characters; None to print each problem's message on one line."""
 
 
 def _select_problems(problems: Sequence[Problem]) -> tuple[list[Problem], int]:
     """Return the problems to print, and the number of problems that are left out.
 
-    The most severe problems are selected, in their original order.
+    At most `_MAX_PRINTED` problems are printed: the most severe ones, in their original order.
     """
     severities = list(_COLORS)
     by_severity = sorted(
@@ -157,4 +157,4 @@ FORMATS: Mapping[str, Callable[[Report], Iterator[str]]] = {
     "github": _format_github,
     "sarif": _format_sarif,
 }
-"""Maps each output format of `onecycle validate` to the function that formats a report as lines."""
+"""Maps each output format of `onecycle validate` to a function that yields a report's lines."""

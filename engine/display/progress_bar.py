@@ -18,8 +18,8 @@ _SECONDS = 0.1  # between two redraws
 class ProgressBar:
     """A progress bar that shows the completed steps, a short text, the speed and the time left.
 
-    `move_to` draws the bar on standard error. While the bar is visible, all output of the script
-    appears above the bar.
+    `move_to` draws the bar on standard error. Until the bar is closed, all output of the script
+    appears above it.
 
     Args:
         step: number of steps that have already been completed.
@@ -61,7 +61,7 @@ class ProgressBar:
 
     @staticmethod
     def is_supported() -> bool:
-        """Return whether standard error is a terminal or a notebook that can show the bar."""
+        """Return whether standard error goes to a terminal or notebook that can show the bar."""
         from rich.console import Console
 
         console = Console(stderr=True)
@@ -70,7 +70,7 @@ class ProgressBar:
         return sys.stderr.isatty() and not console.is_dumb_terminal
 
     def move_to(self, step: int, total: float | None, text: str) -> None:
-        """Set the number of completed steps, and close the bar after the last step of the run.
+        """Update the bar, and close it when ``step`` reaches ``total``.
 
         Args:
             step: number of completed steps.

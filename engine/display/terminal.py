@@ -13,7 +13,7 @@ __all__ = ["format_rows", "get_width", "supports_color", "wrap"]
 _GAP = 2
 _INDENT = 4
 _LEAST = 32
-"""Minimum width of a wrapped cell. A cell with less space left starts on a new line."""
+"""Minimum width of a wrapped cell. If less space is left, the cell starts on a new line."""
 
 
 def supports_color(stream: IO[str]) -> bool:
@@ -68,9 +68,10 @@ def format_rows(
 
     Args:
         rows: rows with the same number of cells.
-        width: number of columns of the terminal; None if it is unlimited.
+        width: width of the terminal in characters; None for no limit.
         indent: number of spaces before each row.
-        widest: maximum width of a column for alignment; a longer cell shifts the rest of its row.
+        widest: maximum width to which cells are padded; None for no limit. A longer cell shifts the
+            rest of its row to the right.
 
     >>> list(format_rows([("a", "one"), ("bcd", "two")], None))
     ['a    one', 'bcd  two']

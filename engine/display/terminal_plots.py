@@ -55,17 +55,17 @@ def draw_on_terminal(
     size: tuple[int, int] = (80, 24),
     color: bool = False,
 ) -> str:
-    """Return a text plot of columns against the step, with one panel per hyperparameter.
+    """Return a text plot of hyperparameters against the step number, with one panel for each.
 
-    The plot leaves one line free for the shell prompt. It exceeds ``size`` only if it has too many
-    panels.
+    The plot leaves one line free for the shell prompt. It is taller than the terminal only if the
+    panels do not fit.
 
     Args:
         columns: values at each step, by column name.
         title: title of the plot, printed above the panels.
-        steps: training step of each row of values, in ascending order (default: 0, 1, 2, …).
-        curves: curve of each column; its phases are listed below the plot.
-        sources: schedule that each column belongs to, if several schedules are compared.
+        steps: step number of each value in a column, in ascending order (default: 0, 1, 2, …).
+        curves: curve of each column, with the phases to list in the plot.
+        sources: name of each column's schedule, if several schedules are compared.
         log: whether the axis of the learning rate is logarithmic.
         size: width and height of the terminal in characters.
         color: whether to color the plot with ANSI escape codes.

@@ -29,10 +29,10 @@ PREFIX = "ONECYCLE_"
 """Prefix of the variables below, all of which `onecycle launch` passes to the ranks."""
 
 ELASTIC = "ONECYCLE_ELASTIC"
-"""Set if hosts may join or leave during the run, while the batch size stays the same."""
+"""Set if the number of hosts may change during the run. The batch size stays the same."""
 
 FAILURE_FILE = "ONECYCLE_FAILURE"
-"""Path of the file to which each failed node of a Slurm job appends the time and exit status."""
+"""Path of the file to which a node of a Slurm job appends its failure time and exit status."""
 
 JOB_ID = "ONECYCLE_JOB_ID"
 """Unique name of the launch; the same on all ranks."""
@@ -65,7 +65,7 @@ INTERRUPTED = 130
 """Exit status: Ctrl-C ended the run; a checkpoint may have been saved first (128 + SIGINT)."""
 
 NODE_LOST = 75
-"""Exit status: the launch lost a host (EX_TEMPFAIL: retry)."""
+"""Exit status: the launcher lost the connection to a host (EX_TEMPFAIL: retry)."""
 
 TIMED_OUT = 124
 """Exit status: the hosts did not connect in time (same status as the `timeout` command)."""

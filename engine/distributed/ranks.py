@@ -84,7 +84,8 @@ def get_world_size() -> int:
     ``WORLD_SIZE`` or, if it is not set, from srun or mpirun. The default is 1.
 
     Raises:
-        ValueError: if srun or mpirun started several tasks, but the address of rank 0 is not known.
+        ValueError: if srun or mpirun started several tasks, but this task's rank or the address of
+            rank 0 is unknown.
     """
     if _has_process_group():
         return dist.get_world_size()
@@ -98,7 +99,8 @@ def get_rank() -> int:
     or, if ``RANK`` or ``WORLD_SIZE`` is not set, from srun or mpirun. The default is 0.
 
     Raises:
-        ValueError: if srun or mpirun started several tasks, but the address of rank 0 is not known.
+        ValueError: if srun or mpirun started several tasks, but this task's rank or the address of
+            rank 0 is unknown.
     """
     if _has_process_group():
         return dist.get_rank()
@@ -110,7 +112,8 @@ def init_distributed(
 ) -> Ranks:
     """Initialize the process group from the environment variables that the launcher sets.
 
-    If srun or mpirun started this process without torchrun, torchrun's variables are set first.
+    If srun or mpirun started this process without torchrun, this function first sets the variables
+    that torchrun would set.
 
     An existing process group is reused. By default, no process group is created for a single
     process.
@@ -122,12 +125,12 @@ def init_distributed(
         device: "cuda", "cpu", or "auto" to use a GPU if PyTorch finds one and the CPU otherwise.
 
     Returns:
-        The ranks and the device of this process.
+        The rank, local rank, world size and device of this process.
 
     Raises:
         ValueError: if there are several ranks, but `WORLD_SIZE`, `RANK`, `MASTER_ADDR` or
-            `MASTER_PORT` is neither set nor known from srun or mpirun; or if the GPU that
-            ``device`` or ``LOCAL_RANK`` selects does not exist.
+            `MASTER_PORT` is not set and cannot be derived from the variables of srun or mpirun; or
+            if the GPU that ``device`` or ``LOCAL_RANK`` selects does not exist.
     """
     if not _has_process_group():
         os.environ.update(read_task_variables(os.environ, port))
@@ -163,10 +166,12 @@ def _uses_gpu(device: str) -> bool:
 def _find_gpu() -> int:
     """Return the device index of this rank's GPU.
 
-    The index is ``LOCAL_RANK``, or 0 if it is not set. If the script itself has created a process
-    group without setting ``LOCAL_RANK``, the index is that of the group's device or, if the group
-    has no device, of the current CUDA device. If CUDA is not initialized either, the index is the
-    rank modulo the number of GPUs, as in torch's ``DeviceMesh``.
+    The index is ``LOCAL_RANK`` or, if it is not set and no process group exists, 0.
+
+    If the script has created a process group without setting ``LOCAL_RANK``, the index is that of
+    the device bound to the group. For a group without a bound device, it is that of the current
+    CUDA device or, if CUDA is not initialized yet, the rank modulo the number of GPUs, as in
+    torch's ``DeviceMesh``.
 
     Raises:
         ValueError: if the GPU does not exist.
@@ -298,10 +303,10 @@ def destroy_distributed() -> None:
     rank that exits early would close connections that gloo threads of other ranks still use.
 
     The process group is not destroyed if an exception is ending this process or, with gloo, if some
-    ranks are still training after the wait. Its connections then stay open until this process
-    exits. Closing the connections earlier could make other ranks fail first, and the launcher would
-    report the wrong rank. With NCCL, destroying the group could also block, because NCCL waits for
-    collectives that other ranks may never join.
+    ranks are still training after the wait. The connections of the group then stay open until this
+    process exits. Closing them earlier could make other ranks fail first, and the launcher would
+    then report the wrong rank. With NCCL, destroying the group could also block, because NCCL waits
+    for collectives that other ranks may never join.
 
     If an exception is ending this process, this function logs the ranks that are the likely cause:
     ranks that exited earlier without an exception, or ranks that did not join the collective
@@ -342,9 +347,9 @@ def _announce_exit() -> None:
 def _log_missing_ranks(error: BaseException | None) -> None:
     """Log the ranks that this rank may have waited for when it failed.
 
-    If any ranks had already exited, log these. Otherwise, if this is the first rank that failed and
-    a collective operation failed, log the ranks that have not failed: they have not joined the
-    operation, because it fails on every rank that has joined it.
+    If any ranks had already exited, log them. Otherwise, if a collective operation failed and this
+    rank was the first to fail, log the ranks that have not failed. They cannot have joined the
+    operation, because it fails on every rank that joins it.
 
     Args:
         error: exception that is ending this process.

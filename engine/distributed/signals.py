@@ -1,4 +1,4 @@
-"""Detect signals that end a run, so that it can save a checkpoint first."""
+"""Detect signals that ask a run to stop, so that it can save a checkpoint before it exits."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ log = logging.getLogger("onecycle")
 _NAMES = ("SIGUSR1", "SIGTERM", "SIGINT")
 """Handled signals in ascending priority. If several are received, the highest priority wins."""
 _MAX_STEP_TIME = 60.0
-"""Seconds for which the script is assumed to be training after a `find_on_any_rank` call."""
-_MAX_DUPLICATE_TIME = 5.0
-"""Seconds for which another SIGTERM is assumed to be a duplicate of the first signal.
+"""Longest expected training step, in seconds.
 
-For example, Slurm signals all processes of a job, and torchrun then also signals the ranks.
+If `find_on_any_rank` is not called for longer, the script is assumed not to be training.
+"""
+_MAX_DUPLICATE_TIME = 5.0
+"""Seconds after the first signal during which a SIGTERM is assumed to be a duplicate.
+
+For example, Slurm signals all processes of a job, and torchrun then signals the ranks again.
 """
 
 
@@ -36,14 +39,14 @@ class Signals:
     Slurm can send SIGTERM or SIGUSR1 shortly before it kills a job. Call `find_on_any_rank` after
     each step, and `restore_handlers` to stop recording.
 
-    A second signal ends the process immediately, because the script may not reach the next step
-    for a long time, for example during an evaluation. A second SIGINT (Ctrl-C) raises
-    KeyboardInterrupt, and a second SIGTERM kills the process. The first SIGINT also raises
-    KeyboardInterrupt if no step has finished in the past minute. SIGUSR1 only announces that the
-    job will end soon, so it does not count as a first signal.
+    If a SIGINT (Ctrl-C) or SIGTERM has already been recorded, a further SIGINT raises
+    KeyboardInterrupt and a further SIGTERM kills the process, because the script may not reach the
+    next step for a long time, for example during an evaluation. If no step has finished in the past
+    minute, even the first SIGINT raises KeyboardInterrupt. SIGUSR1 only announces that the job will
+    end soon, so a SIGINT or SIGTERM after it still counts as the first.
 
-    Outside the main thread, an instance does not record signals, because Python allows signal
-    handlers only in the main thread.
+    An instance that is created outside the main thread records nothing, because Python allows
+    only the main thread to set signal handlers.
     """
 
     def __init__(self) -> None:

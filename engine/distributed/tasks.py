@@ -1,4 +1,4 @@
-"""Read the ranks of processes that srun or mpirun started.
+"""Determine a process's rank from the environment variables that srun or mpirun sets.
 
 This module does not import torch.
 """

@@ -33,7 +33,7 @@ from engine.launch.torchrun import remove_directory
 __all__ = ["STARTED", "find_descendants", "main", "map_slots_to_devices"]
 
 STARTED = "\x1eonecycle-started"
-"""Line that the agent prints after it acquires the lock and before it starts the job."""
+"""Line that the agent prints immediately before it starts the job."""
 
 _MAX_SILENCE = 30.0
 _MASK = "CUDA_VISIBLE_DEVICES"
@@ -160,8 +160,8 @@ def _watch(job: _Job, commands: _Commands, signals: list[int]) -> None:
 def _wait_for_lock(name: str | None, commands: _Commands, signals: list[int]) -> IO[str] | None:
     """Acquire a lock. If an earlier agent holds the lock, wait until that agent exits.
 
-    The lock file is never deleted. Otherwise, another process could create and lock a new file with
-    the same name while this process still holds the lock on the deleted file.
+    The lock file is never deleted: if it were, another process could create and lock a new file
+    with the same name while this process still holds the lock on the deleted file.
 
     Args:
         name: name of the lock; None if no lock is needed.
@@ -184,10 +184,10 @@ def _wait_for_lock(name: str | None, commands: _Commands, signals: list[int]) ->
 
 
 def map_slots_to_devices(env: dict[str, str]) -> dict[str, str]:
-    """Replace each slot in the job's `CUDA_VISIBLE_DEVICES` with a device.
+    """Replace each slot number in the job's `CUDA_VISIBLE_DEVICES` with a device of this host.
 
-    If this host sets `CUDA_VISIBLE_DEVICES`, slot n is entry n of that list, counted from 0.
-    Without `CUDA_VISIBLE_DEVICES`, slot n is device n of the host.
+    Slot n is entry n, counted from 0, of the host's own `CUDA_VISIBLE_DEVICES`. If the host does
+    not set this variable, slot n is device n.
 
     Args:
         env: environment variables of the job.
@@ -221,7 +221,7 @@ def _try_lock(file: IO[str]) -> bool:
 
 
 def _read_first_line(descriptor: int) -> tuple[bytes, bytes]:
-    """Return the first line from a file descriptor, and the bytes read after the line.
+    """Read the first line from a file descriptor. Return it and any bytes read beyond it.
 
     The function does not use Python's buffered input, because `select` does not detect buffered
     data.

@@ -1,4 +1,4 @@
-"""Format and parse the output line that reports the first failed rank of a host."""
+"""Format and parse the output line that reports the first failure on a host."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ FAILURE_PREFIX = "\x1eonecycle-failure "
 
 @dataclass(frozen=True)
 class Failure:
-    """The first failure among the ranks of one host."""
+    """The first failure on a host, of a rank or of torchrun itself."""
 
     rank: int | None
     """The rank that failed; None if torchrun itself failed."""
     status: int
-    """The exit status of the rank; 128 + n if signal n killed the rank."""
+    """The exit status of the rank or of torchrun; 128 + n if signal n killed the rank."""
     time: float = math.inf
-    """The time of the failure in seconds since the Unix epoch."""
+    """The Unix time of the failure in seconds; infinite if torchrun itself failed."""
     reason: str = ""
     """The error message of torchrun if torchrun itself failed; empty if a rank failed."""
 

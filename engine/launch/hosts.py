@@ -110,8 +110,8 @@ def select_hosts(hosts: Sequence[Host], include: str = "", exclude: str = "") ->
         exclude: hosts and slots not to use, in the same format.
 
     Raises:
-        LaunchError: if both filters are given, a filter is invalid or names an unknown host or
-            slot, or no slots are left.
+        LaunchError: if both filters are given, or if the filter is invalid, contains an unknown
+            host or slot, or leaves no slots.
 
     >>> hosts = [Host("node0", (0, 1)), Host("node1", (0, 1))]
     >>> select_hosts(hosts, include="node1:1")

@@ -1,4 +1,4 @@
-"""Raise the limit on open files for a launch on many hosts."""
+"""Raise the limit on open files for a launch with many hosts or ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _OTHER_FILES = 128  # files and libraries that a process has open anyway
 def raise_open_file_limit(count: int) -> None:
     """Raise this process's soft limit on open files if the limit is too low for ``count`` files.
 
-    Child processes inherit the limit. A sufficient limit is not raised, because programs that use
+    Child processes inherit the limit. It is raised only if necessary, because programs that use
     `select` cannot handle file descriptors above 1,023.
 
     Args:

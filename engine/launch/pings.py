@@ -1,7 +1,7 @@
 """Send pings to the launcher's agents on all hosts from a separate process.
 
-An agent stops its job if it receives no input for a while. The separate process sends pings even
-while the launcher is suspended (Ctrl-Z), and does not receive signals from the terminal. When the
+An agent that receives no input for a while stops its job. The separate process does not receive
+signals from the terminal, so it sends pings even while the launcher is suspended (Ctrl-Z). When the
 launcher exits, the separate process also exits, which closes the standard input of every agent.
 
 The separate process runs this file without importing onecycle, so it starts quickly.
@@ -59,7 +59,7 @@ class Pinger:
 
 
 def main() -> None:
-    """Receive pipes on standard input, and send pings to the pipes until the launcher exits."""
+    """Receive pipes from the launcher, and send pings to them until the launcher exits."""
     interval = float(sys.argv[1])
     pipes: list[int] = []
     next_time = time.monotonic() + interval

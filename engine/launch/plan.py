@@ -101,7 +101,7 @@ class LaunchPlan:
     min_nodes: int
     world_size: int
     store_port: int | None = None
-    """Port of the rendezvous on the launcher; None if the first host runs the rendezvous."""
+    """Port on which the launcher serves the rendezvous; None if the first host serves it."""
     patience: int = 0
     """Maximum time in seconds for reconnecting to a lost host; 0 disables reconnecting."""
 
@@ -250,7 +250,7 @@ def _script_options(request: LaunchRequest, host: Host) -> Iterator[str]:
 
 
 def build_environment(request: LaunchRequest, size: int) -> dict[str, str]:
-    """Return the environment variables to set on all ranks, for both ssh and Slurm.
+    """Return the environment variables to set on all ranks, with or without Slurm.
 
     Args:
         request: launch request.

@@ -100,11 +100,11 @@ def _open_rendezvous_port(
 def _check_connections(
     request: LaunchRequest, checks: Sequence[HostCheck], address: str | None, port: int
 ) -> list[HostCheck]:
-    """Check that each host can connect to the rendezvous port, and return the updated ``checks``.
+    """Check that each host can connect to the rendezvous port, and return one result per host.
 
     Args:
         request: launch request.
-        checks: successful probe result of each host.
+        checks: probe results of all hosts, none of which has a problem.
         address: address of the rendezvous; None if the rendezvous is on the launcher.
         port: port of the rendezvous.
     """

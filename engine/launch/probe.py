@@ -1,4 +1,4 @@
-"""Print the network settings and package versions of this host as JSON, for the preflight check."""
+"""Print this host's network settings and package versions as JSON, for ``onecycle launch``."""
 
 from __future__ import annotations
 

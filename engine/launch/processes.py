@@ -84,7 +84,7 @@ class Child:
         self.write()
 
     def write(self) -> None:
-        """Write unsent data to the pipe without blocking."""
+        """Write unsent data to the standard input of the process without blocking."""
         assert self._input is not None
         if self._input.closed:
             return
@@ -103,8 +103,8 @@ class Child:
     def read(self, descriptor: int) -> bytes:
         """Read available data from an output pipe.
 
-        Data from standard output is returned. Data from standard error is appended to `errors`,
-        and b"" is returned.
+        Return data from standard output. Append data from standard error to `errors`, and return
+        b"" instead.
 
         Args:
             descriptor: file descriptor of the pipe.
@@ -160,9 +160,9 @@ class Children:
         Args:
             name: name by which the caller identifies the process.
             command: command with its arguments.
-            is_agent: whether to open a pipe for `Child.send` and to merge standard error into
-                standard output. If false, standard input is empty and standard error is read
-                separately.
+            is_agent: whether the process is a launcher agent. An agent reads what `Child.send`
+                sends, and its standard error is merged into standard output. Other processes have
+                an empty standard input and a separate standard error.
 
         Raises:
             LaunchError: if the limit on the number of processes is reached.

@@ -13,7 +13,7 @@ _BACKLOG = 1024
 
 
 def listen(port: int) -> socket.socket:
-    """Return a listening socket. Clients can connect before `accept` is called.
+    """Return a socket that listens on a port of this host.
 
     Raises:
         OSError: if the port is in use.

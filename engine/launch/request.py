@@ -1,4 +1,4 @@
-"""The launch request, and functions to read its fields from options and files."""
+"""Define a launch request, and derive its fields from command-line options and files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CONFIG_KEYS = {"train_batch_size", "train_micro_batch_size_per_gpu", "optimizer
 
 @dataclass(frozen=True)
 class LaunchRequest:
-    """The script to launch, the hosts to launch it on, and all options."""
+    """The script to launch, the hosts to launch it on, and the launch options."""
 
     script: tuple[str, ...]
     """The script and its arguments, or any command if ``is_command`` is true."""
@@ -39,9 +39,9 @@ class LaunchRequest:
     timeout: int = 600
     rendezvous_timeout: int = 300
     store: tuple[str, int] | None = None
-    """Host name and port of the launcher's rendezvous; None if the first host runs the rendezvous.
+    """Host name and port of the rendezvous if the launcher runs it; None if the first host does.
 
-    A rendezvous on the launcher survives the loss of any host.
+    A rendezvous in the launcher lets the job survive the loss of any host, including the first.
     """
     address: str | None = None
     """Address at which all hosts reach the first host; None for the address that ssh uses."""
@@ -136,12 +136,12 @@ def read_variables(file: Path | None, assignments: Sequence[str]) -> dict[str, s
         if "\0" in value:
             raise LaunchError(
                 f"The value of `{name.strip()}` must not contain a null character. Correct the "
-                "option `--env` or the file that contains the variable."
+                "`--env` option or the file that contains the variable."
             )
         if not equals or not _VARIABLE.fullmatch(name.strip()):
             raise LaunchError(
                 f"An environment variable must have the form NAME=VALUE, got {name!r}. Use only "
-                "letters, digits and underscores in NAME. Correct the option `--env` or the file "
+                "letters, digits and underscores in NAME. Correct the `--env` option or the file "
                 "that contains the variable."
             )
         variables[name.strip()] = value

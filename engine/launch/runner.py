@@ -1,4 +1,4 @@
-"""Run a launch plan: start the agents, print their output, and stop them if a rank fails."""
+"""Run a launch plan: start an agent on each host, and stop all agents if a rank fails."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Console = Literal["all", "rank0", "none"]
 
 
 class _Agent:
-    """The local process for one host: the agent, or the ssh client that runs the agent."""
+    """Child process of the launcher for one host: the agent, or an ssh client that runs it."""
 
     def __init__(self, child: Child) -> None:
         self.child = child
@@ -47,12 +47,10 @@ class _Agent:
         self._line: list[bytes] = []
 
     def split_lines(self, data: bytes) -> Iterator[str]:
-        """Add new output, and yield the lines that are now complete.
-
-        At the end of the output, also yield an incomplete last line.
+        """Buffer new output, and yield each line that is complete.
 
         Args:
-            data: new output; empty at the end of the output.
+            data: new output; empty at the end of the output, to also yield an incomplete last line.
         """
         first, *others = data.split(b"\n")
         self._line.append(first)
@@ -62,7 +60,7 @@ class _Agent:
 
 
 class _Output:
-    """Writer that prints the output of ranks, and stores the last lines of each rank and host.
+    """Writer that prints the output of ranks and agents, and stores the last lines of each.
 
     A separate thread prints the lines, so the launcher can react to events while printing is
     blocked.
@@ -206,9 +204,9 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
 
     Args:
         plan: plan to run.
-        console: ranks whose output is printed: "all", "rank0" or "none". The outcome always
-            contains the last lines of the first failed rank.
-        out: stream to which the output of the ranks is printed.
+        console: ranks whose output is printed: "all", "rank0" or "none". The outcome contains the
+            last lines of the first rank that fails, whether or not they are printed.
+        out: stream to print the output to.
 
     Raises:
         LaunchError: if the limit on open files or processes is too low for this many hosts.
@@ -225,7 +223,7 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
 
 
 def report_outcome(outcome: Outcome) -> int:
-    """If the launch failed, print its last output lines and the reason. Return the exit status."""
+    """Print why the launch failed, if it did, and return the exit status."""
     for line in outcome.last_lines:
         print(line, file=sys.stderr)
     if outcome.reason:
@@ -235,10 +233,10 @@ def report_outcome(outcome: Outcome) -> int:
 
 @contextlib.contextmanager
 def _catch_signals() -> Iterator[queue.SimpleQueue[int]]:
-    """Collect signals in a queue inside this context, so that they do not end this process.
+    """Inside this context, put termination signals in a queue, and let the process continue.
 
-    Outside of the main thread, the queue stays empty, because Python allows signal handlers only in
-    the main thread.
+    Outside the main thread, the queue stays empty, because Python lets only the main thread set
+    signal handlers.
     """
     caught: queue.SimpleQueue[int] = queue.SimpleQueue()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""Launch a script as a Slurm job, with a self-contained sbatch script."""
+"""Launch a job on Slurm with a self-contained sbatch script."""
 
 from __future__ import annotations
 
@@ -60,10 +60,11 @@ case $status in {SAVED_AND_ENDED}|{_TERMINATED}) scontrol requeue "$SLURM_JOB_ID
 def build_sbatch(
     request: LaunchRequest, options: Mapping[str, str], *, hide_secrets: bool = False
 ) -> str:
-    """Return the text of an sbatch script that launches the job.
+    """Return the text of an sbatch script that launches a job.
 
     Args:
-        request: launch request. Its host names are ignored, because Slurm chooses the hosts.
+        request: what to launch, and how. Slurm chooses the hosts, so the request's host names are
+            ignored.
         options: ``#SBATCH`` options as a mapping from long name to value (empty for a flag). They
             override the defaults. With ``requeue``, the job is requeued if a signal ends it, for
             example after a preemption.
@@ -122,7 +123,8 @@ def _format_option(name: str, value: str) -> str:
     if not _OPTION_NAME.fullmatch(name) or not value.isprintable():
         raise LaunchError(
             f"`--slurm-opt` must be one line of the form NAME=VALUE, got {f'{name}={value}'!r}. "
-            "NAME is the long name of an sbatch option. For example, pass `partition=gpu`."
+            "NAME is the long name of an sbatch option. For example, pass `--slurm-opt "
+            "partition=gpu`."
         )
     return f"#SBATCH --{name}={shlex.quote(value)}" if value else f"#SBATCH --{name}"
 

@@ -1,9 +1,8 @@
 """State machine that decides how the launcher reacts to events.
 
 The state machine does not start processes or read the clock. The runner reports each event and its
-time, and executes the actions that the state machine returns. The table at the end of
-`LaunchStateMachine` lists all transitions. Each public method that reports an event selects the
-matching row of the table.
+time, and executes the actions that the state machine returns. The dict `_TRANSITIONS`, at the end
+of `LaunchStateMachine`, lists all transitions.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ __all__ = [
 ]
 
 RECONNECT_INTERVAL = 2.0
-"""Time in seconds between two attempts to reconnect to a lost host."""
+"""Time in seconds between attempts to reconnect to a lost host."""
 
 _KILL_MARGIN = 5.0  # seconds after the grace period in which an agent must exit
 
@@ -54,7 +53,7 @@ class HostState(Enum):
 
 
 class _Event(Enum):
-    """An event that can change the state or cause actions; see the transition table."""
+    """An event that can change the launch state or cause actions; see `_TRANSITIONS`."""
 
     HOST_STARTED = "a reconnected host has started the job"
     HOST_SUCCEEDED = "an agent exited with status 0"
@@ -71,7 +70,8 @@ class Action(NamedTuple):
     """An action that the runner executes for one host."""
 
     verb: Literal["start", "send", "kill", "print"]
-    """What to do: start the agent, send it `text`, kill the local process, or print `text`."""
+    """What to do: start the agent, send it `text`, kill the launcher's child process (the agent or
+    its ssh client), or print `text`."""
     host: str
     text: str = ""
 
@@ -81,10 +81,8 @@ class Outcome:
     """The result of a launch."""
 
     status: int = OK
-    """The exit status: 0 if all ranks succeeded, or the status of the first failed rank.
-
-    If the launcher received signal n, the status is 128 + n.
-    """
+    """The launcher's exit status: 0 if the job succeeded, 128 + n if the launcher received signal
+    n, or otherwise the exit status of the first failed rank or host."""
     reason: str = ""
     source: str = ""
     """The host (`node0`) or the rank (`node0:r1`) whose output explains the failure."""
@@ -153,7 +151,7 @@ class LaunchStateMachine:
         return self._hosts[name].state
 
     def host_started(self, name: str, now: float) -> list[Action]:
-        """Report that an agent has acquired the lock of its host and is starting the job."""
+        """Report that the agent of a host is starting the job."""
         if self._hosts[name].state is not HostState.RECONNECTING:
             return []
         return self._apply(_Event.HOST_STARTED, _Details(now, name))
@@ -165,7 +163,7 @@ class LaunchStateMachine:
 
         Args:
             name: name of the host.
-            returncode: return code of the local process, as reported by `subprocess`.
+            returncode: return code of the agent or its ssh client, as reported by `subprocess`.
             failure: failure that the host reported; None if it reported no failure.
             now: time of the event in seconds, from a monotonic clock.
         """

@@ -1,8 +1,8 @@
 """Run torchrun in this process, and report the first failed rank and its exit status.
 
-The ``torchrun`` command exits with status 1 for every failure. This module exits with the status of
-the rank that failed first, or with 128 + n if signal n killed that rank. The last line of output
-reports the rank.
+The ``torchrun`` command exits with status 1 for every failure. `main` instead returns the exit
+status of the rank that failed first, or 128 + n if signal n killed that rank. Its last line of
+output names the rank.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ __all__ = ["Alternative", "list_alternatives"]
 
 @dataclass(frozen=True)
 class Alternative:
-    """The estimate for one ZeRO stage, with or without offloading."""
+    """Memory estimate for one ZeRO stage, with or without offloading."""
 
     settings: MemorySettings
     estimate: MemoryEstimate
@@ -25,7 +25,7 @@ class Alternative:
 def list_alternatives(
     model: Sequence[ParameterSize], settings: MemorySettings
 ) -> Iterator[Alternative]:
-    """Yield an estimate for each ZeRO stage, with and without offloading.
+    """Yield a memory estimate for each ZeRO stage, with and without offloading.
 
     Args:
         model: parameters of the model.

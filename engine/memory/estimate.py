@@ -136,7 +136,7 @@ def _list_deepspeed_parts(model: Sequence[ParameterSize], settings: MemorySettin
 
 
 def _list_stage_2_parts(model: Sequence[ParameterSize], settings: MemorySettings) -> list[Part]:
-    """Return the estimate's parts for DeepSpeed's ZeRO stages 1 and 2 and its BF16 optimizer."""
+    """Return the parts of the memory estimate for DeepSpeed's ZeRO stages 1 and 2."""
     trained = [each for each in model if each.is_trained]
     count = sum(each.count for each in trained)
     shard = math.ceil(count / settings.world_size)
@@ -210,7 +210,7 @@ def _list_stage_3_parts(model: Sequence[ParameterSize], settings: MemorySettings
 def _count_deepspeed_weights(
     model: Sequence[ParameterSize], settings: MemorySettings
 ) -> tuple[int, bool]:
-    """Return the parameters' total size in bytes, and whether they are converted to 16 bits."""
+    """Return the parameters' size in bytes, and whether DeepSpeed converts them to 16 bits."""
     is_16_bit = settings.precision != "fp32"
     return sum(each.count * (_16_BIT if is_16_bit else each.itemsize) for each in model), is_16_bit
 
@@ -246,7 +246,7 @@ def _count_states(
     Args:
         trained: parameters that the optimizer trains.
         settings: settings of the run.
-        count: function that returns the number of elements of a parameter on the rank.
+        count: function that returns how many elements of a parameter the rank stores.
     """
     block = settings.optimizer
     has_adam = settings.backend == "deepspeed"

@@ -38,7 +38,7 @@ _OPTIONAL_STATES = {
     "RMSprop": ("momentum", "centered"),
     "SGD": ("momentum",),
 }
-"""Maps each optimizer to hyperparameters that add a parameter-sized state if nonzero or true."""
+"""Maps optimizers to hyperparameters that each add a parameter-sized state if nonzero or true."""
 
 _UNKNOWN = 2
 
@@ -46,7 +46,7 @@ _UNKNOWN = 2
 def has_known_states(optimizer: str) -> bool:
     """Return whether the size of an optimizer's states is known.
 
-    The size is unknown for a custom class.
+    It is unknown for a custom optimizer class.
 
     >>> has_known_states("AdamW"), has_known_states("my_module:MyOptimizer")
     (True, False)
@@ -57,16 +57,16 @@ def has_known_states(optimizer: str) -> bool:
 def count_state_elements(
     optimizer: str, params: Mapping[str, Any], shape: tuple[int, ...], *, has_adam: bool = False
 ) -> int:
-    """Return the number of elements that an optimizer stores for a parameter.
+    """Return the number of tensor elements in an optimizer's state for one parameter.
 
-    A custom optimizer is assumed to store as much as Adam.
+    The state of a custom optimizer is assumed to be as large as Adam's.
 
     Args:
         optimizer: canonical name of the optimizer.
         params: hyperparameters of the optimizer, including defaults.
         shape: shape of the parameter.
-        has_adam: whether the optimizer uses Adam for parameters that are not matrices, as
-            DeepSpeed's Muon does.
+        has_adam: whether Muon uses Adam for parameters that are not matrices, as in DeepSpeed.
+            Other optimizers ignore this argument.
 
     >>> count_state_elements("SGD", {"momentum": 0.9}, (4, 5))
     20

@@ -1,4 +1,4 @@
-"""Types for the memory estimate: the size of a parameter, and the parts of the model states."""
+"""Types for the memory estimate: the sizes of parameters, and the memory for model states."""
 
 from __future__ import annotations
 
@@ -45,16 +45,19 @@ class ParameterSize:
         return math.prod(self.shape)
 
     def count_shard(self, ranks: int) -> int:
-        """Return the number of elements, including padding, that FSDP2 stores on each rank."""
+        """Return the number of elements, including padding, in one rank's shard of the parameter.
+
+        FSDP2 shards the parameter across ``ranks`` ranks.
+        """
         if not self.shape:
             return 1
         return math.ceil(self.shape[0] / ranks) * math.prod(self.shape[1:])
 
 
 class Part(NamedTuple):
-    """A part of the model states, such as the gradients, with its device and its size.
+    """A part of the model states, such as the gradients.
 
-    The size is given in bytes at each of the `MOMENTS`.
+    The fields ``forward``, ``backward`` and ``step`` are its sizes in bytes at the `MOMENTS`.
     """
 
     name: str
@@ -66,17 +69,17 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """The memory that the model states of a run need on one rank."""
+    """Estimate of the memory that a run's model states need on one rank."""
 
     parts: Sequence[Part]
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        """The devices that hold a part of the model states."""
+        """The kinds of devices, such as ``"GPU"``, that store any of the model states."""
         return tuple(dict.fromkeys(part.device for part in self.parts))
 
     def total(self, device: Device) -> tuple[int, int, int]:
-        """Return the number of bytes on a device at each of the `MOMENTS`."""
+        """Return the size in bytes of the model states on a device, at each point in `MOMENTS`."""
         parts = [part for part in self.parts if part.device == device]
         return (
             sum(part.forward for part in parts),
@@ -85,5 +88,5 @@ class MemoryEstimate:
         )
 
     def peak(self, device: Device) -> int:
-        """Return the largest number of bytes on a device at any of the `MOMENTS`."""
+        """Return the peak size in bytes of the model states on a device."""
         return max(self.total(device))

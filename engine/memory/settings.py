@@ -36,14 +36,14 @@ class DeepSpeedSettings:
     accumulates_in_float32: bool = False
     """Whether 16-bit gradients are accumulated in float32 (``data_types.grad_accum_dtype``)."""
     has_16_bit_masters: bool = False
-    """Whether the optimizer's copies of the parameters and gradients are 16-bit."""
+    """Whether the master copies of the parameters and gradients are 16-bit."""
     has_16_bit_states: bool = False
     max_live_parameters: int = 10**9
     """Maximum number of parameter elements that ZeRO stage 3 keeps gathered."""
     persistence_threshold: int = 10**5
-    """ZeRO stage 3 does not shard parameters with at most this many elements."""
+    """Maximum size, in elements, of a parameter that ZeRO stage 3 leaves unsharded."""
     sub_group_size: int = 10**9
-    """Number of elements that the optimizer updates at once in ZeRO stage 3."""
+    """Maximum number of parameter elements that the optimizer updates at once in ZeRO stage 3."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def read_settings(context: RuleContext, world_size: int) -> MemorySettings:
     """Return the config settings that determine how much memory the model states need.
 
     Args:
-        context: valid values of the config, and the values derived from them.
+        context: the config, whose invalid values are ignored, and values derived from it.
         world_size: number of ranks.
 
     Raises:
@@ -89,8 +89,9 @@ def read_settings(context: RuleContext, world_size: int) -> MemorySettings:
     config = context.config
     for key in count_ranks_per_model(config).keys() & {PIPELINE_STAGES, _TENSOR_PARALLELISM}:
         raise ValueError(
-            f"The estimate does not cover models whose layers are split across ranks (`{key}`). "
-            "Remove the key, and pass the number of parameters per rank."
+            "The memory estimate does not cover models whose layers are split across ranks "
+            f"(`{key}`). Remove the key, and specify the number of parameters per rank instead of "
+            "the total."
         )
     value = add_defaults(config, schemas.read(SCHEMA))
     engine = value["engine"]

@@ -44,13 +44,13 @@ def lr_range_test(
     averaged over all ranks. Calls to `set_gradient_accumulation_boundary` have no effect during the
     test.
 
-    If `refine` is true, the function then trains short 1Cycle runs of `steps` steps each. It tries
-    five maximum learning rates around the suggestion, each twice the previous one, and more until
-    the best is neither the smallest nor the largest one tried. The suggestion becomes more
+    If `refine` is true, the range test is followed by short 1Cycle runs of `steps` steps each. They
+    try five maximum learning rates around the suggestion, each twice the previous one, and more
+    until the best is neither the smallest nor the largest one tried. The suggestion becomes more
     reliable, but the call takes five to ten times as long.
 
     If param groups have different learning rates, all of them are multiplied by the same factor.
-    The learning rates in the arguments and in the report are learning rates of the first group. The
+    The learning rates in the arguments and in the report are those of the first group. The
     suggested scheduler block contains a list with one value per group.
 
     Args:
@@ -68,10 +68,10 @@ def lr_range_test(
             By default, the momentum stays constant.
         divergence_factor: maximum ratio of the smoothed loss to its previous minimum; a larger
             ratio ends the test.
-        refine: whether to refine the suggestion by training short cycles.
-        training_steps: number of steps of the planned training; default: `steps`. If the training
-            is longer than a short cycle, the refined maximum is multiplied by ``(steps /
-            training_steps) ** 0.32``; see `Refinement.max_lr`.
+        refine: whether to refine the suggestion with short 1Cycle runs.
+        training_steps: number of steps of the planned training; default: `steps`. If it is larger
+            than `steps`, the refined maximum is multiplied by ``(steps / training_steps) ** 0.32``;
+            see `Refinement.max_lr`.
 
     Returns:
         Report with the loss curve and the suggested learning-rate range.
@@ -118,9 +118,9 @@ def lr_range_test(
 
 @contextlib.contextmanager
 def _trial_run(trainer: Engine, recorder: Recorder, schedule: Schedule[Any]) -> Iterator[None]:
-    """Use a different schedule inside this context, and restore the training state on exit.
+    """Use ``schedule`` inside this context, and restore the training state on exit.
 
-    The state is also restored after an exception. The recorder records every step in the context.
+    ``recorder`` records every step inside the context.
     """
     run = trainer._run  # noqa: SLF001  # private to the package
     run.accumulation.check_between_steps()

@@ -32,22 +32,22 @@ class SweepOver(SystemExit):
 
 @dataclass
 class Run:
-    """The recorded steps of an LR sweep, or of a short 1Cycle run that refines its result."""
+    """The recorded steps of an LR sweep, or of a short 1Cycle run that refines a sweep's result."""
 
     lrs: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     momenta: list[float | None] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-    """Backend, world size, precision and batch size of the engine."""
+    """Settings of the engine and the sweep, such as the backend, world size and precision."""
     end: str = ""
-    """Why the run ended: "divergence", "steps", or "" if the script ended too early."""
+    """Why the run ended: "divergence", "steps" (all steps are recorded), or "" otherwise."""
 
     @property
     def curve(self) -> tuple[list[float], list[float]]:
-        """The learning rate of each step, and the loss after that step.
+        """A list of learning rates, and a list with the loss of the step after each of them.
 
-        The loss of a step is computed before the parameter update, so a learning rate affects the
-        loss of the next step.
+        A step computes the loss before it updates the parameters, so its learning rate first
+        affects the loss of the next step.
 
         >>> Run(lrs=[0.1, 0.2, 0.4], losses=[2.3, 2.0, 1.5]).curve
         ([0.1, 0.2], [2.0, 1.5])
@@ -86,14 +86,13 @@ class Recorder:
     averaged over ranks.
 
     Args:
-        steps: number of steps of the sweep; if None, record until the script ends. In that case, at
-            most 20,000 points are kept: whenever this limit is reached, every second point is
-            removed, and the interval between recorded steps doubles.
+        steps: number of steps in the sweep; None for no limit. In that case, at most 20,000
+            recorded steps are kept in memory: whenever there are more, every second one is removed,
+            and the interval between recorded steps doubles.
         divergence: maximum ratio of the smoothed loss to its previous minimum; a larger ratio ends
             the sweep.
         path: path of the record file; None on ranks other than 0.
-        facts: backend, world size, precision and batch size, to write to the first line of the
-            file.
+        facts: settings of the engine and the sweep, written to the first line of the file.
     """
 
     def __init__(

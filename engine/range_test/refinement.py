@@ -37,31 +37,31 @@ class Refinement:
     """
 
     losses: Mapping[float, tuple[float, ...]]
-    """Final losses of the cycles at each maximum learning rate; infinite for a diverged cycle."""
+    """Final loss of each short run, by maximum learning rate; infinite if the run diverged."""
     initial_loss: float
-    """Mean loss before training, over all cycles."""
+    """Loss at the first step, averaged over all short runs."""
     steps: int
-    """Number of steps of each cycle."""
+    """Number of steps in each short run."""
     training_steps: int | None = None
-    """Number of steps of the planned training; None if it equals `steps`."""
+    """Number of steps in the planned training run; None if it equals `steps`."""
 
     @cached_property
     def lowest(self) -> float:
-        """The best maximum learning rate for a short cycle.
+        """The maximum learning rate estimated to give a short 1Cycle run the lowest final loss.
 
-        The value is at the vertex of a parabola fitted to the final losses of the best cycle and
-        its neighbors.
+        The estimate is at the vertex of a parabola fitted to the final losses at the best learning
+        rate tried and at its neighbors.
         """
         return self._find_lowest(np.array(list(self.losses.values())).mean(axis=1))
 
     @property
     def lowest_per_repeat(self) -> list[float]:
-        """Value of `lowest` for each repeat, computed only from the cycles of that repeat."""
+        """Value of `lowest` for each repeat, computed only from the short runs of that repeat."""
         return [self._find_lowest(column) for column in np.array(list(self.losses.values())).T]
 
     @property
     def shrinkage(self) -> float:
-        """Factor that reduces the suggestion if the planned training is longer than a cycle.
+        """Factor that reduces the suggestion if the planned training is longer than a short run.
 
         The factor is ``(steps / training_steps) ** 0.32``, but at most 1.
         """
@@ -75,10 +75,9 @@ class Refinement:
     def max_lr(self) -> float:
         """The suggested maximum learning rate: ``lowest * shrinkage``, to two significant digits.
 
-        The optimal learning rate decreases as a power of the number of training steps.
-
-        Source of the exponent in `shrinkage`: Bjorck et al., Scaling Optimal LR Across Token
-        Horizons, https://arxiv.org/abs/2409.19913.
+        The optimal learning rate decreases as a power of the number of training steps. The exponent
+        in `shrinkage` is from Bjorck et al., Scaling Optimal LR Across Token Horizons,
+        https://arxiv.org/abs/2409.19913.
         """
         return float(f"{self.lowest * self.shrinkage:.2g}")
 
@@ -101,7 +100,7 @@ class Refinement:
         return rows
 
     def to_json(self) -> dict[str, Any]:
-        """Return the results as a JSON-compatible dict. Losses of diverged cycles are None."""
+        """Return the results as a JSON-compatible dict. Losses of diverged runs are None."""
         cycles = [
             {"max_lr": lr, "losses": [loss if math.isfinite(loss) else None for loss in losses]}
             for lr, losses in self.losses.items()
@@ -145,20 +144,20 @@ def refine(
 ) -> Refinement:
     """Find the best maximum learning rate with short 1Cycle runs, and return the results.
 
-    The search starts with five maximum learning rates, each twice the previous one. It then
-    tries other values until the best one is neither the smallest nor the largest. It does not try
-    values below `around` / 64 or above `around` x 64.
+    The search starts with five maximum learning rates, each twice the previous one. While the best
+    one is the smallest or the largest, the search halves the smallest or doubles the largest. It
+    tries no value below `around` / 64 or above `around` x 64.
 
     Args:
-        train: function that takes a maximum learning rate and the index of the repeat, trains for a
-            cycle of `steps` steps, and returns the recorded run.
+        train: function ``train(max_lr, repeat)`` that trains for one cycle of `steps` steps and
+            returns the recorded run. ``repeat`` counts from 0.
         around: middle of the first five maximum learning rates.
         repeats: number of cycles per maximum learning rate.
         steps: number of steps per cycle.
         training_steps: number of steps of the planned training; None if it equals `steps`.
 
     Raises:
-        ValueError: if cycles diverge at every maximum learning rate.
+        ValueError: if runs diverge at every maximum learning rate.
     """
     initial_losses: list[float] = []
     losses: dict[int, tuple[float, ...]] = {}
@@ -181,7 +180,7 @@ def refine(
     if not any(map(math.isfinite, map(sum, losses.values()))):
         least = around * _FACTOR ** min(losses)
         raise ValueError(
-            f"Short cycles diverged at every maximum learning rate, down to {least:.2g}. Omit "
+            f"Short 1Cycle runs diverged at every maximum learning rate, down to {least:.2g}. Omit "
             "`refine` to use the suggestion of the range test."
         )
     tried = {around * _FACTOR**exponent: losses[exponent] for exponent in sorted(losses)}
@@ -198,11 +197,11 @@ def check_training_steps(is_refined: bool, training_steps: int | None) -> None:
     """Check that `training_steps` is valid and used only with `refine`.
 
     Args:
-        is_refined: whether the suggestion is refined.
+        is_refined: whether `refine` is set.
         training_steps: number of steps of the planned training; None if it was not given.
 
     Raises:
-        ValueError: if `training_steps` is below 1, or is given but the suggestion is not refined.
+        ValueError: if `training_steps` is below 1, or is given without `refine`.
     """
     if training_steps is not None and not is_refined:
         raise ValueError(
@@ -217,9 +216,9 @@ def check_training_steps(is_refined: bool, training_steps: int | None) -> None:
 
 
 def build_short_cycle(block: Mapping[str, Any], max_lr: float, steps: int) -> dict[str, Any]:
-    """Build the scheduler block of a short cycle from another OneCycle block.
+    """Build the scheduler block of a short cycle from a OneCycle block.
 
-    The short cycle keeps the momentum settings and the ratio of the phase lengths.
+    The short cycle keeps that block's momentum settings and the ratio of its phase lengths.
 
     Args:
         block: OneCycle scheduler block.

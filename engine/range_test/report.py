@@ -55,7 +55,7 @@ class LRRangeReport:
 
     @property
     def min_lr(self) -> float | None:
-        """The learning rate at the start and end of a cycle: a tenth of `max_lr`.
+        """The suggested minimum learning rate of a cycle: a tenth of `max_lr`.
 
         The value is None if the test yields no suggestion.
         """
@@ -98,9 +98,10 @@ class LRRangeReport:
     def suggestion(self) -> Suggestion:
         """The suggestion from all runs. If ``max_lr`` is None, ``reason`` explains why.
 
-        The smoothed curve and the rules of `suggest` use the points of all runs. If there
-        are several runs, and more than half of them have their own suggestion, ``max_lr`` is the
-        median of these suggestions, so one run that diverges early has little effect.
+        The smoothed curve and the learning rates of the rules are computed from the combined losses
+        of all runs. If there are several runs, and more than half of them yield a suggestion on
+        their own, ``max_lr`` is the median of these suggestions, so that a single run that diverges
+        early has little effect.
         """
         lrs, losses = (
             np.concatenate([np.asarray(part, float) for part in parts])
@@ -116,10 +117,10 @@ class LRRangeReport:
         return Suggestion(rounded, reason, found.rules, found.smoothed)
 
     def _find_early_end(self, reason: str) -> str:
-        """Return the reason for the missing suggestion if a sweep is incomplete, or "" otherwise.
+        """Explain a missing suggestion if the script ended too early; otherwise, return "".
 
         Args:
-            reason: reason that `suggest` gives for the missing suggestion.
+            reason: explanation that `suggest` gives.
         """
         for run in self.runs:
             steps = run.facts.get("steps", 0)
@@ -137,9 +138,9 @@ class LRRangeReport:
 
     @property
     def max_lrs(self) -> list[float]:
-        """The suggested maximum learning rate of each run.
+        """The maximum learning rate that each run suggests on its own.
 
-        Runs without a suggestion are omitted. For a single run, the list is empty.
+        Runs without a suggestion are omitted. If there is only one run, the list is empty.
         """
         if len(self.runs) == 1:
             return []
@@ -147,18 +148,18 @@ class LRRangeReport:
         return [lr for lr in each if lr is not None]
 
     def block(self, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return a OneCycle scheduler block with the suggested range.
+        """Return a OneCycle scheduler block with the suggested range of learning rates.
 
         Args:
-            known: OneCycle scheduler block with the remaining params; None to use the defaults.
+            known: OneCycle block from which to copy the other params; None to use their defaults.
 
         Raises:
-            ValueError: if the range test yields no suggestion.
+            ValueError: the range test yields no suggestion.
         """
         if self.max_lr is None:
             raise ValueError(
                 f"The range test yields no suggestion: {self.suggestion.reason}. Repeat the test "
-                "with a different range of learning rates or more steps."
+                "with more steps or a different range of learning rates."
             )
         params = dict(known.get("params", {})) if known and known["type"] == "OneCycle" else {}
         params["cycle_min_lr"], params["cycle_max_lr"] = self.min_lr, self.max_lr

@@ -32,14 +32,14 @@ log = logging.getLogger("onecycle")
 _engines = itertools.count(1)
 """Counter of the engines that this process creates during `onecycle lr-test`."""
 _reports: list[Path] = []
-"""Report directories of this process's engines whose schedule is an LR range test."""
+"""Report directories that engines in this process have requested so far, with repeats."""
 
 
 def is_next_engine_swept(sweep: Sweep) -> bool:
     """Return whether the next engine that the script creates runs the LR range test.
 
-    Call this function once before each engine is created. All other engines train with their own
-    schedules.
+    Call this function once before creating each engine. Engines that do not run the test use the
+    schedules in their configs.
 
     Raises:
         MisuseError: if the script creates a second engine, but `sweep` does not select an engine.
@@ -55,9 +55,9 @@ def is_next_engine_swept(sweep: Sweep) -> bool:
 
 
 def apply_sweep(config: Config, sweep: Sweep) -> Config:
-    """Return a config whose schedule is the sweep of `onecycle lr-test`.
+    """Return a copy of a config with the sweep of `onecycle lr-test` as its schedule.
 
-    The sweep's seed offset is added to the config's seed and to torch's initial seed.
+    A nonzero seed offset of the sweep is added to the seed in the copy and to torch's global seed.
     """
     changed = config.copy_for_trial_run(from_config(sweep.scheduler))
     if sweep.seed_offset:
@@ -67,7 +67,7 @@ def apply_sweep(config: Config, sweep: Sweep) -> Config:
 
 
 def spread_sweep(config: Config, sweep: Sweep, optimizer: Optimizer) -> Config:
-    """Extend a config's sweep to all param groups, in proportion to their learning rates."""
+    """Return a config whose sweep covers all param groups, in proportion to their initial LRs."""
     lrs = read_initial_lrs(optimizer.param_groups)
     return replace(config, schedule=from_config(spread_over_groups(sweep.scheduler, lrs)))
 
@@ -106,9 +106,9 @@ def attach_recorder(engine: Engine, sweep: Sweep | None) -> None:
 
 
 def _find_own_directory(directory: Path) -> Path:
-    """Return an unused report directory.
+    """Return a report directory that no other engine in this process uses.
 
-    If another engine of this process uses ``directory``, append a number to its name.
+    If ``directory`` is already in use, a number is appended to the directory name.
     """
     count = _reports.count(directory)
     _reports.append(directory)

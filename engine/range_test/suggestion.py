@@ -15,16 +15,22 @@ from numpy.typing import ArrayLike, NDArray
 __all__ = ["EDGE", "MIN_POINTS", "Suggestion", "smooth", "suggest"]
 
 MIN_POINTS = 20
-"""Minimum number of losses for a suggestion."""
+"""Minimum number of finite losses that a suggestion requires."""
 
 MIN_STEPS = 8
-"""Minimum number of distinct learning rates for a suggestion."""
+"""Minimum number of distinct learning rates that a suggestion requires."""
 
 EDGE = ("end of descent", "minimum", "divergence / 10")
-"""Rules for the largest learning rate that still reduces the loss. Their median is `max_lr`."""
+"""Rules that estimate the largest learning rate that still reduces the loss.
+
+The suggested ``max_lr`` is the median of the estimates.
+"""
 
 CAREFUL = ("steepest", "valley", "minimum / 10")
-"""Rules that other tools use for a constant learning rate. A cycle's maximum can be larger."""
+"""Rules that other tools use to select a constant learning rate.
+
+The learning rates that they select are too small for the maximum of a cycle.
+"""
 
 Array = NDArray[np.float64]
 
@@ -51,7 +57,7 @@ class SmoothedCurve:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The suggested maximum learning rate, and the learning rate that each rule suggests."""
+    """The suggested maximum learning rate, and the learning rate that each rule selects."""
 
     max_lr: float | None
     """Suggested maximum; None if the curve does not allow a suggestion (see `reason`)."""
@@ -75,9 +81,9 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
 
     First, non-finite losses and isolated spikes are removed, and losses far above the initial loss
     are clipped. The losses are then smoothed over log(lr) by local linear regression, with a
-    bandwidth selected by generalized cross-validation. The descent is the decrease of the smoothed
-    loss from its highest value before the minimum to the minimum. Each rule selects a learning
-    rate:
+    bandwidth selected by generalized cross-validation. The descent is the difference between the
+    minimum of the smoothed loss and its maximum at smaller learning rates. Each rule selects a
+    learning rate:
 
     - end of descent: the learning rate at which the loss has completed 90% of its descent;
     - minimum: the middle, in log(lr), of the range in which the loss exceeds its minimum by less
@@ -89,14 +95,15 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     - minimum / 10: a tenth of the learning rate with the lowest loss, but at least the learning
       rate at 10% of the descent.
 
-    The suggestion is the median of the first three rules. Rules that do not apply are ignored. A
-    cycle reaches its maximum only briefly, so the maximum can be as large as the learning rate at
-    which the loss stops decreasing. The last three rules are intended for a constant learning rate.
-    Their learning rates are too small for the maximum of a cycle; see docs/results/lr_test.md.
+    The suggestion is the median of the learning rates that the first three rules select. Rules that
+    do not apply are ignored. A 1Cycle schedule reaches its maximum only briefly, so the maximum can
+    be as large as the learning rate at which the loss stops decreasing. The last three rules are
+    intended for a constant learning rate. The learning rates that they select are too small for the
+    maximum of a cycle; see docs/results/lr_test.md.
 
     Args:
         lrs: learning rate of each step, positive, in any order and spacing.
-        losses: loss after the step at each learning rate; may be NaN or infinite.
+        losses: loss after each of these steps; may be NaN or infinite.
         diverged_at: learning rate at which the test ended because the loss diverged.
 
     Raises:

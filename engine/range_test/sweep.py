@@ -34,7 +34,7 @@ class Sweep:
         block: scheduler block to use; if None, a block is built from the other arguments.
         divergence_factor: maximum ratio of the smoothed loss to its previous minimum; a larger
             ratio ends the sweep.
-        directory: directory of the record file; None to write no file.
+        directory: directory to write the file ``record.jsonl`` to; None to write no file.
         config: path of the config to use instead of the script's config.
         seed_offset: number to add to the config's seed and to torch's initial seed, so that
             repeated sweeps differ.
@@ -76,7 +76,7 @@ class Sweep:
 
     @property
     def scheduler(self) -> dict[str, Any]:
-        """The scheduler block for the learning rates of the sweep."""
+        """The scheduler block that performs the sweep."""
         if self.block is not None:
             return dict(self.block)
         duration = self.steps - 1
@@ -99,7 +99,7 @@ class Sweep:
         return {"type": "LRRangeTest", "params": params}
 
     def to_environment(self) -> dict[str, str]:
-        """Return an environment variable that passes this sweep to `initialize`."""
+        """Return a dict with the environment variable that passes this sweep to `initialize`."""
         return {LR_TEST: json.dumps(asdict(self))}
 
 
@@ -107,7 +107,7 @@ def read_initial_lrs(groups: Sequence[Mapping[str, Any]]) -> list[float]:
     """Return the initial learning rate of each param group.
 
     Raises:
-        ValueError: if only some groups, including the first, have an initial learning rate of 0.
+        ValueError: if the first group has an initial learning rate of 0, and another does not.
 
     >>> read_initial_lrs([{"lr": 0.1}, {"lr": 0.0, "initial_lr": 0.05}])
     [0.1, 0.05]
@@ -116,8 +116,8 @@ def read_initial_lrs(groups: Sequence[Mapping[str, Any]]) -> list[float]:
     if lrs[0] == 0 and any(lrs):
         raise ValueError(
             "The learning rate of the first param group must be > 0, got 0. Put a group with a "
-            "learning rate > 0 first, because the LR range test scales all groups in proportion "
-            "to the first group."
+            "learning rate > 0 first, because the LR range test scales the learning rates of all "
+            "groups in proportion to that of the first group."
         )
     return lrs
 
@@ -126,8 +126,8 @@ def spread_over_groups(block: Mapping[str, Any], lrs: Sequence[float]) -> dict[s
     """Extend a scheduler block to all param groups, in proportion to ``lrs``.
 
     Args:
-        block: block of a `Sweep`, or a OneCycle block, with learning rates for the first param
-            group.
+        block: scheduler block, of a `Sweep` or of type OneCycle. Its learning rates apply to the
+            first param group.
         lrs: initial learning rate of each param group.
 
     >>> block = {"type": "LRRangeTest", "params": {"lr_range_test_min_lr": 0.5}}

@@ -30,12 +30,12 @@ def train_pipeline(
 ) -> Tensor | None:
     """Train a pipeline model on one batch, and return the mean loss.
 
-    If the model is not a pipeline, return None.
+    If the model is not a pipeline, return None without training.
 
     Args:
-        batches: iterator over micro-batches; default: the batches of ``loader``.
+        batches: iterator over micro-batches; None to use those of ``loader``.
         loader: data loader of the run. If ``batches`` and ``loader`` are None, the pipeline uses
-            its own data from ``set_dataloader``.
+            the data that was passed to its ``set_dataloader`` or ``set_dataiterator``.
         run: state of the run.
     """
     batches = batches or (repeat_batches(loader) if loader is not None else None)
@@ -105,7 +105,7 @@ def preserve_state(model: nn.Module, backend: Backend, loader: RunLoader | None)
     """Preserve the training state across a ``with`` block, even if the block raises an exception.
 
     Args:
-        model: module whose training mode is restored, including all submodules.
+        model: module whose train or eval mode is restored, along with those of its submodules.
         backend: backend whose model, optimizer and loss scale are restored. Gradients are cleared.
         loader: data loader whose position is restored; None if the run has no data loader.
     """

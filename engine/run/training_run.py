@@ -1,4 +1,4 @@
-"""The state and the steps of a training run."""
+"""Track the state of a training run, and take its optimizer steps."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ log = logging.getLogger("onecycle")
 class TrainingRun:
     """The state of a training run.
 
-    During an LR range test, the engine temporarily uses a second `TrainingRun`, the trial run. The
-    state is not stored in `Engine`, because setting an attribute of an `nn.Module` is slow.
+    During an LR range test, the engine temporarily uses a second `TrainingRun`, the trial run. A
+    separate class holds the state because `Engine` is an `nn.Module`, and setting attributes of a
+    module is slow.
     """
 
     config: Config
@@ -59,7 +60,7 @@ class TrainingRun:
     best: BestMetric | None = None
     _recorder: StepRecorder | None = None
     is_trial: bool = False
-    """Whether this run is part of an LR range test. Such a run does not save checkpoints."""
+    """Whether the run is part of an LR range test and therefore saves no checkpoints."""
     latest: Counters = field(default_factory=Counters)
     """The step counters. While a step is deferred, `skipped_steps` and `applied` are not final."""
     _deferring: DeferringBackend | None = None
@@ -77,7 +78,10 @@ class TrainingRun:
         *,
         misuse: MisuseChecks | None = None,
     ) -> TrainingRun:
-        """Build a run at step 0. For an LR range test, pass the main run's ``misuse`` checks."""
+        """Build a run that starts at step 0.
+
+        For the trial run of an LR range test, pass the main run's ``misuse`` checks.
+        """
         is_first = backend.ranks.rank == 0
         monitors = monitors or Monitors()
         directory = config.report.directory if config.report is not None and is_first else None
@@ -115,7 +119,7 @@ class TrainingRun:
         return run
 
     def start_trial(self, recorder: StepRecorder, schedule: Schedule[Any]) -> TrainingRun:
-        """Build a trial run with another schedule on the same backend.
+        """Build a trial run for an LR range test, on this run's backend but with ``schedule``.
 
         The trial run writes no files.
         """
@@ -127,7 +131,7 @@ class TrainingRun:
         return trial
 
     def record_steps(self, recorder: StepRecorder, *, is_trial: bool) -> None:
-        """Start recording every step with ``recorder``."""
+        """Start recording every step with ``recorder``, and set `is_trial`."""
         self.settle()
         self._recorder, self.is_trial, self._window.is_kept = recorder, is_trial, True
 
@@ -204,7 +208,7 @@ class TrainingRun:
         self.misuse.note_scheduler(self.scheduler)
 
     def _settle_before_use(self, scheduler: LRScheduler | None) -> None:
-        """Make the scheduler complete a deferred step before the script uses the scheduler."""
+        """Make ``scheduler`` complete any deferred step whenever the script uses the scheduler."""
         if self._deferring is not None and isinstance(scheduler, ScheduleBinder):
             scheduler.before_use = functools.partial(_settle, weakref.ref(self))
 
@@ -238,7 +242,7 @@ class TrainingRun:
         """Discard the gradients of an incomplete batch at the end of an epoch.
 
         Raises:
-            RuntimeError: in two consecutive epochs, `backward` was called without `step`.
+            RuntimeError: in two consecutive epochs, `backward` was called but `step` was not.
         """
         accumulation = self.accumulation
         self.misuse.check_epoch(self.latest.micro_steps, accumulation)
@@ -299,8 +303,8 @@ class TrainingRun:
         is_over = self.length.is_session_over
         if is_over(self.latest) and is_over(self.counters):
             raise RuntimeError(
-                f"The run has ended after {self.config.run['steps_this_run']} steps "
-                "(`engine.steps_this_run`). Exit the training loop when `trainer.run_is_over` is "
+                f"The run has ended after {self.config.run['steps_this_run']} steps, as set by "
+                "`engine.steps_this_run`. Exit the training loop when `trainer.run_is_over` is "
                 "true."
             )
 
@@ -369,7 +373,7 @@ class TrainingRun:
             self._complete_step(self._window)
 
     def _complete_step(self, window: LossWindow) -> None:
-        """Report a step, and advance the scheduler if the optimizer step was applied."""
+        """Report an optimizer step, and advance the scheduler if the step was applied."""
         counters = self.latest
         if not counters.applied:
             counters.skipped_steps += 1

@@ -32,7 +32,7 @@ class Accumulation:
     boundary: bool | None = None
     """Value set by `Engine.set_gradient_accumulation_boundary`; None to count micro-batches."""
     has_gradients: bool = False
-    """Whether a trainable parameter had a gradient after the previous micro-batch of this batch."""
+    """Whether earlier micro-batches of the current batch left a gradient in any parameter."""
     is_managed: bool = True
     """Whether micro-batches are counted; if false, every call to `step` completes a batch."""
     averages_gradients: bool = True
@@ -51,7 +51,7 @@ class Accumulation:
     def set_boundary(self, is_boundary: bool) -> None:
         """Set whether the next calls to `step` run the optimizer.
 
-        After this call, `step` no longer counts micro-batches to find the end of a batch.
+        Afterward, the number of micro-batches no longer determines when a batch is complete.
 
         Raises:
             RuntimeError: ``managed_gradient_accumulation`` is false, so every call to `step` runs
@@ -67,29 +67,30 @@ class Accumulation:
         self.boundary = is_boundary
 
     def is_last_backward(self) -> bool:
-        """Return whether the next backward pass is the last of a batch and averages gradients."""
+        """Return whether the next backward pass ends a batch and averages gradients over ranks."""
         return self.averages_gradients and self.is_boundary()
 
     def restart(self, micro_batches: int = 0) -> None:
-        """Reset the counts to a position in the run, for example after a checkpoint was loaded.
+        """Reset the counts, for example when a checkpoint is loaded.
 
         Args:
-            micro_batches: position, as the number of micro-batches since the start of the run.
+            micro_batches: number of micro-batches since the start of the run; 0 to start a new
+                batch.
         """
         self.micro_batches = micro_batches % self.steps if self.is_managed else 0
         self.scaled_losses = 0
         self.has_gradients = False
 
     def check_between_steps(self) -> None:
-        """Check that an LR range test would start between two optimizer steps.
+        """Check that no batch is incomplete, so that an LR range test can start.
 
         Raises:
-            ValueError: the current batch is incomplete.
+            ValueError: some of the current batch's micro-batches have already been processed.
         """
         if self.micro_batches or self.scaled_losses:
             raise ValueError(
-                "An LR range test must start between two optimizer steps. Train on the remaining "
-                "micro-batches of the batch before you start the test."
+                "An LR range test must not start in the middle of a batch. Train on the remaining "
+                "micro-batches of the batch first."
             )
 
     @contextlib.contextmanager

@@ -39,7 +39,8 @@ def checkpoint_activations(
     if not blocks:
         log.warning(
             "`activation_checkpointing` has no effect, because the model has no ModuleList with "
-            'several layers of the same class; list the layer classes in "engine": {"wrap": […]}'
+            "several layers that all have the same class; list the layer classes in "
+            '"engine": {"wrap": […]}'
         )
     for block in blocks:
         block.forward = CheckpointedForward(block.forward, on_host=on_host)
@@ -84,7 +85,7 @@ def find_blocks(model: nn.Module, wrap: Sequence[str] = ()) -> list[nn.Module]:
     Args:
         model: any module.
         wrap: class names of the blocks. If empty, the blocks are the members of every ModuleList
-            with at least two members of the same class, such as the layers of a transformer.
+            that has at least two members, all of the same class. Example: a transformer's layers.
 
     Raises:
         ValueError: the model does not contain any of the classes in ``wrap``.

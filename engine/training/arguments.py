@@ -1,4 +1,4 @@
-"""Check the types and the order of the arguments of `initialize`."""
+"""Check the arguments that a script passes to `initialize`."""
 
 from __future__ import annotations
 

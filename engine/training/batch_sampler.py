@@ -67,8 +67,9 @@ def order_dataset(samples: int, config: Config) -> EpochOrder:
 def order_sampler(source: Any, config: Config, **settings: Any) -> EpochOrder:
     """Return the order in which each epoch visits the items of a sampler.
 
-    Before each epoch is sampled, the global random generators and the sampler's generators are
-    seeded with ``engine.seed`` and the epoch. Afterward, their previous states are restored.
+    Before the items of an epoch are drawn, the global random generators and the sampler's
+    generators are seeded with ``engine.seed`` and the epoch's index. Afterward, their previous
+    states are restored.
 
     Args:
         source: sampler or batch sampler with a length.
@@ -95,7 +96,7 @@ def order_sampler(source: Any, config: Config, **settings: Any) -> EpochOrder:
 
 
 def find_samplers(source: Any) -> list[Any]:
-    """Return a data loader or sampler and all nested samplers, outermost first."""
+    """Return ``source`` and all samplers nested in it, outermost first."""
     found: list[Any] = []
     while source is not None and not any(source is each for each in found):
         found.append(source)
@@ -105,16 +106,16 @@ def find_samplers(source: Any) -> list[Any]:
 
 
 def set_epoch(source: Any, epoch: int) -> None:
-    """Call ``set_epoch`` on a data loader, dataset or sampler, and on all nested samplers."""
+    """Call ``set_epoch`` on ``source`` and on its nested samplers, if they have this method."""
     for each in find_samplers(source):
         if callable(getattr(each, "set_epoch", None)):
             each.set_epoch(epoch)
 
 
 class GlobalBatchSampler(Sampler[Any]):
-    """Sampler of one rank's micro-batches, cut from batches that are the same for any world size.
+    """Sampler that splits global batches into micro-batches and yields those of one rank.
 
-    The order of an epoch is cut into batches of ``train_batch_size`` samples. Each batch is split
+    Each epoch consists of global batches of ``train_batch_size`` samples. Each batch is split
     across ranks and micro-batches. Step k therefore trains on the same samples for any number of
     ranks. For example, one rank can process a batch of 8 in 2 micro-batches of 4, or two ranks can
     process 4 samples each. If ``order.drop_last`` is true, an incomplete last batch is dropped.
@@ -178,8 +179,8 @@ class GlobalBatchSampler(Sampler[Any]):
 class _SeededItems:
     """Items of one micro-batch, with a seed for the worker process.
 
-    The worker is seeded when it unpickles the items. Otherwise, torch would seed the worker only
-    when it starts, and random numbers in a resumed run would differ from those in the original run.
+    The worker is seeded when it unpickles the items. If torch seeded it only at its start, random
+    numbers in a resumed run would differ from those in the original run.
     """
 
     def __init__(self, items: Any, seed: str) -> None:

@@ -1,4 +1,4 @@
-"""Track the best value of a metric, for the best checkpoint and for early stopping."""
+"""Track the best value of a metric, to save the best checkpoint and to stop early."""
 
 from __future__ import annotations
 
@@ -31,21 +31,20 @@ class BestMetric:
     None sets no limit.
     """
     value: float | None = None
-    """Best value so far; None before the first report."""
+    """Best value so far; None until a value other than NaN is reported."""
     step: int = 0
     """Number of completed steps when the best value was reported."""
     misses: int = 0
-    """Number of reports since the best value."""
+    """Number of consecutive reports without improvement."""
     last_step: int = -1
     """Number of completed steps at the most recent report; -1 before the first report."""
     is_unsaved: bool = False
     """Whether the best value is newer than the best checkpoint."""
 
     def update(self, value: float, step: int) -> bool:
-        """Record a value, and return whether the value is the best so far.
+        """Record a value, and return whether it is better than all earlier values.
 
-        Several reports in one step, for example by `Engine.step` and `Engine.report`, count as one
-        report.
+        Reports in the same step, for example by `Engine.step` and `Engine.report`, count as one.
         """
         is_new_report = step != self.last_step
         self.last_step = step

@@ -11,10 +11,10 @@ __all__ = ["unwrap_compiled"]
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:
-    """Return the module in a `torch.compile` wrapper, after compiling the module in place.
+    """Remove the wrapper of `torch.compile`, and compile the wrapped module in place instead.
 
     The wrapper adds ``_orig_mod.`` to the keys of the state dict, so an uncompiled model could not
-    load the wrapper's checkpoints. A model without the wrapper is returned unchanged.
+    load the wrapper's checkpoints. A model that is not wrapped is returned unchanged.
 
     >>> import torch
     >>> inner = nn.Linear(2, 1)

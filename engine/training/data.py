@@ -26,7 +26,7 @@ __all__ = [
 
 
 def call_model(model: Callable[..., Any], batch: Any) -> Any:
-    """Return a model's output for a batch. A tuple, list or mapping is unpacked into arguments.
+    """Call a model on a batch, unpacking a tuple, list or mapping into arguments.
 
     >>> call_model(max, (1, 3)), call_model(dict, {"x": 2})
     (3, {'x': 2})
@@ -168,9 +168,9 @@ def make_rank_loader(
     Args:
         dataset: dataset to load. An iterable dataset must split its samples across ranks.
         ranks: rank, world size and device of this process.
-        shuffle: whether to shuffle the samples.
-        sampler: sampler of this rank; if None, the samples are split across ranks.
-        pin_memory: whether to copy batches to pinned memory, if the rank uses a GPU.
+        shuffle: whether to shuffle a map-style dataset. Ignored if ``sampler`` is given.
+        sampler: sampler for this rank; None to split a map-style dataset across ranks.
+        pin_memory: whether to copy batches to pinned memory. Ignored if the rank uses no GPU.
         **settings: other arguments of `DataLoader`.
     """
     if sampler is None and not isinstance(dataset, IterableDataset):

@@ -1,8 +1,8 @@
 """Optimizer steps that the device can skip without waiting for the host.
 
-A step with non-finite gradients must be skipped. If the host makes this decision, it must wait for
-the backward pass, and the device is then idle until the host starts the optimizer. With
-`DeferredStep`, the device decides, and the host reads the decision later.
+A step with non-finite gradients must be skipped. If the host decides whether to skip a step, it
+must wait for the backward pass to finish, and the device is then idle until the host starts the
+optimizer step. With `DeferredStep`, the device decides, and the host reads the decision later.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ __all__ = ["DeferredStep", "StepResult", "can_skip_on_device", "compute_norm_on_
 
 
 def can_skip_on_device(optimizer: Optimizer, device: torch.device) -> bool:
-    """Return whether a tensor on the device can make the optimizer's kernels skip a step.
+    """Return whether the optimizer's kernels can skip a step based on a tensor on ``device``.
 
-    Only PyTorch's fused kernels can skip a step. All parameters must be on ``device``.
+    This requires PyTorch's fused kernels, and all parameters must be on ``device``.
 
     >>> weight, device = torch.nn.Parameter(torch.ones(1)), torch.device("cpu")
     >>> can_skip_on_device(torch.optim.AdamW([weight], fused=True), device)
@@ -103,14 +103,14 @@ class DeferredStep:
 
         grad_scale = scale * max(1, (norm + 1e-6) / clipping)
 
-    ``norm`` is the norm of the unscaled gradients. If the norm is not finite, the kernel skips the
-    step. After the step, the norm and the loss are copied to pinned memory. `read` waits for this
-    copy. Call `read` after the start of the next backward pass, so that the device stays busy and
-    the host rarely waits.
+    ``scale`` is the factor by which the gradients are scaled, and ``norm`` is the norm of the
+    unscaled gradients. If the norm is not finite, the kernel skips the step. After the step, the
+    norm and the loss are copied to pinned memory. `read` waits for this copy. Call `read` after the
+    start of the next backward pass, so that the device stays busy and the host rarely waits.
 
-    A dynamic loss scale for the next backward pass depends on whether this step is skipped, which
-    the host does not know yet. The host therefore computes a scale for each case, and the device
-    selects one.
+    With dynamic loss scaling, the scale for the next backward pass depends on whether this step is
+    skipped, which the host does not know yet. The host therefore computes a scale for each case,
+    and the device selects one.
 
     Args:
         optimizer: optimizer for which `can_skip_on_device` is true.
@@ -138,7 +138,7 @@ class DeferredStep:
         device: torch.device,
     ) -> None:
         self.scale: Tensor | None = None
-        """Loss scale for the next backward pass; None if the host already knows the scale."""
+        """Loss scale for the next backward pass, on the device; None if the host knows it."""
         self.has_skipped = False
         """Whether the most recent step with a known outcome was skipped."""
         self._optimizer = optimizer
@@ -152,12 +152,12 @@ class DeferredStep:
         self._event = None if is_host else torch.get_device_module(device).Event()
 
     def start(self, norm: Tensor, scale: float, loss: Tensor | None) -> None:
-        """Run the optimizer. The step has no effect if the norm is not finite.
+        """Start an optimizer step, which the device skips if ``norm`` is not finite.
 
         Args:
             norm: 2-norm of the unscaled gradients; float64 scalar on the device.
             scale: factor by which the gradients in ``.grad`` are scaled.
-            loss: scalar tensor that `read` returns with the norm; None if no loss is known.
+            loss: scalar tensor with the loss that `read` returns; None to return the norm twice.
         """
         found_inf = (~torch.isfinite(norm)).float()
         optimizer = self._optimizer
@@ -177,7 +177,7 @@ class DeferredStep:
             self._event.record()
 
     def _find_divisor(self, norm: Tensor, scale: float) -> Tensor | None:
-        """Return the number by which the kernel divides the gradients; None if it is 1."""
+        """Return the divisor of the gradients; None if there is neither clipping nor scaling."""
         if self._clipping > 0:
             divisor = torch.clamp((norm + 1e-6) / self._clipping, min=1.0) * scale
             return divisor.float()

@@ -26,7 +26,7 @@ def map_leaves(
     Args:
         function: function that takes a leaf and returns its replacement.
         value: container or leaf.
-        is_leaf: function that returns true for a container to pass to ``function`` as a whole.
+        is_leaf: function that returns True for each container to treat as a leaf.
 
     >>> map_leaves(lambda number: -number, {"x": (1, [2])})
     {'x': (-1, [-2])}

@@ -1,6 +1,6 @@
-"""DeepSpeed's diagnostics for the PyTorch backend: times, model profile and initial state.
+"""Run DeepSpeed's diagnostics on the PyTorch backend: timings, model profile and initial state.
 
-A disabled diagnostic costs no time, because the backend's methods stay unchanged.
+Disabled diagnostics cost no time, because they leave the backend's methods unchanged.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ log = logging.getLogger("onecycle")
 def attach_diagnostics(
     config: Config, backend: Any, progress: ProgressReporter, get_counters: Callable[[], Counters]
 ) -> None:
-    """Start the configured diagnostics on rank 0 of the PyTorch backend.
+    """Start the configured diagnostics on rank 0 if the run uses the PyTorch backend.
 
-    On the DeepSpeed backend, DeepSpeed runs the diagnostics.
+    With the DeepSpeed backend, do nothing, because DeepSpeed runs the diagnostics itself.
 
     Args:
         config: config of the run.
@@ -56,7 +56,7 @@ def attach_diagnostics(
 def _profile_once(
     backend: Any, settings: Mapping[str, Any], get_counters: Callable[[], Counters]
 ) -> None:
-    """Profile the first training forward pass after ``profile_step`` steps."""
+    """Profile the first forward pass with gradients after ``settings["profile_step"]`` steps."""
     forward = backend.forward
 
     def profiled(*args: Any, **kwargs: Any) -> Any:

@@ -168,7 +168,7 @@ class Evaluator:
         return ((batch, index >= len(own)) for index, batch in enumerate(split))
 
     def _iterate_own(self, loader: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-        """Yield the batches of this rank's loader, then repeat a batch until all ranks are done."""
+        """Yield a pair for each batch of ``loader``, then repeat a batch until all ranks finish."""
         batches, last = iter(loader), _NO_BATCH
         while True:
             batch = next(batches, _NO_BATCH)
@@ -184,11 +184,12 @@ class Evaluator:
 
 
 def _plan_split(loader: Iterable[Any]) -> tuple[int, int, bool, str] | None:
-    """Return properties of a loader to compare across ranks; None if its data cannot be split.
+    """Describe a loader for comparison across ranks; return None if its data cannot be split.
 
     The tuple contains the number of samples, the batch size, ``drop_last`` and a hash of the first
-    sample. If the tuples of all ranks are equal, every rank has the same dataset, which is then
-    split across the ranks. Otherwise, each rank processes all batches of its own loader.
+    sample (empty with a `DistributedSampler`). If all ranks return the same tuple, they are assumed
+    to have the same dataset, and its batches are split across the ranks. Otherwise, each rank
+    processes all batches of its own loader.
     """
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         return None
@@ -229,7 +230,7 @@ def _copy_loader(
     num_workers: int,
     generator: torch.Generator | None,
 ) -> DataLoader[Any]:
-    """Return a copy of a data loader that loads the samples whose indices are in ``batches``."""
+    """Copy a data loader, but replace its batches with the given lists of sample indices."""
     return DataLoader(
         loader.dataset,
         batch_sampler=batches,

@@ -23,7 +23,7 @@ Metrics that the script defines are shown after the built-in metrics.
 
 
 class Event(NamedTuple):
-    """A metric's name in DeepSpeed, its value, and the number of training samples so far."""
+    """Value of a metric, such as ``Train/Samples/lr``, after a number of training samples."""
 
     name: str
     value: float

@@ -18,7 +18,7 @@ __all__ = ["ModuleProfile", "format_profile", "profile_modules"]
 
 @dataclass
 class ModuleProfile:
-    """The cost of a module and its submodules in one forward pass of the model."""
+    """Total cost of a module and its submodules in one forward pass of the model."""
 
     name: str
     """Name of the module in the model; "" for the model itself."""
@@ -38,13 +38,13 @@ class ModuleProfile:
 
 @contextlib.contextmanager
 def profile_modules(model: nn.Module, device: torch.device) -> Iterator[list[ModuleProfile]]:
-    """Profile the modules of a model during the forward passes inside this context.
+    """Profile each module of a model during a forward pass that runs inside this context.
 
-    A compiled model runs uncompiled in this context, because compiled code does not call modules.
+    A compiled model runs uncompiled in this context, because compiled code bypasses module hooks.
 
     Args:
         model: model to profile.
-        device: device to synchronize before and after each module.
+        device: device to synchronize before and after each module call.
 
     Yields:
         A list with one profile per module, starting with the model. The profiles are complete when
@@ -69,7 +69,7 @@ def profile_modules(model: nn.Module, device: torch.device) -> Iterator[list[Mod
 
 
 def _add_up_containers(profiles: Sequence[ModuleProfile]) -> None:
-    """Set the cost of each module without calls, such as a ModuleList, to its children's total."""
+    """Add up the children's costs for each module that is never called, such as a ModuleList."""
     for container in reversed(profiles):
         if container.calls == 0 and container.name:
             members = [each for each in profiles if each.name.rpartition(".")[0] == container.name]
@@ -124,9 +124,10 @@ def format_profile(profiles: Sequence[ModuleProfile], settings: Mapping[str, Any
 
 
 def _format_depths(profiles: Sequence[ModuleProfile], last_depth: int, count: int) -> Iterator[str]:
-    """Yield lines with the ``count`` most expensive module classes at each depth.
+    """Yield lines that rank module classes at each depth by parameters, FLOPs and time.
 
-    Modules deeper than ``last_depth`` are omitted, unless ``last_depth`` is negative.
+    Each ranking lists at most ``count`` classes. Depths greater than ``last_depth`` are omitted;
+    -1 includes all depths.
     """
     deepest = max(profile.depth for profile in profiles)
     for depth in range(min(last_depth, deepest) + 1 if last_depth >= 0 else deepest + 1):

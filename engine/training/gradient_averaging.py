@@ -1,7 +1,7 @@
-"""Average gradients across replicas of a model, like DDP.
+"""Average gradients across replicas of a model, as DDP does.
 
-DDP averages gradients only if the loss comes from DDP's ``forward``. `GradientAverager` uses hooks
-on the parameters instead, so the loss can also come from a different method of the model, from the
+DDP averages gradients only if the loss comes from DDP's ``forward``. `GradientAverager` needs only
+hooks on the parameters, so the loss can also come from a different method of the model, from the
 unwrapped model or from several forward passes.
 """
 
@@ -73,9 +73,9 @@ class _Bucket:
 
 
 class GradientAverager:
-    """Object that averages the gradients of the trained parameters across ranks.
+    """Object that averages the gradients of the trainable parameters across ranks.
 
-    Inside `overlap`, a bucket of gradients is averaged as soon as all gradients of the bucket are
+    Inside `overlap`, each bucket of gradients is averaged as soon as all of its gradients have been
     computed, while the backward pass continues. `finish` averages all remaining gradients.
     Averaging a gradient twice is safe, because after the first time all ranks have the same values.
     If no rank has a gradient for a parameter, the gradient stays None.
@@ -85,8 +85,8 @@ class GradientAverager:
 
     Args:
         model: replicated module; rank 0's parameters and buffers are copied to all ranks.
-        optimizer: optimizer that holds the trained parameters. Parameters can be added later.
-        ranks: rank and world size of this process. The world size is at least 2.
+        optimizer: optimizer that holds the trainable parameters. Parameters can be added later.
+        ranks: rank and world size of this process. The world size must be at least 2.
 
     Raises:
         ValueError: the ranks' models have different parameters.
@@ -131,7 +131,7 @@ class GradientAverager:
     def overlap(self) -> Iterator[None]:
         """Average gradients while the backward pass is still running.
 
-        Run the backward pass inside this context. The remaining gradients are averaged when the
+        Run the backward pass inside this context. Any remaining gradients are averaged when the
         context exits.
         """
         self._update_buckets()
@@ -149,13 +149,13 @@ class GradientAverager:
             self._next = 0
 
     def average(self) -> None:
-        """Average the gradients across ranks, unless `overlap` has already averaged them."""
+        """Average the gradients across ranks if they have not been averaged yet."""
         self._update_buckets(keeps_frozen=True)  # newly frozen ones may have gradients
         if not self._is_averaged or self._are_replaced():
             self._average_all()
 
     def finish(self) -> None:
-        """Average the remaining gradients, and copy the model's buffers from rank 0 to all ranks.
+        """Call `average`, and copy the model's buffers from rank 0 to all other ranks.
 
         Call this method before each optimizer step.
 
@@ -182,7 +182,7 @@ class GradientAverager:
     def _update_buckets(self, *, keeps_frozen: bool = False) -> None:
         """Rebuild the buckets if parameters were added, frozen or unfrozen.
 
-        With ``keeps_frozen``, parameters that were frozen stay in the buckets.
+        With ``keeps_frozen``, newly frozen parameters stay in the buckets.
         """
         trained = self._trained()
         if keeps_frozen:
@@ -205,7 +205,7 @@ class GradientAverager:
     def _add_hook(self, parameter: nn.Parameter, hook: Callable[..., None]) -> None:
         """Register a hook that runs after a parameter's gradient is accumulated.
 
-        The hook runs after the gradient hooks of the user's script.
+        The hook also runs after all hooks that the user registered on the parameter.
         """
         if parameter.requires_grad:
             node = torch.autograd.graph.get_gradient_edge(parameter).node
@@ -306,7 +306,7 @@ class GradientAverager:
             broadcast(self._model.buffers())
 
     def _are_replaced(self) -> bool:
-        """Return whether the script has replaced a gradient since the gradients were averaged."""
+        """Return whether a ``.grad`` has been replaced since the gradients were averaged."""
         return any(
             parameter.grad is not averaged
             for parameter, averaged in zip(self._parameters, self._averaged, strict=True)
@@ -321,17 +321,16 @@ class GradientAverager:
             raise MisuseError(
                 "The ranks have run different numbers of backward passes, so gradients of "
                 "different steps were averaged. Call `trainer.backward(loss)` the same number of "
-                "times on every rank. Compute extra losses under `torch.no_grad()`."
+                "times on every rank."
             )
 
     @torch.no_grad()
     def _check_steps_match(self) -> None:
         """Check that all ranks have finished the same number of steps.
 
-        The ranks compare step numbers in an all-reduce of the first bucket. A rank that is still
-        averaging gradients performs an all-reduce of the same size, so the check completes and
-        detects the difference. With any other collective operation, the ranks would wait
-        indefinitely.
+        The ranks compare step numbers in an all-reduce of the first bucket. If a rank is still
+        averaging gradients, its all-reduce has the same size, so the check completes and detects
+        the difference. If the check used a different collective operation, it would hang.
         """
         for bucket in self._buckets[:1]:
             bucket.buffer.zero_()
@@ -359,14 +358,14 @@ class GradientAverager:
 
 
 def _split(tensors: Iterable[T], get_type: Callable[[T], object]) -> list[list[T]]:
-    """Split tensors into buckets that are each sent to other ranks in one buffer.
+    """Split tensors into buckets, each of which is communicated as one buffer.
 
     Each bucket contains only tensors for which ``get_type`` returns the same value. The first
     bucket is small, so that gradient averaging starts early in the backward pass.
 
     Args:
         tensors: tensors to broadcast, or parameters whose gradients are averaged.
-        get_type: function that returns the device and the dtype of the buffer for a tensor.
+        get_type: function that returns the device and dtype of a tensor's buffer.
     """
     buckets: list[list[T]] = []
     size, limit = 0, 0

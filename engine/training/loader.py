@@ -45,8 +45,7 @@ class RunLoader:
         sampler: batch sampler of ``batches`` that can skip micro-batches when a run resumes.
             Without a sampler, the skipped micro-batches are loaded and discarded, unless the loader
             has a state dict.
-        repeats: object that checks whether the ranks load different batches; None to skip the
-            check.
+        repeats: check that the ranks and the workers load different batches; None to skip it.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class RunLoader:
         self._requested = 0  # micro-batches of this epoch that were requested
         self._is_finished = True  # whether the data of this epoch is used up
         self.resumes = False
-        """Whether the next iteration resumes the current epoch instead of starting a new one."""
+        """Whether the next loop over the data continues the current epoch."""
         self._endless: Iterator[Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -128,8 +127,8 @@ class RunLoader:
     def load_state_dict(self, state: Mapping[str, Any], *, resumes: bool = True) -> None:
         """Load a saved position, so that the next loop over the data continues from it.
 
-        If ``resumes`` is false or the saved epoch is complete, the next loop starts the following
-        epoch.
+        If ``resumes`` is false or the position is the end of an epoch, the loop starts a new epoch
+        instead.
         """
         self._epoch, self._requested = state["epoch"], state["given"]
         self._endless = None
@@ -147,10 +146,10 @@ class RunLoader:
             )
 
     def close(self) -> None:
-        """Stop the worker processes that keep running between epochs.
+        """Stop the data loader's persistent workers.
 
-        Without this call, the workers stop only when they are garbage-collected, which can delay
-        the exit of the process by several seconds.
+        Without this call, they stop only when the loader's iterator is garbage-collected, which can
+        delay the exit of this process by several seconds.
         """
         if getattr(self._batches, "persistent_workers", False):
             self._batches._iterator = None  # noqa: SLF001  # torch has no public way
@@ -160,7 +159,7 @@ class RunLoader:
         self._check_resume = check_resume
 
     def stop_when(self, run_is_over: Callable[[], bool], save_last: Callable[[], None]) -> None:
-        """End the iteration, and call ``save_last``, as soon as ``run_is_over`` returns true."""
+        """Stop yielding batches, and call ``save_last``, once ``run_is_over`` returns true."""
         self._run_is_over, self._save_last = run_is_over, save_last
 
     def call_after_epoch(self, end_epoch: Callable[[], None]) -> None:

@@ -63,18 +63,18 @@ class LossScaler:
         """Limit a dynamic scale to the largest power of two that float16 can represent.
 
         The backward pass of a float16 loss starts with a gradient equal to the scale. A larger
-        scale would be infinite in float16, so every step would be skipped.
+        scale would be infinite in float16, so every step at that scale would be skipped.
         """
         if self._dynamic and self.scale > _MAX_FLOAT16_SCALE:
             self.scale = _MAX_FLOAT16_SCALE
 
     @property
     def max_float16_scale(self) -> float:
-        """The largest loss scale for a float16 loss; infinity if the scale is static."""
+        """Upper limit of the scale for a float16 loss; infinity for a static scale (no limit)."""
         return _MAX_FLOAT16_SCALE if self._dynamic else math.inf
 
     def find_next_scales(self) -> tuple[float, float]:
-        """Return the scales after a step without overflow and after a step with overflow.
+        """Return the scale after a step without overflow, and the scale after a step with overflow.
 
         >>> LossScaler(LossScaling(0, 4, 2, 1, False, 1)).find_next_scales()
         (16.0, 8.0)

@@ -27,7 +27,7 @@ def check_loss(loss: object) -> None:
 
 
 class LossWindow:
-    """Collector of the losses of the micro-batches since the last optimizer step.
+    """Losses of the micro-batches since the last optimizer step.
 
     Args:
         average: function that averages a number over all ranks.
@@ -42,7 +42,7 @@ class LossWindow:
         self._mean: float | None = None
 
     def add(self, loss: Tensor) -> None:
-        """Add the loss of a micro-batch. The loss must be detached."""
+        """Add the detached loss of a micro-batch. If `is_kept` is False, do nothing."""
         if self.is_kept:
             self._losses.append(loss)
 
@@ -75,11 +75,11 @@ class LossWindow:
         return len(self._losses)
 
     def compute_local_mean(self) -> Tensor | None:
-        """Return this rank's mean loss as a tensor on its device; None if there is no loss."""
+        """Return this rank's mean loss, on the device of the losses; None without losses."""
         return torch.stack(self._losses).float().mean() if self._losses else None
 
     def set_mean(self, mean: float) -> None:
-        """Set the result of the method `mean` to a value that was computed elsewhere."""
+        """Make the `mean` method return a value that was computed elsewhere."""
         self._mean = mean
 
     def renew(self) -> LossWindow:

@@ -50,16 +50,17 @@ class CheckedBackend(Protocol):
         ...
 
     def has_gradients(self) -> bool:
-        """Return whether any trained parameter has a gradient; True if unknown."""
+        """Return whether any of the optimizer's parameters has a gradient; True if unknown."""
         ...
 
 
 class MisuseChecks:
-    """Checks for mistakes at each backward pass, at each step and at the end of each epoch.
+    """Checks for mistakes in the training loop.
 
-    The checks neither synchronize the device nor communicate with other ranks. They add a hook to
-    the optimizer to count its steps, and change no other object of the script. An engine and the
-    trial runs of its LR range tests share one instance.
+    The checks run at each backward pass, at each step and at the end of each epoch. They neither
+    synchronize the device nor communicate with other ranks. They add a hook to the optimizer to
+    count its steps, and change no other object of the script. An engine and the trial runs of its
+    LR range tests share one instance of this class.
 
     Args:
         backend: backend of the engine.
@@ -86,7 +87,7 @@ class MisuseChecks:
         ]
 
     def release(self) -> None:
-        """Remove the hook from the optimizer."""
+        """Remove the step-counting hook from the optimizer."""
         self._counter.release()
 
     def restart(self) -> None:
@@ -132,8 +133,8 @@ class MisuseChecks:
 
         Args:
             scheduler: the run's scheduler; None if the run has none.
-            accumulation: counter of the micro-batches since the last optimizer step.
-            is_boundary: whether this call to `step` runs the optimizer.
+            accumulation: counter of the micro-batches since the previous optimizer step.
+            is_boundary: whether this call to `step` steps the optimizer.
 
         Raises:
             RuntimeError: the script has stepped the optimizer or the scheduler itself, there are no
@@ -173,8 +174,8 @@ class MisuseChecks:
     def note_scheduler(self, scheduler: Any) -> None:
         """Record how many steps the scheduler has taken.
 
-        Call this method after the engine has completed a deferred step, because completing the step
-        also advances the scheduler.
+        Call this method after the engine completes a deferred optimizer step, which also advances
+        the scheduler.
         """
         if scheduler is not self._scheduler:
             self._scheduler = scheduler if _has_position(scheduler) else None
@@ -183,11 +184,11 @@ class MisuseChecks:
             self._base_lrs = getattr(scheduler, "base_lrs", None)
 
     def check_epoch(self, micro_steps: int, accumulation: Accumulation) -> None:
-        """Check at the end of an epoch that the script did not forget to call `step`.
+        """Check at the end of an epoch whether the script forgot to call `step`.
 
         Args:
             micro_steps: number of calls to `step` so far.
-            accumulation: counter of the micro-batches since the last optimizer step.
+            accumulation: counter of the micro-batches since the previous optimizer step.
 
         Raises:
             RuntimeError: the script called `backward` but not `step` in two consecutive epochs.
@@ -288,7 +289,7 @@ _CLAIMS: weakref.WeakSet[_Claim] = weakref.WeakSet()
 
 
 class _StepCounter:
-    """Counter of an optimizer's steps. It does not hold a reference to the engine."""
+    """Counter of an optimizer's steps. Its optimizer hook does not keep the engine alive."""
 
     def __init__(self, optimizer: Any) -> None:
         self.count = 0
@@ -305,7 +306,7 @@ class _StepCounter:
 
 
 def _find_trained(backend: CheckedBackend) -> set[Any]:
-    """Return the trained parameters of the model.
+    """Return the model parameters that the optimizer trains.
 
     If the optimizer holds copies of the parameters, as DeepSpeed's optimizers do, return all
     parameters that require gradients.

@@ -96,9 +96,9 @@ def _add_number(directory: str, number: int) -> Path:
 
 
 def _create_unused(directory: str) -> int:
-    """Create the directory ``DIR``, or ``DIR-2``, ``DIR-3``, … if the earlier ones are taken.
+    """Create ``directory``, or ``directory-2``, ``directory-3``, … if earlier names are taken.
 
-    Return its number, which is 1 for ``DIR``.
+    Return the chosen number; 1 means ``directory`` itself.
     """
     first = Path(directory)
     if first.is_dir() and not any(first.iterdir()):  # the user has created it
@@ -117,7 +117,7 @@ class TensorBoardMonitor:
 
     Args:
         directory: output directory that the config specifies.
-        directories: object that chooses the directory of this run.
+        directories: object that adds a number to ``directory`` if an earlier run has used it.
     """
 
     def __init__(self, directory: str, directories: RunDirectories) -> None:
@@ -144,13 +144,13 @@ class TensorBoardMonitor:
     def rewind(self, samples: int) -> None:
         """Make TensorBoard hide the events recorded after ``samples`` samples.
 
-        The next call to `write_events` starts a new event file, which hides these events.
+        This takes effect at the next call to `write_events`, which starts a new event file.
         """
         self.close()
         self._purge_step = samples + 1
 
     def close(self) -> None:
-        """Close the event file and end the writer's thread."""
+        """Close the event file and stop the thread that writes to it."""
         if self._writer is not None:
             self._finalizer()
             self._writer = None
@@ -163,7 +163,7 @@ class CSVMonitor:
 
     Args:
         directory: output directory that the config specifies.
-        directories: object that chooses the directory of this run.
+        directories: object that adds a number to ``directory`` if an earlier run has used it.
     """
 
     def __init__(self, directory: str, directories: RunDirectories) -> None:
@@ -234,7 +234,7 @@ class Monitors:
 
     Args:
         monitors: monitors that receive the events of each step.
-        directories: object that chooses the directories of this run; None to create one.
+        directories: object that chooses the directories; None for a new `RunDirectories`.
         report: run report, which also receives the events; None if the run has no report.
     """
 
@@ -286,7 +286,7 @@ class Monitors:
             self._report.note_decision(evidence)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of this run's directory for each output directory in the config.
+        """Return a dict that maps each output directory in the config to its number in this run.
 
         For example, ``{"runs": 2}`` means that this run writes to ``runs-2``.
         """

@@ -44,7 +44,7 @@ class NoOptimizer(Optimizer):
 
 
 def has_no_optimizer(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer is the placeholder for an engine that only runs inference."""
+    """Return whether an optimizer is a `NoOptimizer`, which an inference-only engine uses."""
     return isinstance(optimizer, NoOptimizer)
 
 
@@ -98,7 +98,7 @@ def set_optimizer_mode(optimizer: Optimizer, *, training: bool) -> None:
     """Switch an optimizer to train or eval mode if it has the methods ``train`` and ``eval``.
 
     Schedule-free optimizers have these methods. In eval mode, such an optimizer replaces the
-    weights with their average.
+    model's weights with their average over past steps.
     """
     if _has_modes(optimizer):
         getattr(optimizer, "train" if training else "eval")()
@@ -108,7 +108,7 @@ def check_modes(optimizer: Optimizer, wrapper: Optimizer) -> None:
     """Check that a schedule-free optimizer holds the weights of the model, not copies.
 
     Args:
-        optimizer: torch optimizer, unwrapped.
+        optimizer: unwrapped torch optimizer.
         wrapper: the backend's optimizer; ``optimizer`` itself if the backend does not wrap it.
 
     Raises:
@@ -146,11 +146,11 @@ def _build_custom(path: str, groups: list[Any], params: Mapping[str, Any]) -> Op
 
 
 def _start_momenta(optimizer: Optimizer, *_: Any) -> None:
-    """Create momentum buffers of zeros for the parameters that have a gradient but no buffer.
+    """Create a zero-filled momentum buffer for each parameter that has a gradient but no buffer.
 
-    PyTorch's fused SGD fails if only some parameters have a momentum buffer. If the fused kernel
-    skips the first step because a gradient is not finite, the buffers that fused SGD creates itself
-    stay uninitialized. Without dampening, a buffer of zeros gives the same result as no buffer.
+    PyTorch's fused SGD fails if only some parameters have a momentum buffer. It also leaves new
+    buffers uninitialized if a non-finite gradient makes its kernel skip the first step. Without
+    dampening, a zero-filled buffer gives the same result as no buffer.
     """
     state, groups = optimizer.state, optimizer.param_groups
     if len(state) == sum(len(group["params"]) for group in groups):
@@ -205,7 +205,8 @@ def check_shapes(
             gradients.
 
     Raises:
-        ValueError: the optimizer cannot train a parameter. The message names the parameter.
+        ValueError: the optimizer does not support the shape of at least one parameter. The message
+            names up to three such parameters.
     """
     if block is None or block.type != "Muon":
         return
@@ -226,10 +227,10 @@ def check_shapes(
 
 
 def is_buildable(block: Mapping[str, Any]) -> bool:
-    """Return whether `build_optimizer` can build a block's optimizer without DeepSpeed.
+    """Return whether the DeepSpeed backend can use `build_optimizer` for an ``optimizer`` block.
 
-    The type must be a custom class or a `torch.optim` class that supports all of the block's
-    params. DeepSpeed must not have a different optimizer with the same name.
+    It cannot if the type or one of the params is tied to a specific backend, or if ``torch_adam``
+    is false, which selects DeepSpeed's own Adam.
 
     >>> is_buildable({"type": "AdamW"}), is_buildable({"type": "Lamb"})
     (True, False)

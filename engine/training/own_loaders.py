@@ -49,10 +49,11 @@ def is_loader(value: object) -> bool:
 def prepare_loader(loader: Iterable[Any], config: Config, ranks: Ranks) -> RunLoader:
     """Prepare a data loader for a run. Every rank must call this function.
 
-    A `torch.utils.data.DataLoader` is replaced by a new one with the same dataset and settings. The
-    new loader splits the samples across the ranks in a reproducible order. A loader is used
-    unchanged if it saves its own position or its class overrides how batches are yielded. Such a
-    loader must split its samples across the ranks itself.
+    A `torch.utils.data.DataLoader` is normally replaced with a new one that has the same dataset
+    and settings. The new loader splits the samples across the ranks in a reproducible order; an
+    iterable dataset must split its samples itself. A loader that has a ``state_dict`` method, or
+    whose class overrides how batches are yielded, is used unchanged and must split its samples
+    across the ranks itself.
 
     Args:
         loader: data loader that yields micro-batches.
@@ -60,8 +61,8 @@ def prepare_loader(loader: Iterable[Any], config: Config, ranks: Ranks) -> RunLo
         ranks: device, rank and world size of this process.
 
     Raises:
-        ValueError: ``loader`` is not a data loader, or its batch size or sampler conflicts with the
-            config or the ranks.
+        ValueError: ``loader`` is not a data loader or conflicts with the config, or its sampler
+            does not match the ranks.
     """
     if not is_loader(loader):
         raise ValueError(
@@ -156,7 +157,7 @@ def _check_shard(source: Any, ranks: Ranks) -> bool:
 
 
 def _rebuild_loader(loader: DataLoader[Any], config: Config, ranks: Ranks) -> tuple[RunLoader, str]:
-    """Return a new loader with the same dataset and settings, and a description for the log."""
+    """Return ``(new_loader, log_text)``. The new loader has the same dataset and settings."""
     settings = {name: getattr(loader, name) for name in _SETTINGS if hasattr(loader, name)}
     settings["pin_memory"] &= ranks.device.type == "cuda"  # torch warns on the CPU
     if not settings.get("in_order", True) and ranks.rank == 0:
@@ -235,8 +236,8 @@ def build_run_loader(
 
     Args:
         dataset: dataset to load.
-        settings: arguments of torch's DataLoader. For a dataset that returns whole micro-batches,
-            ``batch_size`` is None.
+        settings: keyword arguments for torch's DataLoader. If the dataset returns whole
+            micro-batches, set ``batch_size`` to None in ``settings``.
         order: order of the samples; None for an iterable dataset, which has its own order.
         config: config with the batch sizes and the seed.
         ranks: device, rank and world size of this process.

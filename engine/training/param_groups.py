@@ -21,7 +21,7 @@ from engine.training.activation_checkpointing import find_blocks
 __all__ = ["ParamGroup", "build_param_groups", "divide_parameters"]
 
 _HEAD = re.compile(r"(^|[._])(head|heads|classifier|fc|fc_norm|score|logits|qa_outputs)\b")
-"""Matches the usual names of output layers, which some models create before their blocks."""
+"""Pattern for the usual names of output layers. Some models register these before their blocks."""
 _BLOCK_LISTS = {"block", "blocks", "h", "layer", "layers", "resblocks"}
 """Usual names of a transformer's list of blocks."""
 _SYNTAX = re.compile(r"[\\^$.*+?()\[\]{}|]+")
@@ -34,10 +34,10 @@ class ParamGroup:
 
     Args:
         name: unique name of the group.
-        entry: index of the entry in the config's ``optimizer.param_groups``; None if no entry
-            selects the parameters.
+        entry: index of the entry in the config's ``optimizer.param_groups`` that selects the
+            parameters; None if no entry selects them.
         parameters: dict that maps the name of each parameter to the parameter.
-        hyperparameters: hyperparameters that differ from ``optimizer.params``.
+        hyperparameters: hyperparameters to use instead of those in ``optimizer.params``.
     """
 
     name: str
@@ -56,9 +56,9 @@ class ParamGroup:
         """Return a description of the group, without its tensors.
 
         Args:
-            block: optimizer of the config.
-            schedules: types of the groups' own schedules, by index in the config's
-                ``optimizer.param_groups``.
+            block: the config's ``optimizer`` block.
+            schedules: type of each group's own schedule, keyed by the index of the group's entry in
+                the config's ``optimizer.param_groups``.
         """
         shown = [key for key in ("lr", "weight_decay") if key in block.params]
         values = {key: block.params[key] for key in shown} | dict(self.hyperparameters)
@@ -76,21 +76,21 @@ class ParamGroup:
 def divide_parameters(
     model: nn.Module, config: Config, parameters: Iterable[Any] | None
 ) -> tuple[list[Any] | None, list[GroupRow]]:
-    """Divide the parameters to train into the param groups that the config describes, if any.
+    """Divide a model's parameters into param groups if the config defines any.
 
     Args:
         model: module to train.
         config: a validated config.
-        parameters: parameters, pairs of names and parameters, or param groups to train. Defaults to
+        parameters: parameters, ``(name, parameter)`` pairs, or param groups to train. Defaults to
             all parameters that require gradients.
 
     Returns:
-        The parameters or param groups for the optimizer, and a description of each group. If the
-        config describes no groups, ``parameters`` is returned as a list, without descriptions.
+        A tuple of the param groups for the optimizer and a description of each group. If the config
+        defines no groups, the tuple is ``(parameters, [])``, with ``parameters`` as a list or None.
 
     Raises:
-        ValueError: a group in the config does not match the model, or ``parameters`` are already
-            param groups.
+        ValueError: the config's groups do not match the model, or ``parameters`` already contains
+            param groups although the config defines groups.
     """
     given = None if parameters is None else [_list_members(each) for each in parameters]
     block = config.optimizer
@@ -105,9 +105,9 @@ def divide_parameters(
 
 
 def _list_members(each: Any) -> Any:
-    """Convert the parameters of a param group to a list, and drop the names of named parameters.
+    """Return a param group with its parameters as a list, or a parameter without its name.
 
-    A param group may contain a generator, which can be iterated only once.
+    The parameters of a group may be a generator, which can be iterated only once.
     """
     if isinstance(each, dict):
         members = each["params"]
@@ -123,7 +123,7 @@ def build_param_groups(
     parameters: Iterable[Any] | None = None,
     wrap: Sequence[str] = (),
 ) -> list[ParamGroup]:
-    """Divide the parameters to train into param groups.
+    """Divide a model's parameters into param groups.
 
     A parameter belongs to the first entry of the config's ``optimizer.param_groups`` with a pattern
     that matches one of the parameter's names. The parameters that match no entry form the last
@@ -131,13 +131,13 @@ def build_param_groups(
 
     Args:
         model: module whose parameters are trained.
-        block: optimizer of the config.
+        block: the config's ``optimizer`` block.
         parameters: parameters to train. Defaults to all parameters that require gradients.
         wrap: class names of the blocks for ``layer_decay``; see `find_blocks`.
 
     Raises:
-        ValueError: a pattern selects no parameter to train, ``parameters`` contains param groups or
-            parameters outside the model, or the model has no blocks for ``layer_decay``.
+        ValueError: a pattern selects none of the parameters to train, ``parameters`` contains param
+            groups or parameters outside the model, or the model has no blocks for ``layer_decay``.
 
     >>> settings = GroupSettings("head", ("^1",), {"lr": 0.1}, no_decay=False)
     >>> block = OptimizerBlock("SGD", {"lr": 0.01, "weight_decay": 0.0}, (settings,))
@@ -234,7 +234,8 @@ def _assign_entries(
     If several entries select a parameter, the first of them is its entry.
 
     Raises:
-        ValueError: a pattern matches no trained parameter, or only parameters of earlier entries.
+        ValueError: a pattern matches no parameter in ``trained``, or only parameters of earlier
+            entries.
     """
     found: dict[nn.Parameter, int] = {}
     for index, entry in enumerate(entries):
@@ -353,8 +354,8 @@ def _find_layers(
 def _find_outermost_blocks(model: nn.Module, wrap: Sequence[str]) -> list[nn.Module]:
     """Return the blocks that are not inside another block, in the order of `model.parameters()`.
 
-    By default, a block is an item of a ModuleList, or of a Sequential whose name is typical of a
-    list of blocks, such as ``blocks`` or ``layers``.
+    If ``wrap`` is empty, a block is an item of a ModuleList, or of a Sequential with a name such as
+    ``blocks`` or ``layers``.
     """
     blocks = find_blocks(model, wrap)
     for name, module in () if wrap else model.named_modules():

@@ -1,4 +1,4 @@
-"""Support 16-bit training with autocast, float32 weights and casts of layer inputs."""
+"""Prepare a model for 16-bit training: autocast, float32 weights, and casts of layer inputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 class AutocastMethod:
     """A bound method that runs under autocast.
 
-    Copying or unpickling the model binds the method to the new model, so that the copy uses its own
+    In a copied or unpickled module, the method is bound to that module, so it uses that module's
     weights.
 
     Args:
@@ -75,7 +75,7 @@ def autocast_methods(model: nn.Module, device_type: str, dtype: torch.dtype) -> 
 
 
 def restore_methods(model: nn.Module) -> None:
-    """Restore the methods of a model that `autocast_methods` has replaced."""
+    """Restore the methods that `autocast_methods` replaced in a model."""
     for name, method in list(vars(model).items()):
         if isinstance(method, AutocastMethod):
             delattr(model, name)
@@ -122,8 +122,8 @@ def convert_to_float32(
 def cast_layer_inputs(model: nn.Module, dtype: torch.dtype) -> list[Any]:
     """Register hooks that cast the floating-point inputs of a model's layers to a 16-bit dtype.
 
-    A layer is a module without submodules, such as ``nn.Linear``. The inputs of the model itself,
-    such as targets and positions, keep their precision.
+    A layer is a module with floating-point parameters and no submodules, such as ``nn.Linear``.
+    Tensors that are not passed to a layer, such as targets for the loss, keep their dtype.
 
     Returns:
         Handles for removing the hooks.

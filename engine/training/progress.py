@@ -31,9 +31,9 @@ class Counters:
 
     micro_steps: Count = 0
     global_steps: Count = 0
-    """Number of completed batches, including those of skipped steps."""
+    """Number of completed optimizer steps, including skipped steps."""
     global_samples: Count = field(default=0, metadata=OPTIONAL)
-    """Number of samples in the completed batches, over all ranks."""
+    """Number of samples processed in the completed steps, across all ranks."""
     skipped_steps: Count = 0
     applied: bool = False
     """Whether the most recent call to `Engine.step` applied an optimizer step."""
@@ -57,10 +57,10 @@ class StepRecord:
     lr: Sequence[float]
     """Learning rate of each param group."""
     momentum: Sequence[float | None] | None
-    """Momentum (first beta for Adam) of each param group; None if no group has momentum. In the
-    sequence, None stands for a group without momentum."""
+    """Momentum (first beta for Adam) of each param group, with 0 for a group that has no momentum.
+    If none of the groups has momentum, the attribute is None."""
     weight_decay: Sequence[float] | None
-    """Weight decay of each param group that has one."""
+    """Weight decay of each param group that has one; empty or None if no group does."""
     loss: float | None
     """Mean loss over micro-batches and ranks; None if the engine did not record the loss."""
     grad_norm: float | None
@@ -89,7 +89,8 @@ class ProgressReporter:
     the loss is averaged over the ranks.
 
     Args:
-        config: config with ``steps_per_print``, ``engine.progress_bar`` and the monitors' sections.
+        config: the run's config. It determines which steps are logged, whether a progress bar is
+            shown, and which monitors are enabled.
         monitors: monitors to write to.
         average: function that averages a number over all ranks.
         is_first: whether this process is rank 0. Only rank 0 writes log lines or shows the progress
@@ -147,7 +148,12 @@ class ProgressReporter:
             self._losses.clear()
 
     def add_mean(self, loss: float, count: int) -> None:
-        """Include the mean loss of ``count`` micro-batches in the next log line."""
+        """Include several micro-batches in the mean loss of the next log line.
+
+        Args:
+            loss: mean loss of the micro-batches over all ranks.
+            count: number of micro-batches per rank.
+        """
         if self._is_logged:
             self._sum = self._sum + loss * count
             self._count += count
@@ -228,10 +234,10 @@ class ProgressReporter:
     def _name_values(
         self, name: str, values: Sequence[float | None] | None, *, always: bool = False
     ) -> dict[str, float | None]:
-        """Return a dict that maps the metric name of each param group to the group's value.
+        """Return the param groups' values, with keys such as "lr", "lr_group_1" and "lr_group_2".
 
-        With ``always=False``, the dict contains only the first group until the values of the groups
-        differ for the first time.
+        If ``always`` is false, return only the first group's value until a step in which the
+        groups' values differ, and all values from that step on.
         """
         if not values:
             return {}

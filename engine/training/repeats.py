@@ -25,12 +25,12 @@ class RepeatCheck:
     """A check that a data loader's first batches differ between ranks and between workers.
 
     Use this class for datasets and samplers that must split the data themselves, such as iterable
-    datasets. PyTorch gives each rank and each worker a copy of the whole dataset. No rank waits for
-    another rank during the check, so the script may iterate over the loader on only one rank.
+    datasets. If they do not, each rank and each worker loads the whole dataset. No rank waits for
+    another during the check, so a script may iterate over the loader on just one rank.
 
     Args:
-        ranks: rank and world size of this process.
-        num_workers: number of worker processes. They yield the loader's batches in turn.
+        ranks: this process's rank and the world size.
+        num_workers: number of worker processes. The loader takes batches from them in turn.
     """
 
     def __init__(self, ranks: Ranks, num_workers: int) -> None:
@@ -77,7 +77,7 @@ class RepeatCheck:
         if store.add(f"onecycle/batches/{self._number}/{together}", 1) > 1:
             raise ValueError(
                 f"Rank {self._ranks.rank} and another rank load the same batches. Split the "
-                "samples by `torch.distributed.get_rank()` in the dataset or its sampler."
+                "samples with `torch.distributed.get_rank()` in the dataset or its sampler."
             )
 
 

@@ -19,7 +19,7 @@ __all__ = ["check_rng_state", "get_rng_state", "preserve_rng_state", "seed_rng",
 
 
 def get_rng_state() -> dict[str, Any]:
-    """Return the RNG states of Python, NumPy, PyTorch and, if available, this rank's GPU."""
+    """Return the RNG states of Python, NumPy, PyTorch and, once CUDA is in use, this rank's GPU."""
     name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  # scripts use the global generator
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -45,10 +45,10 @@ class _RngState:
 
 
 def check_rng_state(state: Any) -> None:
-    """Check that `set_rng_state` accepts a state, without changing the current state.
+    """Raise an error if `set_rng_state` would reject a state. No RNG state is changed.
 
     Raises:
-        Exception: one of the generators rejects its saved state.
+        Exception: the state has the wrong format, or a generator rejects its saved state.
     """
     restore(_RngState, state, "state")
     with preserve_rng_state():
@@ -68,7 +68,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Restore the RNG states when the context exits, even after an exception."""
+    """Save the RNG states, and restore them when the context exits, even after an exception."""
     state = get_rng_state()
     try:
         yield

@@ -15,7 +15,7 @@ __all__ = ["RunLength"]
 
 @dataclass
 class RunLength:
-    """The limits of a run, which determine when the run is over.
+    """Limits that determine when a run is over.
 
     >>> RunLength(steps_this_run=3).is_over(Counters(global_steps=3))
     True
@@ -24,7 +24,7 @@ class RunLength:
     steps_this_run: int | None = None
     """Maximum number of optimizer steps in this process; None for no limit."""
     total_steps: float | None = None
-    """Length of the whole run in steps (one batch per step), including skipped steps; None if
+    """Length of the whole run in optimizer steps, including skipped steps; None if
     ``engine.max_duration`` is not given in steps."""
     total_samples: float | None = None
     """Length of the whole run in samples; None if ``engine.max_duration`` is not given in epochs,
@@ -36,7 +36,8 @@ class RunLength:
     """Number of optimizer steps that had been applied when the loaded checkpoint was saved; 0 if no
     checkpoint was loaded. `steps_this_run` does not count them."""
     is_position_known: bool = False
-    """Whether the script has read the engine's epoch or step count to continue from there."""
+    """Whether the script can tell where to resume, because it has called `load_checkpoint` or read
+    the engine's epoch or step count."""
 
     def set_total(self, config: Config, steps_per_epoch: int | None) -> bool:
         """Set the length of the run to ``engine.max_duration``, if the config has this key.
@@ -46,10 +47,10 @@ class RunLength:
             steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
         Returns:
-            False if the length cannot be determined without ``steps_per_epoch``; True otherwise.
+            False if ``steps_per_epoch`` is required but None; True otherwise.
 
         Raises:
-            DurationError: the length is shorter than one step, or too large.
+            DurationError: the length is less than one step or exceeds the supported maximum.
         """
         duration = config.run.get("max_duration")
         try:
@@ -76,7 +77,7 @@ class RunLength:
         return self.is_session_over(counters)
 
     def find_last_step(self, counters: Counters, samples_per_step: int) -> float | None:
-        """Return the number of completed steps at the end of the run, or None if it is unknown.
+        """Return the step count at which the run will end, or None if that is unknown.
 
         >>> RunLength(total_samples=80).find_last_step(Counters(5, 5, 40), samples_per_step=10)
         9
@@ -98,24 +99,22 @@ class RunLength:
 
     @property
     def is_known(self) -> bool:
-        """Whether the run has a limit."""
+        """Whether the length of the run is limited."""
         limits = (self.total_steps, self.total_samples, self.schedule_steps, self.steps_this_run)
         return any(limit is not None for limit in limits)
 
     def check_is_known(self) -> None:
-        """Check that an automatically resumed run does not train too many epochs.
+        """Raise an error if an automatically resumed run could train too many epochs.
 
-        After a resume, a loop such as ``for epoch in range(n)`` starts at epoch 0 again. The loop
-        is correct only if a limit of the run ends it, or if the script reads the epoch or the
-        number of steps to choose the first epoch.
+        After a resume, a loop such as ``for epoch in range(n)`` starts at epoch 0 again and trains
+        ``n`` epochs in addition to those before the resume.
 
         Raises:
-            RuntimeError: the length of the run is unknown, and the script has read neither the
-                epoch nor the number of steps.
+            MisuseError: the length of the run is not limited, and `is_position_known` is false.
         """
         if not (self.is_position_known or self.is_known):
             raise MisuseError(
-                "The run resumed after its first epoch, and its length is unknown. A loop such as "
-                "`for epoch in range(n)` would train too many epochs. Loop over "
+                "This run continues from a checkpoint, and the length of the run is unknown. A "
+                "loop such as `for epoch in range(n)` would train too many epochs. Loop over "
                 "`range(trainer.epoch, n)`, or set `engine.max_duration`."
             )

@@ -35,12 +35,12 @@ log = logging.getLogger("onecycle")
 _PREFIX = "Train/Samples/"
 _STEP = "step"
 _MAY_BE_UNUSED = {"momentum", "weight_decay"}
-"""Panels that the report omits if all their values are 0."""
+"""The report omits each of these panels if all values in the panel are 0."""
 _LOG_PANELS = {"train_loss", "lr", "grad_norm", "loss_scale"}
 _MAX_POINTS = 2000
 _MAX_CHECKPOINTS = 200
 _INTERVAL = 30.0
-"""Minimum number of seconds between two writes of the report during training."""
+"""Minimum number of seconds between writes of the report during training."""
 _MAX_COST = 0.01
 """Maximum fraction of the training time that writing the report may take."""
 _GROUP = re.compile(r"(lr|momentum|weight_decay)_(group_\d+)")
@@ -54,10 +54,10 @@ class _Point(NamedTuple):
 
 @dataclass
 class _Series:
-    """The values of a metric, with a bounded number of points.
+    """The values of a metric, averaged so that the number of points stays bounded.
 
-    Each point shows the mean of the finite values among ``stride`` consecutive values. Its step is
-    that of the last of these values.
+    Each point averages ``stride`` consecutive values, except those that are NaN or infinite. Its
+    step is the step of the last value.
     """
 
     stride: int = 1
@@ -102,7 +102,7 @@ class RunReport:
     Args:
         path: HTML file to write.
         config: the user's config, which the report shows.
-        name: name of the config.
+        name: name of the config, shown in the title of the report.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any], name: str) -> None:
@@ -118,7 +118,7 @@ class RunReport:
         self._exit_hook: Any = None
 
     def write_events(self, events: Iterable[Event]) -> None:
-        """Record the metrics of a step, and write the report at intervals."""
+        """Record the metrics of a step, and write the report if the previous write was long ago."""
         found = {event.name.removeprefix(_PREFIX): event for event in events}
         if _STEP in found:
             self._step = int(found.pop(_STEP).value)
@@ -139,11 +139,11 @@ class RunReport:
         self._checkpoints = [*others[1 - _MAX_CHECKPOINTS :], (tag, step)]
 
     def note_decision(self, evidence: Evidence) -> None:
-        """Record the decision of a feedback schedule to end its warmup."""
+        """Record when and why a loss-driven warmup ended."""
         self._decision = build_decision(evidence)
 
     def rewind(self, samples: int) -> None:
-        """Continue the report of a resumed run from the given number of samples."""
+        """Restore the report of a resumed run, up to the given number of samples."""
         try:
             if not self._series:
                 self._read(read_extra(self.path))

@@ -1,4 +1,4 @@
-"""Step a run's built-in, PyTorch or custom scheduler."""
+"""Step the scheduler of a training run."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class ScheduleDriver:
     Args:
         scheduler: any object with a ``step`` method, such as a PyTorch scheduler; None if the run
             has none.
-        report: directory for plots of a feedback schedule's decisions, such as the decision to end
-            the warmup. If None, no plots are saved.
+        report: directory for plots of the decisions of a schedule that depends on the loss, such as
+            AutoWU's decision to end the warmup. If None, no plots are saved.
         note: function to call with the `Evidence` of each decision before its plot is saved.
 
     Raises:
@@ -51,15 +51,15 @@ class ScheduleDriver:
 
     @property
     def feedback(self) -> Literal["loss", "metric"] | None:
-        """Value that the schedule needs at each step: "loss", "metric", or None for neither."""
+        """Kind of value that the schedule needs at each step: "loss" or "metric"; None if none."""
         scheduler = self.scheduler
         return scheduler.schedule.feedback if isinstance(scheduler, ScheduleBinder) else None
 
     def step(self, window: LossWindow) -> None:
-        """Step the scheduler. Every rank must call this method after each applied step.
+        """Step the scheduler. Every rank must call this method after each applied optimizer step.
 
         Args:
-            window: losses of the micro-batches of this step.
+            window: losses of the micro-batches of that optimizer step.
         """
         scheduler, feedback = self.scheduler, self.feedback
         if feedback is not None:
@@ -94,4 +94,4 @@ class ScheduleDriver:
         except Exception as error:  # noqa: BLE001  # a failed plot must not stop training
             log.warning("training continues, but the plot %s could not be saved: %s", path, error)
         else:
-            log.info("saved a plot of the schedule's decision to %s", path)
+            log.info("saved %s, a plot of the schedule's decision", path)

@@ -87,9 +87,9 @@ def log_setup(
 
 
 def enable_logging() -> None:
-    """Print log messages of level INFO, even if the script does not configure logging.
+    """Print the ``onecycle`` logger's messages of level INFO and above.
 
-    A level that the script has set on the ``onecycle`` logger is kept.
+    Handlers and a level that the user has already configured are kept.
     """
     if not log.hasHandlers():
         log.addHandler(logging.StreamHandler())

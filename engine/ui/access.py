@@ -2,8 +2,8 @@
 
 The server binds to 127.0.0.1, but other users of the machine and every page in the user's
 browser can send requests to it. The path of each valid address therefore starts with a random
-token. Checks of the headers ``Host`` and ``Origin`` block requests from other websites, including
-those whose host name resolves to 127.0.0.1.
+token. The server also checks the ``Host`` and ``Origin`` headers, to block requests from other
+websites, including websites whose host name resolves to 127.0.0.1.
 """
 
 from __future__ import annotations

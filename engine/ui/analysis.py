@@ -1,4 +1,4 @@
-"""Validate the text in the editor, and compute what the config page shows."""
+"""Validate the config in the web editor, and compute the data to display with it."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def analyze(
     """Validate a config, and compute the curves, form, memory estimate and derived values to show.
 
     Args:
-        text: text in the editor.
+        text: text of the config.
         name: file name to show in messages.
-        settings: run settings that the user entered on the page.
+        settings: run settings that the user entered on the config page.
         compared: other configs and schedules to draw for comparison; see `compute_curves`.
         window: first and last step to draw; None for all steps.
     """
@@ -85,10 +85,11 @@ def analyze(
 def compute_for_text(
     text: str, name: str, settings: RunSettings, compared: Sequence[Mapping[str, Any]]
 ) -> CurveSet:
-    """Compute the curves of a config for an export.
+    """Compute the curves to export for a config and the configs and schedules in ``compared``.
 
     Raises:
-        ConfigError: the schedule is invalid.
+        ConfigError: the schedule of one of the configs is invalid.
+        ValueError: there are too many steps or curves.
     """
     document = parse(text, name)
     examined = examine(document, settings.world_size)
@@ -109,7 +110,7 @@ def _count_steps_per_epoch(context: RuleContext | None, settings: RunSettings) -
 
 
 def _describe_problems(document: Document, problems: Sequence[Problem]) -> list[dict[str, Any]]:
-    """Return the problems with their positions in the editor and the edits that fix them."""
+    """Return each problem with its position in the editor and the edit that fixes it, if any."""
     text = document.text
     offered = [_offer_fix(document, problem) for problem in problems[:_MAX_PROBLEMS]]
     edits = {id(edit.problem): edit for edit in find_fix_edits(document, offered)}

@@ -28,7 +28,7 @@ __all__ = ["complete", "describe"]
 
 _PARAM_GROUPS = "param_groups"
 _MANY = 10
-"""Completion lists the valid values of an integer only if its maximum is below this number."""
+"""Completion lists an integer key's valid values only if their maximum is below this number."""
 
 
 def complete(text: str, offset: int) -> dict[str, Any]:
@@ -39,7 +39,8 @@ def complete(text: str, offset: int) -> dict[str, Any]:
         offset: position of the cursor, in UTF-16 code units.
 
     Returns:
-        The range to replace, and the options, each with its text, a short note and help.
+        A dict with the range to replace (``from`` and ``to``) and the ``options``. An option has a
+        label, the text to insert, a short note and help.
     """
     cursor = locate(text, from_utf16(text, offset))
     options = []
@@ -59,7 +60,8 @@ def describe(text: str, offset: int) -> dict[str, Any]:
         offset: position in the text, in UTF-16 code units.
 
     Returns:
-        The range of the token, a title and paragraphs; no paragraphs if nothing is known.
+        A dict with the range of the key or value (``from`` and ``to``), its ``title``, and
+        ``lines``, the paragraphs of the help. Without help, ``lines`` is empty.
     """
     cursor = locate(text, from_utf16(text, offset))
     start, end = to_utf16(text, cursor.start), to_utf16(text, cursor.end)
@@ -189,7 +191,7 @@ def _find_object_schema(cursor: Cursor) -> Mapping[str, Any]:
 
 
 def _find_schema(cursor: Cursor, key: str) -> Mapping[str, Any]:
-    """Return the schema of a key of the innermost object around the cursor; empty if unknown."""
+    """Return the schema of ``key`` in the innermost object around the cursor; empty if unknown."""
     around = _find_object_schema(cursor)
     return _find_member(around, (*cursor.path, key), cursor.frames[-1], key)
 

@@ -23,9 +23,9 @@ _BYTE_ORDER_MARK = "\ufeff"
 
 
 class Snapshot(NamedTuple):
-    """The text of a config file with the editor's line endings, and a hash of the file's bytes.
+    """The text of a config file with ``\\n`` line endings, and a hash of the file's bytes.
 
-    The hash is empty if the file does not exist.
+    The hash, ``version``, is an empty string if the file does not exist.
     """
 
     text: str
@@ -52,7 +52,7 @@ class ConfigFile:
         self._template = template
 
     def read(self) -> Snapshot:
-        """Return the text and the hash of the file, or the template if the file does not exist.
+        """Return the file's text and hash, or the template and an empty hash if there is no file.
 
         Raises:
             OSError: the file cannot be read.
@@ -72,10 +72,10 @@ class ConfigFile:
 
         Args:
             text: text in the editor.
-            version: hash of the file that the text is based on.
+            version: expected hash of the file on disk; an empty string if no file should exist.
 
         Returns:
-            The hash of the new file.
+            The hash of the saved file.
 
         Raises:
             FileChangedError: the hash of the file on disk is not ``version``.
@@ -142,7 +142,7 @@ def _restore_line_ends(text: str, old: str) -> str:
 
 
 def _match_lines(before: Sequence[str], after: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield line indices ``(old, new)`` where the new line equals or replaces the old line."""
+    """Yield pairs ``(i, j)`` for which line ``after[j]`` equals or replaces ``before[i]``."""
     most = min(len(before), len(after))
     start = 0
     while start < most and before[start] == after[start]:

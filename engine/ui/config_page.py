@@ -1,4 +1,4 @@
-"""Actions that the JavaScript of the config page can request."""
+"""The config page of ``onecycle ui``, with the actions that its JavaScript can request."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TEMPLATE = """\
   }
 }
 """
-"""Text for a config file that does not exist yet."""
+"""Initial text of a config file that does not exist yet."""
 
 
 class ConfigPage:

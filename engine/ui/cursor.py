@@ -42,13 +42,13 @@ def from_utf16(text: str, offset: int) -> int:
 
 @dataclass
 class Frame:
-    """An object or an array that contains the cursor."""
+    """A JSON object or array that contains the cursor."""
 
     is_object: bool
     expects: str
     """Kind of the next token: "key", "colon", "value" or "comma"."""
     key: str = ""
-    """Key or index of the member that is being read."""
+    """Key of the object's current member, or index of the array's current item."""
     keys: list[str] = field(default_factory=list)
     type: str | None = None
     """Value of the object's key ``type``; None until it is read."""
@@ -64,8 +64,8 @@ class Cursor:
         start: offset of the start of the token.
         end: offset of the end of the token; equal to ``start`` if there is no token.
         text: the token, such as ``"lr"`` with its quotes.
-        key: the key without its quotes or, for a value, the key or index that it belongs to.
-        path: keys and indices of the objects and arrays around the token.
+        key: name of the key, without quotes; for a value, its key or index.
+        path: keys and indices that lead to the innermost of ``frames``.
     """
 
     role: str
@@ -96,7 +96,7 @@ def locate(text: str, offset: int) -> Cursor:
 
 
 def _build(stack: Sequence[Frame], start: int, end: int, text: str | None) -> Cursor:
-    """Build a cursor for a token inside the frames of ``stack``. In comments, ``text`` is None."""
+    """Build the `Cursor` for a token; ``text`` is None in a comment and "" between tokens."""
     frames = tuple(stack[1:])
     # The path starts at the top of the config, which is not the value of a key.
     path = tuple(frame.key for frame in frames[:-1])

@@ -1,4 +1,4 @@
-"""Compute the curves of a config, and of the configs and schedules to compare it with."""
+"""Compute the hyperparameter curves that the config page draws."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class CurveSet:
-    """The curves of a config, and of the configs and schedules to compare it with."""
+    """The hyperparameter curves of a config, and of the configs and schedules compared with it."""
 
     preview: Preview
     columns: Sequence[Column]
     steps: int
 
     def select_steps(self, window: tuple[int, int] | None) -> NDArray[np.float64]:
-        """Return the steps to draw.
+        """Return the steps to draw: all steps in a range, or a sample if the range is long.
 
         Args:
-            window: first and last step; None for all steps.
+            window: first and last step of the range; None for all steps of the run.
         """
         import numpy as np
 
@@ -94,10 +94,10 @@ class CurveSet:
             yield known[column.curve]
 
     def to_json(self, steps: NDArray[np.float64]) -> dict[str, Any]:
-        """Return the plots' labels, phases and constant hyperparameters as a JSON-compatible dict.
+        """Return the data of the plots as a JSON-compatible dict, without the values of the curves.
 
         Args:
-            steps: steps to draw.
+            steps: steps to draw, in ascending order.
         """
         panels: dict[str, dict[str, Any]] = {}
         for column in self.columns:
@@ -137,7 +137,7 @@ def _is_contiguous(steps: NDArray[np.float64]) -> bool:
 
 
 Examined = tuple[Sequence[Problem], RuleContext | None]
-"""The result of `examine`: the problems and the context of a config."""
+"""Return value of `examine`: a config's problems, and its `RuleContext` if it has one."""
 
 
 def compute_curves(
@@ -148,12 +148,12 @@ def compute_curves(
     steps_per_epoch: int | None,
     compared: Sequence[Mapping[str, Any]] = (),
 ) -> CurveSet:
-    """Compute the curves of a config, and of the configs and schedules to compare it with.
+    """Compute the curves of a config, and of the configs and schedules in ``compared``.
 
     Args:
         document: parsed config.
         settings: run settings that the user entered on the config page.
-        examined: problems and context of the config.
+        examined: return value of `examine` for the config.
         steps_per_epoch: number of optimizer steps per epoch; None if unknown.
         compared: other configs and schedules to draw for comparison. Each has a ``label``, and
             either the ``text`` of a config or the ``type`` of a schedule.
@@ -185,8 +185,8 @@ def compute_curves(
     steps = settings.steps or max(each.span for each in previews)
     if steps > _MAX_STEPS:
         raise ValueError(
-            f"The page can draw at most {_MAX_STEPS:,} steps, got {steps:,}. Enter a smaller "
-            "number of steps."
+            f"The config page can draw at most {_MAX_STEPS:,} steps, got {steps:,}. Enter a "
+            "smaller number of steps."
         )
     for each_preview in previews:
         each_preview.check_length(steps)
@@ -198,8 +198,8 @@ def compute_curves(
             columns += _list_columns(fit_example(other, own, steps), (), label)
     if len(columns) > _MAX_CURVES:
         raise ValueError(
-            f"The page can draw at most {_MAX_CURVES} curves, got {len(columns)}. Compare with "
-            "fewer configs and schedules."
+            f"The config page can draw at most {_MAX_CURVES} curves, got {len(columns)}. Select "
+            "fewer configs and schedules for comparison."
         )
     order = list(LABELS)
     columns.sort(key=lambda column: order.index(column.hyperparameter))

@@ -24,12 +24,12 @@ def recompute_decision(
     """Return AutoWU's decision to end the warmup, with the losses that led to it.
 
     Args:
-        settings: config of the run, or the settings in its checkpoint.
+        settings: config of the run, or the settings saved in one of its checkpoints.
         series: metrics of the run.
 
     Returns:
-        The decision as a JSON-compatible dict; None if the run does not use AutoWU or has not ended
-        its warmup.
+        The decision as a JSON-compatible dict; None if the run does not use AutoWU, is still in
+        its warmup, or lacks the data to recompute the decision.
     """
     block = settings.get("scheduler")
     losses = series.get("train_loss")

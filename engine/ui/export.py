@@ -24,10 +24,10 @@ def export(curves: CurveSet, name: str, kind: str, *, log: bool) -> Download:
         curves: curves to export.
         name: file name of the config.
         kind: "png", "svg" or "csv".
-        log: whether an image has a logarithmic axis for the learning rate.
+        log: whether to plot the learning rate on a logarithmic axis; ignored for "csv".
 
     Raises:
-        ValueError: the kind is unknown, or a CSV file would have too many rows.
+        ValueError: if ``kind`` is unknown, or if the CSV file would have too many rows.
     """
     if kind not in _MEDIA_TYPES:
         raise ValueError(f"The format must be one of {', '.join(_MEDIA_TYPES)}, got {kind!r}.")

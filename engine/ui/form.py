@@ -1,4 +1,4 @@
-"""The form for the scheduler block: its fields and sliders, and the edits that the form makes."""
+"""Build the form for the scheduler block, and apply its edits to the text of the config."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ _DURATION = re.compile(r"\s*[\d.eE+]+\s*(ep|ba|sp|dur)\s*")
 
 
 def build_form(document: Document) -> dict[str, Any] | None:
-    """Return the fields for the scheduler block, or None if the block cannot be read.
+    """Return the form for the scheduler block: the schedule's type, summary and fields.
+
+    Return None if the config or the block is not a JSON object.
 
     Args:
         document: parsed config.
@@ -71,7 +73,8 @@ def _list_fields(schema: Mapping[str, Any], params: Mapping[str, Any]) -> Iterat
 def _choose_range(schema: Mapping[str, Any], value: Any) -> dict[str, Any] | None:
     """Return the range of a field's slider, or None if the field is not a single number.
 
-    Numbers without an upper limit get a logarithmic slider around the current value.
+    A number that has no upper limit and cannot be negative gets a logarithmic slider around its
+    current value.
     """
     types = schema.get("type", [])
     types = {types} if isinstance(types, str) else set(types)
@@ -120,14 +123,14 @@ def remove_param(text: str, name: str) -> str:
 
 
 def change_type(text: str, name: str, steps: int = _STEPS) -> str:
-    """Change the type of the schedule, and return the new text.
+    """Change the type of the schedule in a config's text, and return the new text.
 
     Parameters that both types have keep their values and comments. Other parameters are removed,
     and missing parameters are added from the example of the new type.
 
     Args:
         text: text of the config.
-        name: type of the schedule.
+        name: new type of the schedule.
         steps: length of the run in steps. The durations in the example are scaled to this length.
 
     Raises:
@@ -187,7 +190,7 @@ def _parse(text: str) -> Document:
     document = parse(text, "config")
     if not isinstance(document.value, Mapping):
         raise ValueError(
-            "The text must be a valid JSON object, so that the form can edit it. Correct the text."
+            "The config must be a valid JSON object before the form can edit it. Correct its text."
         )
     return document
 

@@ -18,7 +18,7 @@ __all__ = ["describe_memory"]
 def describe_memory(
     context: RuleContext | None, problems: Sequence[Problem], settings: RunSettings
 ) -> dict[str, Any] | None:
-    """Return the tables of ``onecycle memory`` for the config page.
+    """Return the memory estimates of ``onecycle memory``, in the form that the config page shows.
 
     Args:
         context: valid values of the config; None if the config is not a JSON object.
@@ -26,8 +26,9 @@ def describe_memory(
         settings: run settings that the user entered. Without a world size, one rank is assumed.
 
     Returns:
-        The tables and notes. If the memory cannot be estimated, ``summary`` contains the reason.
-        None if the number of parameters is unknown or the config has errors.
+        A dict with the keys ``summary``, ``tables`` and ``notes``. If the memory cannot be
+        estimated, ``summary`` gives the reason, and the lists of tables and notes are empty. None
+        if the number of parameters is unknown or the config has errors.
     """
     has_errors = any(problem.severity == "error" for problem in problems)
     if settings.parameters is None or context is None or has_errors:

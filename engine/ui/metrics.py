@@ -65,16 +65,16 @@ class MetricSource(ABC):
 
     @abstractmethod
     def update(self) -> float:
-        """Read the metrics that have been written since the last call.
+        """Read the metrics that have been written since the previous call.
 
         Returns:
-            The fraction of the data that has been read, from 0 to 1.
+            The fraction of all data that has been read so far, from 0 to 1.
         """
 
     @property
     @abstractmethod
     def series(self) -> Mapping[str, Series]:
-        """The metrics by short name."""
+        """The metrics, keyed by short name."""
 
 
 class _CSVFile:
@@ -90,7 +90,7 @@ class _CSVFile:
         self._parts: list[Numbers] = []
 
     def update(self, most: int) -> tuple[int, int]:
-        """Read up to about ``most`` new bytes, and return the numbers of bytes read and unread."""
+        """Read up to about ``most`` new bytes, and return ``(bytes_read, bytes_unread)``."""
         try:
             with self.path.open("rb") as file:
                 status = self.path.stat()
@@ -163,7 +163,7 @@ class CSVMetrics(MetricSource):
         self._files: dict[str, _CSVFile] = {}
 
     def update(self) -> float:
-        """Read new rows of all files, and return the fraction of the data that has been read."""
+        """Read new rows of all files, and return the fraction of all data read so far."""
         for path in sorted(self._directory.glob("*.csv")):
             name = find_metric_name(path.stem)
             if name not in self._files and not path.is_symlink() and is_metric_file(path):
@@ -177,7 +177,7 @@ class CSVMetrics(MetricSource):
 
     @property
     def series(self) -> Mapping[str, Series]:
-        """The metrics by short name."""
+        """The metrics, keyed by short name."""
         return {name: file.series for name, file in self._files.items()}
 
 
@@ -192,7 +192,7 @@ class EventMetrics(MetricSource):
         self._series: dict[str, Series] = {}
 
     def update(self) -> float:
-        """Read all new events, and return 1.0."""
+        """Read all new events, and return 1.0, because no data is left to read."""
         self._accumulator.Reload()
         self._series = dict(self._read())
         return 1.0
@@ -209,5 +209,5 @@ class EventMetrics(MetricSource):
 
     @property
     def series(self) -> Mapping[str, Series]:
-        """The metrics by short name."""
+        """The metrics, keyed by short name."""
         return self._series

@@ -1,4 +1,4 @@
-"""Reduce a long series to the points that are visible in a chart."""
+"""Downsample or smooth a long series for display in a chart."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ Numbers = NDArray[np.float64]
 def choose_points(
     x: Numbers, y: Numbers, window: tuple[float, float] | None, most: int
 ) -> NDArray[np.int64]:
-    """Return the indices of the points to draw.
+    """Return the indices of the points to draw in a chart, at most ``most``.
 
-    If there are too many points, the smallest and the largest value of each group of neighbors are
-    chosen, so that no spike disappears. The first and the last point are always chosen.
+    If there are more points, they are divided into groups of neighbors, and the smallest and the
+    largest value of each group are drawn, so that no spike disappears. The first and the last point
+    are always drawn.
 
     Args:
-        x: positions in ascending order.
-        y: values; may contain NaN.
-        window: first and last position to draw; None for all.
+        x: x coordinates in ascending order.
+        y: y coordinates; may contain NaN.
+        window: smallest and largest x to draw; None for all points. The next point on each side of
+            the window is also drawn.
         most: maximum number of points, at least 4.
 
     >>> choose_points(np.arange(6.0), np.array([0, 9, 0, 0, -9, 0.0]), None, 4).tolist()

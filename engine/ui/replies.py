@@ -1,4 +1,4 @@
-"""Replies that the server sends: JSON, JSON followed by binary arrays, or a file."""
+"""HTTP replies of the local web server: JSON, JSON followed by binary arrays, or a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Download", "Numbers", "build_response"]
 
 @dataclass(frozen=True)
 class Numbers:
-    """A JSON object and arrays of numbers, which are sent as 64-bit floats.
+    """A reply with a JSON object and numeric arrays. The arrays are sent as 64-bit floats.
 
     For a curve of 100,000 steps, writing and reading the numbers as JSON would be slow.
     """

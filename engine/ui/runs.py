@@ -1,4 +1,4 @@
-"""Find the runs in directories, and read their checkpoints, settings and reports."""
+"""Find training runs in directories, and read their checkpoints, settings and reports."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _CONFIG_KEYS = {"optimizer", "scheduler", *BATCH_KEYS}
 
 
 class Run:
-    """A run, with directories for its metrics and a directory for its other files.
+    """A training run, read from its files.
 
     Args:
-        name: name of the run on the run page.
+        name: name under which the web page shows the run.
         root: directory with the checkpoints and reports.
         directories: directories with the metrics, those with CSV files first.
     """
@@ -101,7 +101,7 @@ class Run:
         return None
 
     def find_plots(self) -> list[Path]:
-        """Return the images that the run has saved, such as the plot of AutoWU's decision."""
+        """Return the paths of the plots that the run has saved, such as ``lr_range.png``."""
         return [
             directory / name
             for directory in _walk(self.root)
@@ -111,7 +111,7 @@ class Run:
 
 
 def read_saved_settings(checkpoints: Sequence[Manifest]) -> Mapping[str, Any]:
-    """Return the settings in the newest checkpoint, with all durations in steps."""
+    """Return the settings saved in the newest checkpoint, with all durations converted to steps."""
     if not checkpoints:
         return {}
     return {**checkpoints[-1].identity, "backend": checkpoints[-1].backend}
@@ -120,8 +120,8 @@ def read_saved_settings(checkpoints: Sequence[Manifest]) -> Mapping[str, Any]:
 def find_runs(roots: Sequence[Path], known: Sequence[Run] = ()) -> list[Run]:
     """Return the runs found in directories, reusing the `Run` objects in ``known``.
 
-    Each directory with metrics belongs to a run. Directories with the same name, such as one with a
-    job's CSV files and one with its event files, belong to the same run.
+    The CSV files and the event files of a job can be in two directories with the same name, such as
+    ``csv_monitor/JOB`` and ``runs/JOB``. Both then belong to the same run.
     """
     old = {(run.root, run.name): run for run in known}
     runs = []
@@ -137,7 +137,7 @@ def find_runs(roots: Sequence[Path], known: Sequence[Run] = ()) -> list[Run]:
 
 
 def _group_directories(root: Path) -> dict[tuple[Path, str], list[Path]]:
-    """Return the directories with metrics, grouped by the root and the name of their run."""
+    """Map each run's root directory and name to the run's directories with metrics."""
     groups: dict[tuple[Path, str], list[Path]] = {}
     for directory in _walk(root):
         key = _find_own_root(root, directory), directory.name
@@ -227,7 +227,7 @@ def _scan(directory: Path) -> list[os.DirEntry[str]]:
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
-    """Return the content of a config, or an empty dict if the file is not a config."""
+    """Return the content of a config file, or an empty dict if it does not contain an object."""
     text = _read_text(path, _MAX_CONFIG)
     value = None if text is None else parse(text, path.name).value
     return value if isinstance(value, Mapping) else {}
@@ -242,7 +242,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _is_own_file(path: Path) -> bool:
-    """Return whether a path is a regular file, not a symbolic link that may lead elsewhere."""
+    """Return whether a path is a regular file and not a symbolic link."""
     return path.is_file() and not path.is_symlink()
 
 

@@ -22,14 +22,14 @@ __all__ = ["Action", "Application", "Page", "start_server"]
 log = logging.getLogger("onecycle")
 
 _MAX_BODY = 8_000_000
-"""Maximum size of a request in bytes. A request contains a few configs of at most 1 MB each."""
+"""Maximum size of a request body in bytes: enough for a few configs of at most 1 MB each."""
 _MAX_PORT = 65535
 _HERE = Path(__file__).parent
 _STATIC = (_HERE / "static", _HERE.parent / "display" / "static")
 _MEDIA_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript"}
 
 Action = Callable[[Mapping[str, Any]], Mapping[str, Any] | Numbers | Download]
-"""Function that receives the JSON object of a request and returns the reply."""
+"""Function that receives the JSON object in a request body and returns the reply."""
 
 
 class Page(Protocol):
@@ -45,11 +45,11 @@ class Page(Protocol):
 
 
 class Application:
-    """The WSGI application that serves one page at an address that contains a random token.
+    """WSGI application that serves one page. The page's address contains a random token.
 
     Args:
         page: page to serve.
-        token: random token at the start of the path of each valid address.
+        token: random token that the path of every request must start with.
     """
 
     def __init__(self, page: Page, token: str) -> None:

@@ -1,4 +1,4 @@
-"""Settings of a run that are not in the config. The user enters them on the config page."""
+"""Settings of a run that the user enters on the config page of ``onecycle ui``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RunSettings:
 
     @classmethod
     def from_json(cls, values: Any) -> RunSettings:
-        """Build the settings from the JSON object that the config page sends.
+        """Build the settings from a JSON object sent by the config page of ``onecycle ui``.
 
         Raises:
             ValueError: a value is neither a positive whole number nor null.

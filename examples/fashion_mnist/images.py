@@ -22,9 +22,9 @@ _DIRECTORIES = (
 
 
 class Images(NamedTuple):
-    """Training set and test set, and the name of their source.
+    """A training set and a test set of images, and the name of their source.
 
-    Images have shape (n, 1, 28, 28) and values in [0, 1].
+    Each image has shape (1, 28, 28) and values in [0, 1].
     """
 
     train: TensorDataset
@@ -35,10 +35,11 @@ class Images(NamedTuple):
 def load() -> Images:
     """Load Fashion-MNIST, or scikit-learn's digits if Fashion-MNIST is not available.
 
-    The files are read from ``FASHION_MNIST_DIR`` or a default directory.
+    Fashion-MNIST is read from the directory in the environment variable ``FASHION_MNIST_DIR`` or,
+    if the variable is not set, from one of the default directories.
 
     Raises:
-        FileNotFoundError: ``FASHION_MNIST_DIR`` is set but does not contain the four files.
+        FileNotFoundError: ``FASHION_MNIST_DIR`` is set, but Fashion-MNIST is not in that directory.
     """
     named = os.environ.get("FASHION_MNIST_DIR")
     for directory in [Path(named)] if named else _DIRECTORIES:
@@ -56,7 +57,7 @@ def load() -> Images:
 
 
 def _find_files(directory: Path, prefix: str) -> tuple[Path, ...]:
-    """Return the paths of the image file and the label file, or () if a file is missing."""
+    """Return the paths of the image file and the label file, or () if either is missing."""
     found = []
     for kind in ("images-idx3", "labels-idx1"):
         plain = directory / f"{prefix}-{kind}-ubyte"

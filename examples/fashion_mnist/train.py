@@ -1,4 +1,4 @@
-"""Train LeNet from ds_config.json, in one process or with torchrun.
+"""Train LeNet with the settings in ds_config.json, in one process or with torchrun.
 
 python examples/fashion_mnist/train.py
 torchrun --nproc_per_node 2 examples/fashion_mnist/train.py

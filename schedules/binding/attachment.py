@@ -1,4 +1,4 @@
-"""Record the values that schedules write, to distinguish them from values that the script sets."""
+"""Record which values schedules write, to recognize values that the training script sets."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class _Writer(Protocol):
 class Attachment:
     """The schedules that are attached to one optimizer, and the latest values that they wrote.
 
-    This object exists as long as the optimizer does, even if a schedule is deleted. When a second
-    schedule is attached, this object shows whether the current learning rate comes from the first
-    schedule or from the script.
+    This object exists as long as the optimizer does, even if a schedule is deleted. When another
+    schedule is attached, this object tells whether the current learning rate was set by an earlier
+    schedule or by the training script.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Attachment:
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> Attachment:
-        """Return the `Attachment` of an optimizer. The first call for an optimizer creates it."""
+        """Return the `Attachment` of an optimizer; create one if there is none yet."""
         return _ATTACHMENTS.setdefault(optimizer, cls())
 
     def record(
@@ -48,8 +48,8 @@ class Attachment:
         Args:
             writer: the schedule.
             groups: param groups of the optimizer.
-            values: function that returns the latest values that the schedule wrote. The function
-                must not hold a reference to the schedule, which would keep the schedule alive.
+            values: function that returns the latest values that the schedule wrote. To let the
+                schedule be garbage-collected, the function must not hold a reference to it.
         """
         self._last_group = groups[-1]
         self._last_written |= dict.fromkeys(writer.hyperparameters, values)
@@ -59,9 +59,9 @@ class Attachment:
                 other.note_other_writer()
 
     def has_last_group(self, groups: Sequence[Group]) -> bool:
-        """Return whether the param groups that a schedule wrote to most recently are in ``groups``.
+        """Return whether ``groups`` contains the last param group of the most recent `record` call.
 
-        Loading the optimizer's state replaces its param groups.
+        It does not if the param groups have been replaced, as by the optimizer's `load_state_dict`.
         """
         return any(group is self._last_group for group in groups)
 
@@ -70,15 +70,15 @@ class Attachment:
     ) -> tuple[tuple[float, ...], str | None]:
         """Return the initial value of a hyperparameter in each param group.
 
-        If a schedule wrote the current value, the initial value is the one that the schedule
-        stored in the group under the key ``initial_…``, as PyTorch's schedulers do. Otherwise, the
-        initial value is the current value.
+        If the training script set the current value, it is also the initial value. Otherwise, the
+        initial value is read from the param group's key ``f"initial_{name}"``, which PyTorch's
+        schedulers also use.
 
         Returns:
-            The initial values, and the reason why they are uncertain; None if they are certain.
-            They are uncertain if it is unknown whether a schedule or the script set a current
-            value, for example after the optimizer's state was loaded, or with another library's
-            scheduler.
+            The initial values, and the reason why they are uncertain (None if they are certain).
+            They are uncertain if it is unknown whether a schedule or the training script set a
+            current value, for example after the optimizer's state was loaded, or with another
+            library's scheduler.
         """
         values, doubt = [], None
         is_known = name in self._last_written and self.has_last_group(groups)
@@ -102,10 +102,10 @@ class Attachment:
 
 
 def check_not_chained() -> None:
-    """Check that PyTorch's ``ChainedScheduler`` does not call a schedule together with others.
+    """Raise an error if called from PyTorch's ``ChainedScheduler`` with more than one scheduler.
 
     PyTorch's schedulers multiply the current learning rate by a factor, so several of them can be
-    applied one after another. Schedules of this package set the learning rate itself, so the
+    applied one after another. Schedules of this package replace the current learning rate, so the
     factors of the other schedulers would be lost. A schedule is not told that it is in a
     ``ChainedScheduler``, so this function searches the call stack.
 
@@ -119,8 +119,9 @@ def check_not_chained() -> None:
             if len(chain._schedulers) > 1:  # noqa: SLF001  # it has no public name
                 raise ValueError(
                     "PyTorch's ChainedScheduler cannot combine this schedule with others, because "
-                    "the schedule sets the learning rate itself. Use `schedules.ChainedScheduler`, "
-                    "as in `attach(schedules.ChainedScheduler(schedulers=[…]), optimizer)`."
+                    "the schedule replaces the current learning rate instead of multiplying it. "
+                    "Use `schedules.ChainedScheduler`, as in "
+                    "`attach(schedules.ChainedScheduler(schedulers=[…]), optimizer)`."
                 )
         frame = frame.f_back
 

@@ -43,7 +43,7 @@ __all__ = ["ScheduleBinder"]
 
 log = logging.getLogger("onecycle")
 _SUBCLASSES: dict[str | None, type[Any]] = {}
-"""Maps the feedback that a schedule needs, such as "metric", to a subclass of `ScheduleBinder`."""
+"""Maps a kind of feedback, such as "metric", to the `ScheduleBinder` subclass that handles it."""
 
 
 class ScheduleBinder(TorchInterface):
@@ -57,12 +57,12 @@ class ScheduleBinder(TorchInterface):
     Args:
         schedule: schedule to run.
         optimizer: optimizer whose hyperparameters the schedule sets.
-        horizon: length of the run, used to convert time strings to steps and to scale durations.
+        horizon: length of the run, and numbers that convert time strings such as "10ep" to steps.
         base: initial learning rate, as a number for all param groups or a list with one number per
-            group. To specify other initial hyperparameters too, pass a dict that maps "lr",
-            "momentum" and "weight_decay" to such values. Defaults to the current values or, if
+            group. To specify other initial hyperparameters too, pass a dict with a number or list
+            for each of "lr", "momentum" and "weight_decay". Defaults to the current values or, if
             another schedule set them, to the initial values of that schedule.
-        at: step at which the schedule starts.
+        at: step of the schedule to start from; 0 is its beginning.
 
     Raises:
         ValueError: a param group does not have a hyperparameter that the schedule sets, the
@@ -135,7 +135,7 @@ class ScheduleBinder(TorchInterface):
         self._go_to(self._state, at)
 
     def _prepare(self) -> None:
-        """Set the attributes that are left out when the binder is pickled."""
+        """Initialize the attributes that a new or unpickled binder starts with."""
         self._slots = self._find_slots()
         self._attachment = Attachment.of(self.optimizer)
         self._writer = self._doubt = None
@@ -145,7 +145,7 @@ class ScheduleBinder(TorchInterface):
         return {name: find_slots(name, self.optimizer) for name in self.schedule.hyperparameters}
 
     def _read_base(self, given: Base) -> Base:
-        """Complete ``given`` with initial hyperparameters read from the param groups."""
+        """Return ``given``, completed with initial hyperparameters from the param groups."""
         groups, base = self.optimizer.param_groups, dict(given)
         slots = {"lr": find_slots("lr", self.optimizer), **self._slots}
         for name in slots.keys() - given.keys():
@@ -178,10 +178,10 @@ class ScheduleBinder(TorchInterface):
                 do not depend on a metric ignore the value.
 
         Raises:
-            ValueError: the loss is missing, is not a single number, or is passed to a schedule that
-                does not use the loss. The error is also raised if a param group was removed, if the
-                schedule has no values for an added group, or if the optimizer's state was loaded
-                without the schedule's state.
+            ValueError: the schedule needs a loss but none is passed, the loss is not a single
+                number, or a loss is passed to a schedule that does not use it. The error is also
+                raised if a param group was removed, if the schedule has no values for an added
+                group, or if the optimizer's state was loaded without the schedule's state.
         """
         writer = self._writer
         step = self.last_epoch + 1
@@ -200,7 +200,7 @@ class ScheduleBinder(TorchInterface):
             self._step_slowly(loss, metric)
 
     def _step_slowly(self, loss: Tensor | float | None, metric: Tensor | float | None) -> None:
-        """Take a step that the fast path of `step` cannot take, such as the first step."""
+        """Advance the schedule if `step` cannot use its fast path, as in its first call."""
         self._prepare_use()
         if not self._has_stepped:
             check_not_chained()
@@ -215,7 +215,7 @@ class ScheduleBinder(TorchInterface):
             self.write()
         else:
             raise ValueError(
-                f"step() must be called without a loss or an epoch for {self.schedule.type_name}, "
+                f"For {self.schedule.type_name}, step() must be called without a loss or an epoch, "
                 f"got {loss}. Omit the argument. To change the step, call load_state_dict() with a "
                 "saved state."
             )
@@ -277,7 +277,7 @@ class ScheduleBinder(TorchInterface):
             log.info(text, name, *decision[:3], confidence)
 
     def _is_unchanged_since(self, before: Any) -> bool:
-        """Return whether the values are known to be the same as in the earlier state ``before``."""
+        """Return whether all hyperparameters are known to be the same as in state ``before``."""
         del before
         return False
 

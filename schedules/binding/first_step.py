@@ -11,7 +11,7 @@ __all__ = ["FirstStep"]
 
 
 class FirstStep:
-    """A check that `optimizer.step()` is called before `scheduler.step()`, as in PyTorch.
+    """A check that `optimizer.step()` is called before `scheduler.step()`, like PyTorch's own.
 
     Args:
         optimizer: optimizer to observe. None disables the check.
@@ -29,7 +29,7 @@ class FirstStep:
         self._is_taken = True
 
     def check(self) -> None:
-        """Warn if the optimizer has not taken a step yet. Only the first call checks this."""
+        """Warn if the optimizer has not taken a step yet. Only the first call can warn."""
         is_taken = self._is_taken
         self.cancel()
         if not is_taken:

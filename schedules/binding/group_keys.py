@@ -1,4 +1,4 @@
-"""Apply the keys that other libraries add to param groups, such as timm's ``lr_scale``.
+"""Apply param group keys that other libraries add, such as timm's ``lr_scale``.
 
 - ``lr_scale`` (timm, fairseq, MAE) and ``lr_mult`` (earlier versions of Megatron-LM) multiply the
   scheduled learning rate. ``wd_mult`` (Megatron-LM) multiplies the scheduled weight decay.
@@ -26,7 +26,7 @@ __all__ = ["bind_to_groups"]
 _MULTIPLIERS = {"lr": ("lr_scale", "lr_mult"), "weight_decay": ("wd_mult",)}
 _REPLACEMENTS = ("max_lr", "min_lr", "start_wd", "end_wd")
 _WRITTEN_BY_ONE_CYCLE_LR = {"initial_lr", "max_lr", "min_lr"}
-"""Keys that PyTorch's OneCycleLR leaves in the param groups, and in their saved state."""
+"""Keys that PyTorch's OneCycleLR adds to param groups, and thus to the optimizer's saved state."""
 
 
 def bind_to_groups(
@@ -52,7 +52,7 @@ def bind_to_groups(
         raise ValueError(  # noqa: TRY004  # it is a value of the optimizer
             f"{schedule.type_name} does not support the key `{key}` in param groups, but param "
             f"group {index} sets `{key}` to {groups[index][key]:g}. Remove the key, and multiply "
-            "the group's initial learning rate or weight decay by this factor."
+            f"the group's initial learning rate or weight decay by {groups[index][key]:g}."
         )
     if "lr" in factors:
         _check_not_applied(base["lr"], factors["lr"], groups)
@@ -71,7 +71,10 @@ def _read_factors(hyperparameter: str, groups: Sequence[Group]) -> tuple[float, 
 
 
 def _find_factor(names: Sequence[str], groups: Sequence[Group]) -> tuple[int, str]:
-    """Return the index of the first group with a factor other than 1, and the key of the factor."""
+    """Find the first factor other than 1 for the hyperparameters ``names``.
+
+    Return the index of its param group, and its key, such as ``lr_scale``.
+    """
     keys = [key for name in names for key in _MULTIPLIERS.get(name, ())]
     return next(
         (index, key) for index, group in enumerate(groups) for key in keys if group.get(key, 1) != 1
@@ -81,10 +84,10 @@ def _find_factor(names: Sequence[str], groups: Sequence[Group]) -> tuple[int, st
 def _check_not_applied(
     lrs: Sequence[float], factors: Sequence[float], groups: Sequence[Group]
 ) -> None:
-    """Check that the learning rates do not already include the factors.
+    """Raise an error if the learning rates already include the factors.
 
-    For example, the layer-wise decay of MMDetection multiplies ``lr`` by ``lr_scale``, and keeps
-    ``lr_scale`` in the group.
+    For example, MMDetection's layer-wise decay multiplies ``lr`` by ``lr_scale``, and keeps
+    ``lr_scale`` in the param group.
     """
     if are_equal(tuple(lrs)) or 0 in factors:
         return

@@ -51,7 +51,7 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
         if not self._has_received and self.last_epoch == _MANY_STEPS:
             warnings.warn(
                 f"{self.schedule.type_name} has not received a metric in {_MANY_STEPS} steps, so "
-                "it has not changed the learning rate. Pass the metric to `step(metric=…)`.",
+                "it has not reduced the learning rate. Pass the metric to `step(metric=…)`.",
                 stacklevel=2,
             )
 
@@ -68,7 +68,7 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
         """Return the learning rates that the schedule reduces.
 
         Without a warmup, these are the current learning rates. With a warmup, they are the initial
-        learning rates, which the warmup reaches at its end.
+        learning rates, which are the target of the warmup.
         """
         if getattr(self.schedule, "warmup_steps", 0):
             return super()._read_base(given)

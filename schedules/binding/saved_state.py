@@ -104,7 +104,7 @@ def check_origin(state: Mapping[str, Any], type_name: str | None = None) -> None
 
     Args:
         state: saved state.
-        type_name: type of the schedule that must have saved the state; None for any type.
+        type_name: required type of the schedule that saved the state; None to accept any type.
 
     Raises:
         ValueError: the state is from another library or another schedule, or is damaged.
@@ -112,8 +112,8 @@ def check_origin(state: Mapping[str, Any], type_name: str | None = None) -> None
     if not {"type", "params", "step", "base"} <= state.keys():
         raise ValueError(
             "The saved state must be from a onecycle schedule, got a state with these keys: "
-            f"{', '.join(map(str, state)) or 'none'}. To continue from a step without a saved "
-            "state, pass `at` to `attach`."
+            f"{', '.join(map(str, state)) or 'none'}. To continue without a saved state, pass the "
+            "step to `attach` as `at`."
         )
     if type_name not in (None, state["type"]):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Provide the interface of PyTorch's and DeepSpeed's schedulers for `ScheduleBinder`."""
+"""The scheduler interface of PyTorch and DeepSpeed, as a base class of `ScheduleBinder`."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class TorchInterface(LRScheduler):
     controller: Controller[Any]
     _horizon: Horizon | None
     before_use: Callable[[], None] | None = None
-    """Function that methods such as `get_last_lr` call first. The engine sets a function that
-    completes a deferred step."""
+    """Function to call at the start of methods such as `get_last_lr`. The engine sets a function
+    that completes a deferred step."""
     _extra_count = 0
     _losses: tuple[float, ...] = ()
     """Losses passed to `record_loss` since the previous call to `step`."""
@@ -52,8 +52,8 @@ class TorchInterface(LRScheduler):
     _doubt: str | None
     """Why the initial hyperparameters are uncertain; None if they are known."""
     _writer: RangeWriter | None
-    """Fast writer for the steps up to the next change of a curve's formula; None if the next step
-    must take the slow path."""
+    """Writer for the fast path of `step`, usable until a curve's formula changes; None if the next
+    step must take the slow path."""
     _slots: Mapping[str, Sequence[Slot]]
 
     @property
@@ -71,7 +71,7 @@ class TorchInterface(LRScheduler):
 
     @abstractmethod
     def _go_to(self, state: Any, step: int, write: bool = True) -> None:
-        """Set the schedule's state and step, and optionally update the optimizer accordingly."""
+        """Set the schedule's state and step; if ``write`` is true, also update the optimizer."""
 
     def _prepare_use(self) -> None:
         if self.before_use is not None:
@@ -89,7 +89,7 @@ class TorchInterface(LRScheduler):
             return
         if epoch != 0:
             raise ValueError(
-                f"`epoch` must be 0, got {epoch}. To change the step, call load_state_dict()."
+                f"`epoch` must be 0, got {epoch}. To go to another step, call load_state_dict()."
             )
         self._initial_step()
 
@@ -123,7 +123,7 @@ class TorchInterface(LRScheduler):
         return f"{type(self).__name__}({self.schedule!r}, step={self.last_epoch}, lr=[{lrs}])"
 
     def _repr_html_(self) -> str:
-        """Return the repr and small plots of the curves, for display in notebooks.
+        """Return HTML with the repr and small plots of the schedule, for display in notebooks.
 
         A vertical line marks the current step. There is no plot if the schedule depends on the loss
         or on a metric.
@@ -136,14 +136,14 @@ class TorchInterface(LRScheduler):
         return draw_html(repr(self), self.controller.curves, max(steps, step + 1), step)
 
     def record_loss(self, loss: Tensor | float) -> None:
-        """Record a loss. `step` uses the mean of the losses recorded since the previous step.
+        """Record a loss for the next call to `step`, which uses the mean of the recorded losses.
 
-        Use this method in a trainer that calls `step` without a loss, such as Hugging Face's. In a
-        custom loop, call ``step(loss)`` instead. This method has no effect if the schedule does not
-        depend on the loss.
+        Use this method with a trainer that calls `step` without a loss, such as Hugging Face's
+        ``Trainer``. In a custom training loop, call ``step(loss)`` instead. This method has no
+        effect if the schedule does not depend on the loss.
 
         Args:
-            loss: loss of a micro-batch, a number or a scalar tensor.
+            loss: loss of a micro-batch, as a number or a scalar tensor.
 
         Raises:
             ValueError: the loss is not a single number.
@@ -176,13 +176,14 @@ class TorchInterface(LRScheduler):
         return None if loss is None else _read_loss(loss)
 
     def _check_position(self) -> None:
-        """Raise an error if a script has changed the `last_epoch` of a feedback schedule."""
+        """Raise an error if the schedule needs feedback and a script has set `last_epoch`."""
         if self.schedule.feedback is not None and self.last_epoch != self._position:
             raise ValueError(
                 f"`last_epoch` must be the number of steps taken ({self._position}), got "
                 f"{self.last_epoch}. {self.schedule.type_name} depends on the "
-                f"{self.schedule.feedback} of each step. Call step() for each step. To change the "
-                "step, call load_state_dict() with a saved state."
+                f"{self.schedule.feedback} of each step. Call step() once per optimizer step "
+                "instead of setting `last_epoch`. To go to another step, call load_state_dict() "
+                "with a saved state."
             )
 
     def get_last_lr(self) -> list[float | Tensor]:
@@ -202,7 +203,7 @@ class TorchInterface(LRScheduler):
         return list(values["lr"]) if "lr" in values else self.get_last_lr()
 
     def _read_values(self) -> Values:
-        """Return the values at step `last_epoch`; an empty dict before the schedule has started."""
+        """Return the scheduled values at step `last_epoch`; {} before the schedule has started."""
         return self.controller.values(self.state) if self.last_epoch >= 0 else {}
 
     def get_mom(self) -> list[float | tuple[float, ...]] | None:

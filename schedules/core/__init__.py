@@ -1,1 +1,1 @@
-"""Core of the package: curves, parameter fields, durations, and the registry of schedules."""
+"""Core of `schedules`: curves, parameter fields, durations, and the registry of schedules."""

@@ -1,4 +1,4 @@
-"""Functions that combine or change curves. The basic curves are in `schedules.core.curves`.
+"""Functions that combine or transform curves. The basic curves are in `schedules.core.curves`.
 
 >>> from schedules.core.curves import linear
 >>> one_up_one_down = join([linear(0.0, 1.0, steps=4), linear(1.0, 0.0, steps=2)], [4])
@@ -85,7 +85,7 @@ def join(parts: Iterable[Curve], boundaries: Iterable[float], names: Sequence[st
             the names of these phases instead.
 
     Raises:
-        ValueError: the number of boundaries is not one less than the number of parts, or the
+        ValueError: if the number of boundaries is not one less than the number of parts, or the
             boundaries are negative or not in ascending order.
     """
     parts, boundaries = tuple(parts), tuple(boundaries)
@@ -102,13 +102,13 @@ def join(parts: Iterable[Curve], boundaries: Iterable[float], names: Sequence[st
 def decay_after_warmup(
     decay: Callable[[float, float, float], Curve], peak: float, end_value: float, steps: float
 ) -> Curve:
-    """Return the curve after a warmup: the decay, or a constant if no steps remain for the decay.
+    """Return the curve that follows a warmup: a decay, or the constant ``peak`` if ``steps`` is 0.
 
     Args:
         decay: function that builds the decay from its start value, end value and length.
         peak: value at the end of the warmup.
         end_value: value at the end of the decay.
-        steps: length of the decay in steps; 0 if the warmup lasts until the end of the run.
+        steps: length of the decay in steps; 0 if the warmup leaves no steps for it.
 
     >>> from schedules.core.curves import linear
     >>> list(decay_after_warmup(linear, 1.0, 0.0, steps=0).values(3))
@@ -193,11 +193,10 @@ class _Stairs(Curve):
 
 
 def stairs(curve: Curve, steps: float, count: int, *, rounds_up: bool = False) -> Curve:
-    """Turn a curve into a staircase with ``count`` stairs of equal length per ``steps`` steps.
+    """Turn a curve into a staircase that changes every ``steps / count`` steps.
 
     The value at step k is the value of ``curve`` at ``floor(k * count / steps) * steps / count``.
-    With ``rounds_up=True``, ``ceil`` replaces ``floor``. A descending staircase that rounds up is
-    the mirror image of an ascending staircase that rounds down.
+    With ``rounds_up=True``, ``ceil`` replaces ``floor``.
 
     >>> from schedules.core.curves import linear
     >>> list(stairs(linear(0.0, 1.0, steps=4), steps=4, count=2).values(6))
@@ -234,9 +233,9 @@ class _Repeat(Curve):
 
     @property
     def _is_stuck(self) -> bool:
-        """Whether the cycles have stopped growing.
+        """Whether all later cycles have the same length.
 
-        Truncation to whole steps can make a short cycle as long as the previous one.
+        A short cycle may not grow, because lengths are truncated to whole steps.
         """
         last = self._steps[-1]
         return last == _grow(last, self._growth) or len(self._steps) >= _MAX_GROWING_CYCLES

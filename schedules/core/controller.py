@@ -52,8 +52,9 @@ class Decision(NamedTuple):
 class Band(NamedTuple):
     """Mean and confidence band of a Gaussian process fitted to the losses.
 
-    ``low`` and ``high`` are two standard deviations below and above the mean. AutoWU's robust test
-    compresses the losses with asinh before the fit, which makes the band asymmetric.
+    ``low`` and ``high`` are two standard deviations below and above the mean. With "robust" as its
+    ``test``, AutoWU compresses the losses with asinh before the fit, and then converts the band
+    back to losses. That band is not symmetric around the mean.
     """
 
     positions: Sequence[float]
@@ -73,7 +74,7 @@ class Evidence(NamedTuple):
     losses: Sequence[float]
     """Loss of each step before the decision."""
     band: Band | None
-    """Gaussian process fitted to the losses; None if no Gaussian process was fitted."""
+    """Band of the Gaussian process fitted to the losses; None if none was fitted."""
 
 
 class Controller(Protocol[S]):
@@ -94,8 +95,8 @@ class Controller(Protocol[S]):
 
         Args:
             state: state before the step.
-            loss: loss of the step, or metric if the schedule depends on a metric; None if it is not
-                available.
+            loss: loss of the step, or the metric for a schedule that depends on a metric; None if
+                the value is not available.
         """
 
     @abstractmethod

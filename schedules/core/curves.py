@@ -2,8 +2,7 @@
 
 A `Curve` can be evaluated at a single step, without numpy, or at an array of steps. The values are
 bitwise identical in both cases. A curve consists of pieces, each with one formula for a range of
-steps. A ramp has exactly its start value at step 0, and exactly its end value when it ends and
-afterwards.
+steps. A ramp is exactly equal to its start value at step 0, and to its end value once it has ended.
 
     >>> warmup = linear(0.0, 1.0, steps=4)
     >>> [warmup(step) for step in range(6)]
@@ -50,15 +49,15 @@ class Curve(ABC):
 
     @abstractmethod
     def piece(self, step: float, origin: float = 0) -> Piece:
-        """Return the piece that contains ``step`` when the curve starts at step ``origin``."""
+        """Return the piece that contains ``step``, for a curve that starts at step ``origin``."""
 
     def phases(self, origin: float = 0) -> tuple[Phase, ...]:
-        """Return the named phases of the curve when it starts at step ``origin``."""
+        """Return the named phases, such as a warmup, of a curve that starts at step ``origin``."""
         del origin  # Only combined curves have phases.
         return ()
 
     def pieces(self, start: int, end: int) -> Iterator[Piece]:
-        """Yield pieces with integer bounds that together cover ``start <= step < end``."""
+        """Yield the curve's pieces for steps ``start`` to ``end - 1``, with integer bounds."""
         while start < end:
             piece = self.piece(start)
             stop = find_next_step(piece, start, end)
@@ -83,10 +82,10 @@ class Curve(ABC):
         return values
 
     def fill(self, values: NDArray[Any], start: int, origin: float = 0) -> None:
-        """Fill the array ``values`` with the curve's values at consecutive steps from ``start``.
+        """Fill the array ``values`` with the curve's values from step ``start`` on.
 
-        The curve starts at step ``origin``. This method loops over the pieces of the curve.
-        Subclasses whose curves have many pieces override it with a faster implementation.
+        The curve starts at step ``origin``. Subclasses whose curves have many pieces override this
+        method with a faster implementation.
         """
         import numpy as np
 
@@ -335,7 +334,7 @@ def log(start: float, end: float, steps: float) -> Curve:
 
 
 def power_of(start: float, factor: float, exponent: float) -> float:
-    """Return ``start * factor ** exponent``, or infinity if the result is too large.
+    """Return ``start * factor ** exponent``, or infinity (0 if ``start`` is 0) on overflow.
 
     >>> power_of(0.5, 2.0, 3), power_of(0.5, 10.0, 1e6), power_of(0.0, 10.0, 1e6)
     (4.0, inf, 0.0)

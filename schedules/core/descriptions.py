@@ -20,28 +20,28 @@ from typing import Any
 __all__ = ["INDEX", "read_descriptions", "read_index", "read_source_descriptions"]
 
 INDEX = Path(__file__).parent / "index.json"
-"""JSON file that maps the name of each built-in schedule to its module and the descriptions of its
-fields. ``tools/generate.py`` writes this file."""
+"""JSON file that maps the type of each built-in schedule to a dict with the schedule's module and
+field descriptions. ``tools/generate.py`` writes this file."""
 
 
 @functools.cache
 def read_index() -> Mapping[str, Mapping[str, Any]]:
-    """Return the contents of the generated file `INDEX`, a dict with one entry per schedule."""
+    """Return the contents of the JSON file `INDEX`: a dict with one entry per built-in schedule."""
     index: dict[str, dict[str, Any]] = json.loads(INDEX.read_text(encoding="utf-8"))
     return index
 
 
 def read_descriptions(schedule: type) -> dict[str, str]:
-    """Return a dict that maps the name of each field of a schedule to its description.
+    """Return the descriptions of a schedule's fields, by field name.
 
-    Fields without a docstring are omitted. If the source code of a schedule is not available, all
-    its descriptions are empty strings.
+    Fields without a docstring are omitted. If the source code of a custom schedule is not
+    available, its own fields have empty descriptions.
     """
     return _collect_descriptions(schedule, read_index())
 
 
 def read_source_descriptions(schedule: type) -> dict[str, str]:
-    """Return the descriptions of a schedule's fields from its source code, not from `INDEX`."""
+    """Return a schedule's field descriptions, always read from source code instead of `INDEX`."""
     return _collect_descriptions(schedule, {})
 
 
@@ -63,7 +63,7 @@ def _collect_descriptions(schedule: type, index: Mapping[str, Mapping[str, Any]]
 
 
 def _read_source(cls: type) -> dict[str, str]:
-    """Return the descriptions of a class's own fields, without inherited fields."""
+    """Read the descriptions of a class's own, non-inherited fields from its source code."""
     own = vars(cls).get("__annotations__", {})
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]

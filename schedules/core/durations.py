@@ -2,8 +2,8 @@
 
 Time strings have Composer's format: a number followed by a unit. ``"10ep"`` is 10 epochs,
 ``"500ba"`` is 500 batches (optimizer steps), ``"4096sp"`` is 4096 samples, ``"1e9tok"`` is a
-billion tokens, and ``"0.1dur"`` is a tenth of the run. Epochs, samples, tokens and fractions of the
-run are converted with a `Horizon`, which holds the length of the run.
+billion tokens, and ``"0.1dur"`` is a tenth of the run. All units except ``ba`` are
+converted with numbers from a `Horizon`, such as the number of steps per epoch.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class DurationError(ValueError):
 
 
 class FractionalSteps(float):
-    """Fractional number of steps, such as 1.5 steps for 6 samples with 4 samples per step."""
+    """Fractional number of steps, such as 1.5 steps for 6 samples at 4 samples per step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Horizon:
         scale_ratio: factor by which the length of the run and the schedule's durations are
             multiplied (``scale_schedule_ratio`` in Composer).
         scale_warmup: whether ``scale_ratio`` also applies to warmups.
-        counts_samples: whether the length of the run was specified in samples or tokens. A fraction
-            of the run is then rounded down to whole samples instead of whole steps.
+        counts_samples: whether the length of the run was specified in samples or tokens. If so, a
+            fraction of the run is rounded down to whole samples instead of whole steps.
         tokens_per_sample: number of tokens in each sample, such as the length of packed sequences.
 
     Raises:
@@ -127,13 +127,13 @@ def get_unit(value: Any) -> str | None:
 def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
     """Convert a duration to optimizer steps.
 
-    The result can be fractional if the duration is in samples or tokens, or if it is a fraction of
-    the run and ``horizon.counts_samples`` is true. All other time strings are truncated to whole
-    steps, as in Composer.
+    A time string in samples or tokens can result in a fractional number of steps. A fraction of the
+    run can do so only if ``horizon.counts_samples`` is true. All other time strings are truncated
+    to whole steps, as in Composer.
 
     Args:
         duration: number of steps, or a time string.
-        horizon: length of the run.
+        horizon: length of the run and the other numbers needed for the conversion.
         scaled: whether ``horizon.scale_ratio`` applies to the duration. It always applies to a
             fraction of the run (``dur``).
 
@@ -177,7 +177,7 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
 
 
 def _count_per_step(unit: str, horizon: Horizon, text: str) -> float:
-    """Return the number of samples or tokens in an optimizer step."""
+    """Return the number of samples (unit ``sp``) or tokens (unit ``tok``) in an optimizer step."""
     if unit == "tok" and horizon.tokens_per_sample is None:
         raise DurationError(
             f"{text} requires the number of tokens per sample, which must be the same for all "
@@ -251,9 +251,9 @@ def _check_length(length: float, name: str) -> float:
 
 
 def _to_steps(scaled: float, configured: float | None = None) -> float:
-    """Return a scaled duration as an int or, if it is not a whole number, as `FractionalSteps`.
+    """Convert a scaled duration to an int, or to `FractionalSteps` if it is not a whole number.
 
-    If the duration before scaling, ``configured``, is a whole number, truncate the scaled duration.
+    If ``configured``, the duration before scaling, is a whole number, always truncate to an int.
     """
     _check_length(scaled, "A duration")
     if configured is not None and float(configured).is_integer():

@@ -80,7 +80,7 @@ class Duration(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Items:
-    """The JSON schema of each item of a list."""
+    """Marker for a list field: the JSON schema of each item."""
 
     schema: Mapping[str, Any]
 
@@ -249,15 +249,15 @@ class Field:
 
     @property
     def per_group(self) -> bool:
-        """Whether the field can be a list with one number per param group instead of a number."""
+        """Whether the field accepts a number or a list with one number per param group."""
         return {"number", "array"} <= set(self.schema.get("type", ()))
 
     def complete(self, description: str, *, explain_time: bool = True) -> str:
-        """Return a description, followed by sentences about the accepted values and the unit.
+        """Append sentences about the accepted values and the unit to a description.
 
         Args:
             description: sentences about the meaning of the field.
-            explain_time: whether to explain time strings, if the field accepts them.
+            explain_time: whether to add a sentence about time strings if the field is a duration.
         """
         sentences = [description]
         if self.duration is not None and explain_time:
@@ -270,7 +270,7 @@ class Field:
         return " ".join(sentences)
 
     def convert(self, value: Any) -> Any:
-        """Validate a value from a config, and return it as the field's type.
+        """Validate a value from a config, and convert it to the field's type.
 
         A list becomes a tuple. In an integer field, a whole float such as 1e3 becomes an int.
 
@@ -289,7 +289,10 @@ class Field:
             value = int(value)
         if any(isinstance(each, FractionalSteps) for each in as_tuple(value)):
             if min(as_tuple(value)) < min(_SHORTEST, self._item_schema.get("minimum", 0)):
-                raise ValueError(f"`{self.name}` must be at least 1 step, got {value!r} steps.")
+                raise ValueError(
+                    f"`{self.name}` must be at least 1 step, got {value!r} steps. Use a longer "
+                    "duration."
+                )
             return value
         if isinstance(value, str) and self.duration is not None:
             convert_to_steps(value, _ANY_RUN, scaled=False)  # raises if the time string is invalid
@@ -328,7 +331,7 @@ def _to_plain(value: Any) -> Any:
 def _find_invalid(
     place: str, schema: Mapping[str, Any], value: Any
 ) -> tuple[str, Mapping[str, Any], Any]:
-    """Return the path, the schema and the value of the most deeply nested invalid item."""
+    """Return the path, schema and value of the innermost item that makes a value invalid."""
     parts: list[tuple[str, Mapping[str, Any], Any]] = []
     if isinstance(value, tuple) and "items" in schema:
         parts = [(f"{place}[{index}]", schema["items"], each) for index, each in enumerate(value)]
@@ -348,7 +351,7 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 
 @functools.cache
 def read_fields(schedule: type) -> Mapping[str, Field]:
-    """Return a dict that maps the name of each field of a schedule class to its `Field`.
+    """Return the fields of a schedule class, keyed by name.
 
     Raises:
         TypeError: an annotation cannot be expressed in JSON Schema.

@@ -25,7 +25,7 @@ def draw_html(text: str, curves: Curves, steps: int, current: int | None = None)
         curves: curve of each hyperparameter in each param group. If empty, only the text is
             returned.
         steps: number of steps to plot.
-        current: step to mark with a vertical line; None draws no line.
+        current: step to mark with a vertical line; None for no line.
 
     >>> from schedules.core.curves import linear
     >>> print(draw_html("warmup", {"lr": (linear(0.0, 0.1, 2),)}, steps=3))

@@ -1,4 +1,4 @@
-"""Base class of schedules that consist of other schedules."""
+"""Base class of composite schedules, which are built from other schedules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["ScheduleOfParts"]
 
 
 class ScheduleOfParts(Schedule[int]):
-    """Base class of composite schedules, built from the schedules in their field ``schedulers``."""
+    """Base class of composite schedules, built from the schedules in their ``schedulers`` field."""
 
     @property
     @abstractmethod

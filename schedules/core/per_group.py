@@ -57,7 +57,12 @@ def exceeds(low: PerGroup, high: PerGroup) -> bool:
 
 
 def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the value of a field for each param group. A single number applies to all groups.
+    """Convert the value of a field to one number per param group.
+
+    Args:
+        name: name of the field, for the error message.
+        value: list with one number per group, or a single number for all groups.
+        base: initial value of each group; only the number of groups matters.
 
     Raises:
         ValueError: ``value`` is a list that does not have one number per group.
@@ -73,13 +78,13 @@ def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[floa
 
 
 def broadcast_lr(schedule: Any, name: str, lrs: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the value of a learning-rate field for each param group.
+    """Convert a schedule's learning-rate field to one learning rate per param group.
 
     If the field is None, return the initial learning rates. If ``relative`` is true, multiply the
     initial learning rates by the field's value.
 
     Args:
-        schedule: schedule with the field ``name`` and a field ``relative``.
+        schedule: the schedule. It must also have a field ``relative``.
         name: name of the field.
         lrs: initial learning rate of each group.
 
@@ -106,9 +111,7 @@ def broadcast_lr(schedule: Any, name: str, lrs: tuple[float, ...]) -> tuple[floa
 def broadcast_strict(
     name: str, value: PerGroup, base: tuple[float, ...], fix: str = ""
 ) -> tuple[float, ...]:
-    """Return the value of a field for each param group.
-
-    Unlike `broadcast`, reject a single number if the groups have different initial values.
+    """Do the same as `broadcast`, but reject a single number if the values in ``base`` differ.
 
     Raises:
         ValueError: ``value`` is a single number but the groups have different initial values, or

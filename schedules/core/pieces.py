@@ -61,10 +61,10 @@ def shorten(piece: Piece, end: float) -> Piece:
 
 
 def find_next_step(piece: Piece, step: int, end: int) -> int:
-    """Return the first whole step after the piece that contains ``step``, but at most ``end``.
+    """Return the first integer step after ``piece``, or ``end`` if that is smaller.
 
-    The result is always greater than ``step``, so that a loop over pieces advances even if rounding
-    makes the piece end at ``step``.
+    ``step`` is a step in ``piece``. The result is always greater than ``step``, so that a loop over
+    pieces advances even if rounding makes ``piece`` end at ``step``.
     """
     return max(step + 1, math.ceil(piece.end)) if piece.end < end else end
 

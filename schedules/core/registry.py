@@ -29,7 +29,7 @@ FAMILIES = (
     "feedback.autowu",
     "feedback.plateau",
 )
-"""Modules that define schedules, in the order in which `SCHEDULES` lists them."""
+"""Modules that define the built-in schedules. `SCHEDULES` lists the schedules in this order."""
 
 _OTHER_NAMES = {
     "constant": "ConstantScheduler",
@@ -168,8 +168,9 @@ def find(name: str) -> type[Schedule[Any]]:
     Raises:
         ImportForbiddenError: the schedule is neither built in nor registered, and imports are not
             allowed here (see `schedules.core.imports.imports_allowed`).
-        ValueError: the name is unknown, or the imported object is not a schedule, a scheduler or a
-            function. If the name is similar to a known name, the message suggests that name.
+        ValueError: the name is unknown, its import fails, or the imported object is not a valid
+            schedule class, PyTorch scheduler class or function. If the name is similar to a known
+            name, the message suggests that name.
 
     >>> find("math:exp").__name__
     'exp'
@@ -228,10 +229,10 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
     Raises:
         ImportForbiddenError: the block names code that must be imported, but imports are not
             allowed here (see `schedules.core.imports.imports_allowed`).
-        ScheduleError: a parameter is unknown, missing or invalid. The attribute ``problems`` of the
-            error lists every problem.
-        ValueError: ``type`` is missing or unknown, the block has an unknown key, or a value has the
-            wrong JSON type.
+        ScheduleError: a parameter is unknown, missing or invalid. The error's ``problems``
+            attribute lists all of them.
+        ValueError: ``type`` is missing or unknown, the block has an unknown key, or ``type`` or
+            ``params`` has the wrong JSON type.
 
     >>> from_config({"type": "WarmupLR", "params": {"warmup_num_steps": 1e2}}).warmup_num_steps
     100
@@ -294,15 +295,15 @@ def _load(path: str) -> type[Schedule[Any]]:
 
 
 def to_class(path: str, found: Any) -> type[Schedule[Any]]:
-    """Return a schedule class for the object that a schedule's name refers to.
+    """Convert an imported object to a schedule class.
 
     Args:
         path: import path of ``found``, or the name of its entry point.
-        found: schedule class, PyTorch scheduler class, function that builds such a scheduler, or
+        found: schedule class, PyTorch scheduler class, function that builds a PyTorch scheduler, or
             function that maps the step to a learning rate factor.
 
     Raises:
-        ValueError: ``found`` is none of these.
+        ValueError: ``found`` is none of these, or a class that cannot be used as a schedule.
     """
     if isinstance(found, type) and issubclass(found, Schedule):
         _check_class(found)

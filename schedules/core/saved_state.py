@@ -151,7 +151,7 @@ def _build_error(name: str, expected: str, value: Any) -> ValueError:
 
 
 def describe(value: Any) -> str:
-    """Return the repr of a value, shortened if it is long or deeply nested.
+    """Return the repr of a value for an error message, or a shorter text if the repr is long.
 
     >>> describe("warmup"), describe([1, 2]), describe(10**5000)
     ("'warmup'", '[1, 2]', 'an int above 64 bits')

@@ -1,4 +1,4 @@
-"""The base class of all schedules, `Schedule`, which validates their parameters.
+"""Define `Schedule`, the base class of all schedules, and the error for invalid parameters.
 
 `Schedule.bind` returns a `schedules.core.controller.Controller` that computes the scheduled
 hyperparameters for an optimizer.
@@ -55,7 +55,7 @@ _LENGTH_FIELDS = (
     "t_max",
     "T_max",
 )
-"""Names that other libraries use for the length of a schedule."""
+"""Parameter names for the length of a schedule, as in DeepSpeed, PyTorch and other libraries."""
 
 _SHOWN_STEPS = 1000
 """Run length, in steps, that notebook plots assume for durations such as "0.1dur"."""
@@ -129,7 +129,7 @@ class Schedule(ABC, Generic[S]):
     """Base class of all schedules. The fields of a schedule are its ``params`` in a config.
 
     A subclass must be a frozen, keyword-only dataclass with a docstring below each field. Override
-    `curves` to define the values, and `find_problems` to report conflicts between fields.
+    `curves` to compute the hyperparameters, and `find_problems` to report conflicts between fields.
 
     Raises:
         ScheduleError: a parameter has an invalid type, is out of range, or conflicts with another.
@@ -150,7 +150,7 @@ class Schedule(ABC, Generic[S]):
     """Kind of feedback that the schedule depends on; None if it depends only on the step."""
 
     example: ClassVar[Mapping[str, Any]] = {}
-    """Parameters for the example in the documentation, a run of 10 epochs with 10 steps each."""
+    """Parameters for the documentation's example run, which has 10 epochs of 10 steps each."""
 
     def __init_subclass__(
         cls,
@@ -173,9 +173,9 @@ class Schedule(ABC, Generic[S]):
         return f"{self.type_name}({format_arguments(self.params())})"
 
     def _repr_html_(self) -> str:
-        """Return the repr and small plots of the curves, for display in notebooks.
+        """Return HTML with the repr and small plots of the curves, for display in notebooks.
 
-        Durations that are fractions of the run are drawn for a run of 1,000 steps. There are no
+        The plots assume a run of 1,000 steps if a duration is a fraction of the run. There are no
         plots if the schedule depends on the loss or a metric, or has a duration in epochs, samples
         or tokens.
         """
@@ -208,7 +208,7 @@ class Schedule(ABC, Generic[S]):
 
     @property
     def unresolved_fields(self) -> tuple[str, ...]:
-        """Names of the fields with time strings, such as "10ep", which `resolve` converts."""
+        """Names of the fields that contain time strings, such as "10ep"."""
         return tuple(
             name
             for name, field in read_fields(type(self)).items()
@@ -217,7 +217,7 @@ class Schedule(ABC, Generic[S]):
         )
 
     def resolve(self, horizon: Horizon | None = None) -> Self:
-        """Return a copy with all durations in steps, scaled by ``horizon.scale_ratio``.
+        """Return the schedule with all durations in steps, scaled by ``horizon.scale_ratio``.
 
         Args:
             horizon: length of the run, and the scale ratio. Required for time strings, except those
@@ -396,7 +396,7 @@ class Schedule(ABC, Generic[S]):
         return cast("Controller[S]", OpenLoop(self.build_curves(base, horizon)))
 
     def per_group(self, groups: int) -> tuple[Self, ...]:
-        """Return one schedule per param group, with each list replaced by the group's value.
+        """Return one schedule per param group, with that group's value in place of each list.
 
         Raises:
             ValueError: a list does not have one number per group.
@@ -425,7 +425,7 @@ class Schedule(ABC, Generic[S]):
         }
 
     def params(self) -> dict[str, Any]:
-        """Return the parameters that differ from their defaults, as JSON values."""
+        """Return the required and the non-default parameters, as JSON values."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, field in read_fields(type(self)).items()

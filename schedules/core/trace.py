@@ -34,7 +34,8 @@ def trace(
         base: initial hyperparameters of the optimizer, each a number or a list with one
             number per param group. The defaults are a learning rate of 0.1, a momentum of 0.9 and
             a weight decay of 0.
-        horizon: length of the run, used to convert time strings to steps and to scale durations.
+        horizon: length of the run, used to convert time strings such as ``"10ep"`` to steps, and to
+            scale durations.
         losses: loss (or metric) at each step, for feedback schedules. Defaults to a synthetic loss.
 
     Returns:
@@ -76,7 +77,7 @@ def complete_base(base: Mapping[str, float | Iterable[float]] | None) -> Base:
             per group.
 
     Raises:
-        ValueError: two lists have different lengths, or a list is empty.
+        ValueError: lists with more than one number have different lengths, or a list is empty.
 
     >>> complete_base({"lr": [0.1, 0.2]})
     {'lr': (0.1, 0.2), 'momentum': (0.9, 0.9), 'weight_decay': (0.0, 0.0)}
@@ -89,21 +90,21 @@ def complete_base(base: Mapping[str, float | Iterable[float]] | None) -> Base:
         if len(each) not in {1, groups}:
             raise ValueError(
                 f"`base` must have the same number of values for each hyperparameter, got "
-                f"{len(each)} for `{name}` and {groups} for another. Pass a number, or a list with "
-                "one number per param group."
+                f"{len(each)} for `{name}` and {groups} for another hyperparameter. For each, pass "
+                "a number, or a list with one number per param group."
             )
     return {name: each * (groups // len(each)) for name, each in given.items()}
 
 
 class Replay(NamedTuple):
-    """Result of `replay`: values at each step, and evidence for the schedule's final decision."""
+    """Result of `replay`: hyperparameters at each step, and evidence for the latest decision."""
 
     rows: list[Values]
     """Hyperparameters at each step, including the step after the final loss."""
     evidence: Evidence | None
-    """Losses and learning rates that led to the schedule's final decision.
+    """Losses and learning rates that led to the latest decision, such as to end the warmup.
 
-    None if the schedule made no decision.
+    None if the schedule made no decision or does not record its losses.
     """
 
 
@@ -114,13 +115,14 @@ def replay(
     base: Base,
     horizon: Horizon | None = None,
 ) -> Replay:
-    """Run a schedule on recorded losses, and return the hyperparameters at every step.
+    """Run a schedule on recorded losses, and return the hyperparameters at each step.
 
     Args:
         schedule: schedule to run. Schedules without feedback ignore the losses.
         losses: loss (or metric) at each step.
         base: initial hyperparameters of the optimizer, with one value per param group.
-        horizon: length of the run, used to convert time strings to steps and to scale durations.
+        horizon: length of the run, used to convert time strings such as ``"10ep"`` to steps, and to
+            scale durations.
     """
     controller = schedule.bind(base, horizon)
     state = controller.init()

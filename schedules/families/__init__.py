@@ -1,1 +1,1 @@
-"""Schedules that depend only on the step, grouped by the library that they come from."""
+"""Schedules without feedback: their values depend only on the training step."""

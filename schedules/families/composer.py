@@ -1,9 +1,9 @@
 """Composer's schedulers, with Composer's names and parameters.
 
-Each schedule multiplies the initial learning rate of a param group by a factor. Durations are time
-strings or numbers of steps. Formulas and defaults match composer/optim/scheduler.py in
-Composer 0.32. Composer's trainer applies each value one step later and scales warmups differently;
-see docs/decisions/0005-composer-schedules.md.
+Each schedule multiplies the initial learning rate of a param group by a factor. Durations are
+numbers of steps or time strings such as "10ep". Formulas and defaults match
+composer/optim/scheduler.py in Composer 0.32. Composer's trainer applies each value one step later
+and scales warmups differently; see docs/decisions/0005-composer-schedules.md.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _Scheduler(LearningRateSchedule):
 
     @abstractmethod
     def _body(self, lr: float, start: float) -> Curve:
-        """Return the curve after the warmup. Its step 0 is step ``start`` of the run."""
+        """Return the curve that follows the warmup, from the schedule's step ``start`` on."""
 
     def _peak(self, lr: float) -> float:
         """Return the learning rate at the end of the warmup."""
@@ -71,10 +71,11 @@ class _WithWarmup(_Scheduler):
     """Mixin that adds a linear warmup before the curve of the other base class."""
 
     t_warmup: WarmupStepsOrZero
-    """Length of the linear warmup from 0. `engine.scale_schedule_ratio` scales the warmup only if
-    its length is a fraction of the run (such as "0.1dur") or `scale_warmup` is true."""
+    """Length of the linear warmup; 0 for no warmup. `engine.scale_schedule_ratio` scales this
+    length only if it is a fraction of the run (such as "0.1dur") or `scale_warmup` is true."""
     scale_warmup: bool = False
-    """Whether `engine.scale_schedule_ratio` also scales the warmup."""
+    """Whether `engine.scale_schedule_ratio` scales the warmup even if its length is not a fraction
+    of the run."""
     one_based_warmup: bool = False
     """Whether to count warmup steps from 1. If true, the learning rate at step k is multiplied by
     (k + 1) / t_warmup instead of k / t_warmup, so it is not 0 at the first step, and the warmup
@@ -100,7 +101,7 @@ class _WithWarmup(_Scheduler):
 
 @schedule_class
 class ConstantScheduler(_Scheduler, example={"alpha": 0.5, "t_max": "0.5dur"}):
-    """Multiply the learning rate by ``alpha`` until step ``t_max``, and by 1 afterwards.
+    """Scale the learning rate by ``alpha`` before step ``t_max``, and leave it unscaled afterwards.
 
     ::
 
@@ -111,9 +112,9 @@ class ConstantScheduler(_Scheduler, example={"alpha": 0.5, "t_max": "0.5dur"}):
     """
 
     alpha: Factor = 1.0
-    """Factor by which the learning rate is multiplied until `t_max`."""
+    """Multiplier of the learning rate before step `t_max`."""
     t_max: Steps = "1dur"
-    """Step at which the multiplication by `alpha` ends."""
+    """First step at which the learning rate is no longer multiplied by `alpha`."""
 
     def _body(self, lr: float, start: float) -> Curve:
         end = as_number(self.t_max) - start
@@ -128,7 +129,7 @@ class ConstantWithWarmupScheduler(_WithWarmup, example={"t_warmup": "0.2dur", "a
 
         lr(k) = lr * alpha * min(1, k / t_warmup)
 
-    Composer's parameter ``t_max`` is omitted, because it has no effect in Composer.
+    Composer's ``t_max`` parameter is omitted here, because it has no effect in Composer.
 
     Source: ``ConstantWithWarmupScheduler`` in composer/optim/scheduler.py.
     """
@@ -180,8 +181,8 @@ class MultiStepScheduler(
     """
 
     milestones: Milestones
-    """Steps at which the learning rate is multiplied by `gamma`, in ascending order. Milestones may
-    have different units."""
+    """Steps, in ascending order, at which the learning rate is multiplied by `gamma`. Time strings
+    can have different units, as in ["3ep", "0.8dur"]."""
     gamma: Factor = 0.1
     """Factor applied to the learning rate at each milestone."""
 
@@ -227,11 +228,11 @@ class LinearScheduler(_Scheduler, example={"alpha_f": 0.1}):
     """
 
     alpha_i: Factor = 1.0
-    """Multiplier of the learning rate at the start."""
+    """Multiplier of the learning rate at step 0, or at the end of the warmup if there is one."""
     alpha_f: Factor = 0.0
     """Multiplier of the learning rate at `t_max` and afterwards."""
     t_max: Steps = "1dur"
-    """Step at which the multiplier reaches `alpha_f`."""
+    """Step at which the multiplier of the learning rate reaches `alpha_f`."""
 
     def _peak(self, lr: float) -> float:
         return self.alpha_i * lr
@@ -288,7 +289,7 @@ class CosineAnnealingScheduler(_Scheduler, example={"alpha_f": 0.1}):
     """
 
     t_max: Steps = "1dur"
-    """Step at which the multiplier reaches `alpha_f`."""
+    """Step at which the multiplier of the learning rate reaches `alpha_f`."""
     alpha_f: Factor = 0.0
     """Multiplier of the learning rate at `t_max` and afterwards."""
 
@@ -351,7 +352,7 @@ class PolynomialScheduler(_Scheduler, example={"power": 2.0}):
     power: Power
     """Exponent of the polynomial."""
     t_max: Steps = "1dur"
-    """Step at which the multiplier reaches `alpha_f`."""
+    """Step at which the multiplier of the learning rate reaches `alpha_f`."""
     alpha_f: Factor = 0.0
     """Multiplier of the learning rate at `t_max` and afterwards."""
 

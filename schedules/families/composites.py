@@ -48,7 +48,7 @@ class _Composite(ScheduleOfParts):
 
     @functools.cached_property
     def parts(self) -> tuple[Schedule[Any], ...]:
-        """The schedules built from `schedulers`."""
+        """The schedules built from the blocks in `schedulers`."""
         return tuple(from_config(block) for block in self.schedulers)
 
     def _convert_fields(self) -> Iterator[ParameterProblem]:
@@ -134,7 +134,7 @@ class _Composite(ScheduleOfParts):
         """Return the combined curve of each hyperparameter in each param group.
 
         Args:
-            parts: functions, one per schedule, that build the schedule's curves from initial
+            parts: for each schedule, a function that builds its curves from initial
                 hyperparameters.
             base: initial hyperparameters of the optimizer.
         """
@@ -156,8 +156,8 @@ class SequentialLR(
 
     Each schedule counts its steps from its own start. By default, it starts from the initial values
     of the param group. With ``from_previous``, it starts from the values that the previous
-    schedule has reached. A hyperparameter that a schedule does not set keeps its starting value
-    while that schedule is active.
+    schedule has reached. While a schedule is active, hyperparameters that it does not set stay at
+    the values from which it started.
 
     >>> blocks = [
     ...     {"type": "PolynomialLR", "params": {"total_iters": 4}},
@@ -173,11 +173,12 @@ class SequentialLR(
     """
 
     milestones: Milestones
-    """Steps at which the second and later schedules start, in ascending order."""
+    """Steps, in ascending order, at which the second and later schedules start."""
     from_previous: bool = False
-    """Whether each schedule starts from the values that the previous schedule reached at the
-    milestone. If false, as in PyTorch, each schedule starts from the initial values of the param
-    group. Absolute values, such as `cycle_max_lr`, are not affected."""
+    """Whether each schedule after the first starts from the hyperparameter values, such as the
+    learning rate, that the previous schedule reached at the milestone. If false, as in PyTorch,
+    each schedule starts from the initial values of the param group. Parameters that set a learning
+    rate directly, such as `cycle_max_lr`, are not affected."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if list(self.milestones) != sorted(self.milestones):
@@ -249,7 +250,8 @@ class ChainedScheduler(
 ):
     """Apply several schedules at the same time by multiplying their factors.
 
-    The factor of schedule i is its learning rate lr_i(k) divided by the initial learning rate::
+    The factor of schedule i at step k is its learning rate lr_i(k) divided by the initial learning
+    rate lr::
 
         lr(k) = lr * product over i of (lr_i(k) / lr)
 
@@ -293,7 +295,7 @@ def _count_blocks(blocks: Any) -> int:
 
 
 def _evaluate(curve: Curve, step: float) -> float:
-    """Return the value of a curve at a step, which can be fractional."""
+    """Return the value of ``curve`` at an integer or fractional ``step``."""
     value: float = curve.piece(step).formula(step)
     return value
 

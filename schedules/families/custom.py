@@ -7,8 +7,8 @@ The attribute can be one of the following:
 - a function that builds such a scheduler for an optimizer, such as
   ``transformers:get_linear_schedule_with_warmup``. Its first parameter must be named ``optimizer``.
 
-The other parameters of the function, or of the class's constructor, are the ``params`` of the
-schedule.
+In the config, ``params`` sets the parameters of the function or of the class's constructor, except
+the first one.
 
 A PyTorch scheduler runs on a dummy optimizer, and its values are recorded, so that the schedule can
 be previewed and resumed. There are two limitations. To compute the value at a step, the scheduler
@@ -168,7 +168,7 @@ def wrap_scheduler(cls: Any, name: str) -> type[WrappedScheduler]:
 def _parameters(function: Any) -> list[inspect.Parameter]:
     """Return all parameters of a function except the first.
 
-    The first one is either ``self``, the optimizer, or the step.
+    The first one is ``self``, the optimizer or the step.
     """
     return list(inspect.signature(function).parameters.values())[1:]
 
@@ -206,7 +206,7 @@ def _make_class(
 
 
 def _convert_default(default: Any) -> Any:
-    """Convert the default of a parameter to the default of a field. A list becomes a tuple."""
+    """Convert a parameter's default to a dataclass field's default. A list becomes a tuple."""
     if default is inspect.Parameter.empty:
         return dataclasses.MISSING
     return tuple(default) if isinstance(default, list) else default
@@ -230,10 +230,10 @@ class WrappedScheduler(Schedule[int]):
     def _written(self) -> tuple[str, ...]:
         """Names of the hyperparameters that the scheduler sets during its first steps.
 
-        The scheduler runs on a dummy optimizer to find these names. If an argument of the scheduler
-        is a list, the dummy optimizer has one param group per list item. If lists differ in length,
-        the longest counts. If the scheduler raises an error with these param groups, it runs again
-        with one param group per item of a shorter list, and finally with a single param group.
+        The scheduler runs on a dummy optimizer to find these names. If arguments of the scheduler
+        are lists, the dummy optimizer has one param group per item of the longest list. If the
+        scheduler raises an error, it runs again with the length of the next shorter list as the
+        number of param groups, and so on, and finally with a single param group.
         """
         lists = {len(value) for value in self.params().values() if isinstance(value, list)}
         errors = []
@@ -293,8 +293,8 @@ class _Recorder:
     """Recorder of the latest values that a scheduler has set on a dummy optimizer.
 
     The number of recorded steps is limited, so that memory use does not grow with the length of the
-    run. To return the values of an earlier step, the recorder runs the scheduler again from the
-    first step.
+    run. To return the values of a step that is no longer recorded, the recorder runs the scheduler
+    again from the first step.
     """
 
     def __init__(self, schedule: WrappedScheduler, base: Base) -> None:
@@ -342,7 +342,7 @@ class _Recorder:
 
 
 def _import_params(schedule: Schedule[Any]) -> dict[str, Any]:
-    """Return the non-default parameters, with each import path replaced by the imported object."""
+    """Return ``schedule.params()``, with each import path replaced by the imported object."""
     return {name: _import_functions(value) for name, value in schedule.params().items()}
 
 

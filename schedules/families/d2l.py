@@ -1,8 +1,9 @@
 """Schedulers from the book "Dive into Deep Learning", with MXNet's warmup.
 
-Learning rates are absolute values, not factors. Every schedule can start with a linear or constant
-warmup. The values match the book (https://d2l.ai/chapter_optimization/lr-scheduler.html). MXNet's
-trainer uses each value one step earlier; see docs/decisions/0007-d2l-schedules.md.
+Learning rates are absolute, not relative to a param group's initial learning rate. Every schedule
+can start with a linear or constant warmup. The values match the book
+(https://d2l.ai/chapter_optimization/lr-scheduler.html). MXNet's trainer evaluates its schedulers at
+k + 1 for step k; see docs/decisions/0007-d2l-schedules.md.
 """
 
 from __future__ import annotations
@@ -82,14 +83,14 @@ class _WithWarmup(Schedule[int]):
 
     @abstractmethod
     def _body(self, lr: float) -> Curve:
-        """Return the curve that follows the warmup; its step 0 is the start of the run."""
+        """Return the curve after the warmup. It counts steps from the start of the run."""
 
 
 @schedule_class
 class SquareRootScheduler(_WithWarmup, example={}):
-    """Inverse square root decay that starts at the first step.
+    """Inverse square root decay that also counts the steps of the warmup.
 
-    ::
+    After the warmup::
 
         lr(k) = base_lr / sqrt(k + 1)
 
@@ -184,7 +185,7 @@ class PolyScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10})
     """
 
     max_update: Steps
-    """Step at which the learning rate reaches `final_lr`, counted from the start of the warmup."""
+    """Step, counted from the start of the warmup, at which the learning rate reaches `final_lr`."""
     pwr: Power = 2.0
     """Exponent of the polynomial."""
     final_lr: LearningRate = 0.0
@@ -208,7 +209,7 @@ class CosineScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10
     """
 
     max_update: Steps
-    """Step at which the learning rate reaches `final_lr`, counted from the start of the warmup."""
+    """Step, counted from the start of the warmup, at which the learning rate reaches `final_lr`."""
     final_lr: LearningRate = 0.0
     """Learning rate at the end of the decay."""
 

@@ -1,7 +1,8 @@
 """DeepSpeed's schedules: OneCycle, LRRangeTest, WarmupLR, WarmupDecayLR and WarmupCosineLR.
 
-Parameters, defaults and curves match deepspeed/runtime/lr_schedules.py in DeepSpeed 0.19. The
-docstrings describe all differences; docs/decisions/0003-deepspeed-schedules.md gives the reasons.
+Parameters, defaults and curves match deepspeed/runtime/lr_schedules.py in DeepSpeed 0.19, except
+for the differences that the docstrings describe and docs/decisions/0003-deepspeed-schedules.md
+explains.
 """
 
 from __future__ import annotations
@@ -49,8 +50,7 @@ class _DeepSpeedSchedule(Schedule[int]):
     """Base class of the DeepSpeed schedules, with the parameter ``last_batch_iteration``."""
 
     last_batch_iteration: LastBatch = -1
-    """Index of the last completed step. The schedule starts at the next step; -1 starts it at step
-    0."""
+    """Index of the last step to skip at the start of the schedule; -1 skips none."""
 
     def curves(self, base: Base) -> Curves:
         done = self.last_batch_iteration + 1
@@ -61,7 +61,7 @@ class _DeepSpeedSchedule(Schedule[int]):
 
     @abstractmethod
     def _curves(self, base: Base) -> Curves:
-        """Return the curves from step 0, without the shift by ``last_batch_iteration``."""
+        """Return the curves for a start at step 0, whatever ``last_batch_iteration`` is."""
 
 
 @schedule_class
@@ -113,8 +113,8 @@ class OneCycle(
     """Number of equal stairs in the second half of the cycle; 0 disables the staircase, and null
     uses `cycle_first_stair_count`."""
     decay_step_size: StepsOrZero | None = None
-    """Length of each decay interval after the cycle; see `decay_lr_rate`. The decay has no end, so
-    the schedule does not end the run; set `engine.max_duration`. 0 or null disables the decay."""
+    """Length of each decay interval after the cycle; see `decay_lr_rate`. 0 or null disables the
+    decay. Otherwise, it never ends, so set the length of the run in `engine.max_duration`."""
     post_cycle_decay_step_size: StepsOrZero | None = None
     """Alias of `decay_step_size`, used in DeepSpeed's tutorial. Set only one of the two keys."""
     cycle_momentum: bool = True
@@ -227,7 +227,7 @@ class LRRangeTest(
 
         lr(k) = lr_range_test_min_lr * (1 + lr_range_test_step_rate * x)
 
-    With ``lr_range_test_staircase``, x is rounded down. Stop the run when the loss diverges.
+    With ``lr_range_test_staircase``, x is rounded down. Interrupt the run when the loss diverges.
 
     >>> test = LRRangeTest(lr_range_test_min_lr=0.1, lr_range_test_step_size=2)
     >>> [round(lr, 6) for lr in test.curves({"lr": (0.1,)})["lr"][0].values(5)]
@@ -348,8 +348,8 @@ class WarmupDecayLR(
 
         lr(k) = warmup_max_lr + (warmup_min_lr - warmup_max_lr) * (k - N) / (T - N)
 
-    After step T, the learning rate stays constant. If ``warmup_max_lr`` is null, the maximum
-    is the param group's initial learning rate. In DeepSpeed, the default is 0.001 instead of null.
+    After step T, the learning rate stays constant. If ``warmup_max_lr`` is null, the maximum is the
+    param group's initial learning rate. DeepSpeed's default for ``warmup_max_lr`` is 0.001 instead.
 
     >>> decay = WarmupDecayLR(total_num_steps=6, warmup_num_steps=2, warmup_type="linear")
     >>> list(decay.curves({"lr": (1.0,)})["lr"][0].values(8))

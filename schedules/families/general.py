@@ -94,7 +94,7 @@ class Phases(
         "weight_decay": [{"from": 0.0, "to": 0.1, "duration": "1dur"}],
     },
 ):
-    """Run a list of phases, each with a shape, a start value, an end value and a duration.
+    """Change hyperparameters in phases with a shape, a start value, an end value and a duration.
 
     A phase is ``{"shape": …, "from": …, "to": …, "duration": …}``. "shape" is "linear" (the
     default), "constant", "cosine", "polynomial" (quadratic), "exponential" (linear on a log scale),
@@ -227,8 +227,8 @@ class Phases(
             if phase.get("shape") in _NEVER_ZERO and 0 in (start, value):
                 raise ValueError(
                     f"A phase of `{name}` with the shape {phase['shape']} must not start or end at "
-                    f"0, got a phase from {start:g} to {value:g} for a param group with the "
-                    f"initial value {own:g}. Use small positive values."
+                    f"0, got a phase from {start:g} to {value:g} for a param group with initial "
+                    f"{name} {own:g}. Use a small positive value instead of 0."
                 )
             if name == "momentum" and max(start, value) >= 1:
                 raise ValueError(
@@ -333,8 +333,8 @@ class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
     warmup_steps: WarmupStepsOrZero = 0
     """Length of the warmup."""
     timescale: Steps | None = None
-    """Number of steps after the warmup over which the learning rate falls to 1 / sqrt(2) of its
-    peak; null uses `warmup_steps`."""
+    """Number of steps from the end of the warmup until the learning rate has fallen to 1 / sqrt(2)
+    of its peak; null uses `warmup_steps`."""
     one_based_warmup: bool = False
     """Whether to count warmup steps from 1. If true, the learning rate at step k is multiplied by
     (k + 1) / warmup_steps instead of k / warmup_steps, so it is not 0 at the first step, and the

@@ -48,8 +48,8 @@ class OptimizerParamScheduler(
 
     Unlike in Megatron-LM, durations are in optimizer steps, not in samples. The decay ends at step
     ``lr_decay_steps`` of the run, and the learning rate stays at ``min_lr`` afterwards. With
-    ``lr_decay_style`` "WSD", the learning rate is constant after the warmup and decays during the
-    ``wsd_decay_steps`` steps before step ``lr_decay_steps``. With "constant", it does not decay.
+    ``lr_decay_style`` "WSD", the decay starts ``wsd_decay_steps`` steps before its end; until then,
+    the learning rate stays at ``max_lr``. With "constant", there is no decay.
 
     As in Megatron-LM, a param group can have its own ``max_lr``, ``min_lr``, ``start_wd`` and
     ``end_wd``, which override the schedule's parameters for this group.
@@ -63,13 +63,13 @@ class OptimizerParamScheduler(
     init_lr: LearningRate = 0.0
     """Learning rate at the first step of the warmup."""
     max_lr: LearningRate
-    """Learning rate after the warmup."""
+    """Learning rate at the end of the warmup."""
     min_lr: LearningRate = 0.0
     """Learning rate at the end of the decay."""
     lr_warmup_steps: WarmupStepsOrZero = 0
     """Length of the warmup."""
     lr_decay_steps: Steps
-    """Total length of the warmup and the decay."""
+    """Length of the period from the start of the warmup to the end of the decay."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
     """Shape of the decay after the warmup."""
     wsd_decay_steps: Steps | None = None
@@ -92,7 +92,7 @@ class OptimizerParamScheduler(
 
     @property
     def _weight_decays(self) -> tuple[PerGroup, PerGroup] | None:
-        """Weight decay at the start and at the end; None if the schedule does not change it."""
+        """Initial and final weight decay; None if the schedule does not change the weight decay."""
         if self.start_wd is None and self.end_wd is None:
             return None
         return self.start_wd or 0.0, self.end_wd or 0.0

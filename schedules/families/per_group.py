@@ -1,4 +1,4 @@
-"""Run a different schedule for each param group."""
+"""Apply a separate schedule to each param group."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["PerGroup"]
 
 @schedule_class
 class PerGroup(ScheduleOfParts):
-    """Run a different schedule for each param group.
+    """Apply a separate schedule to each param group.
 
     `schedules.attach` builds this schedule from a dict that maps param groups to schedules.
     `engine.initialize` builds it from the entries of ``optimizer.param_groups`` in the config.
-    Param groups with equal schedules share one schedule. If a shared schedule sets a single
-    absolute learning rate, its groups must have equal initial learning rates. If a group's schedule
-    does not set a hyperparameter that the schedule of another group sets, the group keeps the
-    initial value of this hyperparameter.
+    If several groups have equal schedules, one schedule is applied to all of them. If it sets an
+    absolute learning rate as a single number, these groups must have equal initial learning rates.
+    If a group's schedule does not set a hyperparameter that the schedule of another group sets, the
+    group keeps the initial value of this hyperparameter.
 
     >>> import schedules
     >>> warmup = schedules.LinearLR(start_factor=0.0, total_iters=2)
@@ -35,7 +35,7 @@ class PerGroup(ScheduleOfParts):
     """
 
     schedulers: Annotated[Any, AnyValue()]
-    """The `Schedule` of each param group, in a list. None keeps the group's initial values."""
+    """One `Schedule` per param group, in order. A group with None keeps its initial values."""
 
     def _convert_fields(self) -> Iterator[ParameterProblem]:
         yield from super()._convert_fields()

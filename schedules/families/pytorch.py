@@ -1,9 +1,9 @@
 """PyTorch's schedulers, with PyTorch's names and parameters.
 
 Formulas and defaults match torch/optim/lr_scheduler.py in PyTorch 2.13. PyTorch computes most
-values from the previous value. Here, each value depends only on the step k. After a schedule has
-ended, its values stay constant. In PyTorch, the learning rate of CosineAnnealingLR rises again.
-docs/decisions/0006-pytorch-schedules.md describes the differences.
+values from the value at the previous step; here, each value depends only on the step k. After the
+end of a schedule, values stay constant here, but not always in PyTorch: its CosineAnnealingLR, for
+example, raises the learning rate again. See docs/decisions/0006-pytorch-schedules.md.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class MultiStepLR(LearningRateSchedule, example={"milestones": [30, 60, 80], "ga
     """
 
     milestones: Milestones
-    """Steps at which the learning rate is multiplied by `gamma`, in any order. If a step is
-    listed twice, the learning rate is multiplied twice."""
+    """Steps, in any order, at which the learning rate is multiplied by `gamma`. If a step is
+    listed twice, the learning rate is multiplied twice at that step."""
     gamma: Factor = 0.1
     """Factor applied to the learning rate at each milestone."""
 
@@ -91,7 +91,7 @@ class MultiStepLR(LearningRateSchedule, example={"milestones": [30, 60, 80], "ga
 
 @schedule_class
 class ConstantLR(LearningRateSchedule, example={"factor": 0.5, "total_iters": 40}):
-    """Multiply the learning rate by ``factor`` until step ``total_iters``, and by 1 afterwards.
+    """Multiply the initial learning rate by ``factor`` for the first ``total_iters`` steps.
 
     ::
 
@@ -104,7 +104,7 @@ class ConstantLR(LearningRateSchedule, example={"factor": 0.5, "total_iters": 40
     factor: Factor = 1 / 3
     """Factor applied to the learning rate until step `total_iters`."""
     total_iters: Steps = 5
-    """Step at which the factor returns to 1."""
+    """First step at which the learning rate is not multiplied by `factor`."""
 
     def curve(self, lr: float) -> Curve:
         end = as_number(self.total_iters)
@@ -127,7 +127,7 @@ class LinearLR(LearningRateSchedule, example={"total_iters": 60}):
     end_factor: Factor = 1.0
     """Factor applied to the learning rate from step `total_iters` on."""
     total_iters: Steps = 5
-    """Step at which the factor reaches `end_factor`."""
+    """Step at which the factor applied to the learning rate reaches `end_factor`."""
 
     def curve(self, lr: float) -> Curve:
         steps = as_number(self.total_iters)
@@ -225,10 +225,10 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
 
     With n = ``total_steps``, the learning rate starts at ``max_lr / div_factor``, reaches
     ``max_lr`` at step ``pct_start * n - 1``, and ends at
-    ``max_lr / div_factor / final_div_factor`` at step ``n - 1``. With ``three_phase``, it falls
-    back to ``max_lr / div_factor`` first, in as many steps as it rose. Each phase is a cosine or a
-    straight line. Momentum goes from ``max_momentum`` to ``base_momentum`` and back. After step
-    ``n - 1``, the values stay constant. PyTorch raises an error instead.
+    ``max_lr / div_factor / final_div_factor`` at step ``n - 1``. With ``three_phase``, it first
+    falls back to ``max_lr / div_factor``, as fast as it rose. Each phase is a cosine or a straight
+    line. Momentum goes from ``max_momentum`` to ``base_momentum`` and back. After step ``n - 1``,
+    the values stay constant, whereas PyTorch's scheduler raises an error.
 
     Source: ``OneCycleLR`` in torch/optim/lr_scheduler.py; Smith and Topin, Super-convergence,
     https://arxiv.org/abs/1708.07120.
@@ -383,11 +383,10 @@ class CyclicLR(
     step_size_down: Steps | None = None
     """Length of the falling part of each cycle; null uses `step_size_up`."""
     mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
-    """How the height of the triangles changes: it stays constant ("triangular"), halves after each
-    triangle ("triangular2"), or is multiplied by `gamma` after every step ("exp_range")."""
+    """How the amplitude changes: it stays constant ("triangular"), halves after each cycle
+    ("triangular2"), or is multiplied by `gamma` after every step ("exp_range")."""
     gamma: Gamma = 1.0
-    """Factor by which the height of the triangles is multiplied after every step, if `mode` is
-    "exp_range"."""
+    """Factor by which the amplitude is multiplied after every step if `mode` is "exp_range"."""
     cycle_momentum: bool = True
     """Whether to cycle momentum (betas[0] if the optimizer has betas) inversely to the learning
     rate."""

@@ -45,7 +45,7 @@ class _PeakSchedule(Schedule[int]):
 @schedule_class
 class _WarmupAndDecay(_PeakSchedule):
     warmup_steps: WarmupStepsOrZero = 0
-    """Length of the linear warmup from 0."""
+    """Length of the linear warmup; 0 for no warmup."""
     max_steps: Steps
     """Length of the run, including the warmup. Reaching it does not stop training."""
     end_lr_ratio: Ratio = 0.1

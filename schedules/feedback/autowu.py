@@ -43,15 +43,16 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     learning rate.
 
     The parameter ``test`` selects the test that makes these estimates and ends the warmup.
-    "reference" comes from the code of AutoWU's authors. It runs once per epoch, needs about thirty
-    epochs, and depends on the scale of the loss. The test "robust" runs about sixty times per
-    warmup, does not depend on the scale of the loss, and tolerates loss spikes. With "robust", the
-    cooldown starts at n = 0; with "reference", it starts at n = 1, as in the authors' code.
+    The test "reference" comes from the code of AutoWU's authors. It runs once per epoch, needs a
+    run of about thirty epochs, and depends on the scale of the loss. The test "robust" runs about
+    sixty times per warmup, does not depend on the scale of the loss, and tolerates loss spikes.
+    With "robust", the cooldown starts at n = 0; with "reference", it starts at n = 1, as in the
+    authors' code.
 
-    If ``rollback`` is true, the weights and the optimizer state are restored when the warmup ends.
-    They return to their values at the end of the test interval with the lowest mean loss. A test
-    interval consists of the steps from one evaluation of the test to the next. A rollback helps
-    models that diverge at high learning rates, such as models without normalization layers.
+    If ``rollback`` is true, earlier weights and optimizer states are restored when the warmup ends.
+    The steps from one run of the test to the next form an interval. The restored values are those
+    from the end of the interval with the lowest mean loss. A rollback helps models that diverge at
+    high learning rates, such as models without normalization layers.
 
     The engine passes the loss of ``trainer.backward(loss)`` to the schedule. In a custom loop, call
     ``step(loss=loss)``. Previews use a synthetic loss.
@@ -69,8 +70,8 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     """
 
     steps_per_epoch: Count = None
-    """Number of steps per epoch; null uses the run's actual number. The test "reference" runs once
-    per epoch."""
+    """Number of steps per epoch; null uses the run's actual number. If `test` is "reference", the
+    test on the losses runs once per epoch of this length."""
     total_epochs: Count = None
     """Number of epochs; null derives it from the length of the run."""
     min_lr: Annotated[float, Range(above=0)] = 1e-5
@@ -80,34 +81,35 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     max_warmup_fraction: Annotated[float, Range(at_least=0, at_most=1)] = 0.5
     """Maximum length of the warmup as a fraction of the run."""
     warmup_unit: Literal["step", "epoch"] = "step"
-    """Whether the learning rate increases at every step ("step") or at the end of every epoch
-    ("epoch") during the warmup."""
+    """Whether the warmup increases the learning rate at every step ("step") or at the end of every
+    epoch ("epoch")."""
     warmup_type: Literal["exp", "linear"] = "exp"
     """Whether the learning rate increases exponentially or linearly during warmup."""
     immediate_cooldown: bool = False
     """Whether the cooldown starts immediately after the warmup, without a constant phase."""
     decay_phase_stat: Literal["loss"] | None = None
-    """Statistic that determines when the learning rate is reduced between the warmup and the
-    cooldown. With null, the learning rate is reduced at most once, right after the warmup. With
-    "loss", it is multiplied by `decay_phase_factor` whenever the mean loss per epoch has not
-    improved for more than five epochs."""
+    """Statistic that triggers reductions of the learning rate between the warmup and the cooldown.
+    With "loss", the learning rate is multiplied by `decay_phase_factor` each time that more than
+    five epochs in a row do not improve the mean loss per epoch. With null, the learning rate is
+    reduced at most once, right after the warmup."""
     decay_phase_factor: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Factor applied to the learning rate between the warmup and the cooldown. If
-    `decay_phase_stat` is null, the factor is applied once, when `test` ends the warmup. If
-    `decay_phase_stat` is "loss", the factor is applied at each plateau of the loss."""
+    `decay_phase_stat` is null, the factor is applied once, if the statistical test (see `test`)
+    ends the warmup. If `decay_phase_stat` is "loss", the factor is applied at each plateau of the
+    loss."""
     cooldown_fraction: Fraction = 0.2
     """Length of the cooldown at the end of the run, as a fraction of the run. A warmup still in
-    progress ends when the cooldown starts. This key is ignored if `immediate_cooldown` is true and
-    `test` is "robust"."""
+    progress ends when the cooldown starts. If `immediate_cooldown` is true, this is only the
+    minimum length (with the "reference" test) or is ignored (with the "robust" test)."""
     cooldown_type: Literal["cosine", "half_cosine"] = "cosine"
     """Shape of the cooldown; "half_cosine" starts at half of the peak learning rate."""
     test: Literal["reference", "robust"] = "reference"
     """Statistical test that decides when the warmup ends: the test from the code of AutoWU's
     authors ("reference"), or a test that does not depend on the scale of the loss ("robust")."""
     rollback: bool = False
-    """Whether to restore earlier weights and optimizer states when the warmup ends: those from the
-    end of the test interval with the lowest mean loss. A test interval consists of the steps from
-    one evaluation of the test to the next."""
+    """Whether to restore earlier weights and optimizer states when the warmup ends. The steps from
+    one run of the statistical test to the next form an interval. The restored values are those from
+    the end of the interval with the lowest mean loss."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.min_lr >= self.max_lr:
@@ -132,9 +134,9 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     def resolve(self, horizon: Horizon | None = None) -> AutoWU:
         """Return a copy with ``steps_per_epoch`` and ``total_epochs`` set from ``horizon``.
 
-        A parameter is set only if it is null and can be computed from ``horizon``. The number of
-        epochs is multiplied by ``horizon.scale_ratio``. With the robust test, a run that does not
-        consist of whole epochs is treated as a single epoch.
+        A parameter that is null is computed from ``horizon`` if possible. The number of epochs,
+        whether given or computed, is then multiplied by ``horizon.scale_ratio``. With the robust
+        test, a run that does not consist of whole epochs is treated as a single epoch.
 
         Raises:
             ScheduleError: the scaled run has too many steps, or the schedule uses the reference

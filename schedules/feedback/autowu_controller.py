@@ -1,4 +1,4 @@
-"""The controller of `AutoWU`: the warmup, the tests that end it, and the decay."""
+"""The controller of `AutoWU`, which decides when each phase of the schedule starts."""
 
 from __future__ import annotations
 
@@ -27,18 +27,22 @@ class Decay:
 
     cooldown_type: Literal["cosine", "half_cosine"]
     cooldown_start: float
-    """Latest step at which the cooldown can start."""
+    """Latest step at which the cooldown can start.
+
+    Ignored if `is_immediate` is true and the statistical test does not enforce the cooldown.
+    """
     is_immediate: bool
     """Whether the cooldown starts right after the warmup, without a constant phase."""
     factor: float
     reduces_on_plateau: bool
-    """Whether `factor` is applied at each plateau of the loss instead of after the warmup."""
+    """Whether the learning rate is multiplied by `factor` at each plateau of the loss, instead of
+    once after the warmup."""
 
 
 class AutoWUController(FeedbackController[AutoWUState]):
     """Controller of `AutoWU` for param groups with the given initial learning rates.
 
-    The first call of `update` is step 1, as in the published code.
+    The first call of `update` counts as step 1, as in the code of AutoWU's authors.
 
     Args:
         test: statistical test that ends the warmup. It also holds the warmup's parameters.
@@ -89,8 +93,8 @@ class AutoWUController(FeedbackController[AutoWUState]):
         if loss is None:
             raise ValueError(
                 "AutoWU requires the loss at every step. Pass the loss to `step(loss=loss)` or, "
-                "with the engine, to `trainer.backward(loss)`. If a trainer calls `step()` "
-                "without the loss, call `scheduler.record_loss(loss)` before each step."
+                "with the engine, to `trainer.backward(loss)`. If another library calls `step()` "
+                "without the loss, call `scheduler.record_loss(loss)` before each of these calls."
             )
         state = dataclasses.replace(state, step=state.step + 1, is_lowest=False)
         if self._must_cool_down(state):
@@ -174,7 +178,10 @@ class AutoWUController(FeedbackController[AutoWUState]):
         return state.decision
 
     def is_lowest(self, state: AutoWUState) -> bool:
-        """Return whether a test interval with the lowest mean loss so far has just ended."""
+        """Return whether the mean loss of the latest test interval is the lowest so far.
+
+        Return False after steps at which the statistical test does not run.
+        """
         return state.is_lowest
 
     def evidence(self, before: AutoWUState, loss: float, after: AutoWUState) -> Evidence | None:

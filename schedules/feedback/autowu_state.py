@@ -29,10 +29,10 @@ class AutoWUState:
     """State of the random number generator that samples losses. None before the first sample."""
     votes: tuple[bool, ...] = ()
     alone: Count = 0
-    """Number of consecutive robust tests that are confident that the loss is above its minimum.
-    Unlike `votes`, this does not require that the loss first fell to the minimum."""
+    """Number of consecutive robust tests that confidently found the current loss above the minimum.
+    Unlike for `votes`, the initial loss need not be above the minimum."""
     chance: float = 0.0
-    """Probability that the loss has passed its minimum, according to the latest test."""
+    """Probability that the loss has passed its minimum, from the latest statistical test."""
     argmin: float = 1.0
     lowest: float = math.inf
     """Lowest mean loss so far. Each mean is taken over the steps between two statistical tests."""

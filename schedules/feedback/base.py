@@ -42,9 +42,9 @@ class FeedbackController(Controller[S]):
         return state
 
     def evidence(self, before: S, loss: float, after: S) -> Evidence | None:
-        """Return the losses and learning rates that led to the decision in ``after``, if known.
+        """Return the losses and learning rates that led to a decision; by default, return None.
 
-        By default, return None. Override this method in a controller that records the losses.
+        Override this method in a controller that records the losses.
         """
         del before, loss, after
         return None
@@ -76,7 +76,7 @@ class FeedbackSchedule(Schedule[S]):
         return resolved.controller(base)
 
     def curves(self, base: Base) -> Curves:
-        """Return the learning rate curve of each param group in a run on the synthetic loss."""
+        """Return the learning rate curve of each param group, simulated with `synthetic_loss`."""
         run_once = functools.cache(self._run_on_synthetic_loss)
         groups = tuple(base["lr"])
 

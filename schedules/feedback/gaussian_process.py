@@ -1,9 +1,9 @@
 """A Gaussian process on [0, 1], approximated by a fixed number of features.
 
-The model is f ~ GP(mean, scale * exp(-(x - x')^2 / (2 l^2))) and y = f(x) + noise. With l = 0.2,
-about thirty features reproduce the kernel on [0, 1] to twelve digits. The size of the matrices is
-therefore the number of features, not the number of losses, and computing the posterior given
-thousands of losses takes less than a millisecond.
+The loss at position x is modeled as y = f(x) + noise, where
+f ~ GP(mean, scale * exp(-(x - x')^2 / (2 l^2))). With l = 0.2, about thirty features reproduce the
+kernel on [0, 1] to twelve digits. The matrices therefore do not grow with the number of losses, and
+computing the posterior given thousands of losses takes less than a millisecond.
 
 Source: Rasmussen and Williams, Gaussian Processes for Machine Learning, chapters 2 and 5.
 """
@@ -76,7 +76,7 @@ class Statistics(NamedTuple):
     projected: Array
     """phi^T y in the eigenbasis of phi^T phi."""
     ones: Array
-    """phi^T 1 in the eigenbasis of phi^T phi."""
+    """phi^T 1, where 1 is a vector of ones, in the eigenbasis of phi^T phi."""
     total: float
     squares: float
 
@@ -124,7 +124,7 @@ class Hyperparameters:
 
     @classmethod
     def initial(cls, noise: float = 1e-3, scale: float = math.log(2)) -> Hyperparameters:
-        """Return the hyperparameters for mean 0 and the given noise variance and prior variance."""
+        """Return initial hyperparameters with mean 0 and the given noise and prior variances."""
         return cls((_inverse_softplus(noise - _LEAST_NOISE), 0.0, _inverse_softplus(scale)))
 
     @property
@@ -147,7 +147,7 @@ class Hyperparameters:
         return dataclasses.replace(self, raw=(self.raw[0], mean, self.raw[2]))
 
     def loss(self, data: Statistics) -> float:
-        """Return the negative log marginal likelihood divided by the number of losses."""
+        """Return the negative log marginal likelihood per data point."""
         noise, mean, scale = self.noise, self.mean, self.scale
         ratio = scale / noise
         rest = data.squares - 2 * mean * data.total + data.size * mean**2
@@ -276,8 +276,8 @@ def solve_ratio(data: Statistics, within: float = 0.0) -> Hyperparameters:
     Args:
         data: statistics of n losses y, with the eigenvalues lambda (``values``) and the projected
             losses b (``projected``).
-        within: sum of the squared deviations of the losses from the mean of their bin, if ``data``
-            was computed from the mean losses of bins. Defaults to 0.
+        within: within-bin sum of squares, if each y is the mean of a bin of losses: the sum of
+            (loss - mean of its bin)^2 over all losses. 0 if the losses are not binned.
     """
     shrunk = _RATIOS / (1 + _RATIOS * data.values)
     noise = (data.squares + within - shrunk @ data.projected**2) / data.size

@@ -1,8 +1,8 @@
 """Statistical tests that check whether the loss has passed its minimum.
 
-There are two tests: AutoWU's published test, and a robust test that does not depend on the scale of
-the loss. Both tests fit a Gaussian process to the losses of the warmup, with time scaled to [0, 1],
-and estimate the probability that an earlier loss was lower than the current loss.
+There are two tests: one from AutoWU's published code, and a robust test that does not depend on the
+scale of the loss. Both tests fit a Gaussian process to the losses of the warmup, with time scaled
+to [0, 1], and estimate the probability that an earlier loss was lower than the current loss.
 
 Source: Kim et al., Automated learning rate scheduler for large-batch training,
 https://arxiv.org/abs/2107.05855, and its code, github.com/kakaobrain/autowu.
@@ -148,7 +148,7 @@ class RobustResult(NamedTuple):
 
 
 def run_robust_test(losses: Array) -> RobustResult:
-    """Test whether the loss has passed its minimum, with AutoWU's "robust" test.
+    """Test whether the loss has passed its minimum, with this library's robust test.
 
     The test tolerates noise and loss spikes, and does not depend on the scale of the loss. It clips
     losses that differ from the lowest loss by more than twice the decrease in the loss so far.

@@ -27,7 +27,7 @@ class PlateauState(NamedTuple):
     bad: Count = 0
     """Number of consecutive metric values without an improvement."""
     rests: Count = 0
-    """Number of metric values left to ignore in the current cooldown."""
+    """Number of metric values left in the current cooldown."""
     factor: float = 1.0
     """Product of the factors of all reductions so far."""
     reductions: Count = 0
@@ -99,8 +99,8 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
         lr = max(lr * factor, min_lr)
 
     Whenever a new value of the metric is available, for example at the end of an epoch, pass it to
-    ``trainer.step(metric=…)`` or, in a custom loop, to ``step(metric)``. Steps without a new
-    value do not change the learning rate, except during the warmup. Previews use a synthetic
+    ``trainer.step(metric=…)`` or, in a custom loop, to ``scheduler.step(metric=…)``. Steps without
+    a new value do not change the learning rate, except during the warmup. Previews use a synthetic
     metric.
 
     The warmup counts the calls to ``step``. If a trainer calls ``step`` once per evaluation, as
@@ -124,22 +124,23 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     factor: Annotated[float, Range(at_least=0)] = 0.1
     """Factor applied to the learning rate at each reduction."""
     patience: MetricCount = 10
-    """Maximum number of consecutive metric values without an improvement. The next such value
-    reduces the learning rate."""
+    """Number of consecutive metric values without an improvement that are tolerated. One more
+    such value reduces the learning rate."""
     threshold: Annotated[float, Range(at_least=0)] = 1e-4
     """Minimum change in the metric that counts as an improvement."""
     threshold_mode: Literal["rel", "abs"] = "rel"
     """Whether `threshold` is a fraction of the best metric value ("rel") or an absolute difference
     ("abs")."""
     cooldown: MetricCount = 0
-    """Number of metric values to ignore after each reduction of the learning rate."""
+    """Number of metric values that do not count toward `patience` after each reduction of the
+    learning rate."""
     min_lr: LearningRate = 0.0
     """Lower bound on the learning rate."""
     eps: Annotated[float, Range(at_least=0)] = 1e-8
     """Minimum reduction of the learning rate; smaller reductions are skipped."""
     warmup_steps: WarmupStepsOrZero = 0
-    """Length of a linear warmup from 0. Metric values during the warmup are ignored. PyTorch
-    does not have this parameter."""
+    """Length of a linear warmup of the learning rate. Metric values during the warmup are ignored.
+    PyTorch's `ReduceLROnPlateau` does not have this parameter."""
     one_based_warmup: bool = False
     """Whether to count warmup steps from 1. If true, the learning rate at step k is multiplied by
     (k + 1) / warmup_steps instead of k / warmup_steps, so it is not 0 at the first step, and the
@@ -162,7 +163,7 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
 
 
 class PlateauController(FeedbackController[_State]):
-    """Controller of `ReduceLROnPlateau` for param groups with the given initial learning rates."""
+    """Controller of `ReduceLROnPlateau`; ``lrs`` are the param groups' initial learning rates."""
 
     def __init__(self, params: ReduceLROnPlateau, lrs: tuple[float, ...]) -> None:
         self._lrs = lrs

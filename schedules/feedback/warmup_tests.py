@@ -37,7 +37,7 @@ class Verdict(NamedTuple):
     """State of AutoWU after the test, including the new result."""
     ends_warmup: bool
     argmins: Sequence[float]
-    """Estimated positions of the minimum, from 0 (start of the losses) to 1 (end)."""
+    """Estimates of the position of the loss minimum, from 0 (first loss) to 1 (latest loss)."""
     probability: float
 
 
@@ -69,9 +69,9 @@ class WarmupTest(ABC):
 
     @abstractmethod
     def find_likely_minimum(self, state: AutoWUState) -> float | None:
-        """Return the likely position of the loss minimum, from 0 (start) to 1 (latest test).
+        """Return the likely position of the loss minimum; None if it is unknown.
 
-        Return None if the test finds no minimum.
+        The position ranges from 0 (start of the warmup) to 1 (latest run of the test).
         """
 
     @abstractmethod
@@ -87,7 +87,7 @@ class WarmupTest(ABC):
 
 
 class PublishedTest(WarmupTest):
-    """Test from AutoWU's published code that checks whether the loss has passed its minimum.
+    """Test of whether the loss has passed its minimum, as in AutoWU's published code.
 
     The test runs once per epoch and ends the warmup after three consecutive confident results.
     """
@@ -186,15 +186,15 @@ class TorchSampler:
     The random numbers come from a PyTorch generator.
 
     Args:
-        state: attribute `state` of an earlier sampler, to continue its sequence of random numbers.
-            By default, the generator is seeded with 0.
+        state: the `state` attribute of an earlier sampler, to continue its sequence of random
+            numbers; None to seed the generator with 0.
     """
 
     def __init__(self, state: str | None = None) -> None:
         self.state = state
 
     def sample(self, count: int, wanted: int) -> Any:
-        """Return ``wanted`` distinct indices from 0 to ``count - 1``, in ascending order."""
+        """Return ``wanted`` distinct random indices from 0 to ``count - 1``, in ascending order."""
         import torch
 
         generator = self.build_generator()

@@ -56,7 +56,7 @@ def add_examples(parser: argparse.ArgumentParser, *examples: str) -> None:
     """Add example commands to the end of a parser's help.
 
     A unit test runs each example. The examples may use the files ds_config.json, other.json,
-    train.py, hostfile and losses.csv, and the directory checkpoints.
+    train.py, hostfile and losses.csv, and the ``checkpoints`` directory.
     """
     lines = "".join(f"\n  {example}" for example in examples)
     parser.epilog = f"{parser.epilog or ''}\n\nexamples:{lines}"
@@ -79,7 +79,7 @@ def find_schedule(name: str) -> type[Schedule[Any]]:
 
     Raises:
         ValueError: if the name is unknown, or the imported object is not a schedule. For an unknown
-            name, the message suggests a similar one.
+            name, the message may suggest a similar one.
     """
     from schedules.core.registry import find, suggest
 

@@ -109,7 +109,7 @@ def _verify(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _list_tags(directory: Path) -> list[str]:
-    """Return the names of the subdirectories that contain a checkpoint, even a damaged one."""
+    """Return the tags of all checkpoints in a directory, including damaged ones."""
     paths = directory.iterdir() if directory.is_dir() else ()
     return sorted(
         path.name

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 _WIDEST_CELL = 45
-"""Maximum width to which cells are padded. Longer cells are not aligned with other rows."""
+"""Maximum width of a column for alignment. A longer cell shifts the rest of its row."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of ranks (default: 1)",
     )
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="print the values as a complete config")
+    how.add_argument(
+        "--json",
+        action="store_true",
+        help="print the resolved config as JSON that can be used as a config file",
+    )
     how.add_argument(
         "--diff",
         metavar="OTHER",
@@ -108,7 +112,7 @@ def _resolve(
 
 
 def _list_param_groups(context: RuleContext, path: str) -> list[str]:
-    """Return one line per param group of a model, as in the log of a run.
+    """Return one line per param group of a model, as `initialize` logs it.
 
     Raises:
         ValueError: if the model cannot be imported or built, or does not fit the config.

@@ -143,8 +143,8 @@ def _check_options(args: argparse.Namespace) -> None:
     """
     if not 0 <= args.port < 2**16:
         raise LaunchError(
-            f"`--port` must be between 0 and 65535, got {args.port}. Remove the option to use a "
-            "free port."
+            f"`--port` must be between 0 and 65535, got {args.port}. To use any free port, remove "
+            "the option."
         )
     if args.hostfile and _is_slurm(args):
         raise LaunchError(
@@ -196,7 +196,7 @@ def _build_request(args: argparse.Namespace, script: tuple[str, ...]) -> LaunchR
 
 
 def _build_set_variable(assignments: Sequence[str]) -> dict[str, str]:
-    """Return the environment variable that passes `--set` to `engine.initialize`."""
+    """Return a dict with the environment variable that passes `--set` options to the ranks."""
     from engine.config.overrides import parse_assignments
 
     parse_assignments(assignments)  # raises an error here instead of on each rank
@@ -252,7 +252,7 @@ def _is_valid(config: str, assignments: Sequence[str], world_size: int, out: Tex
 def _run_preflight(
     request: LaunchRequest, config: str | None, out: TextIO
 ) -> dict[str, HostFacts] | None:
-    """Run the preflight checks on all hosts, and print the problem that each failed check found.
+    """Run the preflight checks on all hosts, and print the problems found.
 
     Returns:
         Dict that maps each host name to the host's network settings; None if a check failed.

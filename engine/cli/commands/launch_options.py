@@ -53,11 +53,11 @@ _UNSUPPORTED = {
 """Maps each error message to the options of torchrun and deepspeed that cause it."""
 
 _ALWAYS_TRUE = ("--no-local-rank", "--force-multi")
-"""Flags of deepspeed that have no effect, because `onecycle launch` behaves as if they were set."""
+"""Flags of deepspeed that `onecycle launch` ignores, because it always acts as if they were set."""
 
 
 class _Unsupported(argparse.Action):
-    """An argparse action that prints the alternative to an unsupported option, and exits."""
+    """An argparse action that prints what to do about an unsupported option, and exits."""
 
     def __call__(self, parser: argparse.ArgumentParser, *arguments: object) -> NoReturn:
         parser.exit(USAGE, f"onecycle: `{arguments[-1]}` {self.const}\n")

@@ -104,7 +104,8 @@ def _add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=4.0,
         metavar="X",
-        help="stop when the smoothed loss exceeds X times its minimum (default: 4)",
+        help="end the sweep when the smoothed loss exceeds X times its lowest value so far "
+        "(default: 4)",
     )
 
 
@@ -116,11 +117,11 @@ def _add_repetition_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refine",
         action="store_true",
-        help="after the sweep, do short training runs of --steps steps with a 1Cycle schedule, and "
-        "suggest the maximum learning rate of the run with the lowest final loss. Five runs use "
-        "maximum learning rates around the sweep's suggestion, each twice the previous one. "
-        "If the smallest or the largest of these learning rates is the best, more runs follow. "
-        "With this option, the test takes five to ten times as long",
+        help="after the sweep, refine the suggested maximum learning rate with short 1Cycle runs "
+        "of --steps steps. The first five runs use 1/4, 1/2, 1, 2 and 4 times the suggestion. If "
+        "the smallest or the largest of these gives the lowest final loss, more runs follow. The "
+        "refined suggestion is computed from the final losses. With --refine, the test takes five "
+        "to ten times as long",
     )
     parser.add_argument(
         "--training-steps",
@@ -138,8 +139,9 @@ def _add_script_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help=f"{SET_HELP}. The values apply to each config that the script passes to "
-        "engine.initialize, and to what this command reads from the --config and --write files",
+        help=f"{SET_HELP}. The overrides apply to each config that the script passes to "
+        "engine.initialize, and to the configs that this command reads from the --config and "
+        "--write files",
     )
     parser.add_argument(
         "--engine",
@@ -174,7 +176,7 @@ def _add_script_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "script",
         nargs=argparse.REMAINDER,
-        help="-- followed by the training script and its arguments, or by another command",
+        help="-- followed by the training script and its arguments, or by a command that runs it",
     )
 
 
@@ -216,7 +218,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         run = _train(command, cycle, name, args, console)
         if not run.end:
             raise _TestFailedError(
-                f"the script ended after {len(run.lrs)} of the {args.steps} steps of a short "
+                f"the script exited after {len(run.lrs)} of the {args.steps} steps of a short "
                 "1Cycle run. Train for more epochs, or reduce `--steps`."
             )
         return run
@@ -247,8 +249,8 @@ def _train(
     """Run the script once with the learning rates of ``sweep``, and return the recorded run.
 
     Raises:
-        _TestFailedError: if the script failed, did not call `engine.initialize`, or ended after too
-            few steps.
+        _TestFailedError: if the script failed, did not call `engine.initialize`, or exited after
+            too few steps.
     """
     from engine.range_test.recorder import RECORD, Run
 
@@ -307,7 +309,7 @@ def _run_with_progress(
 ) -> int:
     """Run the script, show a progress bar until the script exits, and return its exit status.
 
-    If the script does not exit after the end of the LR range test, kill it and return 0.
+    If the script is still running 30 seconds after the LR range test ends, kill it and return 0.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print memory estimates for the config and other ZeRO stages, and return the exit status."""
+    """Print memory estimates for each ZeRO stage, and return the exit status."""
     from engine.display.memory_table import describe_estimate, print_estimate
     from engine.memory.alternatives import list_alternatives
 

@@ -1,4 +1,4 @@
-"""Build the model for the command-line option ``--model``."""
+"""Build the model that the command-line option ``--model`` names."""
 
 from __future__ import annotations
 
@@ -48,6 +48,6 @@ def _call(path: str, build: Any) -> Any:
         return build()
     except Exception as error:
         raise ValueError(
-            "`--model` must name a function or class that builds a model without arguments, got "
-            f"{path!r}, which failed with {type(error).__name__}: {error}."
+            "`--model` must name a function or class that builds a model when called without "
+            f"arguments, got {path!r}, which failed with {type(error).__name__}: {error}."
         ) from error

@@ -86,8 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--warmup-steps",
         type=parse_positive_int,
         metavar="N",
-        help='warmup length in steps to use in place of "auto" (default: a tenth of the run). In '
-        'place of an "auto" run length, the plot uses --steps (default: 1000)',
+        help='warmup length in steps to use in place of "auto" (default: a tenth of the run). To '
+        'replace an "auto" run length, use --steps (default: engine.max_duration if it is set, '
+        "otherwise 1000)",
     )
     parser.add_argument(
         "--losses",
@@ -95,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CSV",
         help="CSV file with recorded losses in its last column, such as a file written by "
         "csv_monitor. A loss-driven schedule, such as AutoWU, is computed from these losses "
-        "(default: from a synthetic loss)",
+        "(default: synthetic losses)",
     )
     parser.add_argument(
         "-o",
@@ -103,8 +104,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="IMAGE",
         help="image file to write; the suffix selects the format. The suffix .html selects a page "
-        "with interactive charts. By default, if neither --csv nor -t is given, the image is "
-        "written to the current directory and has the config's name with the suffix .png",
+        "with interactive charts. If --output, --csv and -t are all omitted, the image is written "
+        "to the current directory, under the config's name with the suffix .png",
     )
     parser.add_argument(
         "-t",
@@ -166,7 +167,7 @@ class _PlotData(NamedTuple):
     def rows(self) -> Iterator[tuple[float | None, ...]]:
         """Yield the values of all columns at each step, as one tuple per step.
 
-        The value of a column is None after its last recorded value.
+        A recorded column that is shorter than the others is filled with None.
         """
         if self.curves:
             return zip(*(curve.values(self.steps) for curve in self.curves.values()), strict=True)
@@ -286,7 +287,7 @@ def _find_source(name: str) -> str:
     """Return the config path or the schedule name for a ``--compare`` argument.
 
     Raises:
-        ValueError: if a name without a suffix or colon is neither a file nor a schedule.
+        ValueError: a name without a suffix or colon is neither a file nor a schedule.
     """
     if Path(name).is_file():
         return name

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print the JSON Schema of configs or of one schedule, and return the exit status."""
+    """Print the JSON Schema of configs or of one schedule's params, and return the exit status."""
     import schemas
     from engine.config.schema import SCHEMA, schedule_schema
 

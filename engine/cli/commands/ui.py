@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE|DIR",
         nargs="*",
         default=["ds_config.json"],
-        help="a ds_config.json to edit, or the directories of one or more runs (default: "
-        "ds_config.json; if the file does not exist, the first save creates it)",
+        help="config file to edit, or directories of one or more runs to view (default: "
+        "ds_config.json; a missing config file is created when you save)",
     )
     parser.add_argument(
         "--port",
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-browser",
         action="store_true",
-        help="print the address of the web page, but do not open it",
+        help="print the address of the web page, but do not open a browser",
     )
     add_examples(
         parser,

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--world-size",
         type=parse_positive_int,
         metavar="N",
-        help="number of ranks to validate the batch sizes for (default: any number)",
+        help="check the batch sizes for N ranks (default: for any number of ranks)",
     )
     parser.add_argument("--strict", action="store_true", help="treat warnings as errors")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Rule for ``contiguous_memory_optimization``: report required keys that are not set."""
+"""Rule that checks the keys that ``contiguous_memory_optimization`` requires."""
 
 from __future__ import annotations
 

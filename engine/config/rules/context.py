@@ -29,7 +29,7 @@ __all__ = ["Rule", "RuleContext"]
 
 @dataclass(frozen=True)
 class RuleContext:
-    """The config values that are valid on their own, and values derived from them.
+    """The individually valid values of a config, and values derived from them.
 
     ``world_size`` is None if the number of ranks is unknown.
     """
@@ -38,7 +38,7 @@ class RuleContext:
     structure: Structure
     world_size: int | None
     needs_deepspeed: str | None = None
-    """Name of a model feature or an argument of `initialize` that requires DeepSpeed, or None."""
+    """Model feature or `initialize` argument that requires DeepSpeed; None if there is none."""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -52,7 +52,10 @@ class RuleContext:
 
     @property
     def unresolved(self) -> Collection[str]:
-        """JSON pointers to invalid values, "auto" values and probably misspelled keys."""
+        """JSON pointers to invalid values, "auto" values, and keys that are probably misspelled.
+
+        For a misspelled key, both the key in the config and the intended key are included.
+        """
         return self.structure.unresolved
 
     @property
@@ -83,9 +86,9 @@ class RuleContext:
 
     @property
     def is_run_resolved(self) -> bool:
-        """Whether the settings that the schedule depends on are all valid and not "auto".
+        """Whether the settings that determine the schedule's curves are all valid and not "auto".
 
-        These settings are the optimizer, the schedule, and the length of the run.
+        They include the settings of the optimizer, of the schedule, and of the run's length.
         """
         sections = ("/scheduler", "/optimizer", "/engine", "/train_batch_size")
         return not any(each.startswith(sections) for each in self.unresolved)
@@ -148,13 +151,14 @@ class RuleContext:
         return value if isinstance(value, Mapping) else {}
 
     def is_enabled(self, name: str) -> bool:
-        """Return whether a section exists and its key ``enabled`` is true."""
+        """Return whether a section exists and its ``enabled`` key is true."""
         return self.get_section(name).get("enabled") is True
 
     def is_absent(self, pointer: str) -> bool:
         """Return whether a key is absent.
 
-        A key counts as present if its value is invalid or "auto", or if it is probably misspelled.
+        A key counts as present if its value is invalid or "auto", or if another key is probably a
+        misspelling of it.
         """
         if is_within(pointer, self.unresolved):
             return False

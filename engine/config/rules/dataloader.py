@@ -1,4 +1,4 @@
-"""Rule for ``engine.dataloader``: reject settings that require workers if ``num_workers`` is 0."""
+"""Rule for ``engine.dataloader``: if ``num_workers`` is 0, reject settings that need workers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Rules for the optimizer.
 
-The rules report optimizer params that conflict or have no effect, schedules that set a
-hyperparameter that the optimizer does not have, and optimizers that do not support sharding.
+They report optimizer params that are invalid or have no effect, schedules for a hyperparameter
+that the optimizer lacks, and optimizers that do not support sharding.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ def _check_etas(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_sharding(context: RuleContext) -> Iterator[Problem]:
-    """Yield an error if PyTorch's version of the optimizer does not support sharded parameters.
+    """Yield an error for ZeRO with a PyTorch optimizer that does not support sharded parameters.
 
-    If the world size is unknown, yield a warning instead: with one rank, nothing is sharded.
+    If the world size is unknown, yield a warning instead, because a single rank shards nothing.
     """
     name = optimizer_name(context.get_section("optimizer").get("type", ""))
     is_sharded = context.backend.name == "torch" and context.stage and context.world_size != 1

@@ -1,4 +1,4 @@
-"""Documentation of the validation rules, for `onecycle explain` and the SARIF format."""
+"""Documentation of the validation rules, for `onecycle explain` and SARIF reports."""
 
 from __future__ import annotations
 

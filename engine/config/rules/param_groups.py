@@ -25,7 +25,10 @@ _HYPERPARAMETERS = {"momentum": {"momentum", "betas"}, "weight_decay": {"weight_
 
 
 def _read_entries(context: RuleContext) -> list[Mapping[str, Any]]:
-    """Return the entries of ``optimizer.param_groups``, or [] if an entry is invalid."""
+    """Return the entries of ``optimizer.param_groups``.
+
+    Return [] if any value in the ``optimizer`` section is invalid or "auto".
+    """
     pointer = "/optimizer"
     if any(each.startswith(pointer) for each in context.unresolved):
         return []
@@ -75,10 +78,10 @@ def _check_own_schedules(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_shared_schedule(context: RuleContext) -> Iterator[Problem]:
-    """Yield an error if the shared schedule would replace the groups' own learning rates.
+    """Yield an error if the ``scheduler`` section would replace the groups' own learning rates.
 
-    Entries of ``param_groups`` with their own schedule are ignored. So is the group of parameters
-    that match no entry, because it may be empty.
+    Ignore groups that have their own schedule. Also ignore the group of parameters that match no
+    entry of ``param_groups``, because it may be empty.
     """
     schedule, block = context.schedule, context.get_section("optimizer")
     uses_groups = bool(block.get("param_groups")) or block.get("layer_decay", 1) != 1

@@ -38,10 +38,9 @@ def _check_single_precision(context: RuleContext) -> Iterator[Problem]:
 
 
 def _is_autocast_of_16_bits(context: RuleContext, on: list[str]) -> bool:
-    """Return whether the enabled sections ``on`` are ``torch_autocast`` and ``fp16`` or ``bf16``.
+    """Return whether ``on`` is ``torch_autocast`` plus ``fp16`` or ``bf16``, with the same dtype.
 
-    Both must select the same dtype. For fp16 without ZeRO, return False, because DeepSpeed would
-    scale the loss twice.
+    For ``fp16`` without ZeRO, return False, because DeepSpeed would scale the loss twice.
     """
     if len(on) != 2 or "torch_autocast" not in on:
         return False
@@ -91,8 +90,8 @@ def _check_master_weights(context: RuleContext) -> Iterator[Problem]:
 def _check_accumulation_dtype(context: RuleContext) -> Iterator[Problem]:
     """Yield a warning if gradients may accumulate in 16 bits although the config requests float32.
 
-    On the PyTorch backend, each gradient has the dtype of its parameter. The dtypes of parameters
-    are unknown before the run.
+    Without master weights, the PyTorch backend accumulates each gradient in the dtype of its
+    parameter, which is unknown before the run.
     """
     dtype = context.get_section("data_types").get("grad_accum_dtype")
     keeps_16_bits = context.get_section("engine").get("master_weights") is False

@@ -1,6 +1,7 @@
-"""Rules for the schedule.
+"""Rules that check the schedule in a config.
 
-The rules report conflicts with the optimizer or the run length, and keys that have no effect.
+For example, they report conflicts between the schedule and the optimizer or the length of the run,
+and keys that have no effect.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ def _check_warmup_peak(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
-    """Yield a note for each optimizer hyperparameter that the schedule overwrites."""
+    """Yield a note for each optimizer hyperparameter that the schedule overwrites.
+
+    Do not report an ``lr`` within the range of the schedule's learning rates.
+    """
     evaluated = context.evaluated_schedule
     if evaluated is None:
         return
@@ -124,7 +128,7 @@ def _check_end(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_values(context: RuleContext) -> Iterator[Problem]:
-    """Yield an error if the schedule cannot run with the optimizer, or sets a non-finite value."""
+    """Yield an error if the schedule does not fit the optimizer or sets a non-finite value."""
     error = context.find_incompatibility()
     if error is not None:
         yield context.error("schedule", _PARAMS, error)
@@ -207,7 +211,7 @@ def _get_onecycle_default(name: str) -> Any:
 
 
 def _format_first_step_size(cycle: Mapping[str, Any]) -> str:
-    """Return ``cycle_first_step_size``, or its default if it is not set, as JSON text."""
+    """Return the value of ``cycle_first_step_size`` as JSON. If it is not set, use its default."""
     return json.dumps(
         cycle.get("cycle_first_step_size", _get_onecycle_default("cycle_first_step_size"))
     )

@@ -1,7 +1,4 @@
-"""Rules for ZeRO.
-
-The rules report keys that conflict with the stage or the optimizer, or that have no effect.
-"""
+"""Rules for ZeRO: report missing keys, conflicting settings and keys that have no effect."""
 
 from __future__ import annotations
 
@@ -61,7 +58,7 @@ def _check_offload(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
-    """Yield a warning if the PyTorch backend ignores CPU offloading because of a single rank."""
+    """Yield a warning for CPU offloading, which the PyTorch backend ignores in single-rank runs."""
     if context.world_size != 1 or context.backend.name != "torch":
         return
     for name in ("offload_optimizer", "offload_param"):

@@ -83,7 +83,7 @@ FP16 = {"enabled": True, "initial_scale_power": 4}
 @pytest.mark.parametrize(
     ("scaler", "changes", "message"),
     [
-        ({}, {"skipped_steps": 4}, "skipped_steps` must be <= global_steps"),
+        ({}, {"skipped_steps": 4}, "skipped_steps` must be <= `global_steps`"),
         ({}, {"lr_scheduler": "x"}, "`checkpoint.lr_scheduler` must be a mapping"),
         ({}, {"global_samples": 2}, "`checkpoint.batch.train` must be >= 1, got 0"),
         ({"cur_scale": 0.0}, {}, "`loss_scaler.scale` must be > 0, got 0.0"),

@@ -137,7 +137,7 @@ def test_lr_test_refine_script_too_short_reports_the_step(directory):
     arguments = ("--min", 1e-4, "--max", 1, "--steps", 60, "--refine")
     status, out, _ = lr_test(*arguments, "--", write_script(directory), 50)
     assert status == 1
-    assert "ended after 50 of the 60 steps" in out
+    assert "exited after 50 of the 60 steps" in out
 
 
 @pytest.mark.slow

@@ -195,7 +195,7 @@ def test_lr_range_test_invalid_arguments_are_rejected():
     with pytest.raises(ValueError, match="`batches` must yield at least one micro-batch"):
         engine.lr_range_test(trainer, [])
     train(trainer, loader, 1)
-    with pytest.raises(ValueError, match="must start between two optimizer steps"):
+    with pytest.raises(ValueError, match="must not start in the middle of a batch"):
         engine.lr_range_test(trainer, loader)
 
 
@@ -238,7 +238,7 @@ def test_lr_range_test_during_accumulation_is_rejected():
     trainer.set_gradient_accumulation_boundary(is_boundary=False)
     train(trainer, loader, 1)
     gradients = [p.grad.clone() for p in trainer.parameters()]
-    with pytest.raises(ValueError, match="must start between two optimizer steps"):
+    with pytest.raises(ValueError, match="must not start in the middle of a batch"):
         engine.lr_range_test(trainer, loader)
     kept = [p.grad for p in trainer.parameters()]
     assert all(map(torch.equal, gradients, kept))
@@ -277,7 +277,7 @@ def test_lr_range_test_after_backward_without_step_is_rejected():
     trainer, loader = start()
     (x,) = next(iter(loader))
     trainer.backward(trainer(x))
-    with pytest.raises(ValueError, match="must start between two optimizer steps"):
+    with pytest.raises(ValueError, match="must not start in the middle of a batch"):
         engine.lr_range_test(trainer, loader)
 
 
