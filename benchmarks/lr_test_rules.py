@@ -121,7 +121,7 @@ def main() -> None:
         "--curves",
         type=int,
         default=1000,
-        help="number of curves on which the loss falls (default: 1000)",
+        help="number of curves with a decreasing loss (default: 1000)",
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

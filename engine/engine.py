@@ -99,7 +99,7 @@ class Engine(DeepSpeedAccessors):
                 ``state_dict`` and ``load_state_dict``.
 
         Raises:
-            ValueError: the loader's batch size or sampler conflicts with the config or the ranks.
+            ValueError: the loader's batch size or sampler does not fit the config or the ranks.
             RuntimeError: the run already has a data loader.
         """
         if loader is self.training_dataloader:
@@ -345,7 +345,7 @@ class Engine(DeepSpeedAccessors):
             save_dir: directory that holds the run's checkpoints; created if missing.
             tag: name or number of this checkpoint; default: ``global_stepN`` after N steps.
             client_state: your own numbers, strings and tensors, which `load_checkpoint` returns.
-            save_latest: whether `load_checkpoint` may load this checkpoint if no tag is passed.
+            save_latest: whether `load_checkpoint` without a tag can find this checkpoint.
             exclude_frozen_parameters: whether to leave out parameters that do not require
                 gradients, such as the base model in LoRA. When the checkpoint is loaded, these
                 parameters keep their values.

@@ -338,7 +338,7 @@ class RangeWriter:
             ``(origin, steps, rows)``: the step at which the lines start, their number of steps, and
             a row ``(initial lr, change of lr, initial beta1, change of beta1)`` for each group.
             None if a curve is not linear, if the curves differ in ``origin`` or ``steps``, or if
-            the scheduled hyperparameters are not exactly ``lr`` and beta1 (one of two ``betas``).
+            the scheduled hyperparameters are not exactly ``lr`` and beta1 (the first of two).
         """
         keys = {slot.key for slots in self._slots.values() for slot in slots}
         if keys != {"lr", "betas"} or self._pieces.keys() != {"lr", "momentum"}:

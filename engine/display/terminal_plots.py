@@ -55,7 +55,7 @@ def draw_on_terminal(
     size: tuple[int, int] = (80, 24),
     color: bool = False,
 ) -> str:
-    """Return a text plot of hyperparameters against the step number, with one panel for each.
+    """Return a text plot of hyperparameters against the step number, with a panel for each one.
 
     The plot leaves one line free for the shell prompt. It is taller than the terminal only if the
     panels do not fit.

@@ -69,9 +69,9 @@ def lr_range_test(
         divergence_factor: maximum ratio of the smoothed loss to its previous minimum; a larger
             ratio ends the test.
         refine: whether to refine the suggestion with short 1Cycle runs.
-        training_steps: number of steps of the planned training; default: `steps`. If it is larger
-            than `steps`, the refined maximum is multiplied by ``(steps / training_steps) ** 0.32``;
-            see `Refinement.max_lr`.
+        training_steps: number of steps in the planned training run; default: `steps`. If it is
+            larger than `steps`, the refined maximum is multiplied by
+            ``(steps / training_steps) ** 0.32``; see `Refinement.max_lr`.
 
     Returns:
         Report with the loss curve and the suggested learning-rate range.

@@ -154,7 +154,7 @@ def refine(
         around: middle of the first five maximum learning rates.
         repeats: number of cycles per maximum learning rate.
         steps: number of steps per cycle.
-        training_steps: number of steps of the planned training; None if it equals `steps`.
+        training_steps: number of steps in the planned training run; None if it equals `steps`.
 
     Raises:
         ValueError: if runs diverge at every maximum learning rate.
@@ -198,7 +198,7 @@ def check_training_steps(is_refined: bool, training_steps: int | None) -> None:
 
     Args:
         is_refined: whether `refine` is set.
-        training_steps: number of steps of the planned training; None if it was not given.
+        training_steps: number of steps in the planned training run; None if it was not given.
 
     Raises:
         ValueError: if `training_steps` is below 1, or is given without `refine`.

@@ -78,7 +78,7 @@ class LRRangeReport:
                 returns the recorded run. ``repeat`` is the index of the run among those with the
                 same block.
             steps: number of steps per cycle.
-            training_steps: number of steps of the planned training; None if it equals `steps`.
+            training_steps: number of steps in the planned training run; None if it equals `steps`.
             known: OneCycle block whose momentum settings and ratio of phase lengths are used; None
                 to use the defaults.
         """

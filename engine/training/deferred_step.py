@@ -193,7 +193,9 @@ class DeferredStep:
             self._is_limited = True
 
     def read(self) -> tuple[float, float]:
-        """Wait for the most recent step, update the loss scaler, and return the norm and loss.
+        """Wait until the most recent step has finished, and return its gradient norm and loss.
+
+        This also updates the loss scaler.
 
         Raises:
             FloatingPointError: the gradients overflow at the minimum loss scale.

@@ -191,8 +191,8 @@ def _check_are_named(
         if parameter not in names:
             raise ValueError(
                 "`model_parameters` must contain only parameters of `model`, got a parameter of "
-                f"shape {tuple(parameter.shape)} that is not in the model. Register its module in "
-                "the model, because the config divides parameters into groups by name."
+                f"shape {tuple(parameter.shape)} that is not in the model. Register it in the "
+                "model: the config assigns parameters to groups by name, and this one has no name."
             )
 
 

@@ -143,7 +143,7 @@ class RunReport:
         self._decision = build_decision(evidence)
 
     def rewind(self, samples: int) -> None:
-        """Restore the report of a resumed run, up to the given number of samples."""
+        """Restore the saved report of a resumed run, without entries after ``samples`` samples."""
         try:
             if not self._series:
                 self._read(read_extra(self.path))

@@ -163,7 +163,7 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
 
 
 class PlateauController(FeedbackController[_State]):
-    """Controller of `ReduceLROnPlateau`; ``lrs`` are the param groups' initial learning rates."""
+    """Controller for `ReduceLROnPlateau`; ``lrs`` are the param groups' initial learning rates."""
 
     def __init__(self, params: ReduceLROnPlateau, lrs: tuple[float, ...]) -> None:
         self._lrs = lrs

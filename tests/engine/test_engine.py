@@ -169,7 +169,7 @@ def test_step_past_the_steps_of_this_run_raises():
     trainer = build_engine(engine={"steps_this_run": 2})
     train(trainer, 2)
     assert trainer.run_is_over
-    with pytest.raises(RuntimeError, match=r"2 steps \(`engine.steps_this_run`\)"):
+    with pytest.raises(RuntimeError, match=r"2 steps, as set by `engine.steps_this_run`"):
         train(trainer, 1)
 
 

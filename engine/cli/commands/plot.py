@@ -167,7 +167,7 @@ class _PlotData(NamedTuple):
     def rows(self) -> Iterator[tuple[float | None, ...]]:
         """Yield the values of all columns at each step, as one tuple per step.
 
-        A recorded column that is shorter than the others is filled with None.
+        A recorded column that is shorter than the others is padded with None.
         """
         if self.curves:
             return zip(*(curve.values(self.steps) for curve in self.curves.values()), strict=True)

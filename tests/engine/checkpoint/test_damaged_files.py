@@ -111,7 +111,7 @@ DAMAGE = [
         "OneCycle",
         "engine.pt",
         edit("counters", "skipped_steps", value=9),
-        "<= global_steps",
+        "<= `global_steps`",
     ),
     ("OneCycle", "engine.pt", edit("counters", "global_steps", value="4"), "whole number, got '4'"),
     ("OneCycle", "engine.pt", edit("counters", "x", value=1), "unknown key 'x'"),

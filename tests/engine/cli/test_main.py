@@ -154,7 +154,7 @@ def test_plot_compare_draws_all_configs(tutorial, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"train_batch_size": 8}, "`scheduler` is missing"),
+        ({"train_batch_size": 8}, "`scheduler` section is missing"),
         ({"scheduler": {"type": "OneCicle"}}, "Did you mean `OneCycle`?"),
         (
             {"scheduler": TUTORIAL, "optimizer": {"type": "SGD", "params": {"lr": -1}}},

@@ -85,7 +85,7 @@ def test_parse_line_break_instead_of_comma_is_accepted_with_a_note():
     ("text", "expected", "message"),
     [
         ("", [("syntax", 1, 1)], "must be a JSON object"),
-        ("  \n ", [("syntax", 2, 2)], "it is empty"),
+        ("  \n ", [("syntax", 2, 2)], "got an empty file"),
         ('{"a": 1', [("syntax", 1, 8)], 'Expected "," or "}", got the end of the file'),
         ('{"a" 1}', [("syntax", 1, 6)], 'Expected ":", got "1"'),
         ('{"a": }', [("syntax", 1, 7)], "Expected a value"),
