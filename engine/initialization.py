@@ -39,6 +39,7 @@ from engine.range_test.script import (
     spread_sweep,
 )
 from engine.range_test.sweep import read_sweep
+from engine.run.training_run import TrainingRun
 from engine.training.arguments import (
     check_arguments,
     check_is_trainable,
@@ -57,7 +58,8 @@ from engine.training.optimizers import (
 )
 from engine.training.param_groups import divide_parameters
 from engine.training.setup_log import enable_logging, log_setup
-from schedules import Schedule
+from schedules import Schedule, ScheduleBinder
+from schedules.core.durations import get_unit
 from schedules.families.per_group import PerGroup
 from schedules.torch_scheduler import bind
 
@@ -211,6 +213,7 @@ def initialize(
             )
         )
         _warn_of_repeated_samples(training_data, resolved)
+        _warn_of_schedule_end(engine._run, resolved)  # noqa: SLF001  # private to the package
     run = engine._run  # noqa: SLF001  # private to the package
     engine._automatic.resume(run)  # noqa: SLF001  # private to the package
     set_optimizer_mode(backend.basic_optimizer, training=True)
@@ -378,4 +381,24 @@ def _warn_of_repeated_samples(training_data: object, config: Config) -> None:
             "repeats samples; reduce `train_batch_size`",
             samples,
             config.batch.train,
+        )
+
+
+def _warn_of_schedule_end(run: TrainingRun, config: Config) -> None:
+    """Log a warning if a run whose length is in epochs ends long before its schedule.
+
+    For other units, `onecycle validate` and the log report this, because they know the length.
+    """
+    samples, scheduler = run.length.total_samples, run.scheduler
+    is_in_epochs = get_unit(config.run.get("max_duration")) == "ep"
+    if samples is None or not is_in_epochs or not isinstance(scheduler, ScheduleBinder):
+        return
+    total, end = round(samples / config.batch.train), scheduler.length
+    if end is not None and end > 1.02 * total:
+        log.warning(
+            "the run ends at step %d, but the schedule %s ends at step %d; set its durations as "
+            'fractions of the run, such as "1dur", or change `engine.max_duration`',
+            total,
+            scheduler.schedule.type_name,
+            end,
         )

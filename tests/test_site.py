@@ -29,7 +29,7 @@ return [
 """
 FIND_RESULT = """
 [...document.querySelectorAll("*")].some(
-  element => element.shadowRoot?.querySelector('a[href*="schedules/deepspeed.html"]')
+  element => element.shadowRoot?.querySelector('a[href*="PAGE"]')
 )
 """.strip()
 
@@ -110,13 +110,26 @@ def test_pages_load_without_messages_and_fit_the_window(site, address, browser):
     assert found == []
 
 
-def test_search_finds_a_schedule(address, browser):
+@pytest.mark.parametrize(
+    ("words", "page"),
+    [
+        ("OneCycle", "schedules/deepspeed"),
+        ("distributed evaluation", "guides/evaluation"),
+        ("evaluation several ranks", "guides/evaluation"),
+        ("multiple nodes", "guides/multi_node"),
+        ("layerwise lr decay", "guides/param_groups"),
+        ("custom scheduler", "guides/own_schedule"),
+        ("LR finder", "guides/learning_rate"),
+        ("DeepSpeed compatibility", "drop_in"),
+    ],
+)
+def test_search_finds_a_page(address, browser, words, page):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
     browser.get(address)
     browser.find_element(By.TAG_NAME, "body").send_keys(Keys.CONTROL, "k")
     wait_for(browser, "document.activeElement !== document.body")
-    browser.switch_to.active_element.send_keys("OneCycle")
-    wait_for(browser, FIND_RESULT)
+    browser.switch_to.active_element.send_keys(words)
+    wait_for(browser, FIND_RESULT.replace("PAGE", f"{page}.html"))
     assert read_console(browser) == []

@@ -95,8 +95,9 @@ def _iterate_epochs(loader: RunLoader, run: TrainingRun) -> Iterator[Any]:
         if run.counters.global_steps == steps:
             raise MisuseError(
                 "An epoch of the training data ended without an optimizer step. Call "
-                "`trainer.step()` after each `trainer.backward(loss)`, and check that the data has "
-                f"at least {count_noun(run.accumulation.steps, 'micro-batch')}."
+                "`trainer.step()`, not `optimizer.step()`, after each `trainer.backward(loss)`, "
+                "and check that the data has at least "
+                f"{count_noun(run.accumulation.steps, 'micro-batch')}."
             )
 
 

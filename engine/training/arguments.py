@@ -40,9 +40,9 @@ def check_arguments(
         f"`model` must be a torch.nn.Module, got {_describe(model)}. Pass the model to train.",
     )
     _check(
-        not isinstance(training_data, type),
+        not isinstance(training_data, type | str | os.PathLike),
         f"`training_data` must be a dataset or a data loader, got {_describe(training_data)}. Pass "
-        "an instance.",
+        "an instance, such as `TensorDataset(x, y)`.",
     )
     is_several = isinstance(optimizer, list | tuple | dict)
     _check(

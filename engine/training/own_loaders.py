@@ -89,10 +89,16 @@ def _check_settings(loader: Any, config: Config) -> None:
         )
     size, micro = _read_batch_size(loader), config.batch.micro
     if size not in {None, micro}:
+        own = f'"train_micro_batch_size_per_gpu": {size}'
+        fix = (
+            f"replace `train_batch_size` by {own}"
+            if "train_batch_size" in config.raw
+            else f"set {own}"
+        )
         raise ValueError(
             "The data loader's `batch_size` must equal `train_micro_batch_size_per_gpu` "
             f"({micro}), got {size} ({config.batch}). Create the loader with "
-            f'`batch_size={micro}`, or set "train_micro_batch_size_per_gpu": {size}.'
+            f"`batch_size={micro}`, or {fix}."
         )
 
 

@@ -112,5 +112,6 @@ def _describe_checkpoints(config: Config) -> str:
     plan = config.checkpoint
     if plan.dir is None:
         return "not saved automatically (`engine.checkpoint.dir` is not set)"
-    when = "on a signal only" if plan.every is None else f"every {plan.every:,} steps"
-    return f"{when}, in {plan.dir}"
+    if plan.every is None:
+        return f"only after a signal, in {plan.dir} (`engine.checkpoint.every` is not set)"
+    return f"every {plan.every:,} steps, in {plan.dir}"

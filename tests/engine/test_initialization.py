@@ -5,6 +5,7 @@ import logging
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -443,3 +444,26 @@ def test_model_on_the_meta_device_is_an_error():
     config = {"train_batch_size": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
     with pytest.raises(ValueError, match="`weight` must not be on the meta device"):
         engine.initialize(config=config, model=model)
+
+
+@pytest.mark.parametrize(("steps", "is_warned"), [(2000, True), (60, False)])
+def test_run_in_epochs_that_ends_before_its_schedule_is_reported(caplog, steps, is_warned):
+    cycle = {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2, "cycle_first_step_size": steps // 2}
+    config = {
+        "train_batch_size": 4,
+        "optimizer": {"type": "SGD"},
+        "scheduler": {"type": "OneCycle", "params": cycle},
+        "engine": {"max_duration": "10ep"},
+    }
+    data = TensorDataset(torch.ones(24, 2))
+    engine.initialize(config=config, model=torch.nn.Linear(2, 1), training_data=data)
+    text = f"the run ends at step 60, but the schedule OneCycle ends at step {steps}"
+    assert (text in caplog.text) is is_warned
+
+
+@pytest.mark.parametrize("data", ["data/train", Path("data")])
+def test_path_as_training_data_is_rejected(data):
+    with pytest.raises(ValueError, match="`training_data` must be a dataset or a data loader"):
+        engine.initialize(
+            config={"train_batch_size": 4}, model=torch.nn.Linear(2, 1), training_data=data
+        )
