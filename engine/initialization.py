@@ -212,8 +212,7 @@ def initialize(
                 param_groups=param_groups,
             )
         )
-        _warn_of_repeated_samples(training_data, resolved)
-        _warn_of_schedule_end(engine._run, resolved)  # noqa: SLF001  # private to the package
+        _warn_of_data(training_data, resolved, engine._run)  # noqa: SLF001  # private to the package
     run = engine._run  # noqa: SLF001  # private to the package
     engine._automatic.resume(run)  # noqa: SLF001  # private to the package
     set_optimizer_mode(backend.basic_optimizer, training=True)
@@ -368,6 +367,12 @@ def _choose_schedule(
             for entry in entries
         )
     )
+
+
+def _warn_of_data(training_data: object, config: Config, run: TrainingRun) -> None:
+    """Log warnings about the size of the training data, which is unknown before launch."""
+    _warn_of_repeated_samples(training_data, config)
+    _warn_of_schedule_end(run, config)
 
 
 def _warn_of_repeated_samples(training_data: object, config: Config) -> None:
