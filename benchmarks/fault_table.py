@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import engine
 from benchmarks.fault_runs import run_faults
+from engine.checkpoint import storage
 from engine.checkpoint.hashes import describe_files
 from tests.engine.checkpoint.test_checkpoint import Bomb, damage
 from tests.engine.test_initialization import model, start, train
@@ -172,11 +173,8 @@ def fail_on_rank(directory: Path) -> Iterator[tuple[str, str, str]]:
         lines = [line for line in done.stderr.splitlines() if any(text in line for text in known)]
         message = lines[0].split(": ", 1)[1][:170] if lines else done.stderr[-300:]
         spent = time.monotonic() - start_time
-        yield (
-            f"{fault} ({spent:.0f} s including startup)",
-            f"{message} …",
-            find_resumed_step(saved_dir),
-        )
+        _, newest = storage.list_checkpoints(saved_dir)[-1]
+        yield f"{fault} ({spent:.0f} s including startup)", f"{message} …", f"step {newest.step}"
 
 
 def run_rank(case: str, directory: str) -> None:
