@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -227,7 +227,7 @@ def set_group_timeouts() -> None:
         return
     for group in list(dist.distributed_c10d._world.pg_map):  # noqa: SLF001  # private in torch
         if dist.get_rank(group) >= 0:
-            dist.distributed_c10d._set_pg_timeout(timeout, group)  # noqa: SLF001
+            dist.distributed_c10d._set_pg_timeout(timeout, group)  # noqa: SLF001  # private in torch
 
 
 def _create_process_group(device: torch.device, size: int, port: int | None) -> None:
@@ -364,28 +364,27 @@ def _log_missing_ranks(error: BaseException | None) -> None:
                 "of steps. Check that each rank has the same number of batches.",
                 _list_ranks(ended),
             )
-        elif not _is_communication_error(error):
-            return
-        # Other ranks can announce their failure meanwhile, and the launcher should receive the exit
-        # status of earlier failed ranks first.
-        time.sleep(_REPORT_TIME)
-        failed = _read_ranks(store, _FAILED_RANKS)
-        missing = set(range(dist.get_world_size())).difference(failed, ended)
-        if missing and failed[0] == rank and not ended:
-            log.error(
-                "%s did not join the collective operation that failed. Check for a process that "
-                "hangs or has exited without an error. If a rank only needs more time, for example "
-                "to load data, set %s to a higher number of seconds.",
-                _list_ranks(sorted(missing)),
-                TIMEOUT,
-            )
+            # The launcher should receive the exit status of earlier failed ranks first.
+            time.sleep(_REPORT_TIME)
+        elif _is_communication_error(error):
+            time.sleep(_REPORT_TIME)  # the other ranks that joined the operation fail meanwhile
+            failed = _read_ranks(store, _FAILED_RANKS)
+            missing = set(range(dist.get_world_size())).difference(failed)
+            if missing and failed[0] == rank:
+                log.error(
+                    "%s did not join the collective operation that failed. Check for a process "
+                    "that hangs or has exited without an error. If a rank only needs more time, "
+                    "for example to load data, set %s to a higher number of seconds.",
+                    _list_ranks(missing),
+                    TIMEOUT,
+                )
 
 
 def _read_ranks(store: Any, key: str) -> list[int]:
     return [int(rank) for rank in store.get(key).split()] if store.check([key]) else []
 
 
-def _list_ranks(ranks: Sequence[int]) -> str:
+def _list_ranks(ranks: Collection[int]) -> str:
     return f"Rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)))}"
 
 

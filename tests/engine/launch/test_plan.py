@@ -187,6 +187,12 @@ def test_plan_printed_command_and_spec_keep_argv_and_environment(argv, env):
     assert {f"{name}={value}" for name, value in env.items()} <= set(words)
 
 
+def start_agent():
+    command = [sys.executable, "-m", "engine.launch.agent"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True)
+
+
 @given(
     argv=st.lists(text.filter(lambda word: "\n" not in word), max_size=4),
     env=st.dictionaries(names, text, max_size=2),
@@ -196,12 +202,7 @@ def test_agent_passes_argv_and_environment_unchanged(argv, env):
     show = "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))"
     spec = {"host": "h", "argv": [sys.executable, "-c", show, *argv], "env": env}
     spec |= {"cwd": str(Path.cwd()), "grace": 1}
-    with subprocess.Popen(
-        [sys.executable, "-m", "engine.launch.agent"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as started:
+    with start_agent() as started:
         started.stdin.write(json.dumps(spec) + "\n")
         started.stdin.flush()
         assert started.stdout.readline() == f"{STARTED}\n"
@@ -213,12 +214,7 @@ def test_agent_passes_argv_and_environment_unchanged(argv, env):
 @pytest.mark.parametrize("parts", [["kill\n"], ["", "ki", "ll\n"], ["ping\nte", "rm\n"]])
 def test_agent_obeys_commands_at_any_border_of_its_reads(parts):
     spec = {"host": "h", "argv": ["sleep", "60"], "env": {}, "cwd": str(Path.cwd()), "grace": 1}
-    with subprocess.Popen(
-        [sys.executable, "-m", "engine.launch.agent"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    ) as started:
+    with start_agent() as started:
         for part in [f"{json.dumps(spec)}\n{parts[0]}", *parts[1:]]:
             started.stdin.write(part)
             started.stdin.flush()
@@ -233,9 +229,7 @@ def test_agent_waits_for_the_previous_agent_of_its_host(tmp_path):
         | {"host": "h", "grace": 1, "lock": f"test-{os.getpid()}"}
         for name, wait in (("first", "echo up; sleep 1;"), ("second", ""))
     )
-    agent = [sys.executable, "-m", "engine.launch.agent"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(agent, **pipes) as old, subprocess.Popen(agent, **pipes) as new:
+    with start_agent() as old, start_agent() as new:
         old.stdin.write(json.dumps(first) + "\n")
         old.stdin.flush()
         assert [old.stdout.readline() for _ in range(2)] == [f"{STARTED}\n", "up\n"]
