@@ -166,7 +166,7 @@ class Experiment:
         return report.suggestion.max_lr
 
     def refine_max_lr(self, net: str, size: int, max_lr: float) -> float:
-        """Return a suggested maximum learning rate after refining it with short 1Cycle runs."""
+        """Refine the suggested ``max_lr`` with short 1Cycle runs, and return the result."""
 
         def train_cycle(block: dict[str, Any], repeat: int) -> Run:
             trainer = self.build_engine(net, 100 + repeat, 1e-3, block)

@@ -5,8 +5,8 @@
 The script prints three tables: for saving, for loading, and for the time that an asynchronous save
 blocks training. Each row shows the CPU time of the training thread, the wall-clock time, and the
 ratio of each to its value in the first row, which writes, reads or copies a single buffer of the
-same size. All numbers are medians of interleaved rounds. Syncing the saved files to disk and
-hashing them share a separate row.
+same size. All numbers are medians of interleaved rounds. A separate row shows the cost of syncing
+the saved files to disk and hashing them.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ END
 grep -o "CheckpointError: .*\\|resumed at.*" printed | tail -1; exit $status""",
     ),
     Fault(
-        "a shard with the hash of its manifest but without valid content",
+        "a shard whose content is invalid but whose hash matches the manifest",
         """python <<'END'
 from engine.checkpoint.hashes import describe_files
 train(start(Path("run"), keep=2), 4)

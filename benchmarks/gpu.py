@@ -447,7 +447,7 @@ def run_task(
     found: dict[str, list[tuple[float, int | None]]] = {each.name: [] for each in contenders}
     for index in range(rounds):
         if time.monotonic() > start + LIMIT:
-            log(f"{task.name}: stopped after {index} of {rounds} rounds, because the time is over")
+            log(f"{task.name}: stopped after {index} of {rounds} rounds, because time ran out")
             break
         for each in contenders:
             each.send("measure")

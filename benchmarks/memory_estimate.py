@@ -29,8 +29,8 @@ HEAD = """\
 # Estimated and allocated memory of the model states
 
 `python benchmarks/memory_estimate.py`, {date}, on the CPU, with gloo. The model has {layers} layers
-and {count:,} parameters. The columns show bytes per parameter on rank 0, at the moment of a step
-at which they are largest; the optimizer is AdamW unless named.
+and {count:,} parameters. The columns show the peak number of bytes per parameter on rank 0 during
+a step. The optimizer is AdamW unless another one is named.
 
 | ranks | run | estimated | allocated | difference |
 |---|---|---|---|---|"""
@@ -39,10 +39,11 @@ PEERS = """
 
 `estimate_zero2_model_states_mem_needs` and `estimate_zero3_model_states_mem_needs` of DeepSpeed
 {version}, for 7 billion parameters in bf16 with Adam: GB on the GPU of each rank.
-The estimators differ from ours in two ways. They leave out the parameters that stage 3 keeps
-gathered after a forward pass (here, their argument for the largest layer is 0); the column "without
-gathered" leaves them out, too. In stage 2, they add the 16-bit gradients to their float32 copies,
-although DeepSpeed frees the former first. In stage 3, where both exist, they leave one of them out.
+DeepSpeed's estimators leave out the parameters that stage 3 keeps gathered after a forward pass
+(here, their argument for the largest layer is 0). The column "without gathered" leaves out these
+parameters, too. For stage 2, DeepSpeed's estimator counts both the 16-bit gradients and their
+float32 copies, although DeepSpeed frees the 16-bit gradients first. For stage 3, where both exist
+at the same time, the estimator counts only one of them.
 
 | ranks | stage | offloaded | onecycle | without gathered | DeepSpeed |
 |---|---|---|---|---|---|"""

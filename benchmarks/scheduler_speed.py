@@ -62,9 +62,10 @@ def repeat_step(step: Step) -> Callable[[int], None]:
 
 
 def build_contenders(groups: int) -> dict[str, Callable[[int], None]]:
-    """Map the name of each scheduler to a function that runs a given number of its steps.
+    """Return a dict that maps each scheduler's name to a function that runs some of its steps.
 
-    The dict also contains the bare loop, as the baseline.
+    The argument of each function is the number of steps. The dict also contains the bare loop, as
+    the baseline.
     """
     from deepspeed.runtime.lr_schedules import OneCycle
 

@@ -29,11 +29,12 @@ HEAD = """\
 # Training loops of ten kinds
 
 `python benchmarks/training_loops.py`, {date}, two cores (x86-64), gloo. Four optimizer steps of
-small models with AdamW; each rank has its own data. A cell shows the largest difference between a
-weight and the same weight of plain DeepSpeed at the same stage or of a hand-written PyTorch loop,
-whichever is smaller. Differences up to {fp32:g} in float32 and up to {bf16:g} in bf16 are rounding.
-Except for MoE, whose experts differ by design, the weights of both ranks are equal to the last bit
-in every cell with a number. On PyTorch, a single process does not shard: stages 1 to 3 are stage 0.
+small models with AdamW; each rank has its own data. The final weights are compared with two
+references: plain DeepSpeed at the same stage, and a hand-written PyTorch loop. A cell shows the
+largest difference from the closer reference. Differences up to {fp32:g} in float32 and up to
+{bf16:g} in bf16 are rounding errors. Except for MoE, whose experts differ by design, the weights of
+both ranks are equal to the last bit in every cell with a number. On PyTorch, a single process does
+not shard, so stages 1 to 3 are the same as stage 0.
 """
 
 

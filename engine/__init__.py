@@ -2,7 +2,7 @@
 
 `initialize` validates the config and returns a training engine. Call the engine wherever you would
 call the model. Public names are imported lazily, so that loading and validating a config does not
-import torch. ``make generate`` writes ``__init__.pyi``, which declares the types of these names.
+import torch.
 """
 
 from __future__ import annotations

@@ -310,7 +310,8 @@ class DeepSpeedAccessors(nn.Module):
     def coalesce_grad_reduction(self) -> Iterator[None]:
         """Delay gradient reduction until this context exits, then reduce all gradients together.
 
-        Exit the context before you call `step`. Requires the DeepSpeed backend with ZeRO.
+        Exit the context before you call `step`. The context requires the DeepSpeed backend with
+        ZeRO.
 
         Raises:
             AttributeError: the run does not use the DeepSpeed backend.

@@ -166,7 +166,11 @@ class Engine(DeepSpeedAccessors):
         return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)
 
     def _start_pass(self) -> bool:
-        """Check gradients; return whether the next backward pass averages them across ranks."""
+        """Return whether the next backward pass averages the gradients across ranks.
+
+        Raises:
+            RuntimeError: the gradients of earlier micro-batches were cleared.
+        """
         accumulation = self._run.accumulation
         if accumulation.has_gradients:
             self._run.misuse.check_accumulated(accumulation)
@@ -188,8 +192,8 @@ class Engine(DeepSpeedAccessors):
 
         Returns:
             Whether an optimizer step was applied. A step with non-finite gradients is skipped, and
-            the schedule does not advance. On a GPU, the result is usually a `StepResult`:
-            ``bool(result)`` waits for the device; see ``engine.deferred_step``.
+            the schedule does not advance. On a GPU, the result is usually a `StepResult`,
+            and ``bool(result)`` waits for the device; see ``engine.deferred_step``.
 
         Raises:
             RuntimeError: ``engine.steps_this_run`` steps have been applied, `no_sync` is active, no
@@ -236,7 +240,10 @@ class Engine(DeepSpeedAccessors):
         return self._run.accumulation.is_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Set whether the next calls to `step` run the optimizer. Call this before `backward`."""
+        """Set whether the next calls to `step` run the optimizer.
+
+        Call this method before `backward`.
+        """
         self._run.accumulation.set_boundary(is_boundary)
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -270,7 +277,7 @@ class Engine(DeepSpeedAccessors):
         return torch.stack(losses).sum()
 
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
-        """Return the mean loss of one batch: ``gradient_accumulation_steps()`` micro-batches."""
+        """Return the mean loss of one batch of ``gradient_accumulation_steps()`` micro-batches."""
         with evaluation_mode(self):
             return evaluate_batch(self, data_iter, self._run)
 

@@ -392,7 +392,7 @@ def _warn_of_repeated_samples(training_data: object, config: Config) -> None:
 def _warn_of_schedule_end(run: TrainingRun, config: Config) -> None:
     """Log a warning if a run whose length is in epochs ends long before its schedule.
 
-    For other units, `onecycle validate` and the log report this, because they know the length.
+    A length in any other unit is known before launch, so validation reports the problem.
     """
     samples, scheduler = run.length.total_samples, run.scheduler
     is_in_epochs = get_unit(config.run.get("max_duration")) == "ep"

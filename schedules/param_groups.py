@@ -315,7 +315,7 @@ class RangeWriter:
         return betas
 
     def _find_shared_formulas(self) -> list[tuple[str, Formula]]:
-        """Return a (key, formula) pair for each hyperparameter if all param groups use these pairs.
+        """Return the (key, formula) pairs of the hyperparameters, if all param groups share them.
 
         Each formula is then evaluated only once per step. If any key or formula differs between
         groups, return an empty list.
@@ -338,7 +338,7 @@ class RangeWriter:
             ``(origin, steps, rows)``: the step at which the lines start, their number of steps, and
             a row ``(initial lr, change of lr, initial beta1, change of beta1)`` for each group.
             None if a curve is not linear, if the curves differ in ``origin`` or ``steps``, or if
-            the scheduled hyperparameters are not exactly ``lr`` and beta1 (the first of two).
+            the scheduled hyperparameters are not exactly ``lr`` and the first of two betas.
         """
         keys = {slot.key for slots in self._slots.values() for slot in slots}
         if keys != {"lr", "betas"} or self._pieces.keys() != {"lr", "momentum"}:

@@ -56,9 +56,9 @@ def attach(
     is_name = not isinstance(schedule, Mapping | Schedule)
     if params and not is_name:
         raise ValueError(
-            f"Schedule parameters ({', '.join(params)}) can be passed as keywords only if "
-            f"`schedule` is a name, a function or a class, got {schedule!r}. Set them in the "
-            "schedule itself."
+            "`schedule` must be a name, a function or a class if parameters "
+            f"({', '.join(params)}) are passed as keywords, got {schedule!r}. Set the parameters "
+            "in the schedule itself."
         )
     if is_name and params.pop("last_epoch", -1) != -1:
         raise ValueError(

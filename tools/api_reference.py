@@ -58,8 +58,9 @@ _PAGES = {
 _INTRODUCTION = """\
 # API
 
-The public names of the packages `engine` and `schedules`. `onecycle` has the names of `engine`, and
-`onecycle.schedules`. [Schedules](../schedules/index.md) documents the class of each schedule."""
+These are the public names of the packages `engine` and `schedules`. The package `onecycle` exports
+all names of `engine`, and the package `schedules` as `onecycle.schedules`.
+[Schedules](../schedules/index.md) documents the class of each schedule."""
 
 
 def build_api_pages() -> dict[str, str]:

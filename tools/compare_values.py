@@ -4,9 +4,9 @@
 
 BEFORE and AFTER are the directories of the checkouts. In both, the script evaluates the scheduler
 blocks of the reference files in tests/golden and of the configs in tests/corpus, and the example of
-each schedule. It evaluates each block for one and for two param groups, and then with an SGD and an
-AdamW optimizer. The script also trains with several schedules in BEFORE, saves checkpoints, and
-resumes from them in AFTER. The exit status is 1 if any value or loss differs.
+each schedule. It evaluates each block without an optimizer, for one and for two param groups, and
+with an SGD and an AdamW optimizer. The script also trains with several schedules in BEFORE, saves
+checkpoints, and resumes from them in AFTER. The exit status is 1 if any value or loss differs.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ such as `my_module:MyOptimizer`, are the arguments of its constructor."""
 _NO_EFFECT = """\
 # Keys that change no result
 
-A key with one of these values is a note, and does not select a backend.
+A key with a value from this table is reported only as a note, and does not select a backend.
 
 | key | backend | values | reason |
 |---|---|---|---|"""

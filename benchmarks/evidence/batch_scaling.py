@@ -53,9 +53,9 @@ def set_batch(config: Config, size: int, lr: float) -> Config:
 
 
 def train_to_target(config: Config, task: Task, seed: int) -> Row:
-    """Train a model until it reaches the target accuracy or the length of the configured run.
+    """Train a model to the target accuracy or the end of the configured run, and return a row.
 
-    In the returned row, ``"samples"`` is the number of training samples processed before the first
+    In the row, ``"samples"`` is the number of training samples processed before the first
     evaluation that reached the target; None if no evaluation did.
     """
     size = config["train_batch_size"]

@@ -142,9 +142,8 @@ class Experiment:
     ) -> Row:
         """Run the LR range test, as ``onecycle lr-test --repeat 3 --min 1e-4`` does.
 
-        In these experiments with SGD, the loss falls only at learning rates above 1e-3. A sweep
-        from 1e-4 has more steps in that range than the default sweep from 1e-6, in which the test
-        found no significant drop of the loss.
+        In these experiments with SGD, the loss falls only at learning rates above 1e-3. The
+        default sweep, which starts at 1e-6, has too few steps in that range.
 
         Args:
             config: config with a OneCycle schedule, whose bounds are ignored.
@@ -263,7 +262,7 @@ def train(
     Returns:
         A row with the history and the learning rates. The history has one entry per evaluation:
         the accuracy on the test data, and the mean training loss and accuracy since the previous
-        evaluation. The learning rate is stored for every n-th step, and n as "lr_stride".
+        evaluation. The learning rates are stored at intervals of "lr_stride" steps.
     """
     torch.manual_seed(seed)
     # On a CPU, convolutions are faster with channels last.

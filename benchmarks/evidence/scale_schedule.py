@@ -69,7 +69,7 @@ def report(experiment: Experiment) -> None:
     accuracies.set_xticks([], minor=True)
     accuracies.legend(fontsize="small")
     save_figure(figure, experiment.output / f"{experiment.name}.png")
-    header = ("schedule", "ratio", "steps", "test accuracy", "4-epoch schedule, ended as early")
+    header = ("schedule", "ratio", "steps", "test accuracy", "4-epoch schedule, same steps")
     write_page(experiment, format_table(header, table))
 
 

@@ -51,7 +51,7 @@ def build(
         config: a validated config.
         ranks: rank, world size and device of this process.
         parameters: parameters or param groups to train, as `divide_parameters` returns them; if
-            None, all that require gradients.
+            None, all parameters that require gradients.
         mpu: model-parallel unit; DeepSpeed only.
         mesh_param: shape of the device mesh; DeepSpeed only.
 

@@ -1,4 +1,4 @@
-"""Base class of the backends. A backend runs the model and the optimizer."""
+"""Base classes of the training backends."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Backend(ABC):
         """
 
     def _move_inputs(self, *inputs: Any) -> Any:
-        """Return a model's inputs after moving them to this rank's device, as DDP and FSDP do."""
+        """Move a model's inputs to this rank's device, as DDP and FSDP do, and return them."""
         if self._is_on_cpu:
             return inputs
         return move_to_device(inputs, self.ranks.device)

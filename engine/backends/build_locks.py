@@ -37,8 +37,8 @@ class BuildLock(NamedTuple):
             )
         return (
             f"{self.path} is the lock of an interrupted build of `{op}`: no process on this host "
-            f"has it open. A run that needs `{op}` waits for it indefinitely. Delete that file and "
-            "start the run again."
+            f"has it open. While the file exists, a run that needs `{op}` waits indefinitely. "
+            "Delete that file and start the run again."
         )
 
 

@@ -63,7 +63,8 @@ class DeepSpeedBackend(Backend):
         config: a validated config.
         ranks: rank, world size and device of this process. Even a single process needs an
             initialized process group.
-        parameters: tensors or param groups to train; if None, all that require gradients.
+        parameters: tensors or param groups to train; if None, all parameters that require
+            gradients.
         mpu: model-parallel unit for ``deepspeed.initialize``.
         mesh_param: shape of the device mesh for ``deepspeed.initialize``.
 
@@ -133,10 +134,10 @@ class DeepSpeedBackend(Backend):
             self.engine.set_gradient_accumulation_boundary(is_last)
 
     def _start_backward(self, *, is_last: bool) -> None:
-        """Reject an unsupported backward pass, and tell DeepSpeed whether it is the step's last.
+        """Reject an unsupported backward pass, and tell DeepSpeed whether the pass is the last.
 
-        DeepSpeed needs this information only if it manages gradient accumulation. Otherwise, it
-        reduces all gradients in the optimizer step.
+        DeepSpeed must know the last pass before the optimizer step only if it manages gradient
+        accumulation. Otherwise, DeepSpeed reduces all gradients in the optimizer step.
         """
         self._order.check(is_last=is_last and self._is_managed)
         if self._is_managed:

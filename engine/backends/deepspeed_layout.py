@@ -30,7 +30,7 @@ class Layout:
     """The shapes and dtypes of a model's weights, and the parameter shapes of each param group.
 
     Args:
-        model: model, which DeepSpeed may already have sharded.
+        model: model to describe; DeepSpeed may already have sharded it.
         groups: parameters or param groups to train, before DeepSpeed flattens them.
     """
 

@@ -98,7 +98,7 @@ def find_attribute(backend: Backend, config: Config, name: str) -> Any:
     except AttributeError as error:
         if name in _ONLY_DEEPSPEED:
             raise AttributeError(
-                f"`{name}` exists only with the DeepSpeed backend, and this run uses the torch "
+                f"`{name}` exists only with the DeepSpeed backend, but this run uses the torch "
                 'backend. Set "engine": {"backend": "deepspeed"} in the config.'
             ) from None
         raise AttributeError(

@@ -243,7 +243,8 @@ def shard(
     Args:
         model: module to shard.
         config: config with the ZeRO stage, the precision, offloading and ``engine.wrap``.
-        parameters: parameters or param groups to train; None for all that require gradients.
+        parameters: parameters or param groups to train; if None, all parameters that require
+            gradients.
         dtype: 16-bit dtype to compute in; None keeps the parameters' dtype.
         device: device of this rank.
 

@@ -118,9 +118,9 @@ def save_weights(
 
 
 def convert_parameters(backend: Backend, weights: dict[str, Any], precision: str) -> None:
-    """Replace float32 parameters in ``weights`` with copies in ``precision``: "bf16" or "fp16".
+    """Replace the float32 parameters in ``weights`` with copies of the dtype ``precision``.
 
-    With any other value of ``precision``, the parameters stay in float32.
+    If ``precision`` is neither "bf16" nor "fp16", the parameters stay in float32.
     """
     dtype = DTYPES.get(precision, torch.float32)
     converted: dict[Any, Tensor] = {}  # keeps tied parameters tied

@@ -33,7 +33,7 @@ _OWN_KEYS = frozenset(
 )
 """DeepSpeed's own keys in a model file. All other keys are from the script's ``client_state``."""
 _COUNTS = {"global_steps": Count, "skipped_steps": Count, "dp_world_size": Size}
-"""Maps the key of each number that a model file must contain to the number's type."""
+"""Types of the numbers that a model file must contain, by key."""
 
 
 class SavedTensor(NamedTuple):
@@ -321,7 +321,8 @@ class DeepSpeedFiles:
     def _find_whole(self, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, _Piece]]:
         """Yield the name and the `_Piece` of each parameter in ``groups``, for a run without ZeRO.
 
-        DeepSpeed then saves the optimizer states in the order of the parameters, without names.
+        Without ZeRO, DeepSpeed saves the optimizer states in the order of the parameters, but
+        without names.
         """
         saved = self._model.get("optimizer") or {}
         states = saved.get("optimizer_state_dict", saved).get("state", {})

@@ -45,7 +45,7 @@ def build_identity(config: Config, scheduler: object, optimizer: Identity) -> Id
         config: config of the run.
         scheduler: scheduler of the run, with all durations resolved to steps; None if the run has
             no scheduler.
-        optimizer: result of `read_hyperparameters` from before the schedule changed the param
+        optimizer: result of `read_hyperparameters`, called before the schedule changed the param
             groups.
     """
     block, scaling = config.optimizer, config.loss_scaling

@@ -43,10 +43,10 @@ class Manifest:
     is_automatic: bool = False
     """Whether the checkpoint was saved automatically. `prune` deletes only such checkpoints."""
     sequence: int = 0
-    """Number that increases with each save in a directory, so that sorting needs no clock."""
+    """Number that increases with each save in a directory, used to sort the checkpoints."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     checksum: str = ""
-    """SHA-256 hash of the rest of the manifest; empty if an older onecycle version wrote it."""
+    """SHA-256 hash of the rest of the manifest; empty in manifests of older onecycle versions."""
     format: int = FORMAT
 
     @property

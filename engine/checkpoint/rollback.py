@@ -53,7 +53,7 @@ class Rollback:
         """Snapshot at the lowest loss so far; None before the first one and after the warmup."""
 
     def update(self, scheduler: object) -> None:
-        """Take a snapshot at each new lowest mean loss; restore the latest when the warmup ends.
+        """Take a snapshot at each new lowest mean loss; restore the latest one after the warmup.
 
         Args:
             scheduler: AutoWU scheduler that has already received the loss of the current step.

@@ -68,7 +68,7 @@ def prepare_schedule_state(
         scheduler: scheduler of this run.
         state: saved state of the run, which includes the scheduler state.
         config: config of this run.
-        steps: number of applied optimizer steps from which the run continues.
+        steps: number of optimizer steps applied before the run continues.
         override: whether this run's schedule replaces the saved schedule.
 
     Returns:

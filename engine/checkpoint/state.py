@@ -113,8 +113,8 @@ def write_async(
         frozen: whether to include frozen parameters.
 
     Returns:
-        A future that completes when all ranks have written their shards and, on rank 0, the file
-        `VALUES` has been written too.
+        A future that completes when all ranks have written their shards. On rank 0, the future
+        also waits until the file `VALUES` is written.
     """
     state = _get_state(model, optimizer, frozen=frozen)
     copies = copy_to_host(state, buffers)
@@ -215,7 +215,7 @@ def _find_saved_weights(
 def _read_optimizer(
     directory: Path, model: nn.Module, optimizer: Optimizer, source: Source
 ) -> dict[str, Any]:
-    """Return the saved state of the optimizer and of its parameters that are not in the model."""
+    """Return the saved optimizer state, and the optimized parameters that are not in the model."""
     with report_damage(directory / VALUES):
         saved = {**source.values, **source.tensors}
         own = build_empty_state(directory, model, optimizer, saved)

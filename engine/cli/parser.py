@@ -34,7 +34,7 @@ place of ``-``.
 
 _EPILOG = """\
 exit status: 0 success; 1 the config is invalid; 2 wrong usage, or a file cannot be read or written.
-lr-test and launch have additional statuses, see their --help.
+lr-test and launch have additional statuses. See their --help.
 
 examples:
   onecycle validate ds_config.json --world-size 8

@@ -29,8 +29,8 @@ def convert_numbers_to_booleans(document: Document) -> tuple[Document, list[Prob
         document: parsed config; it is not modified.
 
     Returns:
-        Pair ``(document, problems)``: the document with these replacements, and for each of them a
-        problem of severity "note".
+        A pair ``(document, problems)``: the document with the replacements, and one problem of
+        severity "note" per replacement.
     """
     converted = {
         member.pointer: bool(member.value)

@@ -112,7 +112,10 @@ def check_import(document: Document, code: NamedCode) -> Problem:
         if ":" in path and not check_import_path(path):
             severity = "warning"
             message = f"The module of `{name}`, {quote_value(path)}, was not found."
-            hint = "Add its directory to PYTHONPATH, unless it is next to the training script."
+            hint = (
+                "Add the module's directory to PYTHONPATH, unless the module is next to the "
+                "training script."
+            )
     except ValueError:
         severity = "error"
         message = f"`{name}` must be an import path, got {quote_value(path)}."

@@ -43,12 +43,13 @@ def _find_current_pointer(member: Member) -> str:
 
 
 def _is_listed(member: Member, values: Any) -> bool:
-    """Return whether the value of a key or section is one that does not affect the results.
+    """Return whether a key or section has a value that does not affect the results.
 
     Args:
         member: key of a config, with its value.
-        values: list of such values; None if no value affects the results. For a section, a dict
-            that maps some of its keys to such lists; each of these keys must have a listed value.
+        values: list of the values that do not affect the results; None if no value affects them.
+            For a section, a dict that maps keys of the section to such lists. Each of these keys
+            must have a value in its list.
     """
     if values is None:
         return True

@@ -21,8 +21,8 @@ class OptimizerBlock:
     params: Mapping[str, Any]
     param_groups: tuple[GroupSettings, ...] = ()
     no_decay: bool = False
-    """Whether to exclude biases and normalization weights from weight decay. This applies to
-    parameters that no entry of ``param_groups`` selects."""
+    """Whether to exclude biases and normalization weights from weight decay. The setting
+    applies to parameters that no entry of ``param_groups`` selects."""
     layer_decay: float = 1.0
     group_schedules: Mapping[int, Schedule[Any]] = field(default_factory=dict)
     """Schedules of individual param groups, by index in ``param_groups``."""

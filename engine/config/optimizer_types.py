@@ -17,8 +17,8 @@ from schedules.core.imports import are_imports_allowed, import_attribute
 __all__ = ["CLOSURE_FIX", "find_optimizer_schema", "needs_closure"]
 
 CLOSURE_FIX = (
-    "Such an optimizer computes the loss several times per step, but the engine computes the "
-    "gradients before the step. Choose another optimizer, or train without the engine."
+    "An optimizer with a closure computes the loss several times per step, but the engine computes "
+    "the gradients before the step. Choose another optimizer, or train without the engine."
 )
 _POINTER = "/optimizer/type"
 _OPTIMIZER_CLASS = "torch.optim.optimizer.Optimizer"
@@ -31,7 +31,7 @@ def find_optimizer_schema(document: Document, name: str) -> Mapping[str, Any] | 
 
     If ``name`` is an import path and imports are allowed (see `imports_allowed`), import the class
     and return a schema with the names, but not the types, of its constructor's arguments. If
-    imports are not allowed, return a note that the class is not checked, or an error in the path.
+    imports are not allowed, return the result of `check_import`.
 
     Args:
         document: parsed config.
@@ -58,7 +58,7 @@ def _build_unknown_problem(document: Document, name: str) -> Problem:
     hint = (
         f"Did you mean `{near}`?"
         if near
-        else 'Write the import path of any other class, such as "my_module:MyOptimizer", or pass '
+        else 'For any other class, write its import path, such as "my_module:MyOptimizer", or pass '
         "the optimizer to `initialize(optimizer=…)`."
     )
     if name.lower() == _WITH_CLOSURE:
@@ -78,7 +78,10 @@ def _import_schema(document: Document, path: str) -> Mapping[str, Any] | Problem
             f"`optimizer.type` must be the import path of a subclass of torch.optim.Optimizer, got "
             f"{quote_value(path)}, which is {found!r}."
         )
-        hint = "If it builds an optimizer, pass it to `initialize(optimizer=…)` instead."
+        hint = (
+            "If the path names a function that builds an optimizer, pass the function to "
+            "`initialize(optimizer=…)` instead."
+        )
         return document.build_problem("named-code", _POINTER, message, hint)
     if needs_closure(found):
         message = f"`optimizer.type` must not be {path}, which needs a closure."

@@ -336,9 +336,10 @@ def _describe_value(document: Document, pointer: str, new: Any) -> str:
 
 
 def _replace_values(document: Document, value: Any, changes: Sequence[Override]) -> Document:
-    """Return a copy of a document with ``value``, to which ``changes`` are already applied.
+    """Return a copy of a document with a new value, and record the argument of each change.
 
-    The copy lacks the source locations of keys inside the changed values.
+    ``value`` already contains the changes. The copy lacks the source locations of keys inside the
+    changed values.
     """
     origins = {change.pointer: change.argument for change in changes}
     below = tuple(f"{pointer}/" for pointer in origins)

@@ -130,7 +130,7 @@ class ModelSettings:
     """Settings for preparing and training the model."""
 
     wrap_classes: tuple[str, ...]
-    """Class names of the model's blocks, each of which is sharded or recomputed as a unit."""
+    """Class names of the model's blocks. Each block is sharded or recomputed as a unit."""
     activation_checkpointing: Literal["device", "host"] | None
     """Memory that holds the inputs of recomputed blocks; None if no block is recomputed."""
     compile_backend: str | None

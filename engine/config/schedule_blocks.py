@@ -100,8 +100,8 @@ def construct_schedule(
 
     Returns:
         Pair ``(schedule, problems)``. ``schedule`` is None if it cannot be constructed.
-        ``problems`` lists problems with the schedule's parameters or the run length. It is empty if
-        any parameter is in ``unresolved``, because that parameter could be the cause of them.
+        ``problems`` lists problems with the schedule's parameters or the run length. The list is
+        empty if any parameter is in ``unresolved``, because that parameter could be their cause.
     """
     block = _find_block(config, pointer)
     if not isinstance(block, Mapping) or "type" not in block:
@@ -161,8 +161,8 @@ def _resolve_in_any_run(schedule: Schedule[Any], horizons: Sequence[Horizon]) ->
     problems = [first[field] for field in first if all(field in each for each in others)]
     for index, problem in enumerate(problems):
         if any(each[problem.field].message != problem.message for each in others):
-            message = f"{problem.message} These numbers of steps are examples: they depend on the "
-            message += "data set or the batch size, but the problem does not."
+            message = f"{problem.message} The numbers of steps in this message are examples. "
+            message += "The problem occurs with any dataset and batch size."
             problems[index] = dataclasses.replace(problem, message=message)
     if problems:
         raise ScheduleError(schedule.type_name, problems)

@@ -101,7 +101,7 @@ def list_possible_horizons(
 ) -> list[Horizon]:
     """Return a list with the run length if it is known, otherwise with several possible lengths.
 
-    Reject a config only if it is invalid for every length in the list.
+    A config should be rejected only if it is invalid for every length in the list.
 
     Args:
         schedule: schedule whose durations will be converted to steps.
@@ -152,13 +152,13 @@ def build_base_values(
 ) -> Base:
     """Return the initial learning rate, momentum and weight decay of each param group.
 
-    If the config has no ``optimizer`` block or a custom optimizer, missing values default to
+    If the config has a custom optimizer or no ``optimizer`` block, missing values default to
     Adam's.
 
     Args:
         config: config without "auto" values.
-        schedule: schedule of the config. Its lists with one value per param group set the
-            number of groups. Without such lists, there is one group.
+        schedule: schedule of the config. If it has lists with one value per param group, their
+            length is the number of groups. If it has none, there is one group.
         group: hyperparameters of a param group, which override those of the optimizer.
     """
     block = config.get("optimizer", {"type": "Adam"})

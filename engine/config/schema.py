@@ -176,9 +176,9 @@ def get_member_schema(
 ) -> Mapping[str, Any]:
     """Return the schema of a key, with references resolved.
 
-    The schema of ``params`` in an optimizer or scheduler block depends on the block's ``type``. The
-    schema of ``optimizer.type`` is the schema of the configured optimizer, which has annotations
-    such as ``x-backend``.
+    The schema of ``params`` in an optimizer or scheduler block depends on the block's ``type``. For
+    ``optimizer.type``, the schema of the configured optimizer is returned, because it contains
+    annotations such as ``x-backend``.
 
     Args:
         schema: schema of the key, as given in the schema of the enclosing object.

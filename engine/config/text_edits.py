@@ -1,7 +1,6 @@
-"""Set or remove values in the text of a config, and preserve all other text.
+"""Set or remove values in the text of a config, and preserve comments, whitespace and key order.
 
-Comments, whitespace and the order of keys stay as they are. A new key is added at the end of
-its object and indented like its siblings.
+A new key is added at the end of its object and indented like its siblings.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def set_value(document: Document, pointer: str, value: Any) -> str:
     if parent not in document.locations:
         return set_value(document, parent, {key: value})
     if not isinstance(document.get_value(parent), Mapping):
-        message = f"`{parent}` must be an object to set `{key}` in it. Change its value."
+        message = f"`{key}` cannot be set in `{parent}`, which is not an object. Change `{parent}`."
         raise ValueError(message)  # noqa: TRY004  # the type of a value in the config
     return _add_member(document, parent, key, value)
 

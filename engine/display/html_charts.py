@@ -162,7 +162,7 @@ def _fill(text: str) -> str:
 def _read_static(name: str) -> str:
     """Return the text of a script or a style sheet, without JavaScript module syntax."""
     text = (_STATIC / name).read_text(encoding="utf-8")
-    assert "</script" not in text, f"{name} would end its element in a page"
+    assert "</script" not in text, f"{name} must not contain `</script`"
     return _MODULE_LINE.sub("", text) if name.endswith(".js") and name != "uplot.js" else text
 
 

@@ -28,8 +28,8 @@ __all__ = [
 _BACKENDS = {"torch": "PyTorch", "deepspeed": "DeepSpeed"}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _NOT_COUNTED = (
-    "Not counted: activations, the model's buffers, temporary tensors such as the parameters of "
-    "the block that a rank gathers, buffers of fixed size, CUDA's own memory and fragmentation."
+    "Not counted: activations, the model's buffers, temporary tensors such as the gathered "
+    "parameters of a block, buffers of fixed size, CUDA's own memory and fragmentation."
 )
 
 

@@ -83,7 +83,9 @@ def _draw_loss(axis: Axes, losses: Sequence[float], evidence: Evidence) -> None:
     axis.plot(steps, band.mean, color="black", linewidth=1.2, label="Gaussian process")
     axis.fill_between(steps, band.low, band.high, color="black", alpha=0.15, linewidth=0)
     lowest = min(range(len(steps)), key=lambda index: band.mean[index])
-    axis.axvline(steps[lowest], color="tab:green", linewidth=1, label="minimum of the process")
+    axis.axvline(
+        steps[lowest], color="tab:green", linewidth=1, label="minimum of the Gaussian process"
+    )
     axis.axvline(evidence.decision.step, color="tab:red", linewidth=1, label="end of the warmup")
     finite = [loss for loss in losses if math.isfinite(loss)]
     start, below = statistics.median(finite[: len(finite) // 20 + 1]), min(finite)

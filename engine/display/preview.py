@@ -73,8 +73,8 @@ class Preview:
         if self.schedule.feedback is None:
             name = self.schedule.type_name
             raise ValueError(
-                f"`--losses` requires a loss-driven schedule, such as AutoWU, got {name}. To "
-                "plot this schedule, remove the option."
+                f"`--losses` requires a loss-driven schedule, such as AutoWU, but {name} is not "
+                "loss-driven. To plot this schedule, remove the option."
             )
         done = replay(self.configured, losses, base=self.base, horizon=self.horizon)
         columns = {
@@ -92,7 +92,7 @@ class Preview:
 
         if isinstance(self.schedule, WrappedScheduler) and steps > _MAX_RUN_STEPS:
             raise ValueError(
-                f"A plot of the PyTorch scheduler {self.schedule.type_name} can have at most "
+                f"A plot of the PyTorch scheduler {self.schedule.type_name} must have at most "
                 f"{_MAX_RUN_STEPS:,} steps, got {steps:,}. Set `--steps` to plot only the first "
                 "steps."
             )
@@ -190,7 +190,7 @@ def preview_document(
         raise ConfigError(document.name, problems)
     if context.schedule is None:
         for code in find_named_code(context.config.get("scheduler")):
-            message = f"The values of the schedule depend on code, {quote_value(code.name)}."
+            message = f"A preview of the schedule must import the code of {quote_value(code.name)}."
             hint = "If you trust the config, import and run the code with --allow-imports."
             problems.append(document.build_problem("named-code", code.pointer, message, hint))
         if problems:
@@ -217,7 +217,7 @@ def _build_preview(
     resolved = schedule.resolve(horizon)
     if schedule.feedback is not None and resolved.span > _MAX_SYNTHETIC_STEPS:
         raise ValueError(
-            f"A preview of the loss-driven schedule {schedule.type_name} can have at most "
+            f"A preview of the loss-driven schedule {schedule.type_name} must have at most "
             f"{_MAX_SYNTHETIC_STEPS:,} steps, got {resolved.span:,}. To preview the schedule, "
             "shorten the run in a copy of the config."
         )

@@ -169,9 +169,9 @@ def _find_gpu() -> int:
     The index is ``LOCAL_RANK`` or, if it is not set and no process group exists, 0.
 
     If the script has created a process group without setting ``LOCAL_RANK``, the index is that of
-    the device bound to the group. For a group without a bound device, it is that of the current
-    CUDA device or, if CUDA is not initialized yet, the rank modulo the number of GPUs, as in
-    torch's ``DeviceMesh``.
+    the device bound to the group. If no device is bound, this function returns the index of the
+    current CUDA device or, if CUDA is not initialized yet, the rank modulo the number of GPUs, as
+    in torch's ``DeviceMesh``.
 
     Raises:
         ValueError: if the GPU does not exist.

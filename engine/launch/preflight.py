@@ -187,5 +187,5 @@ def _find_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iter
         yield (
             "the config does not exist on this host"
             if missing
-            else "the config differs from the launcher's; copy it to this host"
+            else "the config differs from the launcher's; copy the launcher's config to this host"
         )

@@ -103,8 +103,8 @@ class Child:
     def read(self, descriptor: int) -> bytes:
         """Read available data from an output pipe.
 
-        Return data from standard output. Append data from standard error to `errors`, and return
-        b"" instead.
+        If the pipe is standard output, return the data. If the pipe is standard error, append the
+        data to `errors`, and return b"".
 
         Args:
             descriptor: file descriptor of the pipe.

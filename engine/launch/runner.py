@@ -50,7 +50,7 @@ class _Agent:
         """Buffer new output, and yield each line that is complete.
 
         Args:
-            data: new output; empty at the end of the output, to also yield an incomplete last line.
+            data: new output. Pass b"" at the end to also yield an incomplete last line.
         """
         first, *others = data.split(b"\n")
         self._line.append(first)

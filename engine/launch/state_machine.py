@@ -63,7 +63,7 @@ class _Event(Enum):
     TOO_FEW_HOSTS = "a host was lost permanently, and too few hosts are left"
     RECONNECT_DUE = "it is time to reconnect to a lost host"
     SIGNAL = "the launcher received a signal"
-    OVERDUE = "the grace period of stopping hosts is over"
+    OVERDUE = "the grace period for stopping the hosts is over"
 
 
 class Action(NamedTuple):

@@ -1,7 +1,7 @@
 """Run torchrun in this process, and report the first failed rank and its exit status.
 
 The ``torchrun`` command exits with status 1 for every failure. `main` instead returns the exit
-status of the rank that failed first, or 128 + n if signal n killed that rank. Its last line of
+status of the rank that failed first, or 128 + n if signal n killed that rank. The last line of
 output names the rank.
 """
 

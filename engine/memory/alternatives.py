@@ -53,7 +53,7 @@ def list_alternatives(
 
 
 def _normalize(settings: MemorySettings) -> MemorySettings:
-    """Replace the configured offload devices with those that the backend actually uses."""
+    """Return the settings with the offload devices that the backend actually uses."""
     optimizer, parameters = settings.offload_optimizer, settings.offload_param
     if settings.backend == "torch":
         # FSDP2 offloads the parameters together with the optimizer states.

@@ -74,7 +74,7 @@ def _list_replicated_parts(model: Sequence[ParameterSize], settings: MemorySetti
         _constant("parameters", "GPU", weights),
         Part("16-bit copies of the parameters", "GPU", copies, 0, 0),
         Part("gradients", "GPU", early, gradients, gradients),
-        _constant("buffers that average gradients", "GPU", _on_several(buckets, settings)),
+        _constant("buffers for averaging gradients", "GPU", _on_several(buckets, settings)),
         _constant("optimizer states", "GPU", _count_states(trained, settings, _count_whole)),
     ]
     return _move_to_cpu(parts) if settings.on_cpu else parts

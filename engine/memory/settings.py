@@ -80,7 +80,7 @@ def read_settings(context: RuleContext, world_size: int) -> MemorySettings:
     """Return the config settings that determine how much memory the model states need.
 
     Args:
-        context: the config, whose invalid values are ignored, and values derived from it.
+        context: valid values of the config, and values derived from them.
         world_size: number of ranks.
 
     Raises:

@@ -45,9 +45,9 @@ def lr_range_test(
     test.
 
     If `refine` is true, the range test is followed by short 1Cycle runs of `steps` steps each. They
-    try five maximum learning rates around the suggestion, each twice the previous one, and more
-    until the best is neither the smallest nor the largest one tried. The suggestion becomes more
-    reliable, but the call takes five to ten times as long.
+    first try five maximum learning rates around the suggestion, each twice the previous one. If the
+    best one is the smallest or the largest, smaller or larger ones are also tried. The suggestion
+    becomes more reliable, but the call takes five to ten times as long.
 
     If param groups have different learning rates, all of them are multiplied by the same factor.
     The learning rates in the arguments and in the report are those of the first group. The

@@ -44,7 +44,7 @@ class Run:
 
     @property
     def curve(self) -> tuple[list[float], list[float]]:
-        """A list of learning rates, and a list with the loss of the step after each of them.
+        """The learning rates and, for each of them, the loss of the next recorded step.
 
         A step computes the loss before it updates the parameters, so its learning rate first
         affects the loss of the next step.

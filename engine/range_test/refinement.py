@@ -47,7 +47,7 @@ class Refinement:
 
     @cached_property
     def lowest(self) -> float:
-        """The maximum learning rate estimated to give a short 1Cycle run the lowest final loss.
+        """The maximum learning rate with the lowest estimated final loss of a short 1Cycle run.
 
         The estimate is at the vertex of a parabola fitted to the final losses at the best learning
         rate tried and at its neighbors.
@@ -218,7 +218,7 @@ def check_training_steps(is_refined: bool, training_steps: int | None) -> None:
 def build_short_cycle(block: Mapping[str, Any], max_lr: float, steps: int) -> dict[str, Any]:
     """Build the scheduler block of a short cycle from a OneCycle block.
 
-    The short cycle keeps that block's momentum settings and the ratio of its phase lengths.
+    The short cycle has the same momentum settings and ratio of phase lengths as ``block``.
 
     Args:
         block: OneCycle scheduler block.

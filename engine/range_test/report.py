@@ -117,7 +117,7 @@ class LRRangeReport:
         return Suggestion(rounded, reason, found.rules, found.smoothed)
 
     def _find_early_end(self, reason: str) -> str:
-        """Explain a missing suggestion if the script ended too early; otherwise, return "".
+        """Return why there is no suggestion if the script ended too early, or "" if it did not.
 
         Args:
             reason: explanation that `suggest` gives.
@@ -154,7 +154,7 @@ class LRRangeReport:
             known: OneCycle block from which to copy the other params; None to use their defaults.
 
         Raises:
-            ValueError: the range test yields no suggestion.
+            ValueError: if the range test yields no suggestion.
         """
         if self.max_lr is None:
             raise ValueError(

@@ -122,8 +122,8 @@ def _write_report(recorder: Recorder, directory: Path) -> None:
         return
     if len(recorder.run.curve[0]) < MIN_POINTS:
         log.warning(
-            "LR range test: the script ended after %d steps, but the test needs at least %d. Train "
-            "for more epochs, or use smaller batches.",
+            "LR range test: the script ended after %d steps, but the test needs at least %d; train "
+            "for more epochs, or use smaller batches",
             len(recorder.run.lrs),
             MIN_POINTS + 1,
         )

@@ -42,9 +42,8 @@ log = logging.getLogger("onecycle")
 class TrainingRun:
     """The state of a training run.
 
-    During an LR range test, the engine temporarily uses a second `TrainingRun`, the trial run. A
-    separate class holds the state because `Engine` is an `nn.Module`, and setting attributes of a
-    module is slow.
+    During an LR range test, the engine temporarily uses a second `TrainingRun`, the trial run. The
+    state is not stored in `Engine`, because setting attributes of an `nn.Module` is slow.
     """
 
     config: Config
@@ -119,9 +118,9 @@ class TrainingRun:
         return run
 
     def start_trial(self, recorder: StepRecorder, schedule: Schedule[Any]) -> TrainingRun:
-        """Build a trial run for an LR range test, on this run's backend but with ``schedule``.
+        """Build a trial run for an LR range test.
 
-        The trial run writes no files.
+        The trial run uses the backend of this run, follows ``schedule``, and writes no files.
         """
         self.settle()
         config = self.config.copy_for_trial_run(schedule)
@@ -187,7 +186,7 @@ class TrainingRun:
         )
 
     def settle(self) -> None:
-        """Complete the deferred step, if there is one. This waits for the device.
+        """Wait for the deferred step, if there is one, and complete it.
 
         The ranks may call this method at different times.
 
@@ -208,7 +207,7 @@ class TrainingRun:
         self.misuse.note_scheduler(self.scheduler)
 
     def _settle_before_use(self, scheduler: LRScheduler | None) -> None:
-        """Make ``scheduler`` complete any deferred step whenever the script uses the scheduler."""
+        """Ensure that a deferred step is completed before the script uses ``scheduler``."""
         if self._deferring is not None and isinstance(scheduler, ScheduleBinder):
             scheduler.before_use = functools.partial(_settle, weakref.ref(self))
 

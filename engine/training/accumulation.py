@@ -82,7 +82,7 @@ class Accumulation:
         self.has_gradients = False
 
     def check_between_steps(self) -> None:
-        """Check that no batch is incomplete, so that an LR range test can start.
+        """Check that no batch is in progress, so that an LR range test can start.
 
         Raises:
             ValueError: some of the current batch's micro-batches have already been processed.

@@ -23,9 +23,8 @@ def checkpoint_activations(
     """Enable activation checkpointing for a model's blocks, in place.
 
     Each block saves only its inputs and is recomputed in the backward pass. The random state is
-    restored for the recomputation, so dropout drops the same values. A model without blocks
-    causes only a warning, not an error, because activation checkpointing does not change the
-    results of training.
+    restored for the recomputation, so dropout drops the same values. If the model has no blocks,
+    a warning is logged.
 
     Args:
         model: module with the blocks to checkpoint.
@@ -33,7 +32,7 @@ def checkpoint_activations(
         on_host: whether to move the saved inputs to CPU memory.
 
     Raises:
-        ValueError: the model does not contain a class in ``wrap``.
+        ValueError: a class name in ``wrap`` does not match any module of the model.
     """
     blocks = find_blocks(model, wrap)
     if not blocks:
@@ -88,7 +87,7 @@ def find_blocks(model: nn.Module, wrap: Sequence[str] = ()) -> list[nn.Module]:
             that has at least two members, all of the same class. Example: a transformer's layers.
 
     Raises:
-        ValueError: the model does not contain any of the classes in ``wrap``.
+        ValueError: a class name in ``wrap`` does not match any module of the model.
 
     >>> layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
     >>> len(find_blocks(nn.Sequential(layers, nn.Tanh())))

@@ -106,10 +106,10 @@ def check_are_in_model(model: nn.Module, groups: Iterable[Any], backend: str) ->
         for parameter in each["params"] if isinstance(each, dict) else [each]:
             _check(
                 id(parameter) in known,
-                "`model_parameters` and the optimizer must contain only parameters of `model` on "
-                f"{backend}, got a parameter of shape {tuple(parameter.shape)} that is not in the "
-                "model. Register its module in the model, as in `model.criterion = criterion`, or "
-                "use PyTorch without ZeRO.",
+                f"With {backend}, `model_parameters` and the optimizer must contain only "
+                f"parameters of `model`, got a parameter of shape {tuple(parameter.shape)} that is "
+                "not in the model. Register its module in the model, as in `model.criterion = "
+                "criterion`, or use PyTorch without ZeRO.",
             )
 
 

@@ -179,8 +179,8 @@ class GlobalBatchSampler(Sampler[Any]):
 class _SeededItems:
     """Items of one micro-batch, with a seed for the worker process.
 
-    The worker is seeded when it unpickles the items. If torch seeded it only at its start, random
-    numbers in a resumed run would differ from those in the original run.
+    The worker is seeded when it unpickles the items, so that a resumed run draws the same random
+    numbers as the original run.
     """
 
     def __init__(self, items: Any, seed: str) -> None:

@@ -22,7 +22,8 @@ __all__ = ["DeferredStep", "StepResult", "can_skip_on_device", "compute_norm_on_
 def can_skip_on_device(optimizer: Optimizer, device: torch.device) -> bool:
     """Return whether the optimizer's kernels can skip a step based on a tensor on ``device``.
 
-    This requires PyTorch's fused kernels, and all parameters must be on ``device``.
+    The result is true only if the optimizer uses PyTorch's fused kernels and all parameters are on
+    ``device``.
 
     >>> weight, device = torch.nn.Parameter(torch.ones(1)), torch.device("cpu")
     >>> can_skip_on_device(torch.optim.AdamW([weight], fused=True), device)

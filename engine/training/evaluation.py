@@ -184,12 +184,12 @@ class Evaluator:
 
 
 def _plan_split(loader: Iterable[Any]) -> tuple[int, int, bool, str] | None:
-    """Describe a loader for comparison across ranks; return None if its data cannot be split.
+    """Return a tuple that describes a loader, or None if the loader's data cannot be split.
 
     The tuple contains the number of samples, the batch size, ``drop_last`` and a hash of the first
-    sample (empty with a `DistributedSampler`). If all ranks return the same tuple, they are assumed
-    to have the same dataset, and its batches are split across the ranks. Otherwise, each rank
-    processes all batches of its own loader.
+    sample (empty with a `DistributedSampler`). If the tuples of all ranks are equal, the ranks are
+    assumed to have the same dataset, and its batches are split across the ranks. Otherwise, each
+    rank processes all batches of its own loader.
     """
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         return None

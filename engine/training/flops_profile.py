@@ -115,7 +115,7 @@ def format_profile(profiles: Sequence[ModuleProfile], settings: Mapping[str, Any
     )
     yield f"backward pass  {_format_number(backward * model.flops)}FLOPs ({backward:g} x forward)"
     yield "FLOPs of matrix products, convolutions and attention; a multiply-add counts as 2."
-    yield "Times include the cost of counting, which matters for small modules."
+    yield "Times include the overhead of counting FLOPs, which is significant for small modules."
     yield from _format_depths(profiles, settings["module_depth"], settings["top_modules"])
     if settings["detailed"]:
         yield "\nmodule: parameters, FLOPs, time"

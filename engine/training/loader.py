@@ -45,7 +45,7 @@ class RunLoader:
         sampler: batch sampler of ``batches`` that can skip micro-batches when a run resumes.
             Without a sampler, the skipped micro-batches are loaded and discarded, unless the loader
             has a state dict.
-        repeats: check that the ranks and the workers load different batches; None to skip it.
+        repeats: `RepeatCheck` of the data loader; None to skip the check.
     """
 
     def __init__(

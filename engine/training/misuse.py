@@ -256,9 +256,9 @@ class MisuseChecks:
         if names:
             self._warn(
                 "These parameters require gradients but are not trained: "
-                f"{_shorten(names)}. They were frozen when the engine was built, and are in no "
-                "param group. Pass frozen parameters to `initialize` as `model_parameters` or, if "
-                "there is no schedule, call `optimizer.add_param_group`."
+                f"{_shorten(names)}. They were frozen when the engine was built, so they are in no "
+                "param group. Include them in the argument `model_parameters` of `initialize` or, "
+                "if there is no schedule, call `optimizer.add_param_group`."
             )
 
     def _warn(self, text: str) -> None:

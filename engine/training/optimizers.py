@@ -205,8 +205,7 @@ def check_shapes(
             gradients.
 
     Raises:
-        ValueError: the optimizer does not support the shape of at least one parameter. The message
-            names up to three such parameters.
+        ValueError: the optimizer does not support the shape of at least one parameter.
     """
     if block is None or block.type != "Muon":
         return
@@ -229,8 +228,8 @@ def check_shapes(
 def is_buildable(block: Mapping[str, Any]) -> bool:
     """Return whether the DeepSpeed backend can use `build_optimizer` for an ``optimizer`` block.
 
-    It cannot if the type or one of the params is tied to a specific backend, or if ``torch_adam``
-    is false, which selects DeepSpeed's own Adam.
+    The result is false if the type or one of the params is tied to a specific backend, or if
+    ``torch_adam`` is false, because DeepSpeed then uses its own Adam.
 
     >>> is_buildable({"type": "AdamW"}), is_buildable({"type": "Lamb"})
     (True, False)

@@ -91,7 +91,7 @@ def _check_settings(loader: Any, config: Config) -> None:
     if size not in {None, micro}:
         own = f'"train_micro_batch_size_per_gpu": {size}'
         fix = (
-            f"replace `train_batch_size` by {own}"
+            f"replace `train_batch_size` with {own}"
             if "train_batch_size" in config.raw
             else f"set {own}"
         )

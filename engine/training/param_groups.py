@@ -105,7 +105,7 @@ def divide_parameters(
 
 
 def _list_members(each: Any) -> Any:
-    """Return a param group with its parameters as a list, or a parameter without its name.
+    """Convert a group's parameters to a list, or a ``(name, parameter)`` pair to the parameter.
 
     The parameters of a group may be a generator, which can be iterated only once.
     """
@@ -263,15 +263,15 @@ def _explain_empty(
     if taken:
         name, entry = names[taken[0]][0], found[taken[0]]
         return (
-            f"{place} matches only parameters of earlier entries, such as `{name}` of "
-            f"`optimizer.param_groups.{entry}`, got {pattern!r}. Move the entry before "
+            f"{place} must match a parameter that no earlier entry selects, got {pattern!r}. "
+            f"`optimizer.param_groups.{entry}` already selects `{name}`. Move the entry before "
             f"`optimizer.param_groups.{entry}`."
         )
     if matched:
         return (
-            f"{place} matches only parameters that are not trained, such as "
-            f"`{names[matched[0]][0]}`, got {pattern!r}. Unfreeze the parameters, or remove the "
-            "entry."
+            f"{place} must match a parameter that is trained, got {pattern!r}. The pattern matches "
+            f"only parameters that are not trained, such as `{names[matched[0]][0]}`. Unfreeze the "
+            "parameters, or remove the entry."
         )
     near = _find_near_names(pattern, [name for own in names.values() for name in own])
     listed = ", ".join(f"`{name}`" for name in near)

@@ -60,7 +60,7 @@ class StepRecord:
     """Momentum (first beta for Adam) of each param group, with 0 for a group that has no momentum.
     If none of the groups has momentum, the attribute is None."""
     weight_decay: Sequence[float] | None
-    """Weight decay of each param group that has one; empty or None if no group does."""
+    """Weight decay of each param group that has one; empty or None if no group has one."""
     loss: float | None
     """Mean loss over micro-batches and ranks; None if the engine did not record the loss."""
     grad_norm: float | None

@@ -35,7 +35,7 @@ log = logging.getLogger("onecycle")
 _PREFIX = "Train/Samples/"
 _STEP = "step"
 _MAY_BE_UNUSED = {"momentum", "weight_decay"}
-"""The report omits each of these panels if all values in the panel are 0."""
+"""Panels that the report omits if all their values are 0."""
 _LOG_PANELS = {"train_loss", "lr", "grad_norm", "loss_scale"}
 _MAX_POINTS = 2000
 _MAX_CHECKPOINTS = 200
@@ -56,8 +56,8 @@ class _Point(NamedTuple):
 class _Series:
     """The values of a metric, averaged so that the number of points stays bounded.
 
-    Each point averages ``stride`` consecutive values, except those that are NaN or infinite. Its
-    step is the step of the last value.
+    Each point averages the finite values among ``stride`` consecutive values. Its step is the step
+    of the last value.
     """
 
     stride: int = 1
@@ -118,7 +118,7 @@ class RunReport:
         self._exit_hook: Any = None
 
     def write_events(self, events: Iterable[Event]) -> None:
-        """Record the metrics of a step, and write the report if the previous write was long ago."""
+        """Record the metrics of a step, and write the report if a write is due."""
         found = {event.name.removeprefix(_PREFIX): event for event in events}
         if _STEP in found:
             self._step = int(found.pop(_STEP).value)

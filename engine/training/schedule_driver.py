@@ -51,7 +51,7 @@ class ScheduleDriver:
 
     @property
     def feedback(self) -> Literal["loss", "metric"] | None:
-        """Kind of value that the schedule needs at each step: "loss" or "metric"; None if none."""
+        """Kind of value that the schedule needs at each step: "loss", "metric" or None."""
         scheduler = self.scheduler
         return scheduler.schedule.feedback if isinstance(scheduler, ScheduleBinder) else None
 

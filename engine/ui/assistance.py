@@ -61,7 +61,7 @@ def describe(text: str, offset: int) -> dict[str, Any]:
 
     Returns:
         A dict with the range of the key or value (``from`` and ``to``), its ``title``, and
-        ``lines``, the paragraphs of the help. Without help, ``lines`` is empty.
+        ``lines``, the paragraphs of the help. If there is no help, ``lines`` is empty.
     """
     cursor = locate(text, from_utf16(text, offset))
     start, end = to_utf16(text, cursor.start), to_utf16(text, cursor.end)
@@ -156,7 +156,7 @@ def _describe_key(cursor: Cursor, schema: Mapping[str, Any]) -> Iterator[str]:
 
 @cache
 def _read_other_names() -> dict[tuple[tuple[str, ...], str], list[str]]:
-    """Map each pair ``(path of the section, key)`` to the names of the key in other libraries."""
+    """Return a dict that maps ``(section_path, key)`` to the key's names in other libraries."""
     found: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for pointer, names in schemas.read("aliases.json").items():
         for other, key in names.items():

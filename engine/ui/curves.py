@@ -185,8 +185,8 @@ def compute_curves(
     steps = settings.steps or max(each.span for each in previews)
     if steps > _MAX_STEPS:
         raise ValueError(
-            f"The config page can draw at most {_MAX_STEPS:,} steps, got {steps:,}. Enter a "
-            "smaller number of steps."
+            f"The number of steps must be at most {_MAX_STEPS:,} on the config page, got "
+            f"{steps:,}. Enter a smaller number."
         )
     for each_preview in previews:
         each_preview.check_length(steps)
@@ -198,8 +198,8 @@ def compute_curves(
             columns += _list_columns(fit_example(other, own, steps), (), label)
     if len(columns) > _MAX_CURVES:
         raise ValueError(
-            f"The config page can draw at most {_MAX_CURVES} curves, got {len(columns)}. Select "
-            "fewer configs and schedules for comparison."
+            f"The number of curves must be at most {_MAX_CURVES} on the config page, got "
+            f"{len(columns)}. Select fewer configs and schedules for comparison."
         )
     order = list(LABELS)
     columns.sort(key=lambda column: order.index(column.hyperparameter))

@@ -171,8 +171,8 @@ def change_type(text: str, name: str, steps: int = _STEPS) -> str:
 def _scale(value: Any, schema: Mapping[str, Any], steps: int, has_length: bool) -> Any:
     """Scale the durations in a parameter's example value to a run of ``steps`` steps.
 
-    Fractions of the run, such as "0.5dur", stay unchanged if ``has_length`` is true, which means
-    that the config specifies the length of the run.
+    If the config specifies the length of the run (``has_length``), fractions of the run, such as
+    "0.5dur", stay unchanged.
     """
     if isinstance(value, list):
         return [_scale(each, schema.get("items", {}), steps, has_length) for each in value]

@@ -26,9 +26,9 @@ def describe_memory(
         settings: run settings that the user entered. Without a world size, one rank is assumed.
 
     Returns:
-        A dict with the keys ``summary``, ``tables`` and ``notes``. If the memory cannot be
-        estimated, ``summary`` gives the reason, and the lists of tables and notes are empty. None
-        if the number of parameters is unknown or the config has errors.
+        A dict with the keys ``summary``, ``tables`` and ``notes``, or None if the number of
+        parameters is unknown or the config has errors. If the memory cannot be estimated,
+        ``summary`` gives the reason, and the other values are empty.
     """
     has_errors = any(problem.severity == "error" for problem in problems)
     if settings.parameters is None or context is None or has_errors:

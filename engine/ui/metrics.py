@@ -61,7 +61,7 @@ def is_metric_file(path: Path) -> bool:
 
 
 class MetricSource(ABC):
-    """A directory of metrics."""
+    """Base class of objects that read the metrics in a directory."""
 
     @abstractmethod
     def update(self) -> float:

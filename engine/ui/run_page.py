@@ -22,7 +22,7 @@ from engine.ui.server import Action
 __all__ = ["RunPage"]
 
 _MAX_POINTS = 3000
-"""Maximum number of points per series on the run page. More would look the same."""
+"""Maximum number of points per series on the run page. More points would look the same."""
 _NOTE = (
     "The event files are not shown: tensorboard is not installed. Run `pip install tensorboard`."
 )
@@ -174,7 +174,7 @@ class RunPage:
         return [(run, path) for run in self._runs for path in run.find_plots()]
 
     def _read_plot(self, body: Mapping[str, Any]) -> Download:
-        """Return the image at the requested index of the list that `_summarize` returns."""
+        """Return the image at the requested index of the list ``plots`` from `_summarize`."""
         index, plots = body.get("index"), self._list_plots()
         if type(index) is not int or not 0 <= index < len(plots):
             raise ValueError("Unknown image. Reload the page.")

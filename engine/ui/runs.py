@@ -137,7 +137,7 @@ def find_runs(roots: Sequence[Path], known: Sequence[Run] = ()) -> list[Run]:
 
 
 def _group_directories(root: Path) -> dict[tuple[Path, str], list[Path]]:
-    """Map each run's root directory and name to the run's directories with metrics."""
+    """Return a dict that maps each run's ``(root, name)`` to its directories with metrics."""
     groups: dict[tuple[Path, str], list[Path]] = {}
     for directory in _walk(root):
         key = _find_own_root(root, directory), directory.name

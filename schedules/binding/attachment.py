@@ -61,7 +61,8 @@ class Attachment:
     def has_last_group(self, groups: Sequence[Group]) -> bool:
         """Return whether ``groups`` contains the last param group of the most recent `record` call.
 
-        It does not if the param groups have been replaced, as by the optimizer's `load_state_dict`.
+        The result is false if the param groups have been replaced, for example by the optimizer's
+        `load_state_dict`.
         """
         return any(group is self._last_group for group in groups)
 

@@ -200,7 +200,7 @@ class ScheduleBinder(TorchInterface):
             self._step_slowly(loss, metric)
 
     def _step_slowly(self, loss: Tensor | float | None, metric: Tensor | float | None) -> None:
-        """Advance the schedule if `step` cannot use its fast path, as in its first call."""
+        """Advance the schedule if `step` cannot use its fast path, such as in the first call."""
         self._prepare_use()
         if not self._has_stepped:
             check_not_chained()

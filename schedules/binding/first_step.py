@@ -11,7 +11,7 @@ __all__ = ["FirstStep"]
 
 
 class FirstStep:
-    """A check that `optimizer.step()` is called before `scheduler.step()`, like PyTorch's own.
+    """A check that `optimizer.step()` is called before `scheduler.step()`, as in PyTorch.
 
     Args:
         optimizer: optimizer to observe. None disables the check.

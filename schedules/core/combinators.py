@@ -235,7 +235,7 @@ class _Repeat(Curve):
     def _is_stuck(self) -> bool:
         """Whether all later cycles have the same length.
 
-        A short cycle may not grow, because lengths are truncated to whole steps.
+        Short cycles can stop growing, because lengths are truncated to whole steps.
         """
         last = self._steps[-1]
         return last == _grow(last, self._growth) or len(self._steps) >= _MAX_GROWING_CYCLES

@@ -52,9 +52,9 @@ class Decision(NamedTuple):
 class Band(NamedTuple):
     """Mean and confidence band of a Gaussian process fitted to the losses.
 
-    ``low`` and ``high`` are two standard deviations below and above the mean. With "robust" as its
-    ``test``, AutoWU compresses the losses with asinh before the fit, and then converts the band
-    back to losses. That band is not symmetric around the mean.
+    ``low`` and ``high`` are two standard deviations below and above the mean. If AutoWU's ``test``
+    is "robust", the losses are compressed with asinh before the fit, and the band is then converted
+    back to losses. The converted band is not symmetric around the mean.
     """
 
     positions: Sequence[float]

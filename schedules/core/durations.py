@@ -197,7 +197,7 @@ def _count_per_step(unit: str, horizon: Horizon, text: str) -> float:
 def has_data_durations(schedule: Any) -> bool:
     """Return whether a schedule has a duration in epochs, samples, tokens or fractions of the run.
 
-    This includes durations in lists and in nested schedules.
+    Durations in lists and in nested schedules are included.
 
     >>> from schedules import MultiStepScheduler, WarmupDecayLR
     >>> has_data_durations(WarmupDecayLR(total_num_steps="10ep"))

@@ -80,7 +80,7 @@ class Duration(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Items:
-    """Marker for a list field: the JSON schema of each item."""
+    """Marker for a list field, with the JSON schema of each item."""
 
     schema: Mapping[str, Any]
 
@@ -253,7 +253,7 @@ class Field:
         return {"number", "array"} <= set(self.schema.get("type", ()))
 
     def complete(self, description: str, *, explain_time: bool = True) -> str:
-        """Append sentences about the accepted values and the unit to a description.
+        """Return a description extended with sentences about the accepted values and the unit.
 
         Args:
             description: sentences about the meaning of the field.

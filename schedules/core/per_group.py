@@ -84,7 +84,7 @@ def broadcast_lr(schedule: Any, name: str, lrs: tuple[float, ...]) -> tuple[floa
     initial learning rates by the field's value.
 
     Args:
-        schedule: the schedule. It must also have a field ``relative``.
+        schedule: schedule with a field ``relative``.
         name: name of the field.
         lrs: initial learning rate of each group.
 
@@ -104,14 +104,14 @@ def broadcast_lr(schedule: Any, name: str, lrs: tuple[float, ...]) -> tuple[floa
     if schedule.relative:
         factors = broadcast(name, value, lrs)
         return tuple(factor * lr for factor, lr in zip(factors, lrs, strict=True))
-    fix = ' Alternatively, set `"relative": true` and multiples of the initial values.'
+    fix = ' Alternatively, set `"relative": true` and use multiples of the initial values.'
     return broadcast_strict(name, value, lrs, fix)
 
 
 def broadcast_strict(
     name: str, value: PerGroup, base: tuple[float, ...], fix: str = ""
 ) -> tuple[float, ...]:
-    """Do the same as `broadcast`, but reject a single number if the values in ``base`` differ.
+    """Convert a field like `broadcast`, but reject a single number if values in ``base`` differ.
 
     Raises:
         ValueError: ``value`` is a single number but the groups have different initial values, or

@@ -61,7 +61,7 @@ def shorten(piece: Piece, end: float) -> Piece:
 
 
 def find_next_step(piece: Piece, step: int, end: int) -> int:
-    """Return the first integer step after ``piece``, or ``end`` if that is smaller.
+    """Return the first integer step after ``piece``, but at most ``end``.
 
     ``step`` is a step in ``piece``. The result is always greater than ``step``, so that a loop over
     pieces advances even if rounding makes ``piece`` end at ``step``.

@@ -168,9 +168,9 @@ def find(name: str) -> type[Schedule[Any]]:
     Raises:
         ImportForbiddenError: the schedule is neither built in nor registered, and imports are not
             allowed here (see `schedules.core.imports.imports_allowed`).
-        ValueError: the name is unknown, its import fails, or the imported object is not a valid
-            schedule class, PyTorch scheduler class or function. If the name is similar to a known
-            name, the message suggests that name.
+        ValueError: the name is unknown, the import fails, or the imported object is not a valid
+            schedule class, PyTorch scheduler class or function. The message suggests a known name
+            if one is similar to ``name``.
 
     >>> find("math:exp").__name__
     'exp'

@@ -221,7 +221,7 @@ class Schedule(ABC, Generic[S]):
 
         Args:
             horizon: length of the run, and the scale ratio. Required for time strings, except those
-                in batches, such as "500ba".
+                in steps, such as "500ba".
 
         Raises:
             ScheduleError: a duration cannot be converted to steps, is out of range, or conflicts
@@ -248,7 +248,7 @@ class Schedule(ABC, Generic[S]):
         return dataclasses.replace(self, **changes)
 
     def _check_minimum(self, name: str, steps: Any) -> None:
-        """Raise an error if a time string that must be at least 1 step comes to 0 steps."""
+        """Raise an error if a time string is 0 steps, but must be at least 1 step."""
         least, given = read_fields(type(self))[name].minimum, as_tuple(getattr(self, name))
         for time, count in zip(given, as_tuple(steps), strict=True):
             if is_time_string(time) and count == 0 < least:

@@ -52,13 +52,13 @@ def suggest_fraction(name: str, value: object, known: Collection[str]) -> str | 
     hint names the parameter in ``known`` that accepts this fraction as a time string.
 
     >>> suggest_fraction("warmup_ratio", 0.03, ["warmup_num_steps"])
-    'Set "warmup_num_steps": "0.03dur", which is a fraction of the run.'
+    'For a fraction of the run, set "warmup_num_steps": "0.03dur".'
     """
     target = next((each for each in _WARMUPS if each in known), None)
     if name not in _WARMUP_FRACTIONS or target is None:
         return None
     fraction = value if isinstance(value, int | float) and 0 < value < 1 else 0.1
-    return f'Set "{target}": "{fraction:g}dur", which is a fraction of the run.'
+    return f'For a fraction of the run, set "{target}": "{fraction:g}dur".'
 
 
 def _compare_letters(one: str, other: str) -> tuple[float, float]:

@@ -102,7 +102,7 @@ class Replay(NamedTuple):
     rows: list[Values]
     """Hyperparameters at each step, including the step after the final loss."""
     evidence: Evidence | None
-    """Losses and learning rates that led to the latest decision, such as to end the warmup.
+    """Losses and learning rates that led to the latest decision, such as the end of the warmup.
 
     None if the schedule made no decision or does not record its losses.
     """

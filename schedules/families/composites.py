@@ -191,8 +191,8 @@ class SequentialLR(
             yield ParameterProblem(
                 "milestones",
                 f"`milestones` must have {len(self.schedulers) - 1} items, one fewer than "
-                f"`schedulers`, got {len(self.milestones)}. List the first step of each schedule "
-                "except the first one.",
+                f"`schedulers`, got {len(self.milestones)}. List the step at which each "
+                "schedule after the first starts.",
             )
 
     def joints(self) -> Iterator[Joint]:

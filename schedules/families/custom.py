@@ -113,7 +113,7 @@ def adapt(found: Any, path: str) -> type[Schedule[Any]]:
         return FunctionSchedule.make_class(path, found)
     raise ValueError(
         "`scheduler.type` must be the import path of a scheduler class or of a function of the "
-        f"step, got {path!r} ({found!r}). Set it to the path of such a class or function."
+        f"step, got {path!r} ({found!r})."
     )
 
 
@@ -232,8 +232,8 @@ class WrappedScheduler(Schedule[int]):
 
         The scheduler runs on a dummy optimizer to find these names. If arguments of the scheduler
         are lists, the dummy optimizer has one param group per item of the longest list. If the
-        scheduler raises an error, it runs again with the length of the next shorter list as the
-        number of param groups, and so on, and finally with a single param group.
+        scheduler raises an error, the lengths of shorter lists are tried in descending order, and
+        finally a single param group.
         """
         lists = {len(value) for value in self.params().values() if isinstance(value, list)}
         errors = []

@@ -114,7 +114,7 @@ class OneCycle(
     uses `cycle_first_stair_count`."""
     decay_step_size: StepsOrZero | None = None
     """Length of each decay interval after the cycle; see `decay_lr_rate`. 0 or null disables the
-    decay. Otherwise, it never ends, so set the length of the run in `engine.max_duration`."""
+    decay. An enabled decay never ends, so set the length of the run in `engine.max_duration`."""
     post_cycle_decay_step_size: StepsOrZero | None = None
     """Alias of `decay_step_size`, used in DeepSpeed's tutorial. Set only one of the two keys."""
     cycle_momentum: bool = True

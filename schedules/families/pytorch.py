@@ -104,7 +104,7 @@ class ConstantLR(LearningRateSchedule, example={"factor": 0.5, "total_iters": 40
     factor: Factor = 1 / 3
     """Factor applied to the learning rate until step `total_iters`."""
     total_iters: Steps = 5
-    """First step at which the learning rate is not multiplied by `factor`."""
+    """First step at which the learning rate is no longer multiplied by `factor`."""
 
     def curve(self, lr: float) -> Curve:
         end = as_number(self.total_iters)
@@ -225,10 +225,10 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
 
     With n = ``total_steps``, the learning rate starts at ``max_lr / div_factor``, reaches
     ``max_lr`` at step ``pct_start * n - 1``, and ends at
-    ``max_lr / div_factor / final_div_factor`` at step ``n - 1``. With ``three_phase``, it first
-    falls back to ``max_lr / div_factor``, as fast as it rose. Each phase is a cosine or a straight
-    line. Momentum goes from ``max_momentum`` to ``base_momentum`` and back. After step ``n - 1``,
-    the values stay constant, whereas PyTorch's scheduler raises an error.
+    ``max_lr / div_factor / final_div_factor`` at step ``n - 1``. With ``three_phase``, the
+    learning rate first falls back to ``max_lr / div_factor``, as fast as it rose. Each phase is a
+    cosine or a straight line. Momentum goes from ``max_momentum`` to ``base_momentum`` and back.
+    After step ``n - 1``, the values stay constant, whereas PyTorch's scheduler raises an error.
 
     Source: ``OneCycleLR`` in torch/optim/lr_scheduler.py; Smith and Topin, Super-convergence,
     https://arxiv.org/abs/1708.07120.
@@ -272,7 +272,7 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
         if by_epochs != (2 if self.total_steps is None else 0):
             yield ParameterProblem(
                 "total_steps",
-                "Either `total_steps`, or both `epochs` and `steps_per_epoch` must be set, got "
+                "Either `total_steps` or both `epochs` and `steps_per_epoch` must be set, got "
                 f"{self.total_steps}, {self.epochs} and {self.steps_per_epoch}. "
                 'Set `total_steps` to "1dur" to use the length of the run.',
             )

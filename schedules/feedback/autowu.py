@@ -42,12 +42,12 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     param group. The learning rates of the other groups keep their initial ratios to that
     learning rate.
 
-    The parameter ``test`` selects the test that makes these estimates and ends the warmup.
-    The test "reference" comes from the code of AutoWU's authors. It runs once per epoch, needs a
-    run of about thirty epochs, and depends on the scale of the loss. The test "robust" runs about
-    sixty times per warmup, does not depend on the scale of the loss, and tolerates loss spikes.
-    With "robust", the cooldown starts at n = 0; with "reference", it starts at n = 1, as in the
-    authors' code.
+    The parameter ``test`` selects the statistical test that estimates the probability and ends the
+    warmup. The test "reference" comes from the code of AutoWU's authors. It runs once per epoch,
+    needs a run of about thirty epochs, and depends on the scale of the loss. The test "robust" runs
+    about sixty times per warmup, does not depend on the scale of the loss, and tolerates loss
+    spikes. With "robust", the cooldown starts at n = 0; with "reference", it starts at n = 1, as in
+    the authors' code.
 
     If ``rollback`` is true, earlier weights and optimizer states are restored when the warmup ends.
     The steps from one run of the test to the next form an interval. The restored values are those
@@ -71,7 +71,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
 
     steps_per_epoch: Count = None
     """Number of steps per epoch; null uses the run's actual number. If `test` is "reference", the
-    test on the losses runs once per epoch of this length."""
+    statistical test runs once every `steps_per_epoch` steps."""
     total_epochs: Count = None
     """Number of epochs; null derives it from the length of the run."""
     min_lr: Annotated[float, Range(above=0)] = 1e-5
@@ -89,18 +89,18 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     """Whether the cooldown starts immediately after the warmup, without a constant phase."""
     decay_phase_stat: Literal["loss"] | None = None
     """Statistic that triggers reductions of the learning rate between the warmup and the cooldown.
-    With "loss", the learning rate is multiplied by `decay_phase_factor` each time that more than
-    five epochs in a row do not improve the mean loss per epoch. With null, the learning rate is
+    With "loss", the learning rate is multiplied by `decay_phase_factor` each time the mean loss per
+    epoch has not improved for more than five consecutive epochs. With null, the learning rate is
     reduced at most once, right after the warmup."""
     decay_phase_factor: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Factor applied to the learning rate between the warmup and the cooldown. If
-    `decay_phase_stat` is null, the factor is applied once, if the statistical test (see `test`)
-    ends the warmup. If `decay_phase_stat` is "loss", the factor is applied at each plateau of the
-    loss."""
+    `decay_phase_stat` is null, the factor is applied at most once: when the statistical test (see
+    `test`) ends the warmup. If `decay_phase_stat` is "loss", the factor is applied at each plateau
+    of the loss."""
     cooldown_fraction: Fraction = 0.2
     """Length of the cooldown at the end of the run, as a fraction of the run. A warmup still in
-    progress ends when the cooldown starts. If `immediate_cooldown` is true, this is only the
-    minimum length (with the "reference" test) or is ignored (with the "robust" test)."""
+    progress ends when the cooldown starts. If `immediate_cooldown` is true, the value is only a
+    minimum with the "reference" test, and is ignored with the "robust" test."""
     cooldown_type: Literal["cosine", "half_cosine"] = "cosine"
     """Shape of the cooldown; "half_cosine" starts at half of the peak learning rate."""
     test: Literal["reference", "robust"] = "reference"

@@ -157,7 +157,7 @@ class AutoWUController(FeedbackController[AutoWUState]):
         likely = self._test.find_likely_minimum(state)
         if likely is not None:
             peak = self._warmup.lr_between(peak, likely)
-            reason += "; using the most likely position"
+            reason += ", so its most likely position is used"
         return self._start_decay(_set_decision(state, peak, reason), peak)
 
     def _update_lowest(self, state: AutoWUState, losses: np.ndarray[Any, Any]) -> AutoWUState:

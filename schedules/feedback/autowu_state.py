@@ -30,7 +30,7 @@ class AutoWUState:
     votes: tuple[bool, ...] = ()
     alone: Count = 0
     """Number of consecutive robust tests that confidently found the current loss above the minimum.
-    Unlike for `votes`, the initial loss need not be above the minimum."""
+    The initial loss need not be above the minimum, unlike in `votes`."""
     chance: float = 0.0
     """Probability that the loss has passed its minimum, from the latest statistical test."""
     argmin: float = 1.0

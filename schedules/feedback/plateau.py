@@ -124,8 +124,8 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     factor: Annotated[float, Range(at_least=0)] = 0.1
     """Factor applied to the learning rate at each reduction."""
     patience: MetricCount = 10
-    """Number of consecutive metric values without an improvement that are tolerated. One more
-    such value reduces the learning rate."""
+    """Number of tolerated consecutive metric values without an improvement. One more such value
+    reduces the learning rate."""
     threshold: Annotated[float, Range(at_least=0)] = 1e-4
     """Minimum change in the metric that counts as an improvement."""
     threshold_mode: Literal["rel", "abs"] = "rel"

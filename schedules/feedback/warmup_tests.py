@@ -126,7 +126,7 @@ class PublishedTest(WarmupTest):
             return None
         return (
             f"AutoWU's warmup of at most {steps} steps is shorter than {_PATIENCE + 1} epochs of "
-            f"{self.interval} steps, so no test can end it. The warmup will end at lr "
+            f"{self.interval} steps, so the test cannot end it. The warmup will end at lr "
             f"{self.warmup.lr(steps):.2g} or when the cooldown starts. Train for more epochs, or "
             'set "test": "robust".'
         )

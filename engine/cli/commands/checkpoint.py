@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``onecycle checkpoint`` to a parser."""
     parser.description = (
         "List the checkpoints of a run (ls), verify their hashes (verify), print the manifest of a "
-        "checkpoint (show), or export its weights to one safetensors file (export), also from a "
-        "checkpoint that DeepSpeed wrote. Only export requires torch."
+        "checkpoint (show), or export its weights to one safetensors file (export). Only export "
+        "requires torch. It also accepts checkpoints that DeepSpeed wrote."
     )
     add_examples(
         parser,
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "action",
         type=str.lower,
         choices=["ls", "verify", "show", "export"],
-        help="operation on the checkpoints",
+        help="action to perform on the checkpoints",
     )
     parser.add_argument(
         "dir",

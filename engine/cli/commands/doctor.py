@@ -102,10 +102,10 @@ def _check_training() -> Iterator[_Finding]:
         detail = f"torch {torch.__version__} is a CPU-only build"
     yield _Finding(group, "on GPUs", count > 0, detail)
     gloo = dist.is_available() and dist.is_gloo_available()
-    detail = "with Gloo, also FSDP2" if gloo else "this build of torch lacks Gloo"
+    detail = "with Gloo, including FSDP2" if gloo else "this build of torch lacks Gloo"
     yield _Finding(group, "several processes on CPUs", gloo, detail)
     nccl = dist.is_available() and dist.is_nccl_available()
-    detail = "with NCCL, also FSDP2" if nccl else "this build of torch lacks NCCL"
+    detail = "with NCCL, including FSDP2" if nccl else "this build of torch lacks NCCL"
     yield _Finding(group, "several processes on GPUs", nccl, detail)
     compiler = _find_compiler()
     detail = f"with {compiler}" if compiler else "no C++ compiler (Debian: g++)"
@@ -169,7 +169,7 @@ def _check_packages() -> Iterator[_Finding]:
 
 def _check_tools() -> Iterator[_Finding]:
     for feature, tool, needed in (
-        ("several hosts", "ssh", "`onecycle launch --hostfile`; Debian: openssh-client"),
+        ("several hosts", "ssh", "`onecycle launch --hostfile` (Debian: openssh-client)"),
         ("Slurm jobs", "sbatch", "`onecycle launch --slurm`"),
         ("Slurm jobs on several nodes", "srun", "jobs with more than one node"),
     ):

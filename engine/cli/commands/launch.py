@@ -61,7 +61,7 @@ _SUPPORTED_BY: dict[str, tuple[set[str], str]] = {
     ),
     "rejoin": (
         {"ssh"},
-        "requires `--hostfile`. Remove this option; Slurm requeues a job that lost a node.",
+        "requires `--hostfile`. Remove this option. Slurm itself requeues a job that loses a node.",
     ),
     "slurm_opt": (
         {"slurm"},

@@ -13,13 +13,13 @@ from engine.distributed.environment import USAGE
 __all__ = ["EPILOG", "EXAMPLES", "add_options"]
 
 EPILOG = """\
-Times S are in seconds. Options that torchrun or deepspeed call by another name, such as
---nproc-per-node, --num_gpus or --master_port, can be given by that name.
+Times S are in seconds. The option names of torchrun and deepspeed, such as --nproc-per-node,
+--num_gpus and --master_port, are also accepted.
 
-exit status: 0 all ranks succeeded; the status of the first failed rank (128 + n: signal n);
-128 + n: the launcher received signal n; 1 the config is invalid; 2 wrong usage; 69 a host is
-unreachable or has different package versions; 75 a host was lost, or the run saved and exited
-after a signal; 124 the rendezvous timed out
+exit status: 0 all ranks succeeded; 1 the config is invalid; 2 wrong usage; 69 a host is unreachable
+or has different package versions; 75 a host was lost, or the run saved and exited after a signal;
+124 the rendezvous timed out; 128 + n the launcher received signal n. If a rank fails, the status is
+that of the first failed rank (128 + n if signal n ended it).
 """
 
 EXAMPLES = (
@@ -33,16 +33,18 @@ EXAMPLES = (
 )
 
 _UNSUPPORTED = {
-    "is not needed: `onecycle launch` starts all hosts from one machine. Use `--hostfile` or "
-    "`--slurm`, or start torchrun on each host yourself.": (
+    "is not needed: `onecycle launch` starts the script on all hosts from one machine. Use "
+    "`--hostfile` or `--slurm`, or start torchrun on each host yourself.": (
         *("--node-rank", "--no-ssh", "--rdzv-endpoint", "--rdzv-id", "--local-addr"),
     ),
-    "is not supported. The timeout of the rendezvous is `--rdzv-timeout`.": ("--rdzv-conf",),
-    "is not supported. Use `--hostfile` to start hosts with ssh, or `--slurm`.": ("--launcher",),
+    "is not supported. Set the timeout of the rendezvous with `--rdzv-timeout`.": ("--rdzv-conf",),
+    "is not supported. Use `--hostfile` to launch over ssh, or `--slurm`.": ("--launcher",),
     "is not supported. Use `--ssh-opt` or `--slurm-opt`.": ("--launcher-args",),
     "is not supported. Use `--console` to select the ranks to print, and `--log-dir` for log "
     "files.": ("--tee", "-t", "--redirects", "-r", "--local-ranks-filter"),
-    "is not supported. Set the interpreter of the environment with `--python`.": ("--venv-script",),
+    "is not supported. Set the interpreter of the virtual environment with `--python`.": (
+        "--venv-script",
+    ),
     "is not supported. Remove this option, or start the script with torchrun or deepspeed.": (
         *("--monitor-interval", "--start-method", "--role", "--run-path", "--numa-binding"),
         *("--event-log-handler", "--logs-specs", "--signals-to-handle", "--virtual-local-rank"),
@@ -150,8 +152,7 @@ def _add_host_options(group: _Group) -> None:
     option_help = "#SBATCH option, such as time=30; can be repeated"
     add("--slurm-opt", action="append", default=[], metavar="K=V", help=option_help)
     ssh_help = (
-        "ssh option, such as ProxyJump=gate, or a flag after =, such as --ssh-opt=-v; can be "
-        "repeated"
+        "ssh option, such as ProxyJump=gate; to pass a flag, write --ssh-opt=-v; can be repeated"
     )
     add("--ssh-opt", action="append", default=[], metavar="O", help=ssh_help)
     add("--ssh-port", type=parse_positive_int, metavar="P", help="ssh port on every host")
@@ -168,7 +169,9 @@ def _add_rank_options(group: _Group) -> None:
     )
     file_help = "file of environment variables: one K=V per line; # starts a comment"
     add("--env-file", type=Path, metavar="F", help=file_help)
-    pattern_help = "variables to forward, such as WANDB_* (NCCL_*, HF_* and others always are)"
+    pattern_help = (
+        "variables to forward, such as WANDB_*; NCCL_*, HF_* and others are always forwarded"
+    )
     add("--pass-env", action="append", default=[], metavar="PATTERN", help=pattern_help)
     add("--cwd", default=".", metavar="D", help="working directory on every host")
     python_help = "interpreter on every host (default: this one)"
@@ -198,7 +201,9 @@ def _add_launcher_options(group: _Group) -> None:
         metavar="F",
         help="config to validate before launch (default: the .json file in ARGS)",
     )
-    set_help = f"{SET_HELP}. It changes each config that SCRIPT passes to engine.initialize"
+    set_help = (
+        f"{SET_HELP}. The override applies to each config that SCRIPT passes to engine.initialize"
+    )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=set_help)
     rejoin_help = "reconnect to a lost host for up to --rdzv-timeout seconds"
     add("--rejoin", action="store_true", help=rejoin_help)
@@ -206,7 +211,9 @@ def _add_launcher_options(group: _Group) -> None:
     add("--rdzv-timeout", type=parse_positive_int, default=300, metavar="S", help=rendezvous_help)
     port_help = "port of the rendezvous (default: a free port)"
     add("--port", also=("--master-port",), type=int, default=0, metavar="P", help=port_help)
-    address_help = "address of the first host for the others (default: the address that ssh uses)"
+    address_help = (
+        "address at which the other hosts reach the first host (default: the address that ssh uses)"
+    )
     add("--master-addr", metavar="A", help=address_help)
     iface_help = "network interface for Gloo and NCCL (default: the interface that ssh uses)"
     add("--iface", metavar="NAME", help=iface_help)

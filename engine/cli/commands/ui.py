@@ -23,9 +23,9 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``onecycle ui`` to a parser."""
     parser.description = (
-        "Open a web page for editing a config, with problems and curves as you type, or for "
-        "viewing the metrics and checkpoints of runs. The page is served only on this machine, "
-        "and reads and writes only the files on the command line."
+        "Open a web page for editing a config, or for viewing the metrics and checkpoints of runs. "
+        "As you edit a config, the page shows its problems and curves. The page is served only on "
+        "this machine, and reads and writes only the files given on the command line."
     )
     parser.add_argument(
         "paths",

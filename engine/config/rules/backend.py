@@ -132,7 +132,7 @@ def _check_compiler(context: RuleContext) -> Iterator[Problem]:
     if name is None or name in _COMPILERS or entry_points(group=_COMPILER_GROUP, name=name):
         return
     near = find_nearest(name, _COMPILERS)
-    message = f"`engine.compile` is {quote_value(name)}, which PyTorch does not register itself."
+    message = f"`engine.compile` is {quote_value(name)}, which is not built into PyTorch."
     hint = (
         f"Did you mean `{near}`?"
         if near

@@ -74,7 +74,7 @@ def _check_etas(context: RuleContext) -> Iterator[Problem]:
         return
     if etas is not None and not 0 < etas[0] < 1 < etas[1]:
         message = (
-            "`etas` must be a factor below 1 and a factor above 1, both above 0, got "
+            "`etas` must be a factor between 0 and 1 and a factor above 1, got "
             f"{quote_value(etas)}."
         )
         hint = "The default is [0.5, 1.2]."

@@ -50,14 +50,15 @@ def _check_own_schedules(context: RuleContext) -> Iterator[Problem]:
             continue
         shared = context.schedule
         if shared is not None and shared.feedback is not None:
-            message = f"{shared.type_name} sets the values of all param groups, so that no group "
-            message += "can have its own schedule."
-            yield context.error("param-groups", pointer, message, "Remove one of the two.")
+            message = f"{shared.type_name} sets the values of all param groups, so no group can "
+            message += "have its own schedule."
+            hint = "Remove the group's `scheduler`, or remove the `scheduler` section."
+            yield context.error("param-groups", pointer, message, hint)
             continue
         if schedule.feedback is not None:
             message = f"{schedule.type_name} depends on the {schedule.feedback}, which the "
             message += "schedule of a single param group does not receive."
-            hint = "Move it to the `scheduler` section."
+            hint = "Move the schedule to the `scheduler` section."
             yield context.error("param-groups", pointer, message, hint)
             continue
         missing = [
@@ -69,7 +70,10 @@ def _check_own_schedules(context: RuleContext) -> Iterator[Problem]:
             message = f"{schedule.type_name} changes {missing[0]}, but {name} has none."
             hint = "Choose another schedule or optimizer."
             if missing[0] == "momentum" and hasattr(schedule, "cycle_momentum"):
-                hint = 'Set "cycle_momentum": false in its params, or choose another optimizer.'
+                hint = (
+                    'Set "cycle_momentum": false in the params of the schedule, or choose another '
+                    "optimizer."
+                )
             yield context.error("param-groups", pointer, message, hint)
             continue
         base = build_base_values(context.config, schedule, read_hyperparameters(entries[index]))
@@ -123,7 +127,7 @@ def _check_no_decay(context: RuleContext) -> Iterator[Problem]:
     is_driven = context.schedule is not None and "weight_decay" in context.schedule.hyperparameters
     if not is_driven and not default and not any(each.get("weight_decay") for each in entries):
         message = "`no_decay` has no effect, because the weight decay is 0."
-        hint = 'Set "weight_decay" in optimizer.params, or remove the key.'
+        hint = 'Set "weight_decay" in optimizer.params, or remove `no_decay`.'
         yield context.note("no-effect", pointer, message, hint)
 
 

@@ -38,9 +38,10 @@ def _check_single_precision(context: RuleContext) -> Iterator[Problem]:
 
 
 def _is_autocast_of_16_bits(context: RuleContext, on: list[str]) -> bool:
-    """Return whether ``on`` is ``torch_autocast`` plus ``fp16`` or ``bf16``, with the same dtype.
+    """Return whether only ``torch_autocast`` and a 16-bit section of the same dtype are enabled.
 
-    For ``fp16`` without ZeRO, return False, because DeepSpeed would scale the loss twice.
+    ``on`` contains the names of the enabled sections. For ``fp16`` without ZeRO, return False,
+    because DeepSpeed would scale the loss twice.
     """
     if len(on) != 2 or "torch_autocast" not in on:
         return False
@@ -58,14 +59,14 @@ def _check_cpu_adam(context: RuleContext) -> Iterator[Problem]:
     name = optimizer_name(block.get("type", "")) if block else "Adam"
     is_known = not any(each.startswith((_OPTIMIZER, _OFFLOAD)) for each in context.unresolved)
     if is_known and find_offload_device(context.config, "offload_optimizer") == "none":
-        message = f"`{key}` requires that the optimizer is offloaded to the CPU."
+        message = f"`{key}` requires the optimizer to be offloaded to the CPU."
         hint = f'Add "offload_optimizer": {{"device": "cpu"}} to `zero_optimization`{_OR_STATES}.'
         if key.startswith("fp16"):
             hint = 'Add "offload_optimizer": {"device": "cpu"} to `zero_optimization`.'
         yield context.error("precision", pointer, message, hint)
     elif is_known and (name not in {"Adam", "AdamW"} or block.get("params", {}).get("torch_adam")):
         kind = "torch's Adam" if name in {"Adam", "AdamW"} else name
-        message = f"`{key}` requires DeepSpeed's CPU Adam, got {kind}."
+        message = f"`{key}` requires DeepSpeed's CPU Adam, but the optimizer is {kind}."
         hint = 'Set "type": "AdamW" without "torch_adam", or remove the key.'
         yield context.error("precision", pointer, message, hint)
 
@@ -77,7 +78,7 @@ def _check_master_weights(context: RuleContext) -> Iterator[Problem]:
         ("bf16", "bf16_optimizer_states"),
     ):
         if context.get_section(name).get(key) is True and context.stage == 0:
-            message = f"`{name}.{key}` requires ZeRO stage 1, 2 or 3, got stage 0."
+            message = f"`{name}.{key}` requires ZeRO stage 1, 2 or 3, but the stage is 0."
             hint = 'Set "zero_optimization": {"stage": 1}, or remove the key.'
             yield context.error("precision", f"/{name}/{key}", message, hint)
     bf16 = context.get_section("bf16")

@@ -148,7 +148,7 @@ def _check_jumps(context: RuleContext) -> Iterator[Problem]:
     for joint, before, after in evaluated.find_jumps() if evaluated else ():
         message = (
             f"The schedule's {joint.hyperparameter} jumps from {before:.3g} to {after:.3g} at step "
-            f"{joint.step:g}, where the next part starts."
+            f"{joint.step:g}, where the next phase starts."
         )
         yield context.note("jump", f"{_PARAMS}/{joint.field}", message, joint.fix)
 

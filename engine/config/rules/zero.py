@@ -43,8 +43,8 @@ def _check_offload(context: RuleContext) -> Iterator[Problem]:
         if device not in {"none", "auto"} and context.stage < least:
             stages = "1, 2 or 3" if least == 1 else "3"
             message = (
-                f"`{name}`, which offloads the {what}, requires ZeRO stage {stages}, got stage "
-                f"{context.stage}."
+                f"`{name}`, which offloads the {what}, requires ZeRO stage {stages}, but the "
+                f"stage is {context.stage}."
             )
             hint = f"Remove `{name}`, or set the stage to {stages}."
             yield context.error("offload-without-stage", f"{_ZERO}/{name}", message, hint)
@@ -81,9 +81,8 @@ def _check_nvme(context: RuleContext) -> Iterator[Problem]:
             and context.is_absent(f"{pointer}/nvme_path")
         ):
             message = f'`{name}.nvme_path` must be set if the device is "nvme".'
-            yield context.error(
-                "nvme-without-path", pointer, message, 'Add "nvme_path": "/local_nvme".'
-            )
+            hint = 'Add a path on the NVMe drive, such as "nvme_path": "/local_nvme".'
+            yield context.error("nvme-without-path", pointer, message, hint)
         if path and block.get("device", "none") != "nvme" and on_deepspeed:
             message = f'`{name}.nvme_path` has an effect only if the device is "nvme".'
             hint = 'Remove the key, or set "device": "nvme".'

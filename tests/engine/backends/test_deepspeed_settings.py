@@ -44,7 +44,7 @@ def find_errors(config):
                 "zero_optimization": {"stage": 1} | OFFLOAD,
                 "optimizer": {"type": "Adagrad"},
             },
-            "requires DeepSpeed's CPU Adam, got Adagrad",
+            "requires DeepSpeed's CPU Adam, but the optimizer is Adagrad",
         ),
         (
             {
@@ -52,7 +52,7 @@ def find_errors(config):
                 "zero_optimization": {"stage": 1} | OFFLOAD,
                 "optimizer": {"type": "Adam", "params": {"torch_adam": True}},
             },
-            "requires DeepSpeed's CPU Adam, got torch's Adam",
+            "requires DeepSpeed's CPU Adam, but the optimizer is torch's Adam",
         ),
         (
             {"bf16": {"enabled": True, "bf16_optimizer_states": True}},

@@ -235,7 +235,7 @@ def test_range_test_in_config_writes_the_report_without_lr_test(directory):
     assert Path("after").exists(), "the script must not be stopped"
     assert len(read_report()["runs"][0]["lr"]) == 30
     done = subprocess.run([sys.executable, path, "10"], check=True, capture_output=True, text=True)
-    assert "the script ended after 10 steps, but the test needs at least 21." in done.stderr
+    assert "the script ended after 10 steps, but the test needs at least 21;" in done.stderr
 
 
 @pytest.mark.parametrize(

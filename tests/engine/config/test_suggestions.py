@@ -154,7 +154,7 @@ def test_names_of_other_libraries_stand_for_known_schedules():
         (
             {"scheduler": {"type": "WarmupLR", "params": {"warmup_ratio": 0.03}}},
             "/scheduler/params/warmup_ratio",
-            'Set "warmup_num_steps": "0.03dur", which is a fraction of the run.',
+            'For a fraction of the run, set "warmup_num_steps": "0.03dur".',
         ),
         (
             {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0.03}}},

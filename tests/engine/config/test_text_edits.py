@@ -53,7 +53,7 @@ def test_set_value_missing_parent_is_added_with_the_indentation_of_its_siblings(
 
 
 def test_set_value_below_a_number_is_an_error():
-    with pytest.raises(ValueError, match="must be an object"):
+    with pytest.raises(ValueError, match="is not an object"):
         set_value(parse('{"a": 1}', "c.json"), "/a/b", 2)
 
 

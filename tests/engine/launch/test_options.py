@@ -110,10 +110,10 @@ def test_launch_options_of_torchrun_and_deepspeed_mean_the_same(
 @pytest.mark.parametrize(
     "option, advice",
     [
-        ("--node_rank", "starts all hosts from one machine"),
+        ("--node_rank", "starts the script on all hosts from one machine"),
         ("--rdzv-endpoint", "start torchrun on each host"),
-        ("--launcher", "Use `--hostfile` to start hosts with ssh, or `--slurm`"),
-        ("--venv_script", "Set the interpreter of the environment with `--python`"),
+        ("--launcher", "Use `--hostfile` to launch over ssh, or `--slurm`"),
+        ("--venv_script", "Set the interpreter of the virtual environment with `--python`"),
         ("--autotuning", "start the script with torchrun or deepspeed"),
     ],
 )

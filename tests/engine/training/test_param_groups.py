@@ -86,7 +86,9 @@ def test_groups_pattern_that_matches_nothing_is_an_error_with_near_names(pattern
 
 
 def test_groups_pattern_of_parameters_in_earlier_entries_is_an_error():
-    with pytest.raises(ValueError, match=r"such as `head.weight` of `optimizer.param_groups.0`"):
+    with pytest.raises(
+        ValueError, match=r"`optimizer.param_groups.0` already selects `head.weight`"
+    ):
         divide(Net(), param_groups=[{"params": "head"}, {"params": "head.weight"}])
 
 

@@ -218,7 +218,7 @@ def test_maximum_of_null_is_each_groups_lr(name, params, peak):
 def test_relative_bounds_are_multiples_of_each_groups_lr(name, params):
     base = {"lr": (1.0, 0.125, 0.0)}
     with pytest.raises(
-        ValueError, match='set `"relative": true` and multiples of the initial values'
+        ValueError, match='set `"relative": true` and use multiples of the initial values'
     ):
         trace({"type": name, "params": params}, 9, base=base)
     alone = trace({"type": name, "params": params}, 9, base={"lr": 1.0})["lr"]

@@ -253,7 +253,7 @@ def test_autowu_step_accepts_only_a_scalar_loss():
 @pytest.mark.parametrize(
     "params, message",
     [
-        ({"total_epochs": 6}, "no test can end it"),
+        ({"total_epochs": 6}, "the test cannot end it"),
         ({"total_epochs": 6, "test": "robust"}, "rarely confident"),
     ],
 )
