@@ -1,4 +1,4 @@
-"""Compare onecycle's AutoWU with the code that its authors published: CPU time and decisions.
+"""Compare the CPU time and decisions of onecycle's AutoWU with those of the published code.
 
     OMP_NUM_THREADS=1 python benchmarks/autowu_decision.py
 
@@ -77,7 +77,7 @@ def main() -> None:
         kind = "test" if "passed" in decision.reason else "timeout"
         same += (decision.step, kind) == (curve["trans_step"], curve["how"])
     console.print(
-        f"reference: {same} of {len(CURVES)} recorded warmups end at the same step as in the "
+        f"reference: {same} of {len(CURVES)} recorded warmups end at the same step as with the "
         "published code"
     )
 

@@ -6,7 +6,7 @@ The script trains LeNet (without normalization) and a small ResNet (with batch n
 Fashion-MNIST, with images downsampled to 14 x 14. All runs use AdamW and the same number of epochs,
 with batch sizes of 256, 2,048 and 8,192. The methods are
 
-- fixed: a constant learning rate for all batch sizes, the best of three at batch size 256;
+- fixed: the same constant learning rate for all batch sizes (the best of three at batch size 256);
 - scaled: the learning rate of "fixed" times batch size / 256;
 - cosine: warmup to the learning rate of "scaled" over a tenth of the run, then cosine decay to 0;
 - 1Cycle: OneCycle between the bounds that an LR range test suggests for the batch size;

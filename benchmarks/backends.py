@@ -4,7 +4,7 @@
 
 The script prints a Markdown table with the first and the last loss of each run. The table also
 shows whether the learning rate and the momentum follow the schedule at each step, and the largest
-relative difference from the losses of a float32 run on one rank with PyTorch.
+relative difference between the losses of the run and those of a float32 PyTorch run on one rank.
 """
 
 from __future__ import annotations

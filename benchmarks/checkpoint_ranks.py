@@ -9,8 +9,8 @@ increase in a rank's resident memory during the save or load (excluding memory-m
 fraction of the size of the rank's tensors.
 
 The contenders are onecycle with FSDP2 (stage 3 of the PyTorch backend),
-torch.distributed.checkpoint (which computes no hashes), and DeepSpeed stages 0 and 2, each with and
-without onecycle.
+torch.distributed.checkpoint (which computes no hashes), DeepSpeed (stages 0 and 2), and onecycle on
+DeepSpeed (stages 0 and 2).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Inject faults, such as a full disk, a malicious file or a signal, into training runs.
+"""Inject faults, such as a full disk, a malicious file or a signal, into runs and commands.
 
 Each fault is caused by a shell script that runs in an empty directory. `benchmarks/fault_table.py`
 runs all scripts and prints each script's last line of output, exit status and run time in a table.
@@ -23,7 +23,7 @@ _MAX_LENGTH = 220
 _OF_SHELL = re.compile(r"(environment: line \d+: )?\s*(\d+ )?(Done|Killed|Terminated)\b.*")
 """Pattern that matches the lines in which the shell reports that a process has exited."""
 _PRELUDE = """
-# The shell's `python` reads a script from standard input, which starts with the helpers of tests.
+# `python` runs the imports in $IMPORTS, and then the script that it reads from standard input.
 onecycle() { "$PYTHON" -m engine.cli.main "$@"; }
 python() { { echo "$IMPORTS"; cat; } | "$PYTHON" -; }
 launch() { exec "$PYTHON" -m engine.cli.main launch --no-preflight "$@"; }
@@ -162,7 +162,7 @@ print("steps:", trainer.global_steps, resumed.global_steps, "equal weights:", is
 END""",
     ),
     Fault(
-        "a killed run has written more rows to its CSV file than its checkpoint knows",
+        "a killed run has written CSV rows for steps after its last checkpoint",
         """for steps in 3 4; do
 STEPS=$steps python <<'END'
 config = {"train_batch_size": 4, "optimizer": {"type": "SGD"}}
@@ -235,7 +235,7 @@ onecycle validate a.json b.json > printed; status=$?
 grep "^a.json: [v0-9]\\|^b.json: [v0-9]" printed | tr '\\n' ' '; exit $status""",
     ),
     Fault(
-        "a checkpoint of DeepSpeed contains code, and its hashes match",
+        "a DeepSpeed checkpoint with matching hashes contains code",
         """python <<'END'
 from tests.engine.checkpoint.test_checkpoint import Bomb
 config = {"train_batch_size": 4, "optimizer": {"type": "AdamW"}}
@@ -255,7 +255,7 @@ trainer.load_checkpoint("run")
 END""",
     ),
     Fault(
-        "`--write-sbatch` with commands in its values; the script runs",
+        "`--write-sbatch` with shell commands in option values, followed by a run of the script",
         """mkdir bin; printf '#!/bin/sh\\n' > bin/srun; cp bin/srun bin/scontrol
 chmod +x bin/*; touch train.py
 onecycle launch --write-sbatch job --nproc 1 --log-dir '$(touch pwned)' \\
@@ -337,7 +337,7 @@ tail -1 printed; exit $status""",
     ),
     Fault("a FIFO in place of the config", "mkfifo a.json; onecycle validate a.json"),
     Fault(
-        "Muon on DeepSpeed with the lock of a killed build, which is deleted later",
+        "a stale build lock blocks Muon on DeepSpeed and is deleted 30 seconds later",
         """export TORCH_EXTENSIONS_DIR=$PWD/built
 mkdir -p built/fused_adam; touch built/fused_adam/lock
 touch printed
@@ -389,7 +389,7 @@ head -1 printed; exit $status""",
         "touch train.py; onecycle launch --rdzv-endpoint=node1:29400 train.py",
     ),
     Fault(
-        "directories of torchrun after a launch that is killed",
+        "the launcher is killed while torchrun's temporary directories exist",
         """mkdir tmp; export TMPDIR=$PWD/tmp; echo 'import time; time.sleep(60)' > train.py
 "$PYTHON" -m engine.cli.main launch --no-preflight --nproc 2 --grace 1 train.py & pid=$!
 while ! ls tmp/torchelastic_* > /dev/null 2>&1; do sleep 0.1; done
@@ -410,7 +410,7 @@ print("threads left:", threading.active_count() - 1)
 END""",
     ),
     Fault(
-        "60,000 steps of LambdaLR, CyclicLR, restarts and LRRangeTest",
+        "60,000 steps of LambdaLR, CyclicLR, CosineAnnealingWarmRestarts and LRRangeTest",
         """python <<'END'
 import schedules, warnings
 warnings.simplefilter("ignore")

@@ -1,15 +1,14 @@
-"""Damage checkpoints and interrupt saves in many ways, and print the error messages.
+"""Inject faults into checkpoints, saves and whole programs, and print the outcomes in two tables.
 
     python benchmarks/fault_table.py [--only TEXT]
 
-The faults are real: the file system that runs out of space is a mounted tmpfs, and the killed rank
-receives SIGKILL. Faults that need a tmpfs are skipped if none can be mounted. Only the wrong system
-clock is simulated.
+The first table lists faults in checkpoints and saves. It shows the error message, and the step from
+which training resumes afterward. Before most faults, three checkpoints exist, the newest at step 6.
+Before a fault that needs several ranks, only one checkpoint exists, at step 1. The second table
+lists the faults that are defined in benchmarks/fault_runs.py.
 
-The first table lists faults in checkpoints and saves; its last column shows the step from which
-training resumes afterward. Before most faults, three checkpoints exist, the newest at step 6.
-Before a fault that needs several ranks, only one checkpoint exists. The second table lists the
-faults that are defined in benchmarks/fault_runs.py.
+The faults are real: the disk that fills up, for example, is a mounted tmpfs. Only the system clock
+that is set back is simulated. Faults that need a tmpfs are skipped if none can be mounted.
 """
 
 from __future__ import annotations
@@ -122,7 +121,7 @@ def replace_model(directory: Path) -> Iterator[tuple[str, str, str]]:
     yield (
         "a pickle bomb with a correct hash",
         get_error(lambda: start()[0].load_checkpoint(bomb)),
-        "step 4, by its tag",
+        "step 4, if its tag is passed",
     )
 
 
@@ -133,7 +132,7 @@ def fail_to_save(directory: Path) -> Iterator[tuple[str, str, str]]:
     yield (
         "a tag that exists",
         get_error(lambda: trainer.save_checkpoint(saved_dir, tag="global_step6"))
-        + " replaced when complete",
+        + "; the new checkpoint replaces the old one when it is complete",
         find_resumed_step(saved_dir),
     )
     blocked = directory / "file"

@@ -5,13 +5,13 @@
 
 The tasks are a GPT with 124M parameters in bf16, the same GPT compiled, and a small MLP whose step
 shows the overhead of each library. Each contender runs in its own process, and the processes take
-turns. The report is JSON: milliseconds per step and their ratio to those of the raw loop (medians
-of the rounds), tokens or samples per second, peak GPU memory in bytes, and the number of times per
-step that the host waits for the device, counted with the profiler.
+turns. All contenders use torch's fused AdamW and clip gradients at norm 1. The raw loop is plain
+PyTorch with autocast. onecycle also follows a 1Cycle schedule.
 
-The raw loop uses fused AdamW, autocast, `clip_grad_norm_` and `zero_grad`. All contenders use
-torch's fused AdamW and clip gradients at norm 1; onecycle also follows a 1Cycle schedule. A library
-that is not installed is listed under "skipped"; a contender that fails is listed under "errors".
+The report is JSON. For each task and contender, it contains the median time per step in
+milliseconds, the median ratio to the raw loop, tokens or samples per second, the peak GPU memory in
+bytes, and how many times per step the host waits for the device. A library that is not installed is
+listed under "skipped"; a contender that fails is listed under "errors".
 """
 
 from __future__ import annotations
@@ -430,7 +430,7 @@ def run_task(
     Args:
         task: task to run.
         contenders: contenders that have not failed.
-        rounds: number of times to measure each contender, unless the time runs out.
+        rounds: number of times to measure each contender; fewer if time runs out.
         start: time at which the benchmark started, from `time.monotonic`.
     """
 

@@ -3,9 +3,9 @@
     python benchmarks/growth.py [--only groups] [--steps 1000000]
 
 Each case is measured in a new process. Times are CPU times, which other programs barely affect. The
-time of a step is the mean over several steps. The column "growth" compares each row with the
-previous row: it is the growth exponent of the column that grows fastest. An exponent of 0 means
-constant cost, 1 linear cost and 2 quadratic cost.
+time of a step is the mean over several steps. The column "growth" shows how the fastest-growing
+column grew since the previous row, as an exponent: 0 means constant cost, 1 linear cost and 2
+quadratic cost.
 
 - groups: the times of start-up, a step, saving and loading, for a model in which each param group
   has one tensor of one element. "plain step" is a step with PyTorch's optimizer but without the
@@ -289,7 +289,12 @@ def main() -> None:
     )
     parts = ("groups", "parameters", "config", "steps")
     parser.add_argument("--only", choices=parts)
-    parser.add_argument("--steps", type=int, default=20_000, help="length of the runs")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=20_000,
+        help='number of training steps in each run of "steps" (default: 20000)',
+    )
     parser.add_argument(
         "--largest",
         type=float,

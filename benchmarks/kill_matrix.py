@@ -148,7 +148,7 @@ def kill_runs(
         uninterrupted run, including failed restarts.
     """
     whole, ended = Run(case, directory / "whole", training_steps).wait()
-    assert ended, f"{case} does not run"
+    assert ended, f"The uninterrupted run of {case} failed."
     expected = parse_rows(whole)
     name = f"{case.backend} {case.processes} {case.mode} {case.engines}"
     task = bar.add_task(name, total=kills)
@@ -194,7 +194,7 @@ def main() -> None:
     args = parser.parse_args()
     rng = random.Random(args.seed)  # noqa: S311  # moments, not secrets
     console = Console()
-    table = Table("backend", "processes", "saves", "engines", "kills", "runs", "lost")
+    table = Table("backend", "processes", "saves", "engines", "kills", "runs", "differences")
     total = [0, 0, 0]
     with (
         tempfile.TemporaryDirectory() as directory,
@@ -210,7 +210,9 @@ def main() -> None:
             total = [a + b for a, b in zip(total, counts, strict=True)]
     console.print(table)
     console.print(
-        "{} kills in {} runs of {} steps: {} lost".format(*total[:2], args.training_steps, total[2])
+        "{} kills in {} runs of {} steps: {} differences".format(
+            *total[:2], args.training_steps, total[2]
+        )
     )
     sys.exit(1 if total[2] else 0)
 

@@ -80,7 +80,7 @@ def break_host(fault: str, what: str, until: str, happens: str, settle: int) -> 
         fault: name of the fault in the table.
         what: first argument of the script that each rank runs (tests/testing/worker.py).
         until: shell command to run before the fault.
-        happens: shell command that injects the fault, or "".
+        happens: shell command that injects the fault; "" if ``what`` or ``until`` causes it.
         settle: seconds from the launcher's exit until the remaining processes are counted.
     """
     with tempfile.TemporaryDirectory() as name:

@@ -2,18 +2,19 @@
 
     python benchmarks/launch_many_hosts.py [--hosts 8 64 512 2048] [--delay 1.0]
 
-A shell script replaces ssh. It waits for ``--delay`` seconds, and then behaves like a host: it
-answers the probe or the connection check, or acts as an agent whose rank prints one line and waits.
-No rank trains. One simulated host fails; the others exit when the launcher stops them.
+A shell script, called the stub, replaces ssh. It waits for ``--delay`` seconds, and then behaves
+like a host: it answers the probe or the connection check, or acts as an agent whose rank prints one
+line and waits. No rank trains. One simulated host fails; the others exit when the launcher stops
+them.
 
 The first table shows CPU seconds, which other programs on this machine barely affect:
 
 - plan: building the launch plan, and encoding the job of each host as JSON;
 - preflight: the launcher's own CPU time for both rounds of the preflight check;
 - run: the launcher's own CPU time from the start of the agents to its exit;
-- stubs: the CPU time of the shell scripts, which a real launch does not run.
+- stubs: the CPU time of the stubs, which a real launch does not run.
 
-The second table shows wall-clock seconds (including the CPU time of the stubs), memory and counts:
+The second table shows wall-clock seconds, memory and counts:
 
 - preflight: both rounds of the preflight check; each round includes the delay;
 - corrected: preflight, minus the stubs' CPU time divided by the number of cores;
@@ -45,7 +46,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 SSH = r"""#!/bin/sh
-# The last argument is the command, the one before it is the host.
+# The last argument is the command; the one before it is the host.
 while [ $# -gt 2 ]; do shift; done
 case $2 in
 *engine.launch.probe*) sleep $STUB_DELAY; cat $STUB_DIR/probe.json ;;

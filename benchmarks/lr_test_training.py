@@ -6,9 +6,9 @@ The suggestions are those of ``onecycle lr-test --repeat 3``, with and without r
 (``--refine --training-steps``). There are three tasks: LeNet on Fashion-MNIST (or on scikit-learn's
 digits if Fashion-MNIST is not available), an MLP on the digits, and a small transformer that
 predicts the next character in the source code and docs of this repository. Each task is trained
-with 1Cycle schedules that start at a tenth of their maximum. These maxima are the two suggestions
-and a grid of nine learning rates half a decade apart. Each maximum is used with several seeds.
-Accuracy is measured on held-out data.
+with 1Cycle schedules that have different maximum learning rates: the two suggestions, and a grid of
+nine values half a decade apart. Each schedule starts at a tenth of its maximum, and is used with
+several seeds. Accuracy is measured on held-out data.
 """
 
 from __future__ import annotations

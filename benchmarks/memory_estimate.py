@@ -37,13 +37,13 @@ a step. The optimizer is AdamW unless another one is named.
 PEERS = """
 ## DeepSpeed's estimators
 
-`estimate_zero2_model_states_mem_needs` and `estimate_zero3_model_states_mem_needs` of DeepSpeed
-{version}, for 7 billion parameters in bf16 with Adam: GB on the GPU of each rank.
-DeepSpeed's estimators leave out the parameters that stage 3 keeps gathered after a forward pass
-(here, their argument for the largest layer is 0). The column "without gathered" leaves out these
-parameters, too. For stage 2, DeepSpeed's estimator counts both the 16-bit gradients and their
-float32 copies, although DeepSpeed frees the 16-bit gradients first. For stage 3, where both exist
-at the same time, the estimator counts only one of them.
+The table compares onecycle's estimates with those of `estimate_zero2_model_states_mem_needs` and
+`estimate_zero3_model_states_mem_needs` of DeepSpeed {version}. It shows GB on the GPU of each rank,
+for 7 billion parameters in bf16 with Adam. DeepSpeed's estimator for stage 3 is called with a
+largest layer of size 0, so it leaves out the parameters that stay gathered after a forward pass.
+The column "without gathered" leaves them out, too. For stage 2, DeepSpeed's estimator counts both
+the 16-bit gradients and their float32 copies, although DeepSpeed frees the 16-bit gradients first.
+For stage 3, where both exist at the same time, the estimator counts only one of them.
 
 | ranks | stage | offloaded | onecycle | without gathered | DeepSpeed |
 |---|---|---|---|---|---|"""

@@ -62,10 +62,9 @@ def repeat_step(step: Step) -> Callable[[int], None]:
 
 
 def build_contenders(groups: int) -> dict[str, Callable[[int], None]]:
-    """Return a dict that maps each scheduler's name to a function that runs some of its steps.
+    """Return, for each scheduler, a function that runs a given number of its steps.
 
-    The argument of each function is the number of steps. The dict also contains the bare loop, as
-    the baseline.
+    The keys are the names of the schedulers. The dict also contains the bare loop, as the baseline.
     """
     from deepspeed.runtime.lr_schedules import OneCycle
 
@@ -98,7 +97,7 @@ def measure_cpu_time(run: Callable[[int], object], amount: int) -> float:
 
 
 def time_steps(console: Console, rounds: int) -> None:
-    table = Table("1Cycle, one step()", title="microseconds (relative to the bare loop), medians")
+    table = Table("1Cycle, one step()", title="median microseconds (ratio to the bare loop)")
     for groups in (1, 2, 16, 256):
         table.add_column(f"{groups} group{'s' * (groups > 1)}", justify="right")
     cells: dict[str, list[str]] = {}

@@ -93,9 +93,7 @@ def main() -> None:
             imports, call, mebibytes = map(float, run.stdout.split()[-3:])
             seconds[name].append((imports * 1e3, call * 1e3))
             memory[name] = max(memory[name], mebibytes)
-    table = Table(
-        "CPU ms in addition to AdamW's constructor", "import", "call", "peak MiB", "times"
-    )
+    table = Table("CPU ms (torch already imported)", "import", "call", "peak MiB", "times")
     bare = memory["torch.optim.AdamW"]
     for name, each in seconds.items():
         imports, call = (statistics.median(part) for part in zip(*each, strict=True))

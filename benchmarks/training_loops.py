@@ -4,7 +4,7 @@
 
 The final weights are compared with two references: plain DeepSpeed at the same stage, and a
 hand-written PyTorch loop. Each table cell shows the largest difference from the closer reference,
-or that the engine rejects the loop.
+or "refused" if the engine rejects the loop.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ HEAD = """\
 small models with AdamW; each rank has its own data. The final weights are compared with two
 references: plain DeepSpeed at the same stage, and a hand-written PyTorch loop. A cell shows the
 largest difference from the closer reference. Differences up to {fp32:g} in float32 and up to
-{bf16:g} in bf16 are rounding errors. Except for MoE, whose experts differ by design, the weights of
-both ranks are equal to the last bit in every cell with a number. On PyTorch, a single process does
-not shard, so stages 1 to 3 are the same as stage 0.
+{bf16:g} in bf16 are rounding errors. On two ranks, a number also means that the weights of both
+ranks are bit-identical, except for MoE, whose experts differ by design. On PyTorch, a single
+process does not shard, so stages 1 to 3 are the same as stage 0.
 """
 
 

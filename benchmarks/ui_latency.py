@@ -56,7 +56,13 @@ def find_largest() -> Path:
 
 
 def measure(text: str, steps: int | None, rounds: int) -> Iterator[float]:
-    """Yield the latency in milliseconds of each of ``rounds`` keystrokes in the config ``text``."""
+    """Type into a config in the UI, and yield the latency of each keystroke in milliseconds.
+
+    Args:
+        text: text of the config.
+        steps: number of steps to plot; None for the default.
+        rounds: number of keystrokes.
+    """
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "ds_config.json")
         path.write_text(text)

@@ -28,9 +28,9 @@ __all__ = ["DeepSpeedAccessors"]
 
 
 class DeepSpeedAccessors(nn.Module):
-    """Base class of `Engine` with methods and properties that are named as in DeepSpeed.
+    """Base class of `Engine` whose methods and properties have the same names as in DeepSpeed.
 
-    They work on every backend, unless their docstring says otherwise.
+    They work on every backend, unless their docstrings say otherwise.
     """
 
     _backend: Backend
@@ -75,7 +75,7 @@ class DeepSpeedAccessors(nn.Module):
 
     @property
     def dp_world_size(self) -> int:
-        """The number of ranks that load different samples."""
+        """The number of data-parallel ranks."""
         return self._backend.ranks.data_ranks
 
     @property
@@ -163,7 +163,7 @@ class DeepSpeedAccessors(nn.Module):
     def optimizer_name(self) -> str | None:
         """Return the config's optimizer type in lowercase, or the class name of your own optimizer.
 
-        The result is None without an optimizer, for example during inference.
+        The result is None if the engine has no optimizer, for example during inference.
         """
         if self.config.optimizer is not None:
             return self.config.optimizer.type.lower()
@@ -279,8 +279,8 @@ class DeepSpeedAccessors(nn.Module):
             batch_size: number of samples per batch on one rank; default: the micro-batch size.
             route: "train" to shuffle the samples; "eval" or "predict" to keep their order.
             pin_memory: whether to copy batches to pinned memory, if the rank uses a GPU.
-            data_sampler: sampler for this rank; ``route`` is then ignored. By default, the samples
-                are split across ranks.
+            data_sampler: sampler for this rank; overrides ``route``. By default, the samples are
+                split across ranks.
             collate_fn: function that turns a list of samples into a batch.
             num_local_io_workers: number of worker processes; default: 0.
         """
@@ -297,10 +297,11 @@ class DeepSpeedAccessors(nn.Module):
         )
 
     def allreduce_gradients(self, bucket_size: int | None = None) -> None:
-        """Average the gradients across ranks, if the next call to `step` runs the optimizer.
+        """Average the gradients across ranks at a gradient accumulation boundary.
 
-        `step` averages the gradients automatically. Call this method only to read or change the
-        averaged gradients before `step`. ``bucket_size`` is ignored.
+        Between boundaries, this method does nothing. `step` averages the gradients automatically.
+        Call this method only to read or change the averaged gradients before `step`.
+        ``bucket_size`` is ignored.
         """
         del bucket_size
         if self._run.accumulation.is_boundary():

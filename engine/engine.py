@@ -186,19 +186,19 @@ class Engine(DeepSpeedAccessors):
 
         Args:
             lr_kwargs: ignored; accepted for compatibility with DeepSpeed.
-            metric: value of a metric, such as the validation loss, for a schedule such as
-                ReduceLROnPlateau and for ``engine.checkpoint.best``. It is averaged over the ranks.
+            metric: value of a metric, such as the validation loss. It is averaged over the ranks,
+                and used by ``engine.checkpoint.best`` and by schedules such as ReduceLROnPlateau.
                 Pass it in the last step of each epoch.
 
         Returns:
-            Whether an optimizer step was applied. A step with non-finite gradients is skipped, and
-            the schedule does not advance. On a GPU, the result is usually a `StepResult`,
-            and ``bool(result)`` waits for the device; see ``engine.deferred_step``.
+            Whether an optimizer step was applied. If the gradients are not finite, the step is
+            skipped and the schedule does not advance. On a GPU, the result is usually a
+            `StepResult`, and ``bool(result)`` waits for the device; see ``engine.deferred_step``.
 
         Raises:
-            RuntimeError: ``engine.steps_this_run`` steps have been applied, `no_sync` is active, no
-                gradients were computed, or the script itself has called ``optimizer.step()`` or
-                ``scheduler.step()``.
+            RuntimeError: the run has already taken ``engine.steps_this_run`` steps, `no_sync` is
+                active, no gradients were computed, or the script itself has called
+                ``optimizer.step()`` or ``scheduler.step()``.
             FloatingPointError: ``engine.max_skipped_steps`` steps in a row were skipped. For a
                 deferred step, the next call to `step` or the first use of the result raises the
                 error.
@@ -240,7 +240,7 @@ class Engine(DeepSpeedAccessors):
         return self._run.accumulation.is_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Set whether the next calls to `step` run the optimizer.
+        """Set whether subsequent calls to `step` run the optimizer.
 
         Call this method before `backward`.
         """
@@ -315,7 +315,8 @@ class Engine(DeepSpeedAccessors):
             The mean loss or a dict of mean metrics, equal on all ranks.
 
         Raises:
-            ValueError: ``loader`` is empty or the training loader, or ``fn`` returns no metric.
+            ValueError: ``loader`` is empty, ``loader`` is the training loader, or ``fn`` returns no
+                metric.
         """
         with preserve_rng_state(), evaluation_mode(self):
             return self._evaluator.average(loader, fn)
@@ -425,9 +426,9 @@ class Engine(DeepSpeedAccessors):
     def destroy(self) -> None:
         """End the run: save a final checkpoint if needed, and release all resources.
 
-        With ``engine.checkpoint.every``, a checkpoint is saved if the run has taken steps since the
-        last save. No checkpoint is saved while an exception is being handled, or if some ranks do
-        not call this method. The model stays usable.
+        A checkpoint is needed if ``engine.checkpoint.every`` is set and the run has taken steps
+        since the last save. No checkpoint is saved while an exception is being handled, or if some
+        ranks do not call this method. The model stays usable.
         """
         try:
             self._run.settle()

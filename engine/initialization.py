@@ -91,9 +91,9 @@ def initialize(
     """Validate a config and build the engine that trains the model.
 
     The function has the same arguments and return values as ``deepspeed.initialize``, in the same
-    order. An invalid config leaves the model and the optimizer unchanged. The log lists imports of
-    custom schedules, such as ``"my_module:MySchedule"``, and config values set with the option
-    ``--set`` of `onecycle launch` or `onecycle lr-test`.
+    order. An invalid config leaves the model and the optimizer unchanged. Imports of custom
+    classes, such as ``"my_module:MySchedule"``, are logged, and so are config values set with the
+    option ``--set`` of `onecycle launch` or `onecycle lr-test`.
 
     Args:
         args: parsed command line; ``args.deepspeed_config`` is used if ``config`` is not passed.

@@ -110,7 +110,8 @@ def plot(
 def _find_labels(schedules: Sequence[Schedule[Any]]) -> list[str]:
     """Return the legend label of each schedule; "" if there is only one schedule.
 
-    The label is the schedule's type or, if several schedules have that type, its index and repr.
+    The label is the type of the schedule. If several schedules have the same type, the label of
+    each is its index and repr.
     """
     names = [each.type_name for each in schedules]
     if len(names) == 1:
@@ -193,7 +194,7 @@ def keep_positive(values: Iterable[float]) -> list[float]:
 
 
 def is_log_panel(panel: str, columns: Iterable[Sequence[float]]) -> bool:
-    """Return whether a panel can have a log axis: it must show a positive learning rate."""
+    """Return whether a panel shows a positive learning rate, so that it can have a log axis."""
     return panel in _LR_PANELS and any(value > 0 for values in columns for value in values)
 
 

@@ -32,15 +32,17 @@ def attach(
     Args:
         schedule: name of a schedule, a ``{"type": …, "params": {…}}`` block, a `Schedule`, a
             function that maps the step to a learning rate factor, or a PyTorch scheduler class. To
-            attach a schedule per param group, pass a dict that maps the index or the ``"name"`` of
-            a group to one of these. Groups that are not in the dict keep their initial values.
+            use a different schedule for each param group, pass a dict that maps the index or the
+            ``"name"`` of each group to its schedule. Groups that are not in the dict keep their
+            initial values.
         optimizer: optimizer whose hyperparameters the schedule sets.
-        horizon: length of the run, and numbers that convert time strings such as "10ep" to steps.
+        horizon: length of the run, used to convert time strings such as "10ep" to steps, and to
+            scale durations.
         base: initial learning rate of all param groups, or a list with one value per group. To set
             other hyperparameters too, pass a dict that maps "lr", "momentum" and "weight_decay" to
             such values. Defaults to the optimizer's current values or, if another schedule has set
             them, to the initial values of that schedule.
-        at: step of the schedule to start from; 0 is its beginning.
+        at: step of the schedule to start from (default: 0, the beginning of the schedule).
         **params: parameters of the schedule, if ``schedule`` is a name, a function or a class.
 
     Raises:

@@ -1,8 +1,8 @@
 """Provide the JSON schemas of the config, its sections and the schedules.
 
-``schedulers/`` is generated from the dataclasses of the package `schedules`, and ``editor/`` from
-all other schemas. The other files are written by hand. In addition to the keywords of JSON Schema,
-the schemas use:
+The schemas in ``schedulers/`` are generated from the dataclasses of the package `schedules`. The
+schema in ``editor/`` is also generated, and combines all other schemas. The remaining files are
+written by hand. In addition to the keywords of JSON Schema, the schemas use:
 
 - ``x-auto``: integrations, such as transformers, that replace the value "auto"
 - ``x-backend``: the only backend that supports the key

@@ -49,7 +49,7 @@ class SiteError(Exception):
 def find_pages() -> dict[str, str]:
     """Return a dict that maps the repository path of each page and asset to its path in the site.
 
-    The index page of ``config/``, for example, is made from ``config.md`` or ``config/README.md``.
+    The index page of a directory ``name`` is made from ``name.md`` or ``name/README.md``.
     """
     pages = dict(TOP_PAGES)
     for path in sorted((ROOT / "docs").rglob("*")):

@@ -4,8 +4,8 @@
 
 BEFORE and AFTER are the directories of the checkouts. In both, the script evaluates the scheduler
 blocks of the reference files in tests/golden and of the configs in tests/corpus, and the example of
-each schedule. It evaluates each block without an optimizer, for one and for two param groups, and
-with an SGD and an AdamW optimizer. The script also trains with several schedules in BEFORE, saves
+each schedule. It evaluates each of them four times: without an optimizer for one param group and
+for two, with SGD, and with AdamW. The script also trains with several schedules in BEFORE, saves
 checkpoints, and resumes from them in AFTER. The exit status is 1 if any value or loss differs.
 """
 
@@ -207,9 +207,7 @@ def main() -> int:
         f"{len(old):,} evaluations, {evaluated:,} without errors ({steps:,} steps): "
         f"{len(different)} differ"
     )
-    print(
-        f"{len(losses[0])} checkpoints saved by BEFORE and loaded by AFTER: {len(resumed)} differ"
-    )
+    print(f"{len(losses[0])} runs saved in BEFORE and resumed in AFTER: {len(resumed)} differ")
     for name in [*different, *resumed]:
         print(f"  {name}")
     return 1 if different or resumed else 0

@@ -1,4 +1,4 @@
-"""Print statistics of the import graph: edges, cycles, the longest chain and the largest files.
+"""Print statistics of the import graph and the sizes of the source files.
 
 python tools/import_graph.py [CHECKOUT]
 """
@@ -39,7 +39,10 @@ def main() -> None:
     print(f"{directories.number_of_edges()} import edges between {len(directories)} directories")
     for kind, graph in (("modules", modules), ("directories", directories)):
         cycles = [sorted(part) for part in nx.strongly_connected_components(graph) if len(part) > 1]
-        print(f"{len(cycles)} cycles of {kind}: {'; '.join(', '.join(cycle) for cycle in cycles)}")
+        print(
+            f"{len(cycles)} import cycles between {kind}: "
+            f"{'; '.join(', '.join(cycle) for cycle in cycles)}"
+        )
     chain = nx.dag_longest_path(nx.condensation(modules))
     print(f"longest import chain: {len(chain)} modules")
     for package in PACKAGES[:2]:

@@ -40,7 +40,8 @@ _PAGES = {
     ),
     "PyTorch": Page("pytorch", "PyTorch's schedulers, with PyTorch's names and parameters."),
     "Dive into Deep Learning": Page(
-        "d2l", 'The schedulers of the book "Dive into Deep Learning", with MXNet\'s warmup.'
+        "d2l",
+        'Schedulers from the book "Dive into Deep Learning", with an optional warmup as in MXNet.',
     ),
     "SambaFlow (SambaNova)": Page(
         "sambaflow",
@@ -49,7 +50,7 @@ _PAGES = {
     "Megatron-LM": Page("megatron", "Megatron-LM's scheduler, with Megatron-LM's parameter names."),
     "General": Page(
         "general",
-        "Schedules for any framework: a list of phases, and common shapes with a warmup.",
+        "General-purpose schedules: multi-phase, warmup-stable-decay and inverse square root.",
     ),
     "Built from other schedules": Page(
         "composites",
@@ -64,17 +65,18 @@ _PAGES = {
 _INTRODUCTION = """\
 # Schedules
 
-{count} schedules, by their origin. Set one in the config as
+This page lists the {count} built-in schedules by origin. To use a schedule, set it in the config as
 `"scheduler": {{"type": …, "params": {{…}}}}`, or pass it to `schedules.attach` in your own training
-loop. `onecycle schedules TYPE` prints the same documentation in the terminal, and `onecycle plot`
-draws the schedule of a config. `make generate` writes this page and the pages that it links to, and
-`make pictures` draws their plots. Each plot shows the example in a run of 100 steps, and 20 steps
-after its end.
+loop. `onecycle schedules TYPE` prints the documentation of a schedule in the terminal, and
+`onecycle plot` draws the schedule of a config. `make generate` writes this page and the pages that
+it links to, and `make pictures` draws their plots. Each plot shows the example in a run of 100
+steps, and the 20 steps after the end of the run.
 
 ## Durations
 
-A parameter that accepts a time is a number of optimizer steps or a time string: "10ep" (epochs),
-"500ba" (steps), "4096sp" (samples), "1e9tok" (tokens) or "0.1dur" (fraction of the run)."""
+A parameter that accepts a time can be set to a number of optimizer steps or to a time string:
+"10ep" (epochs), "500ba" (steps), "4096sp" (samples), "1e9tok" (tokens) or "0.1dur" (fraction of the
+run)."""
 
 
 def build_schedule_pages() -> dict[str, str]:

@@ -53,7 +53,7 @@ def set_batch(config: Config, size: int, lr: float) -> Config:
 
 
 def train_to_target(config: Config, task: Task, seed: int) -> Row:
-    """Train a model to the target accuracy or the end of the configured run, and return a row.
+    """Train a model until it reaches the target accuracy or the run ends, and return a row.
 
     In the row, ``"samples"`` is the number of training samples processed before the first
     evaluation that reached the target; None if no evaluation did.

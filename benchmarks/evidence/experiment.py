@@ -149,8 +149,8 @@ class Experiment:
             config: config with a OneCycle schedule, whose bounds are ignored.
             task: model and data.
             steps: number of steps in each of the three sweeps.
-            refine_for: number of steps in the planned training run, for which short 1Cycle runs
-                refine the suggestion; None to skip the refinement.
+            refine_for: number of steps in the planned training run. If it is set, short 1Cycle
+                runs refine the suggestion for a run of this length.
 
         Returns:
             A row with the config's scheduler block, in which the suggested bounds are set.

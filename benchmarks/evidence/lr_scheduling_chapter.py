@@ -4,7 +4,7 @@
 
 The script repeats the runs of the chapter "Learning Rate Scheduling": LeNet on Fashion-MNIST for 30
 epochs, with five schedules. Then it trains for 10 epochs with a cosine schedule, and for 10 epochs
-with 1Cycle, whose minimum and maximum learning rates are those that an LR range test suggests.
+with 1Cycle. The minimum and maximum learning rates of 1Cycle are suggested by an LR range test.
 """
 
 from __future__ import annotations

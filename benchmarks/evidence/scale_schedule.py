@@ -3,9 +3,10 @@
     python benchmarks/evidence/scale_schedule.py
 
 Composer's ``scale_schedule_ratio`` multiplies the length of a run and all durations of its
-schedule. The script trains an MLP on Fashion-MNIST, with images downsampled to 14 x 14. It scales
-a 4-epoch cosine schedule and a 4-epoch step schedule with two milestones to 1, 2, 4 and 8 epochs.
-For comparison, other runs use the unscaled 4-epoch schedules but end after 1 or 2 epochs.
+schedule. The script trains an MLP on Fashion-MNIST, with images downsampled to 14 x 14. It uses two
+4-epoch schedules: a cosine schedule, and a step schedule with two milestones. Each is scaled to 1,
+2, 4 and 8 epochs. For comparison, other runs use the unscaled schedules but end after 1 or 2
+epochs.
 """
 
 from __future__ import annotations

@@ -91,7 +91,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--checkpoints", metavar="DIR", help="save checkpoints in DIR, and resume from the newest"
     )
-    parser.add_argument("--windows", type=int, default=640, help="held-out windows (default: 640)")
+    parser.add_argument(
+        "--windows",
+        type=int,
+        default=640,
+        help="maximum number of held-out windows to evaluate (default: 640)",
+    )
     engine.add_schedule_arguments(parser)
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)

@@ -25,7 +25,7 @@ def find_deepspeed_need(model: nn.Module, **arguments: Any) -> str | None:
     """Return which argument or model feature requires DeepSpeed, or None if none does.
 
     Each of ``arguments`` requires DeepSpeed if it is not None. If all are None, the model is
-    checked for model parallelism, such as MoE layers.
+    checked for modules and parameters that require DeepSpeed, such as MoE layers.
     """
     given = [f"the argument `{name}`" for name, value in arguments.items() if value is not None]
     return given[0] if given else find_model_parallelism(model)

@@ -71,7 +71,7 @@ class Backend(ABC):
     num_parameters: int
     """Total number of elements in the parameters of the optimizer, before sharding."""
     grad_norm: float | None
-    """2-norm of all gradients at the latest step, before clipping; None before the first step."""
+    """2-norm of the latest step's gradients, before clipping; None before the first step."""
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class Backend(ABC):
         self.optimizer.zero_grad(set_to_none=True)
 
     def set_batch_sizes(self, batch: BatchSizes) -> None:  # noqa: B027  # most backends do not need it
-        """Change the batch sizes during a run.
+        """Notify the backend that the batch sizes have changed.
 
         The default implementation does nothing. The DeepSpeed backend overrides it, because
         DeepSpeed's engine keeps its own copy of the batch sizes.
@@ -312,7 +312,8 @@ class DeferringBackend(Backend):
     def finish_step(self) -> tuple[bool, float]:
         """Wait for the step that `start_step` started.
 
-        This method does not communicate with other ranks, so ranks may call it at different times.
+        All communication between ranks happens in `start_step`, so ranks may call this method at
+        different times.
 
         Returns:
             Whether the step was applied, and its mean loss over all ranks.

@@ -136,8 +136,8 @@ class DeepSpeedBackend(Backend):
     def _start_backward(self, *, is_last: bool) -> None:
         """Reject an unsupported backward pass, and tell DeepSpeed whether the pass is the last.
 
-        DeepSpeed must know the last pass before the optimizer step only if it manages gradient
-        accumulation. Otherwise, DeepSpeed reduces all gradients in the optimizer step.
+        DeepSpeed needs this information only if it manages gradient accumulation. Otherwise, it
+        reduces all gradients in the optimizer step.
         """
         self._order.check(is_last=is_last and self._is_managed)
         if self._is_managed:
@@ -347,8 +347,9 @@ class DeepSpeedBackend(Backend):
     def _load_only_weights(self, files: DeepSpeedFiles, *, strict: bool) -> None:
         """Load the weights and the step counters of a checkpoint, but not the optimizer's state.
 
-        This method does not call DeepSpeed's ``load_checkpoint``. At ZeRO stage 3, that would load
-        the weights of the checkpoint named in the file ``latest`` instead of this checkpoint's.
+        This method does not call DeepSpeed's ``load_checkpoint``. At ZeRO stage 3,
+        ``load_checkpoint`` would ignore this checkpoint and load the weights of the checkpoint that
+        the file ``latest`` names.
         """
         with report_damage_on_all_ranks(files.directory, self.ranks):
             found = files.find_weights()

@@ -109,7 +109,7 @@ def set_format(engine: Any, files: DeepSpeedFiles) -> Iterator[None]:
 
 
 def describe_for_conversion(engine: Any) -> dict[str, Any]:
-    """Return a dict with the entry that DeepSpeed's `ds_to_universal` requires in a checkpoint.
+    """Return the checkpoint entry that DeepSpeed's `ds_to_universal` requires, as a dict.
 
     The dict is empty if DeepSpeed saves the entry itself or the model has MoE layers.
     """
@@ -155,9 +155,9 @@ def check_sharding(files: DeepSpeedFiles, zero_stage: int, world_size: int) -> N
 def keep_implementation(optimizer: Optimizer) -> Iterator[None]:
     """Inside this context, keep settings such as ``fused`` when a PyTorch optimizer loads a state.
 
-    The state may come from another implementation of the optimizer. In the state of DeepSpeed's
-    FusedAdam, for example, the param groups lack these settings, and step counts are integers. The
-    step counts are converted to tensors.
+    The state may come from another implementation of the optimizer. For example, the state of
+    DeepSpeed's FusedAdam lacks these settings and stores step counts as integers. On exit, the step
+    counts are converted to tensors.
     """
     before = [
         {name: value for name, value in group.items() if name != "params"}

@@ -1,8 +1,8 @@
 """Build the config that is passed to DeepSpeed.
 
-The result is the user's config without the keys that onecycle handles itself. In each section of
-that config, most missing keys are set to the defaults in onecycle's schemas, because DeepSpeed's
-own defaults change between versions.
+The result is the user's config without the keys that onecycle handles itself. If the config
+contains a section, most of the section's missing keys are set to the defaults in onecycle's
+schemas, because DeepSpeed's own defaults change between versions.
 """
 
 from __future__ import annotations

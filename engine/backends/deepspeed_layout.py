@@ -91,7 +91,7 @@ class Layout:
         if optimizer and groups is not None and groups != self._groups:
             counts, own_counts = ([len(g) for g in each] for each in (groups, self._groups))
             problem = (
-                "the shapes of the parameters differ"
+                "the shapes of the parameters differ between the checkpoint and this run"
                 if counts == own_counts
                 else f"the numbers of parameters in the param groups are {counts} in the "
                 f"checkpoint and {own_counts} in this run"

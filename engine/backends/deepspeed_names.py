@@ -79,7 +79,7 @@ _ONLY_DEEPSPEED = frozenset(
     zero_reduce_scatter zero_use_cpu_optimizer
     """.split()  # noqa: SIM905  # readable at a glance, unlike a column of strings
 )
-"""Attributes of DeepSpeed's engine that the torch backend does not support."""
+"""Attributes of DeepSpeed's engine that the PyTorch backend does not support."""
 
 
 def find_attribute(backend: Backend, config: Config, name: str) -> Any:
@@ -88,8 +88,8 @@ def find_attribute(backend: Backend, config: Config, name: str) -> Any:
     The engine calls this function for names that neither the engine nor ``nn.Module`` defines.
 
     Raises:
-        AttributeError: the attribute does not exist. If DeepSpeed's engine has it, the message
-            states how to select the DeepSpeed backend.
+        AttributeError: this run does not have the attribute. If DeepSpeed's engine has it, the
+            message states how to select the DeepSpeed backend.
     """
     with contextlib.suppress(KeyError):
         return find_setting(config, name)

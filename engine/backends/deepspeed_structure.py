@@ -32,7 +32,7 @@ _NESTED = ("base_optimizer_state", _OPTIMIZER, "state", "param_groups")
 def check_structure(
     engine: Any, directory: Path, weights: Mapping[str, Any], *, strict: bool, trusts: bool
 ) -> None:
-    """Check that this rank's checkpoint files have the structure that DeepSpeed would write now.
+    """Check that this rank's checkpoint files have the structure that DeepSpeed's engine expects.
 
     Args:
         engine: DeepSpeed's engine.
@@ -76,13 +76,13 @@ def _check_model(values: Any, weights: Mapping[str, Any], *, strict: bool) -> No
     check_same_structure(saved, {key: weights[key] for key in saved if key in weights}, "module")
     if strict and (different := saved.keys() ^ weights.keys()):
         name = describe(min(different, key=str))
-        raise ValueError(f"only one of the model and the saved `module` has the key {name}.")
+        raise ValueError(f"the key {name} is missing from either the model or the saved `module`.")
 
 
 def read_weights(engine: Any) -> dict[str, Any]:
     """Return the model's ``state_dict`` as DeepSpeed would save it, but with meta tensors.
 
-    With ZeRO stage 3, this is the ``state_dict`` of the sharded model, and every rank must call
+    With ZeRO stage 3, the result describes the sharded model. In this case, every rank must call
     this function, because DeepSpeed gathers small parameters with a collective operation.
     """
     has_events = engine._optimizer_has_ckpt_event_prologue()  # noqa: SLF001  # private in DeepSpeed

@@ -252,9 +252,9 @@ def shard(
         The sharded parameters to train, in the structure of ``parameters``.
 
     Raises:
-        ValueError: a parameter does not belong to the model, or the model contains none of the
-            classes in ``engine.wrap``, has sparse gradients, or is already sharded with different
-            settings.
+        ValueError: a parameter does not belong to the model, a class in ``engine.wrap`` does not
+            match any module of the model, or the model has sparse gradients or is already sharded
+            with different settings.
     """
     wanted = None if parameters is None else list(parameters)
     check_are_in_model(model, wanted or (), "FSDP2")

@@ -28,8 +28,8 @@ _PACKAGES = (
 def find_model_parallelism(model: nn.Module) -> str | None:
     """Find a module or parameter that implements the model's own parallelism.
 
-    For example, the ranks may hold different experts of an MoE layer, so averaging all gradients
-    over all ranks would be incorrect.
+    Averaging all gradients of such a model over all ranks would be incorrect. For example, the
+    ranks may hold different experts of an MoE layer.
 
     Returns:
         A noun phrase for error messages, such as "the expert parameter `w`"; None if there is no

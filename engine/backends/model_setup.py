@@ -12,7 +12,7 @@ __all__ = ["check_compiler", "check_has_data", "set_up_model"]
 
 
 def check_compiler(compiler: str | None) -> None:
-    """Check that ``compiler`` is a backend of `torch.compile`, or None for no compilation.
+    """Check that ``compiler`` is None or the name of a `torch.compile` backend.
 
     Raises:
         ValueError: `torch.compile` does not have a backend of this name.

@@ -53,8 +53,9 @@ class PyTorchBackend(DeferringBackend):
     """Backend that trains with PyTorch and averages the gradients over all ranks.
 
     Trainable 16-bit parameters are converted to float32 if ``engine.master_weights`` is true. If
-    the config selects bf16 or fp16, the model's methods run under autocast with that dtype. If
-    it selects neither, autocast uses the original dtype of the converted parameters, if any.
+    the config selects bf16 or fp16, the model's methods run under autocast with that dtype.
+    Otherwise, if parameters were converted, the methods run under autocast with the original dtype
+    of these parameters.
 
     Args:
         model: the user's module; it is moved to ``ranks.device``.
@@ -67,9 +68,9 @@ class PyTorchBackend(DeferringBackend):
             gradients.
 
     Raises:
-        ValueError: ``engine.wrap`` names no class of the model's modules, ``engine.compile`` is
-            not a known compiler, a parameter of the model is on the meta device, or the user's
-            optimizer does not train any parameter of the model.
+        ValueError: a class in ``engine.wrap`` does not match any module of the model,
+            ``engine.compile`` is not a known compiler, a parameter or buffer of the model is on the
+            meta device, or the user's optimizer does not train any parameter of the model.
     """
 
     def __init__(

@@ -118,9 +118,9 @@ def save_weights(
 
 
 def convert_parameters(backend: Backend, weights: dict[str, Any], precision: str) -> None:
-    """Replace the float32 parameters in ``weights`` with copies of the dtype ``precision``.
+    """Convert the float32 parameters in ``weights`` to bf16 or fp16, as ``precision`` specifies.
 
-    If ``precision`` is neither "bf16" nor "fp16", the parameters stay in float32.
+    With any other precision, the parameters stay in float32. The model itself does not change.
     """
     dtype = DTYPES.get(precision, torch.float32)
     converted: dict[Any, Tensor] = {}  # keeps tied parameters tied

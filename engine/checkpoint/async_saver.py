@@ -26,7 +26,7 @@ def exit_with_failure(error: Exception) -> NoReturn:
     Call this function only while the process is exiting, because it skips the remaining exit
     handlers.
     """
-    log.critical("the last checkpoint was not written", exc_info=error)
+    log.critical("the final checkpoint was not written", exc_info=error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)

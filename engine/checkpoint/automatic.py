@@ -50,7 +50,8 @@ class SteppedRun(RunState, Protocol):
 class AutomaticCheckpoints:
     """Manager that saves and loads the checkpoints of a run automatically.
 
-    Every rank must call each method. Without ``engine.checkpoint.dir``, the methods do nothing.
+    Every rank must call each method. If ``engine.checkpoint.dir`` is not set, the methods do
+    nothing.
 
     Args:
         plan: the config's ``engine.checkpoint`` section.
@@ -69,7 +70,7 @@ class AutomaticCheckpoints:
         """Resume from the newest complete checkpoint if ``engine.checkpoint.resume`` allows it.
 
         After this call, the run saves a checkpoint when a rank receives SIGINT, SIGTERM or SIGUSR1.
-        With ``engine.checkpoint.every``, a single-process run also saves one when the process
+        If ``engine.checkpoint.every`` is set, a single-process run also saves one when the process
         exits without an exception.
 
         Returns:

@@ -41,8 +41,7 @@ def wait_for_ranks(ranks: Ranks, call: str) -> None:
 
     Args:
         ranks: rank and world size of this process.
-        call: name to use in messages for the call that requires all ranks, such as
-            ``save_checkpoint('runs/1')``.
+        call: description of the call for messages, such as ``save_checkpoint('runs/1')``.
 
     Raises:
         RuntimeError: if a rank does not call this function in time. The message lists all missing

@@ -147,8 +147,8 @@ class DeepSpeedFiles:
         """Return the model's parameters and buffers by name.
 
         Parameters are in float32 if the checkpoint contains their master weights. Otherwise, they
-        are in the dtype of the saved model. Values that are not tensors come from a module's
-        ``get_extra_state``.
+        are in the dtype of the saved model. The values that the modules' ``get_extra_state``
+        returned are included, too.
 
         Args:
             groups: names of the parameters in each of the optimizer's param groups. Required to

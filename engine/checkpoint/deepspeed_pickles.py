@@ -20,7 +20,7 @@ _CLASSES = {
     "deepspeed.runtime.zero.config": ["ZeroStageEnum"],
     "deepspeed.utils.tensor_fragment": ["fragment_address"],
 }
-"""DeepSpeed classes in checkpoints, by module. Their instances can be unpickled safely."""
+"""Names of DeepSpeed classes whose instances are safe to unpickle, by module."""
 
 
 class _Attributes:
@@ -53,7 +53,7 @@ def read_file(path: Path, *, trusts: bool = False) -> Any:
 
 
 def import_classes() -> list[Any]:
-    """Import and return the DeepSpeed classes that occur in its checkpoint files."""
+    """Import and return the DeepSpeed classes in `_CLASSES`."""
     return [
         getattr(importlib.import_module(module), name)
         for module, names in _CLASSES.items()

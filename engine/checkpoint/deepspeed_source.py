@@ -24,9 +24,9 @@ _KINDS: Mapping[type[Optimizer], tuple[set[str], set[str]]] = {
     RMSprop: ({"alpha"}, {"square_avg"}),
     Adagrad: ({"lr_decay"}, {"sum"}),
 }
-"""Maps each optimizer class to the param-group keys and the state keys that identify it.
+"""Maps each optimizer class to its characteristic keys in the param groups and in the states.
 
-DeepSpeed does not save the class of the optimizer.
+The keys identify the saved optimizer, because DeepSpeed does not save its class.
 """
 
 
@@ -86,8 +86,8 @@ class DeepSpeedSource:
 def has_states_for(optimizer: Optimizer, files: DeepSpeedFiles, model: nn.Module) -> bool:
     """Return whether ``optimizer`` can load the optimizer state in a checkpoint.
 
-    The saved optimizer must have been of the same kind; Adam and AdamW count as one kind. The
-    result is False for an optimizer of any kind that is not in `_KINDS`.
+    It can if the saved optimizer was of the same kind and `_KINDS` contains this kind. Adam and
+    AdamW count as the same kind.
     """
     states = files.find_optimizer_states(list_group_names(model, optimizer)).values()
     groups = files.find_param_groups()

@@ -45,8 +45,8 @@ def build_identity(config: Config, scheduler: object, optimizer: Identity) -> Id
         config: config of the run.
         scheduler: scheduler of the run, with all durations resolved to steps; None if the run has
             no scheduler.
-        optimizer: result of `read_hyperparameters`, called before the schedule changed the param
-            groups.
+        optimizer: hyperparameters that `read_hyperparameters` returned before the schedule changed
+            any of them.
     """
     block, scaling = config.optimizer, config.loss_scaling
     params = json.loads(json.dumps(dict(block.params))) if block else {}
@@ -153,7 +153,7 @@ def _find_differences(
         for index, values in enumerate(zip(saved, own, strict=True)):
             yield from _find_differences(*values, f"{name}.{index}", unknown)
     elif saved != own:
-        yield f"`{name}` is {saved} in the checkpoint, {own} now"
+        yield f"`{name}` is {saved} in the checkpoint but {own} now"
 
 
 def _to_json(values: Mapping[str, Any], converted: set[str]) -> dict[str, Any]:

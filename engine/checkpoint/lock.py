@@ -26,10 +26,12 @@ _WRITE_SECONDS = 5.0
 class DirectoryLock:
     """Lock on a directory, held until `release` is called or the process exits.
 
-    The file ``.lock`` identifies the process that owns the lock. After the owner has exited,
-    another process can acquire the lock: immediately on the same host, and on other hosts once the
-    heartbeat in the file has been unchanged for 60 seconds. An owner on another host in the same
-    Slurm job is assumed to have exited. Reading checkpoints does not require the lock.
+    The file ``.lock`` identifies the process that owns the lock. Another process can acquire the
+    lock after the owner has exited. On the owner's host, it can do so immediately. On another host,
+    it first waits for 60 seconds, to check that the owner's heartbeat in the file has stopped.
+    Within a Slurm job, an owner on another host is assumed to have exited.
+
+    Reading checkpoints does not require the lock.
 
     Args:
         directory: existing directory.
@@ -81,8 +83,8 @@ def _acquire(path: Path, own: Mapping[str, Any]) -> None:
         if owner is not None and not _is_stale(path, owner, own):
             raise CheckpointError(
                 f"{path.parent} is in use: process {owner.get('pid')} on host "
-                f"{owner.get('host')} writes checkpoints to this directory. Use another directory, "
-                "or stop that process."
+                f"{owner.get('host')} is writing checkpoints to this directory. Use another "
+                "directory, or stop that process."
             ) from None
         _write(path, own)
         time.sleep(0.05)  # if two processes acquire the lock together, the last one owns it
@@ -122,7 +124,7 @@ def _describe_process() -> dict[str, Any]:
 
 
 def _is_stale(path: Path, owner: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    """Return whether the process that owns a lock has exited. This takes up to 60 seconds."""
+    """Return whether the process that owns a lock has exited. The check takes up to 60 seconds."""
     if not owner:  # its process is writing the file, or was killed while it did
         time.sleep(_WRITE_SECONDS)
         return not _read(path)

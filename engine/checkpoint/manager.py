@@ -73,8 +73,8 @@ class Checkpointer:
             run: state of the run to save.
             directory: directory that holds the run's checkpoints.
             tag: name of the checkpoint; default: ``global_stepN``, where N is the number of steps.
-            client_state: user data to save: numbers, strings, tensors, and lists or mappings of
-                these.
+            client_state: user data to save. It can contain numbers, strings, tensors, and lists or
+                mappings of these.
             save_latest: whether `load` may choose this checkpoint if no tag is passed.
             frozen: whether to include frozen parameters.
             is_automatic: whether to mark this checkpoint as automatic, and to delete old automatic

@@ -73,10 +73,10 @@ def read_manifest(checkpoint_dir: Path) -> Manifest:
     except FileNotFoundError:
         raise CheckpointError(
             f"{checkpoint_dir} is not a complete checkpoint because {MANIFEST} is missing. Either "
-            "the save was interrupted, or another tool wrote the directory."
+            "the save was interrupted, or another tool wrote the directory. Use another checkpoint."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
+        raise CheckpointError(f"{path} cannot be read: {error}. Use another checkpoint.") from None
     if not isinstance(found, dict):
         raise CheckpointError(
             f"{path} is damaged: expected a JSON object, got {type(found).__name__}. Use another "
@@ -97,7 +97,7 @@ def read_manifest(checkpoint_dir: Path) -> Manifest:
     if not required <= found.keys() <= names:
         wrong = escape(", ".join(sorted((required - found.keys()) | (found.keys() - names))))
         raise CheckpointError(
-            f"{path} is damaged: these keys are missing or unknown: {wrong}. Use another "
+            f"{path} is damaged because some keys are missing or unknown: {wrong}. Use another "
             "checkpoint."
         )
     if "checksum" in found and found["checksum"] != _compute_checksum(found):

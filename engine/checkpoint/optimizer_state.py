@@ -108,8 +108,8 @@ def build_empty_state(
     if len(saved_groups) != len(groups):
         raise CheckpointError(
             f"{directory} does not match the optimizer: the number of param groups is "
-            f"{len(saved_groups)} in the checkpoint and {len(groups)} now. Build the optimizer "
-            "with the same param groups, or pass `load_optimizer_states=False`."
+            f"{len(saved_groups)} in the checkpoint and {len(groups)} in this run. Build the "
+            "optimizer with the same param groups, or pass `load_optimizer_states=False`."
         )
     for key, value in saved.items():
         if key.startswith(_STATE):

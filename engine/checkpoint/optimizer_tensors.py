@@ -46,9 +46,10 @@ def keep_tensors(optimizer: Optimizer) -> Iterator[None]:
 
 
 def _fill(old: Any, new: Any) -> Any:
-    """Return ``new`` with each tensor replaced by its counterpart in ``old``, updated in place.
+    """Return ``new``, but reuse the tensors of ``old``.
 
-    A tensor in ``new`` without a counterpart of the same shape, dtype and device is kept.
+    Each tensor in ``new`` is copied into its counterpart in ``old``, which replaces it in the
+    result. A tensor without a counterpart of the same shape, dtype and device is kept.
     """
     if isinstance(old, Tensor) and isinstance(new, Tensor):
         is_alike = (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)

@@ -72,7 +72,7 @@ _LOADABLE: list[Any] = [
 def write_values(path: Path, values: Any) -> None:
     """Write ``values`` to a file that `read_values` can load.
 
-    ``values`` can be a tensor, an array, a plain value such as a number, a string or a date, or a
+    ``values`` can be a plain value (such as a number, a string or a date), a tensor, an array, or a
     list or mapping of these.
 
     Raises:
@@ -90,7 +90,7 @@ def check_plain_values(values: Any, name: str) -> None:
     """Check that `read_values` supports the types of all values.
 
     Args:
-        values: a value or a nested list or mapping of values.
+        values: a value, or a list or mapping of values, which may be nested.
         name: name of ``values`` in the error message.
 
     Raises:

@@ -116,16 +116,16 @@ class Restorer:
             _restore_schedule(run, small)
         if selected.is_foreign and parts.counters and self._ranks.rank == 0:
             log.warning(
-                "DeepSpeed checkpoints such as %s do not contain the position in the training "
-                "data or the random state, so neither was restored",
+                "the position in the training data and the random state were not restored, because "
+                "the DeepSpeed checkpoint %s does not contain them",
                 checkpoint_dir,
             )
 
     def _check_match(self, run: RunState, selected: Selected, parts: Parts) -> None:
-        """Check the settings that must match between the checkpoint and this run.
+        """Check that the checkpoint matches this run.
 
-        Also discard a DeepSpeed checkpoint's scheduler state if the built-in schedule of this run
-        cannot load it.
+        If this run's built-in schedule cannot load the scheduler state of a DeepSpeed checkpoint,
+        discard the state.
         """
         checkpoint_dir, manifest, state = selected.path, selected.manifest, selected.state
         is_converted = selected.is_foreign and parts.scheduler and not self._plan.override

@@ -24,7 +24,7 @@ class RestorableBackend(Protocol):
 
     @property
     def ranks(self) -> Ranks:
-        """Rank of this process, and the world size."""
+        """Rank and world size of this process."""
         ...
 
     def snapshot(self, reuse: Any = None) -> Any:
@@ -53,7 +53,7 @@ class Rollback:
         """Snapshot at the lowest loss so far; None before the first one and after the warmup."""
 
     def update(self, scheduler: object) -> None:
-        """Take a snapshot at each new lowest mean loss; restore the latest one after the warmup.
+        """Take a snapshot if the mean loss is the lowest so far, or restore it after the warmup.
 
         Args:
             scheduler: AutoWU scheduler that has already received the loss of the current step.

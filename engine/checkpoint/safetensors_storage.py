@@ -87,7 +87,7 @@ class ShardWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Return a copy of each plan, with the rank added for the name of the rank's file."""
+        """Store the rank in each plan, so that `write_data` can name the rank's file."""
         return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:

@@ -139,9 +139,8 @@ def _adapt_schedule_state(
 ) -> dict[str, Any]:
     """Return a saved scheduler state adapted to the schedule of this run.
 
-    A schedule without feedback continues at step ``applied_steps``. A feedback schedule depends on
-    past losses: it continues from its saved state, or restarts if its type or params differ from
-    those of the saved schedule.
+    A schedule without feedback continues at step ``applied_steps``. A feedback schedule continues
+    from its saved state if the saved schedule has the same type and params. Otherwise, it restarts.
 
     Args:
         saved: scheduler state in the checkpoint; can be empty.

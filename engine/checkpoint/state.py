@@ -113,8 +113,8 @@ def write_async(
         frozen: whether to include frozen parameters.
 
     Returns:
-        A future that completes when all ranks have written their shards. On rank 0, the future
-        also waits until the file `VALUES` is written.
+        A future that completes when all ranks have written their shards. On rank 0, it
+        completes after the file `VALUES` has been written, too.
     """
     state = _get_state(model, optimizer, frozen=frozen)
     copies = copy_to_host(state, buffers)
@@ -215,7 +215,7 @@ def _find_saved_weights(
 def _read_optimizer(
     directory: Path, model: nn.Module, optimizer: Optimizer, source: Source
 ) -> dict[str, Any]:
-    """Return the saved optimizer state, and the optimized parameters that are not in the model."""
+    """Read the optimizer state and the optimized parameters that are not in the model."""
     with report_damage(directory / VALUES):
         saved = {**source.values, **source.tensors}
         own = build_empty_state(directory, model, optimizer, saved)
@@ -375,27 +375,27 @@ def _is_extra_state(name: str) -> bool:
 def check_weights(
     directory: Path, own: Mapping[str, Tensor], saved: Mapping[str, Tensor], *, strict: bool
 ) -> None:
-    """Check that a checkpoint has the model's parameters and buffers.
+    """Check that the tensors in a checkpoint match the model's parameters and buffers.
 
     Args:
         directory: directory of the checkpoint, for the error message.
-        own: tensors of the model that the checkpoint must have, by name.
+        own: parameters and buffers that the checkpoint must contain, by name.
         saved: meta tensors with the shapes and dtypes of the saved tensors, by name.
-        strict: whether the model must have all saved tensors.
+        strict: whether the model must contain all saved tensors.
 
     Raises:
-        CheckpointError: if a tensor is missing or unexpected, has a different shape, or has a
-            floating-point dtype only in the checkpoint or only in the model.
+        CheckpointError: if a tensor is missing or unexpected, or if its shape or kind of dtype
+            (floating-point or not) differs.
     """
     for key, tensor in own.items():
         if key not in saved:
             problem = f"`{key}` is missing from the checkpoint"
         elif saved[key].shape != tensor.shape:
             shape, own_shape = tuple(saved[key].shape), tuple(tensor.shape)
-            problem = f"`{key}` has shape {shape} in the checkpoint, {own_shape} in the model"
+            problem = f"`{key}` has shape {shape} in the checkpoint but {own_shape} in the model"
         elif saved[key].is_floating_point() != tensor.is_floating_point():
             dtype = saved[key].dtype
-            problem = f"`{key}` has dtype {dtype} in the checkpoint, {tensor.dtype} in the model"
+            problem = f"`{key}` has dtype {dtype} in the checkpoint but {tensor.dtype} in the model"
         else:
             continue
         raise CheckpointError(

@@ -290,7 +290,7 @@ def find_damage(checkpoint_dir: Path, manifest: Manifest, *, hashes: bool = True
 
 
 def prune(directory: Path, run: str, keep: int | None, keep_every: int | None) -> list[str]:
-    """Delete the oldest of a run's automatically saved checkpoints, and return their tags.
+    """Delete old checkpoints that a run saved automatically, and return their tags.
 
     Args:
         directory: directory that holds the run's checkpoints.

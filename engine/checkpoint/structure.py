@@ -78,7 +78,7 @@ def _classify(value: Any) -> str:
         return "true or false"
     if isinstance(value, Tensor) and value.dim() == 0:
         is_real = value.dtype != torch.bool and not value.is_complex()
-        return "a number" if is_real else f"of the type {value.dtype}"
+        return "a number" if is_real else f"of type {value.dtype}"
     if isinstance(value, int | float | np.generic):
         return "a number"
     for kind, word in (
@@ -89,7 +89,7 @@ def _classify(value: Any) -> str:
     ):
         if isinstance(value, kind):
             return word
-    return "an object" if hasattr(value, "__dict__") else f"of the type {type(value).__name__}"
+    return "an object" if hasattr(value, "__dict__") else f"of type {type(value).__name__}"
 
 
 def _check_items(saved: Sequence[Any], own: Sequence[Any], name: str) -> None:
@@ -134,8 +134,9 @@ def check_parameter_states(
 ) -> None:
     """Check that an optimizer can continue with the saved states of its parameters.
 
-    The states must fit both the saved settings and this run's settings, such as ``amsgrad``.
-    The values of tensors are not checked, except for step counts.
+    Settings such as ``amsgrad`` determine the structure of a state. The states must fit both the
+    saved settings and this run's settings. The values of tensors are not checked, except for step
+    counts.
 
     Args:
         saved: state of each parameter that has a state, keyed by the parameter's name or index.
@@ -198,11 +199,11 @@ def _check_parameter_state(
 
 
 class _Templates:
-    """Builder of the optimizer state that a parameter should have after the first step.
+    """Builder of the expected optimizer state of a parameter.
 
-    For an optimizer class in `torch.optim`, a temporary optimizer of this class takes one step on a
-    small parameter with as many dimensions as the real one. For any other class, the expected state
-    is the current state of the parameter, because a step could have side effects.
+    For an optimizer class in `torch.optim`, a temporary optimizer takes one step on a small
+    parameter with as many dimensions as the real one, and its state is used. For any other class,
+    the current state of the parameter is used, because a step could have side effects.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:

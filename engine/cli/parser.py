@@ -13,7 +13,7 @@ __all__ = ["COMMANDS", "build_command_parser", "build_parser", "find_command", "
 
 COMMANDS = {
     "validate": "report every problem in a config and how to fix it",
-    "explain": "print what a validation rule checks, why, and how to fix it",
+    "explain": "print what a validation rule checks, why, and how to fix a violation",
     "config": "print every config value that a run would use, and its origin",
     "plot": "plot the learning rate and momentum at every step",
     "memory": "estimate the memory of the model states on each rank, for each ZeRO stage",
@@ -24,7 +24,7 @@ COMMANDS = {
     "doctor": "report which features work on this machine, and why the others do not",
     "checkpoint": "list, verify, show or export the checkpoints of a run",
     "schema": "print the JSON Schema of configs, or of one schedule's params",
-    "completion": "print a script that completes commands and options in your shell",
+    "completion": "print a completion script for your shell",
 }
 """Maps the name of each subcommand to its one-line help text.
 
@@ -33,8 +33,8 @@ place of ``-``.
 """
 
 _EPILOG = """\
-exit status: 0 success; 1 the config is invalid; 2 wrong usage, or a file cannot be read or written.
-lr-test and launch have additional statuses. See their --help.
+exit status: 0 success; 1 invalid config or checkpoint; 2 usage error, or a file cannot be read or
+written. For the statuses of lr-test and launch, see their --help.
 
 examples:
   onecycle validate ds_config.json --world-size 8
@@ -119,7 +119,7 @@ def build_parser(complete: Sequence[str] = ()) -> argparse.ArgumentParser:
     """
     parser = CommandParser(
         prog="onecycle",
-        description="Validate a ds_config.json and preview its schedule before launch.",
+        description="Validate a ds_config.json, preview its schedule, and launch and inspect runs.",
         epilog=_EPILOG,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print versions and exit")

@@ -39,8 +39,8 @@ class BatchSizes:
 
     ``train`` is the number of samples per optimizer step, summed over all ranks. ``micro`` is the
     number of samples per forward pass on one rank. ``accumulation`` is the number of micro-batches
-    per optimizer step. ``data_ranks`` is the number of ranks that load different samples. ``unit``
-    is the name of these ranks in messages: "rank" or "data-parallel rank".
+    per optimizer step. ``data_ranks`` is the number of data-parallel ranks. ``unit`` is the name
+    of these ranks in messages: "rank" or "data-parallel rank".
     """
 
     train: int
@@ -63,7 +63,7 @@ class BatchSizes:
 
         Raises:
             ValueError: if ``train`` is not a positive multiple of the micro-batch size times the
-                number of ranks that load different samples.
+                number of data-parallel ranks.
         """
         at_once = self.micro * self.data_ranks
         if train <= 0 or train % at_once:
@@ -107,7 +107,7 @@ class BatchError(ValueError):
 
 
 class DataRanks(NamedTuple):
-    """The number of ranks that load different samples.
+    """The number of data-parallel ranks.
 
     Ranks that share a model replica count as one.
     """
@@ -145,7 +145,7 @@ def count_ranks_per_model(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def count_data_ranks(config: Mapping[str, Any], world_size: int) -> DataRanks:
-    """Return the number of ranks that load different samples, based on the parallelism keys."""
+    """Return the number of data-parallel ranks, based on the parallelism keys."""
     sizes = count_ranks_per_model(config)
     if not sizes:
         return DataRanks(world_size)
@@ -158,13 +158,13 @@ def derive_batch_sizes(given: Mapping[str, int], ranks: DataRanks | int) -> Batc
     """Return the batch sizes of a run, including sizes that the config does not set.
 
     Any two of train batch size, micro-batch size and gradient accumulation steps determine the
-    third. If only one of the two batch sizes is set, the number of gradient accumulation steps is
-    1, as in DeepSpeed.
+    third. If only the train batch size or only the micro-batch size is set, the number of gradient
+    accumulation steps is 1, as in DeepSpeed.
 
     Args:
         given: values that the config sets, by key (see `BATCH_KEYS`); each is at least 1. The
             train batch size may count each sample once per tensor-parallel rank, as in DeepSpeed.
-        ranks: number of ranks that load different samples, at least 1.
+        ranks: number of data-parallel ranks, at least 1.
 
     Raises:
         BatchError: if the values are inconsistent, or neither the train batch size nor the

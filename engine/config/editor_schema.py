@@ -49,7 +49,7 @@ def _inline_references(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy_for_editors(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a schema with empty ``properties`` and without ``$ref`` and ``$schema``.
+    """Return a copy of a schema without ``$ref``, ``$schema`` or the entries of ``properties``.
 
     A ``deprecationMessage`` is added to the schema of a deprecated or removed key.
     """

@@ -106,12 +106,13 @@ def check_import(document: Document, code: NamedCode) -> Problem:
     """
     pointer, path = code
     name = dotted_name(pointer)
-    severity, message = "note", f"`{name}` names code, {quote_value(path)}, which is not checked."
-    hint = "If you trust the config, import the code and check it with --allow-imports."
+    severity = "note"
+    message = f"`{name}` refers to {quote_value(path)}, which cannot be checked without an import."
+    hint = "If you trust the config, pass --allow-imports to import and check the code."
     try:
         if ":" in path and not check_import_path(path):
             severity = "warning"
-            message = f"The module of `{name}`, {quote_value(path)}, was not found."
+            message = f"`{name}` refers to {quote_value(path)}, but its module was not found."
             hint = (
                 "Add the module's directory to PYTHONPATH, unless the module is next to the "
                 "training script."

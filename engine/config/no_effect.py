@@ -47,9 +47,9 @@ def _is_listed(member: Member, values: Any) -> bool:
 
     Args:
         member: key of a config, with its value.
-        values: list of the values that do not affect the results; None if no value affects them.
-            For a section, a dict that maps keys of the section to such lists. Each of these keys
-            must have a value in its list.
+        values: the values without an effect on the results; None if this applies to every value.
+            For a key, a list of values. For a section, a dict that maps some of its keys to such
+            lists; each of these keys must have a value in its list.
     """
     if values is None:
         return True

@@ -77,7 +77,7 @@ def build_optimizer_block(
 def _as_floats(value: Any, schema: Mapping[str, Any]) -> Any:
     """Convert an integer, or each integer in a list, to a float where the schema allows floats.
 
-    For example, PyTorch rejects the betas ``(0, 0.999)``, which mix an integer and a float.
+    PyTorch rejects betas that mix an integer and a float, such as ``(0, 0.999)``.
     """
     if isinstance(value, list):
         return [_as_floats(each, schema.get("items", {})) for each in value]

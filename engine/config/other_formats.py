@@ -54,6 +54,6 @@ def recognize_keys(keys: Collection[str]) -> tuple[str, str] | None:
     """
     if len(_ACCELERATE_KEYS.intersection(keys)) < 2:
         return None
-    message = "The config must be a ds_config.json, but it is a config of Accelerate."
-    hint = "Pass the ds_config.json that its key `deepspeed_config_file` names, or write one."
+    message = "The config must be a DeepSpeed config, got an Accelerate config."
+    hint = "Pass the ds_config.json named by its key `deepspeed_config_file`, or write one."
     return message, hint

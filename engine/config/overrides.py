@@ -110,8 +110,8 @@ class _StoreOverride(argparse.Action):
 class Override:
     """A config value set by a command-line argument.
 
-    ``replaced_value`` describes the overridden value and its position in the config file. The
-    string is empty if the file does not contain the key or already contains the new value.
+    ``replaced_value`` describes the overridden value and its origin. The string is empty if the
+    key was absent or already had the new value.
     """
 
     argument: str
@@ -159,7 +159,7 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     >>> args.max_steps, args.learning_rate
     (100, None)
     """
-    add = _start_group(parser, "run", "override the config file, as in SambaFlow")
+    add = _start_group(parser, "run", "override values of the config; named as in SambaFlow")
     for name, (metavar, kind, text) in _RUN_ARGUMENTS.items():
         add(name, action=_StoreOverride, metavar=metavar, type=kind, help=text)
     add = _start_group(
@@ -331,15 +331,19 @@ def _describe_value(document: Document, pointer: str, new: Any) -> str:
     line, column = location.value
     where = f"at {document.name}:{line}:{column}"
     if pointer in document.arguments:
-        where = f"of {document.arguments[pointer]}"
+        where = f"from {document.arguments[pointer]}"
     return f"{json.dumps(document.get_value(pointer))} {where}"
 
 
 def _replace_values(document: Document, value: Any, changes: Sequence[Override]) -> Document:
-    """Return a copy of a document with a new value, and record the argument of each change.
+    """Return a copy of a document with a new value and the arguments that changed it.
 
-    ``value`` already contains the changes. The copy lacks the source locations of keys inside the
-    changed values.
+    The copy lacks the source locations of keys inside the changed values.
+
+    Args:
+        document: parsed config. It is not modified.
+        value: value of the copy, which already contains the changes.
+        changes: changes whose arguments are added to the copy's ``arguments``.
     """
     origins = {change.pointer: change.argument for change in changes}
     below = tuple(f"{pointer}/" for pointer in origins)

@@ -42,8 +42,8 @@ class GroupSettings:
         name: name of the group.
         patterns: regular expressions that select parameters by name, with `re.search`.
         hyperparameters: hyperparameters of the group, which override ``optimizer.params``.
-        no_decay: whether to exclude biases, normalization parameters and other parameters with at
-            most one dimension from weight decay.
+        no_decay: whether to disable weight decay for biases, normalization parameters and other
+            parameters with at most one dimension.
     """
 
     name: str
@@ -146,7 +146,7 @@ def check_param_groups(document: Document, optimizer: str, entries: Any) -> Iter
     is_torch = isinstance(engine, Mapping) and engine.get("backend") == "torch"
     if optimizer == _SPLITS_GROUPS_ITSELF and not is_torch:
         message = f"`{dotted_name(POINTER)}` cannot be used with {optimizer}."
-        hint = f"With {optimizer}, DeepSpeed itself divides the parameters. Remove the key."
+        hint = f"Remove the key. DeepSpeed builds the param groups of {optimizer} itself."
         yield document.build_problem("param-groups", POINTER, message, hint)
         return
     if len(entries) > _MAX_GROUPS:
@@ -177,7 +177,9 @@ def _check_patterns(document: Document, patterns: Any, pointer: str) -> Iterator
         if error is None:
             continue
         name = dotted_name(pointer)
-        message = f"`{name}` must be a regular expression, got {quote_value(pattern)}: {error}."
+        message = (
+            f"`{name}` must be a valid regular expression, got {quote_value(pattern)}: {error}."
+        )
         hint = ""
         if "*" in pattern:
             meant = ".*".join(map(re.escape, pattern.split("*")))

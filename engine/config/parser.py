@@ -313,7 +313,7 @@ class _Parser:
             return self._string()
         bare = _compile_unquoted_pattern().match(self.text, self.at)
         if bare is None:
-            self._expected('a key in double quotes or "}"')
+            self._expected('"}" or a key in double quotes')
         self._report_unquoted("", bare[0])
         self.at = bare.end()
         return bare[0].strip("'")
@@ -381,14 +381,14 @@ class _Parser:
         assert match is not None
         comment = _COMMENT.search(match[0])
         if comment:
-            hint = 'Move each comment to a key that starts with "//".'
+            hint = 'Write each comment as the value of a key that starts with "//".'
             self._report_not_strict(self.at + comment.start(), "Comments", hint)
         self.at = match.end()
 
     def _report_not_strict(self, at: int, what: str, hint: str) -> None:
         if not self._lenient:
             self._lenient = True
-            message = f"{what} are not valid JSON. DeepSpeed accepts them; accelerate does not."
+            message = f"{what} are not valid JSON. DeepSpeed accepts them; Accelerate does not."
             self.problems.append(
                 Problem("not-strict-json", "note", "", *self.find_location(at), message, hint)
             )

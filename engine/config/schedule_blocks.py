@@ -95,13 +95,13 @@ def construct_schedule(
         document: parsed config.
         config: config from which invalid values have been removed.
         unresolved: JSON pointers of invalid values and "auto" values.
-        ranks: number of ranks that load different samples; None if unknown.
+        ranks: number of data-parallel ranks; None if unknown.
         pointer: JSON pointer of the block.
 
     Returns:
         Pair ``(schedule, problems)``. ``schedule`` is None if it cannot be constructed.
-        ``problems`` lists problems with the schedule's parameters or the run length. The list is
-        empty if any parameter is in ``unresolved``, because that parameter could be their cause.
+        ``problems`` contains the problems with the schedule's parameters or the run length. It is
+        empty if any parameter is in ``unresolved``, because that parameter could be the cause.
     """
     block = _find_block(config, pointer)
     if not isinstance(block, Mapping) or "type" not in block:

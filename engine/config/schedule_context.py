@@ -33,7 +33,7 @@ _MAX_PIECES = 5000
 _JUMP = 0.01
 """Largest jump to ignore, as a fraction of the hyperparameter's maximum."""
 _POSSIBLE_LENGTHS = (1000, 1, 30, 1_000_000)
-"""Values to try when the number of steps per epoch, or of samples per step, is unknown."""
+"""Values to try for an unknown number of steps per epoch or samples per step."""
 
 
 def build_horizon(
@@ -106,7 +106,7 @@ def list_possible_horizons(
     Args:
         schedule: schedule whose durations will be converted to steps.
         config: config from which invalid values have been removed.
-        ranks: number of ranks that load different samples; None if unknown.
+        ranks: number of data-parallel ranks; None if unknown.
 
     Raises:
         DurationError: every possible run length is less than one step, or too large.

@@ -45,7 +45,7 @@ class Structure:
     schedule: Schedule[Any] | None
     """The schedule in ``config``; None if it is absent or cannot be constructed."""
     data_ranks: DataRanks | None
-    """The number of ranks that load different samples; None if the world size is unknown."""
+    """The number of data-parallel ranks; None if the world size is unknown."""
     group_schedules: Mapping[int, Schedule[Any]]
     """The schedules of individual param groups, by index in ``optimizer.param_groups``."""
 
@@ -59,7 +59,7 @@ def check_structure(
         document: parsed config; its value must be an object.
         world_size: number of ranks; None if unknown.
         count_ranks: function that takes the config and the world size, and returns the number of
-            ranks that load different samples.
+            data-parallel ranks.
     """
     schema = schemas.read(SCHEMA)
     problems = list(check_against_schema(document, document.value, schema))

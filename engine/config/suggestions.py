@@ -1,7 +1,7 @@
 """Suggest how to correct an unknown key in a config.
 
-A suggestion is a valid key with a similar name, the equivalent of another tool's key, or the
-section in which the key is valid.
+A suggestion names a valid key with a similar name, the equivalent of a key from another tool, or
+the sections in which the unknown key is valid.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ _IMPLEMENTATIONS = (
 class Suggestion(NamedTuple):
     """A suggestion for an unknown key.
 
-    ``hint`` is the sentence to show to the user, or an empty string. ``meant`` is the key that the
-    user probably meant, or an empty string if it is unknown or belongs to another section. ``fix``
-    renames the unknown key to ``meant``. A fix is certain only for a known alias of ``meant``.
+    ``hint`` is the sentence to show to the user, or an empty string. ``meant`` is the valid key
+    that replaces the unknown key in the same section, or an empty string if none is known. ``fix``
+    renames the unknown key to ``meant``. The user must confirm the fix unless the unknown key is
+    an alias of ``meant``.
     """
 
     hint: str
@@ -131,7 +132,7 @@ def _find_params(pointer: str, block: Mapping[str, Any]) -> Collection[str]:
 
 
 def _find_unique_match(name: str, known: Collection[str]) -> str | None:
-    """Return the only known name similar to ``name``, or None if none or several are similar.
+    """Return the known name similar to ``name``, or None if there is not exactly one.
 
     Two names are similar if their edit distance is at most 2 and they have the same first or last
     letter.

@@ -44,7 +44,10 @@ def set_value(document: Document, pointer: str, value: Any) -> str:
     if parent not in document.locations:
         return set_value(document, parent, {key: value})
     if not isinstance(document.get_value(parent), Mapping):
-        message = f"`{key}` cannot be set in `{parent}`, which is not an object. Change `{parent}`."
+        message = (
+            f"`{key}` cannot be set, because `{parent}` is not an object. Replace the value of "
+            f"`{parent}` with an object."
+        )
         raise ValueError(message)  # noqa: TRY004  # the type of a value in the config
     return _add_member(document, parent, key, value)
 
@@ -153,7 +156,7 @@ def _first(document: Document, parent: str) -> str:
 
 
 def _find_tokens(text: str, start: int) -> Iterator[re.Match[str]]:
-    """Yield the strings, brackets and commas from an offset on, skipping comments."""
+    """Yield each string, bracket and comma outside comments, starting at an offset."""
     for token in _TOKEN.finditer(text, start):
         if not token.group().startswith(("//", "#", "/*")):
             yield token

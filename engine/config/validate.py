@@ -83,7 +83,7 @@ def examine(
         needs_deepspeed: name of the model feature or `initialize` argument that requires
             DeepSpeed; None if there is none.
         count_ranks: function that takes the config and the world size, and returns the number of
-            ranks that load different samples.
+            data-parallel ranks.
         allow_imports: whether to import and check the code that the config names.
 
     Returns:

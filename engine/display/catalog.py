@@ -92,7 +92,7 @@ def _sample(curve: Curve, steps: int) -> Iterable[float]:
 
 
 def list_schedules(width: int | None = None) -> Iterator[str]:
-    """Yield the lines of a table of all schedules: name, small learning-rate plot, and summary.
+    """Yield the lines of a table that lists each schedule with a sparkline and a summary.
 
     Args:
         width: number of columns of the terminal; None to print each schedule on one line.
@@ -118,7 +118,7 @@ def group_by_source() -> dict[str, dict[str, type[Schedule[Any]]]]:
 
 
 def format_page(cls: type[Schedule[Any]], width: int | None = None) -> Iterator[str]:
-    """Yield lines that show one schedule: its docstring, parameters, example and small plots.
+    """Yield the lines of a schedule's page: docstring, parameters, example config and sparklines.
 
     Args:
         cls: class of the schedule.

@@ -91,7 +91,7 @@ def build_decision(evidence: Evidence) -> Decision:
         )
         for name, values in columns.items()
     ]
-    panel = Panel("losses", "loss in the warmup", positions, lines)
+    panel = Panel("losses", "warmup loss", positions, lines)
     return Decision(text, [panel], [Mark(step, "")])
 
 

@@ -39,9 +39,9 @@ class Line:
     color: int | None = None
     """Index of the color in the palette; None to use the index of the line in the panel."""
     is_compared: bool = False
-    """Whether the line is drawn for comparison with others, and is therefore dashed."""
+    """Whether the line is dashed."""
     has_gaps: bool = False
-    """Whether values are missing. If so, the line is drawn across the gaps."""
+    """Whether to connect the points on both sides of missing values."""
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ __all__ = [
 _BACKENDS = {"torch": "PyTorch", "deepspeed": "DeepSpeed"}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _NOT_COUNTED = (
-    "Not counted: activations, the model's buffers, temporary tensors such as the gathered "
-    "parameters of a block, buffers of fixed size, CUDA's own memory and fragmentation."
+    "Not counted: activations, model buffers, temporary tensors such as the blocks gathered by "
+    "FSDP2, fixed-size backend buffers, CUDA's own memory, and fragmentation."
 )
 
 
@@ -49,7 +49,11 @@ def format_bytes(size: float) -> str:
 
 
 class EstimateTable(NamedTuple):
-    """A table of strings. From the third column on, each column with a name contains sizes."""
+    """A table of strings.
+
+    The columns after the second contain sizes, except for the unnamed column that marks the stage
+    of the config.
+    """
 
     title: str
     columns: Sequence[str]
@@ -97,7 +101,7 @@ def describe_run(model: Sequence[ParameterSize], settings: MemorySettings) -> st
     """Describe the model and the training setup in one line."""
     count = sum(each.count for each in model)
     trained = sum(each.count for each in model if each.is_trained)
-    size = f"{count:,} parameters" + ("" if trained == count else f", {trained:,} of them trained")
+    size = f"{count:,} parameters" + ("" if trained == count else f" ({trained:,} trainable)")
     backend = "FSDP2" if settings.is_sharded else _BACKENDS[settings.backend]
     return (
         f"{size}; {backend}, ZeRO stage {settings.zero_stage}, "
@@ -143,8 +147,8 @@ def _build_stages_table(alternatives: Sequence[Alternative]) -> EstimateTable:
     ]
     backend = _BACKENDS[alternatives[0].settings.backend]
     return EstimateTable(
-        title=f"ZeRO stages on {backend}: most memory per rank",
-        columns=("stage", "offloaded to the CPU", *devices, ""),
+        title=f"ZeRO stages on {backend}: peak memory per rank",
+        columns=("stage", "offloaded", *devices, ""),
         rows=rows,
         emphasized=[i for i, each in enumerate(alternatives) if each.is_chosen],
     )
@@ -168,7 +172,7 @@ def list_notes(settings: MemorySettings) -> Iterator[str]:
     if not settings.has_optimizer:
         yield "The config has no optimizer, so AdamW is assumed."
     elif not has_known_states(settings.optimizer.type):
-        yield f"{settings.optimizer.type} is assumed to store as much as Adam."
+        yield f"The states of {settings.optimizer.type} are assumed to be as large as Adam's."
     yield _NOT_COUNTED
 
 

@@ -190,8 +190,8 @@ def preview_document(
         raise ConfigError(document.name, problems)
     if context.schedule is None:
         for code in find_named_code(context.config.get("scheduler")):
-            message = f"A preview of the schedule must import the code of {quote_value(code.name)}."
-            hint = "If you trust the config, import and run the code with --allow-imports."
+            message = f"Previewing the schedule requires importing {quote_value(code.name)}."
+            hint = "If you trust the config, pass --allow-imports to import and run the code."
             problems.append(document.build_problem("named-code", code.pointer, message, hint))
         if problems:
             raise ConfigError(document.name, problems)

@@ -1,4 +1,4 @@
-"""Draw plots in the terminal with plotext: hyperparameters against the step number."""
+"""Plot hyperparameters against the step number in the terminal, with plotext."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def draw_on_terminal(
     size: tuple[int, int] = (80, 24),
     color: bool = False,
 ) -> str:
-    """Return a text plot of hyperparameters against the step number, with a panel for each one.
+    """Return a text plot with one panel per hyperparameter.
 
-    The plot leaves one line free for the shell prompt. It is taller than the terminal only if the
-    panels do not fit.
+    The plot leaves one line of the terminal free for the shell prompt, unless it has too many
+    panels to fit.
 
     Args:
         columns: values at each step, by column name.

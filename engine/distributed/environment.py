@@ -26,10 +26,10 @@ __all__ = [
 ]
 
 PREFIX = "ONECYCLE_"
-"""Prefix of the variables below, all of which `onecycle launch` passes to the ranks."""
+"""Prefix of the environment variables that `onecycle launch` always passes to the ranks."""
 
 ELASTIC = "ONECYCLE_ELASTIC"
-"""Set if the number of hosts may change during the run. The batch size stays the same."""
+"""Set if the number of hosts may change during the run while the batch size stays the same."""
 
 FAILURE_FILE = "ONECYCLE_FAILURE"
 """Path of the file to which a node of a Slurm job appends its failure time and exit status."""

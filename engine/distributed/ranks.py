@@ -166,12 +166,13 @@ def _uses_gpu(device: str) -> bool:
 def _find_gpu() -> int:
     """Return the device index of this rank's GPU.
 
-    The index is ``LOCAL_RANK`` or, if it is not set and no process group exists, 0.
+    The index is the first of these that applies:
 
-    If the script has created a process group without setting ``LOCAL_RANK``, the index is that of
-    the device bound to the group. If no device is bound, this function returns the index of the
-    current CUDA device or, if CUDA is not initialized yet, the rank modulo the number of GPUs, as
-    in torch's ``DeviceMesh``.
+    - ``LOCAL_RANK``, if it is set
+    - 0, if no process group exists
+    - the index of the device bound to the process group, if any
+    - the index of the current CUDA device, if CUDA is initialized
+    - the rank modulo the number of GPUs, as in torch's ``DeviceMesh``
 
     Raises:
         ValueError: if the GPU does not exist.

@@ -24,7 +24,7 @@ _NAMES = ("SIGUSR1", "SIGTERM", "SIGINT")
 _MAX_STEP_TIME = 60.0
 """Longest expected training step, in seconds.
 
-If `find_on_any_rank` is not called for longer, the script is assumed not to be training.
+If `find_on_any_rank` has not been called for this long, the script is assumed not to be training.
 """
 _MAX_DUPLICATE_TIME = 5.0
 """Seconds after the first signal during which a SIGTERM is assumed to be a duplicate.
@@ -34,16 +34,16 @@ For example, Slurm signals all processes of a job, and torchrun then signals the
 
 
 class Signals:
-    """Recorder of the signals SIGINT, SIGTERM and SIGUSR1.
+    """A record of the SIGINT, SIGTERM and SIGUSR1 signals that this process receives.
 
     Slurm can send SIGTERM or SIGUSR1 shortly before it kills a job. Call `find_on_any_rank` after
     each step, and `restore_handlers` to stop recording.
 
-    If a SIGINT (Ctrl-C) or SIGTERM has already been recorded, a further SIGINT raises
-    KeyboardInterrupt and a further SIGTERM kills the process, because the script may not reach the
-    next step for a long time, for example during an evaluation. If no step has finished in the past
-    minute, even the first SIGINT raises KeyboardInterrupt. SIGUSR1 only announces that the job will
-    end soon, so a SIGINT or SIGTERM after it still counts as the first.
+    After a first SIGINT (Ctrl-C) or SIGTERM, another SIGINT raises KeyboardInterrupt, and another
+    SIGTERM kills the process. A script that does not reach the next step, for example during a long
+    evaluation, can thus be stopped. If no step has finished in the past minute, even the first
+    SIGINT raises KeyboardInterrupt. SIGUSR1 does not count as a first signal, because it only
+    announces that the job will end soon.
 
     An instance that is created outside the main thread records nothing, because Python allows
     only the main thread to set signal handlers.

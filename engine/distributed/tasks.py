@@ -14,7 +14,7 @@ _DEFAULT_PORT = 29500  # DeepSpeed's
 
 
 class _Starter(NamedTuple):
-    """A program that starts tasks, such as srun: its name and the environment variables it sets."""
+    """The name of a task launcher, such as srun, and the names of the variables that it sets."""
 
     name: str
     size: str

@@ -45,7 +45,7 @@ def select_cpus(cpus: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
 
 
 def _find_core(cpu: int) -> int:
-    """Return a logical CPU's physical core, as the lowest index among the core's logical CPUs."""
+    """Return the ID of a logical CPU's physical core: the lowest logical CPU index on that core."""
     topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     try:
         return int(topology.read_text().replace("-", ",").partition(",")[0])

@@ -45,7 +45,7 @@ class _Commands:
 
     Args:
         descriptor: file descriptor of the standard input.
-        unread: bytes that have already been read from the descriptor.
+        unread: bytes that have been read from the descriptor, but not yet parsed.
     """
 
     def __init__(self, descriptor: int, unread: bytes) -> None:

@@ -14,7 +14,7 @@ FAILURE_PREFIX = "\x1eonecycle-failure "
 
 @dataclass(frozen=True)
 class Failure:
-    """The first failure on a host, of a rank or of torchrun itself."""
+    """The first failure on a host, either of a rank or of torchrun itself."""
 
     rank: int | None
     """The rank that failed; None if torchrun itself failed."""

@@ -12,8 +12,8 @@ _OTHER_FILES = 128  # files and libraries that a process has open anyway
 def raise_open_file_limit(count: int) -> None:
     """Raise this process's soft limit on open files if the limit is too low for ``count`` files.
 
-    Child processes inherit the limit. It is raised only if necessary, because programs that use
-    `select` cannot handle file descriptors above 1,023.
+    The limit is not raised further than necessary, because child processes inherit it, and programs
+    that use `select` cannot handle file descriptors above 1,023.
 
     Args:
         count: number of files, pipes and connections that this process will open.

@@ -104,7 +104,7 @@ def _check_connections(
 
     Args:
         request: launch request.
-        checks: probe results of all hosts, none of which has a problem.
+        checks: results of the probe, which every host must have passed.
         address: address of the rendezvous; None if the rendezvous is on the launcher.
         port: port of the rendezvous.
     """
@@ -185,7 +185,7 @@ def _find_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iter
     if here["config"] != there["config"]:
         missing = there["config"] == "missing"
         yield (
-            "the config does not exist on this host"
+            "the config does not exist on this host; copy it from the launcher"
             if missing
             else "the config differs from the launcher's; copy the launcher's config to this host"
         )

@@ -41,7 +41,7 @@ class LaunchRequest:
     store: tuple[str, int] | None = None
     """Host name and port of the rendezvous if the launcher runs it; None if the first host does.
 
-    A rendezvous in the launcher lets the job survive the loss of any host, including the first.
+    If the launcher runs the rendezvous, the job survives the loss of any host, even the first.
     """
     address: str | None = None
     """Address at which all hosts reach the first host; None for the address that ssh uses."""
@@ -86,7 +86,7 @@ def build_module_command(python: str, module: str) -> tuple[str, ...]:
 
 
 def find_config(script: tuple[str, ...], cwd: str) -> str | None:
-    """Return the path of the config among the arguments of a script; None if there is none.
+    """Return the path of the config in the arguments of a script, or None if no config is found.
 
     The config is the first JSON file with a typical config key, such as ``optimizer``.
 

@@ -204,8 +204,8 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
 
     Args:
         plan: plan to run.
-        console: ranks whose output is printed: "all", "rank0" or "none". The outcome contains the
-            last lines of the first rank that fails, whether or not they are printed.
+        console: "all", "rank0" or "none"; selects the ranks whose output is printed. The outcome
+            always contains the last lines of the first rank that fails.
         out: stream to print the output to.
 
     Raises:
@@ -233,7 +233,7 @@ def report_outcome(outcome: Outcome) -> int:
 
 @contextlib.contextmanager
 def _catch_signals() -> Iterator[queue.SimpleQueue[int]]:
-    """Inside this context, put termination signals in a queue, and let the process continue.
+    """Inside this context, put termination signals in a queue instead of ending the process.
 
     Outside the main thread, the queue stays empty, because Python lets only the main thread set
     signal handlers.

@@ -41,7 +41,7 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bas
     --rdzv-conf "is_host=$is_host,join_timeout={timeout}" --local-addr "$address" "$@"
 ' {command}
 status=$?
-# srun returns the highest exit status, even of killed tasks. Return that of the first failed rank.
+# srun returns the highest exit status of all tasks. Return the status of the first failed rank.
 if [ "$status" -ne 0 ] && [ -s "${failure}" ]; then
   status=$(sort -s -n -k 1,1 "${failure}" | awk 'NR == 1 {{ print $2 }}')
 fi
@@ -52,7 +52,7 @@ rm -f "${failure}"
 _OPTION_NAME = re.compile(r"[a-z][a-z0-9-]*")
 _TERMINATED = to_exit_status(-signal.SIGTERM)
 _REQUEUE = f"""\
-# The job received a signal and saved a checkpoint. Requeue it, so that it resumes later.
+# If a signal ended the job, requeue it, so that it resumes later.
 case $status in {SAVED_AND_ENDED}|{_TERMINATED}) scontrol requeue "$SLURM_JOB_ID" ;; esac
 """
 

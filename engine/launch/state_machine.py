@@ -38,7 +38,7 @@ class LaunchState(Enum):
     """The state of the whole launch."""
 
     RUNNING = "the job is running; the launcher tries to reconnect to lost hosts"
-    FINISHING = "a host has succeeded, so the job is done; lost hosts are given up"
+    FINISHING = "a host has succeeded; the launcher no longer reconnects to lost hosts"
     STOPPING = "the job failed or was interrupted; all hosts are stopping"
 
 
@@ -48,7 +48,7 @@ class HostState(Enum):
     RUNNING = "the agent is running"
     LOST = "the connection was lost; the launcher will reconnect"
     RECONNECTING = "the launcher is reconnecting; the job has not restarted on this host yet"
-    DISMISSED = "reconnected too late; the agent is being killed, and its exit status is ignored"
+    DISMISSED = "the host came back too late; its agent is being killed"
     ENDED = "the agent has exited and will not be restarted"
 
 
@@ -59,8 +59,8 @@ class _Event(Enum):
     HOST_SUCCEEDED = "an agent exited with status 0"
     HOST_FAILED = "an agent exited with a nonzero status"
     HOST_LOST = "the connection to a host was lost, and the launcher will reconnect"
-    HOST_GIVEN_UP = "a host was lost permanently, and enough hosts are left"
-    TOO_FEW_HOSTS = "a host was lost permanently, and too few hosts are left"
+    HOST_GIVEN_UP = "a host was lost permanently, but enough hosts are left to continue"
+    TOO_FEW_HOSTS = "a host was lost permanently, and too few hosts are left to continue"
     RECONNECT_DUE = "it is time to reconnect to a lost host"
     SIGNAL = "the launcher received a signal"
     OVERDUE = "the grace period for stopping the hosts is over"

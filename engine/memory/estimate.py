@@ -216,7 +216,7 @@ def _count_deepspeed_weights(
 
 
 def _has_bf16_optimizer(settings: MemorySettings) -> bool:
-    """Return whether DeepSpeed uses its BF16 optimizer, which keeps all gradients in float32."""
+    """Return whether DeepSpeed uses its BF16 optimizer, which keeps unsharded float32 gradients."""
     return (
         settings.precision == "bf16"
         and settings.zero_stage == 1

@@ -75,7 +75,7 @@ class MemoryEstimate:
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        """The kinds of devices, such as ``"GPU"``, that store any of the model states."""
+        """The types of the devices that store model states, such as ``"GPU"``."""
         return tuple(dict.fromkeys(part.device for part in self.parts))
 
     def total(self, device: Device) -> tuple[int, int, int]:

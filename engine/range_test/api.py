@@ -44,9 +44,9 @@ def lr_range_test(
     averaged over all ranks. Calls to `set_gradient_accumulation_boundary` have no effect during the
     test.
 
-    If `refine` is true, the range test is followed by short 1Cycle runs of `steps` steps each. They
-    first try five maximum learning rates around the suggestion, each twice the previous one. If the
-    best one is the smallest or the largest, smaller or larger ones are also tried. The suggestion
+    If `refine` is true, the range test is followed by short 1Cycle runs of `steps` steps each. The
+    first five runs use 1/4, 1/2, 1, 2 and 4 times the suggested maximum learning rate. If the
+    smallest or the largest of these gives the lowest final loss, more runs follow. The suggestion
     becomes more reliable, but the call takes five to ten times as long.
 
     If param groups have different learning rates, all of them are multiplied by the same factor.

@@ -16,7 +16,8 @@ __all__ = ["RECORD", "Recorder", "Run", "SweepOver"]
 RECORD = "record.jsonl"
 """Name of the record file.
 
-The file contains a line about the engine, a line per step, and the reason why the run ended.
+The first line contains settings of the engine and the sweep. One line per step follows. The last
+line contains the reason why the run ended.
 """
 
 _PATIENCE = 3  # consecutive losses that are not finite
@@ -40,7 +41,7 @@ class Run:
     facts: dict[str, Any] = field(default_factory=dict)
     """Settings of the engine and the sweep, such as the backend, world size and precision."""
     end: str = ""
-    """Why the run ended: "divergence", "steps" (all steps are recorded), or "" otherwise."""
+    """Why the run ended: "divergence" or "steps" (all steps recorded); "" if neither applies."""
 
     @property
     def curve(self) -> tuple[list[float], list[float]]:

@@ -47,10 +47,10 @@ class Refinement:
 
     @cached_property
     def lowest(self) -> float:
-        """The maximum learning rate with the lowest estimated final loss of a short 1Cycle run.
+        """The maximum learning rate at which the final loss of a short 1Cycle run is lowest.
 
-        The estimate is at the vertex of a parabola fitted to the final losses at the best learning
-        rate tried and at its neighbors.
+        It is estimated as the vertex of a parabola fitted to the final losses at the best learning
+        rate tried and its neighbors.
         """
         return self._find_lowest(np.array(list(self.losses.values())).mean(axis=1))
 
@@ -85,7 +85,7 @@ class Refinement:
         """Return the results as (label, value) rows of a table."""
         rows = [
             (
-                f"final loss of a cycle with maximum {lr:.2g}",
+                f"final loss with cycle_max_lr {lr:.2g}",
                 ", ".join(f"{loss:.4g}" if math.isfinite(loss) else "diverged" for loss in losses),
             )
             for lr, losses in self.losses.items()
@@ -93,10 +93,12 @@ class Refinement:
         spread = f" ({min(self.lowest_per_repeat):.2g} to {max(self.lowest_per_repeat):.2g})"
         is_single = len(self.lowest_per_repeat) == 1
         rows.append(
-            ("best maximum of short cycles", f"{self.lowest:.2g}{'' if is_single else spread}")
+            ("best cycle_max_lr of short cycles", f"{self.lowest:.2g}{'' if is_single else spread}")
         )
         if self.training_steps is not None:
-            rows.append((f"factor for {self.training_steps} steps", f"{self.shrinkage:.2g}"))
+            rows.append(
+                (f"factor for {self.training_steps} training steps", f"{self.shrinkage:.2g}")
+            )
         return rows
 
     def to_json(self) -> dict[str, Any]:
@@ -145,8 +147,8 @@ def refine(
     """Find the best maximum learning rate with short 1Cycle runs, and return the results.
 
     The search starts with five maximum learning rates, each twice the previous one. While the best
-    one is the smallest or the largest, the search halves the smallest or doubles the largest. It
-    tries no value below `around` / 64 or above `around` x 64.
+    one is at an end of the tried range, the search extends the range at that end by a factor of 2.
+    It tries no value below `around` / 64 or above `around` x 64.
 
     Args:
         train: function ``train(max_lr, repeat)`` that trains for one cycle of `steps` steps and

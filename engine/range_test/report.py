@@ -117,10 +117,10 @@ class LRRangeReport:
         return Suggestion(rounded, reason, found.rules, found.smoothed)
 
     def _find_early_end(self, reason: str) -> str:
-        """Return why there is no suggestion if the script ended too early, or "" if it did not.
+        """Return an explanation if the script ended too early for a suggestion, or "" if not.
 
         Args:
-            reason: explanation that `suggest` gives.
+            reason: reason that `suggest` gives for the missing suggestion.
         """
         for run in self.runs:
             steps = run.facts.get("steps", 0)
@@ -131,8 +131,8 @@ class LRRangeReport:
                 )
             if not run.end and len(run.lrs) < steps:
                 return (
-                    f"the script ended after {len(run.lrs)} of {steps} steps, before the largest "
-                    "learning rates; let it train for more steps, or test fewer steps"
+                    f"the script ended after {len(run.lrs)} of {steps} steps, before it reached "
+                    "the largest learning rates; let it train for more steps, or reduce `--steps`"
                 )
         return ""
 
@@ -210,7 +210,7 @@ class LRRangeReport:
             table.add_row(f"{', '.join(EDGE)} agree within a factor of", f"{high / low:.2g}")
         if self.max_lrs:
             low, high = min(self.max_lrs), max(self.max_lrs)
-            runs = f"each of {len(self.max_lrs)} runs separately"
+            runs = f"separate suggestions of {len(self.max_lrs)} runs"
             middle = statistics.median(self.max_lrs)
             table.add_row(runs, f"{low:.2g} to {high:.2g}, median {middle:.2g}")
         if self.refinement:
@@ -266,10 +266,10 @@ class LRRangeReport:
             axis.plot(maxima, losses, "o-", markersize=5, color="tab:blue", alpha=0.5)
         axis.axvline(refinement.lowest, color="black", linestyle=":", label="lowest")
         if refinement.shrinkage < 1:
-            label = f"for {refinement.training_steps} steps"
+            label = f"suggestion for {refinement.training_steps} steps"
             axis.axvline(refinement.max_lr, color="tab:green", label=label)
         title = f"cycles of {refinement.steps} steps"
-        axis.set(xscale="log", xlabel="cycle_max_lr", ylabel="loss at the end", title=title)
+        axis.set(xscale="log", xlabel="cycle_max_lr", ylabel="final loss", title=title)
         _add_legend(axis)
 
     def draw_in_terminal(self, width: int, *, color: bool = False) -> str:

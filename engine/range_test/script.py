@@ -32,7 +32,7 @@ log = logging.getLogger("onecycle")
 _engines = itertools.count(1)
 """Counter of the engines that this process creates during `onecycle lr-test`."""
 _reports: list[Path] = []
-"""Report directories that engines in this process have requested so far, with repeats."""
+"""Report directories that engines in this process have requested, including duplicates."""
 
 
 def is_next_engine_swept(sweep: Sweep) -> bool:

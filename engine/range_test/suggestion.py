@@ -117,8 +117,8 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     >>> suggest(lrs, [2.3] * 150).reason
     'the loss does not fall: it is 2.3 at every learning rate'
 
-    Source of the rules: Smith, https://arxiv.org/abs/1506.01186, section 3.3; fastai's
-    ``callback/schedule.py`` for steepest, valley and minimum / 10.
+    The rules are based on Smith, https://arxiv.org/abs/1506.01186, section 3.3. The rules steepest,
+    valley and minimum / 10 are from fastai's ``callback/schedule.py``.
     """
     x, y = np.asarray(lrs, float), np.asarray(losses, float)
     if x.shape != y.shape or x.ndim != 1:
@@ -239,7 +239,7 @@ def _apply_rules(curve: SmoothedCurve, divergence: float | None) -> Suggestion:
     if fall <= _CERTAIN * error or fall <= 0:
         if divergence is not None and divergence <= x[max(low, 1)]:
             return Suggestion(
-                None, f"the loss is not finite at learning rates >= {10**divergence:.3g}", {}, curve
+                None, f"the loss diverges at learning rates >= {10**divergence:.3g}", {}, curve
             )
         reason = (
             f"the loss falls by only {max(fall, 0):.3g}, which is not significant with a standard "

@@ -70,7 +70,7 @@ def iterate_batches(loader: RunLoader | None, run: TrainingRun) -> Iterator[Any]
         )
     if not (run.length.is_known or run.is_trial):
         scheduler = run.scheduler
-        reason = "no schedule of onecycle is set"
+        reason = "the run has no onecycle schedule"
         if isinstance(scheduler, ScheduleBinder):
             run.length.schedule_steps = scheduler.length
             reason = f"the schedule {scheduler.schedule.type_name} does not end"
@@ -106,7 +106,7 @@ def preserve_state(model: nn.Module, backend: Backend, loader: RunLoader | None)
     """Preserve the training state across a ``with`` block, even if the block raises an exception.
 
     Args:
-        model: module whose train or eval mode is restored, along with those of its submodules.
+        model: model whose modules have their train or eval mode restored.
         backend: backend whose model, optimizer and loss scale are restored. Gradients are cleared.
         loader: data loader whose position is restored; None if the run has no data loader.
     """

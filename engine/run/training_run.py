@@ -219,9 +219,9 @@ class TrainingRun:
         """
         if self.accumulation.micro_batches:
             raise MisuseError(
-                "The batch size can change only between two optimizer steps, not after "
-                f"{count_noun(self.accumulation.micro_batches, 'micro-batch')} of a step. Change "
-                "it right after a `trainer.step()` that runs the optimizer."
+                "The batch size must not change in the middle of a batch "
+                f"({count_noun(self.accumulation.micro_batches, 'micro-batch')} since the last "
+                "optimizer step). Change it right after a `trainer.step()` that runs the optimizer."
             )
         self.settle()
         self.config = replace(self.config, batch=batch)

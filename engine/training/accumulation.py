@@ -49,7 +49,7 @@ class Accumulation:
         return (self.micro_batches + 1) % self.steps == 0
 
     def set_boundary(self, is_boundary: bool) -> None:
-        """Set whether the next calls to `step` run the optimizer.
+        """Set whether subsequent calls to `step` run the optimizer.
 
         Afterward, the number of micro-batches no longer determines when a batch is complete.
 
@@ -74,8 +74,8 @@ class Accumulation:
         """Reset the counts, for example when a checkpoint is loaded.
 
         Args:
-            micro_batches: number of micro-batches since the start of the run; 0 to start a new
-                batch.
+            micro_batches: total number of micro-batches in the run so far, to continue an
+                incomplete batch; 0 to start a new batch.
         """
         self.micro_batches = micro_batches % self.steps if self.is_managed else 0
         self.scaled_losses = 0

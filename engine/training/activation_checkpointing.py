@@ -38,8 +38,8 @@ def checkpoint_activations(
     if not blocks:
         log.warning(
             "`activation_checkpointing` has no effect, because the model has no ModuleList with "
-            "several layers that all have the same class; list the layer classes in "
-            '"engine": {"wrap": […]}'
+            "at least two members, all of the same class; list the class names of the layers in "
+            "`engine.wrap`"
         )
     for block in blocks:
         block.forward = CheckpointedForward(block.forward, on_host=on_host)
@@ -83,8 +83,8 @@ def find_blocks(model: nn.Module, wrap: Sequence[str] = ()) -> list[nn.Module]:
 
     Args:
         model: any module.
-        wrap: class names of the blocks. If empty, the blocks are the members of every ModuleList
-            that has at least two members, all of the same class. Example: a transformer's layers.
+        wrap: class names of the blocks. If empty, the blocks are the members of each ModuleList
+            with at least two members, all of the same class, such as the layers of a transformer.
 
     Raises:
         ValueError: a class name in ``wrap`` does not match any module of the model.

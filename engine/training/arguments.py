@@ -47,10 +47,9 @@ def check_arguments(
     is_several = isinstance(optimizer, list | tuple | dict)
     _check(
         not is_several,
-        f"`optimizer` must be one optimizer, got {_describe(optimizer)}. Call `initialize` once "
-        "per optimizer, with the module that the optimizer trains, such as the generator of a "
-        "GAN. To train one module with different hyperparameters, pass one optimizer with param "
-        "groups.",
+        f"`optimizer` must be one optimizer, got {_describe(optimizer)}. To train several modules, "
+        "such as those of a GAN, call `initialize` once for each module. To use different "
+        "hyperparameters within a module, pass one optimizer with several param groups.",
     )
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         _check_factory("optimizer", optimizer, argument="parameters")
@@ -82,7 +81,7 @@ def check_is_trainable(model: nn.Module) -> None:
     count = sum(1 for _ in model.parameters())
     _check(
         any(parameter.requires_grad for parameter in model.parameters()),
-        f"`model` must have a parameter that requires gradients, but 0 of {count} parameters do. "
+        f"`model` must have at least one parameter that requires gradients, got 0 of {count}. "
         "Unfreeze the parameters to train before you call `initialize`, or pass them as "
         "`model_parameters` and unfreeze them later.",
     )
@@ -109,7 +108,7 @@ def check_are_in_model(model: nn.Module, groups: Iterable[Any], backend: str) ->
                 f"With {backend}, `model_parameters` and the optimizer must contain only "
                 f"parameters of `model`, got a parameter of shape {tuple(parameter.shape)} that is "
                 "not in the model. Register its module in the model, as in `model.criterion = "
-                "criterion`, or use PyTorch without ZeRO.",
+                "criterion`, or use the PyTorch backend without ZeRO.",
             )
 
 

@@ -150,8 +150,8 @@ class GlobalBatchSampler(Sampler[Any]):
         self.batches = order.length // train if order.drop_last else math.ceil(order.length / train)
         if self.batches == 0:
             fix = (
-                'Set "dataloader_drop_last": false (for your own loader, `drop_last=False`), or a '
-                'smaller "train_batch_size".'
+                'Set "dataloader_drop_last": false, or reduce "train_batch_size". In your own data '
+                "loader, set `drop_last=False` instead."
                 if order.length
                 else "Check how the dataset is built."
             )

@@ -44,7 +44,8 @@ class BestMetric:
     def update(self, value: float, step: int) -> bool:
         """Record a value, and return whether it is better than all earlier values.
 
-        Reports in the same step, for example by `Engine.step` and `Engine.report`, count as one.
+        Values from the same step, for example from `Engine.step` and `Engine.report`, count as one
+        report.
         """
         is_new_report = step != self.last_step
         self.last_step = step

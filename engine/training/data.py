@@ -122,8 +122,7 @@ def build_loader(
         collate_fn: function that turns a list of samples of the dataset into a batch.
 
     Raises:
-        ValueError: the dataset is empty, ``dataloader_drop_last`` drops its only batch, or
-            ``collate_fn`` or ``engine.dataloader.shuffle`` does not apply to ``training_data``.
+        ValueError: the dataset yields no batch, or an option does not apply to ``training_data``.
     """
     if is_loader(training_data):
         if collate_fn is not None:

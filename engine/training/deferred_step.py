@@ -110,8 +110,8 @@ class DeferredStep:
     start of the next backward pass, so that the device stays busy and the host rarely waits.
 
     With dynamic loss scaling, the scale for the next backward pass depends on whether this step is
-    skipped, which the host does not know yet. The host therefore computes a scale for each case,
-    and the device selects one.
+    skipped. The host does not know this yet, so it computes a scale for each case, and the device
+    selects one.
 
     Args:
         optimizer: optimizer for which `can_skip_on_device` is true.
@@ -139,7 +139,10 @@ class DeferredStep:
         device: torch.device,
     ) -> None:
         self.scale: Tensor | None = None
-        """Loss scale for the next backward pass, on the device; None if the host knows it."""
+        """Device tensor with the loss scale for the next backward pass.
+
+        None if the host knows the scale.
+        """
         self.has_skipped = False
         """Whether the most recent step with a known outcome was skipped."""
         self._optimizer = optimizer
@@ -158,7 +161,8 @@ class DeferredStep:
         Args:
             norm: 2-norm of the unscaled gradients; float64 scalar on the device.
             scale: factor by which the gradients in ``.grad`` are scaled.
-            loss: scalar tensor with the loss that `read` returns; None to return the norm twice.
+            loss: scalar tensor with the loss that `read` returns. If None, `read` returns the norm
+                in place of the loss.
         """
         found_inf = (~torch.isfinite(norm)).float()
         optimizer = self._optimizer

@@ -35,6 +35,6 @@ class DivergenceCheck:
         raise FloatingPointError(
             f"Training has diverged: the gradients of the last {self._limit} steps are not finite "
             f"(step {counters.global_steps}{loss}, lr {lr:g}). Check the data and the model for "
-            "NaN, lower the learning rate, or use bf16 instead of fp16. "
-            "`engine.max_skipped_steps` limits the number of consecutive skipped steps."
+            "NaN, lower the learning rate, or use bf16 instead of fp16. To allow more consecutive "
+            "skipped steps, increase `engine.max_skipped_steps`."
         )

@@ -114,8 +114,8 @@ class Evaluator:
         if any(kind[1:] != kinds[0][1:] for kind in kinds):
             got = [((rows, *shape), dtype) for rows, shape, dtype in kinds]
             raise ValueError(
-                "`value` must have the same dtype on every rank and, except in the first "
-                f"dimension, the same shape, got {got}. Pad or convert the tensor first."
+                "`value` must have the same dtype and shape on every rank, apart from the size of "
+                f"the first dimension, got {got}. Pad or convert the tensor first."
             )
         # Gather bytes, because gloo does not support every dtype.
         own = _to_bytes(tensor)
@@ -187,9 +187,10 @@ def _plan_split(loader: Iterable[Any]) -> tuple[int, int, bool, str] | None:
     """Return a tuple that describes a loader, or None if the loader's data cannot be split.
 
     The tuple contains the number of samples, the batch size, ``drop_last`` and a hash of the first
-    sample (empty with a `DistributedSampler`). If the tuples of all ranks are equal, the ranks are
-    assumed to have the same dataset, and its batches are split across the ranks. Otherwise, each
-    rank processes all batches of its own loader.
+    sample. The hash is an empty string if the dataset is empty or the loader has a
+    `DistributedSampler`. If the tuples of all ranks are equal, the ranks are assumed to have the
+    same dataset, and its batches are split across the ranks. Otherwise, each rank processes all
+    batches of its own loader.
     """
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         return None
@@ -276,8 +277,8 @@ def _check_number(value: Any, what: str) -> Any:
         return value
     got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
     raise ValueError(
-        f"`fn` must return one number for {what}, got {got}. Return the mean over the batch, such "
-        "as `loss.mean()`, or a dict of such means."
+        f"`fn` must return one number for {what}, got {got}. Return a number or a tensor with one "
+        "element, such as `loss.mean()`."
     )
 
 

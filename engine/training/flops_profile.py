@@ -111,7 +111,7 @@ def format_profile(profiles: Sequence[ModuleProfile], settings: Mapping[str, Any
     yield f"parameters     {_format_number(model.params).strip()}"
     yield (
         f"forward pass   {_format_number(model.flops)}FLOPs, {_format_number(model.seconds)}s, "
-        f"{_format_number(model.flops / max(model.seconds, 1e-9))}FLOPS"
+        f"{_format_number(model.flops / max(model.seconds, 1e-9))}FLOP/s"
     )
     yield f"backward pass  {_format_number(backward * model.flops)}FLOPs ({backward:g} x forward)"
     yield "FLOPs of matrix products, convolutions and attention; a multiply-add counts as 2."

@@ -203,10 +203,7 @@ class GradientAverager:
                 self._add_hook(parameter, self._on_sparse)
 
     def _add_hook(self, parameter: nn.Parameter, hook: Callable[..., None]) -> None:
-        """Register a hook that runs after a parameter's gradient is accumulated.
-
-        The hook also runs after all hooks that the user registered on the parameter.
-        """
+        """Register a hook that runs after a gradient is accumulated and after the user's hooks."""
         if parameter.requires_grad:
             node = torch.autograd.graph.get_gradient_edge(parameter).node
             self._nodes.append(node)  # the parameter itself keeps no reference to its node

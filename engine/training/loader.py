@@ -155,7 +155,7 @@ class RunLoader:
             self._batches._iterator = None  # noqa: SLF001  # torch has no public way
 
     def check_before_resuming(self, check_resume: Callable[[], None]) -> None:
-        """Register a function to call before the first loop if that loop starts after epoch 0."""
+        """Register a function to call before the first loop, unless that loop is in epoch 0."""
         self._check_resume = check_resume
 
     def stop_when(self, run_is_over: Callable[[], bool], save_last: Callable[[], None]) -> None:

@@ -70,7 +70,7 @@ class LossScaler:
 
     @property
     def max_float16_scale(self) -> float:
-        """Upper limit of the scale for a float16 loss; infinity for a static scale (no limit)."""
+        """Maximum scale for a float16 loss; infinite if the scale is static."""
         return _MAX_FLOAT16_SCALE if self._dynamic else math.inf
 
     def find_next_scales(self) -> tuple[float, float]:

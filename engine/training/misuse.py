@@ -118,10 +118,11 @@ class MisuseChecks:
         if not self._backend.has_gradients():
             done, steps = accumulation.micro_batches, accumulation.steps
             raise MisuseError(
-                "Each optimizer step accumulates the gradients of "
+                "Each optimizer step accumulates gradients over "
                 f"{count_noun(steps, 'micro-batch')}, but the gradients of "
                 f"{count_noun(done, 'micro-batch')} were cleared before the step. Remove the call "
-                "to `zero_grad()`. `trainer.step()` clears the gradients after each optimizer step."
+                "to `zero_grad()`, because `trainer.step()` clears the gradients after each "
+                "optimizer step."
             )
 
     def check_step(
@@ -138,8 +139,8 @@ class MisuseChecks:
 
         Raises:
             RuntimeError: the script has stepped the optimizer or the scheduler itself, there are no
-                gradients, gradients of earlier micro-batches were cleared, or two engines undo each
-                other's steps.
+                gradients, gradients of earlier micro-batches were cleared, or another engine trains
+                the same parameters.
         """
         if not self._has_optimizer:
             _raise_without_optimizer()
@@ -289,7 +290,10 @@ _CLAIMS: weakref.WeakSet[_Claim] = weakref.WeakSet()
 
 
 class _StepCounter:
-    """Counter of an optimizer's steps. Its optimizer hook does not keep the engine alive."""
+    """Counter of an optimizer's steps.
+
+    The step hook refers to this object, not to the engine, so it does not keep the engine alive.
+    """
 
     def __init__(self, optimizer: Any) -> None:
         self.count = 0

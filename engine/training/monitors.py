@@ -96,9 +96,9 @@ def _add_number(directory: str, number: int) -> Path:
 
 
 def _create_unused(directory: str) -> int:
-    """Create ``directory``, or ``directory-2``, ``directory-3``, … if earlier names are taken.
+    """Create the first unused directory among ``directory``, ``directory-2`` and so on.
 
-    Return the chosen number; 1 means ``directory`` itself.
+    Return its number; 1 means ``directory`` itself. An empty ``directory`` counts as unused.
     """
     first = Path(directory)
     if first.is_dir() and not any(first.iterdir()):  # the user has created it

@@ -112,13 +112,12 @@ def check_modes(optimizer: Optimizer, wrapper: Optimizer) -> None:
         wrapper: the backend's optimizer; ``optimizer`` itself if the backend does not wrap it.
 
     Raises:
-        ValueError: DeepSpeed has wrapped a schedule-free optimizer, which therefore holds copies of
-            the weights.
+        ValueError: the optimizer is schedule-free, and DeepSpeed has wrapped it.
     """
     if _has_modes(optimizer) and wrapper is not optimizer:
         raise ValueError(
-            f"{type(optimizer).__name__} replaces the model's weights in eval mode, which does not "
-            'work on the DeepSpeed backend with ZeRO or 16-bit training. Set "engine": {"backend": '
+            f"{type(optimizer).__name__} replaces the model's weights in eval mode. The DeepSpeed "
+            'backend does not support this with ZeRO or 16-bit training. Set "engine": {"backend": '
             '"torch"} in the config.'
         )
 
@@ -218,18 +217,18 @@ def check_shapes(
             f"`{names.get(id(p), 'a parameter')}` of shape {tuple(p.shape)}" for p in invalid[:3]
         )
         raise ValueError(
-            f"PyTorch's Muon trains only parameters with two dimensions, but {len(invalid)} of "
-            f"{len(trained)} parameters, such as {shown}, are not matrices. Pass only matrices as "
-            '`model_parameters`, or set "engine": {"backend": "deepspeed"} so that DeepSpeed '
-            "trains the other parameters with Adam."
+            f"PyTorch's Muon trains only matrices, but {len(invalid)} of {len(trained)} parameters "
+            f"are not matrices, for example {shown}. Pass only matrices as `model_parameters`, or "
+            'set "engine": {"backend": "deepspeed"} so that DeepSpeed trains the other parameters '
+            "with Adam."
         )
 
 
 def is_buildable(block: Mapping[str, Any]) -> bool:
     """Return whether the DeepSpeed backend can use `build_optimizer` for an ``optimizer`` block.
 
-    The result is false if the type or one of the params is tied to a specific backend, or if
-    ``torch_adam`` is false, because DeepSpeed then uses its own Adam.
+    The result is False if the config schema ties the type or one of the params to a backend. It is
+    also False if ``torch_adam`` is false, because DeepSpeed then uses its own Adam.
 
     >>> is_buildable({"type": "AdamW"}), is_buildable({"type": "Lamb"})
     (True, False)

@@ -61,8 +61,8 @@ def prepare_loader(loader: Iterable[Any], config: Config, ranks: Ranks) -> RunLo
         ranks: device, rank and world size of this process.
 
     Raises:
-        ValueError: ``loader`` is not a data loader or conflicts with the config, or its sampler
-            does not match the ranks.
+        ValueError: ``loader`` is not a data loader, conflicts with the config, or does not split
+            its samples correctly across the ranks.
     """
     if not is_loader(loader):
         raise ValueError(
@@ -84,8 +84,8 @@ def _check_settings(loader: Any, config: Config) -> None:
     section = config.raw.get("engine", {}).get("dataloader")
     if section:
         raise ValueError(
-            f"`engine.dataloader` applies only to a dataset, but {type(loader).__name__} is a data "
-            "loader with its own settings. Remove `engine.dataloader`, or pass a dataset."
+            "`engine.dataloader` applies only to a dataset, but the script passes its own data "
+            f"loader ({type(loader).__name__}). Remove `engine.dataloader`, or pass a dataset."
         )
     size, micro = _read_batch_size(loader), config.batch.micro
     if size not in {None, micro}:
@@ -97,7 +97,7 @@ def _check_settings(loader: Any, config: Config) -> None:
         )
         raise ValueError(
             "The data loader's `batch_size` must equal `train_micro_batch_size_per_gpu` "
-            f"({micro}), got {size} ({config.batch}). Create the loader with "
+            f"({micro}), got {size}. The config specifies {config.batch}. Create the loader with "
             f"`batch_size={micro}`, or {fix}."
         )
 
@@ -205,9 +205,13 @@ def _read_order(loader: DataLoader[Any], config: Config, ranks: Ranks) -> EpochO
 
 
 def _check_same_order(order: EpochOrder, ranks: Ranks) -> None:
-    """Check that all ranks' samplers yield the same samples in the same order.
+    """Check that the samplers of all ranks agree.
 
-    For samplers that split the samples across the ranks themselves, compare only their lengths.
+    Samplers that split the samples across the ranks must have the same length. Other samplers must
+    yield the same samples in the same order.
+
+    Raises:
+        ValueError: the samplers of two ranks differ.
     """
     if ranks.world_size == 1:
         return

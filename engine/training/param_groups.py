@@ -86,7 +86,8 @@ def divide_parameters(
 
     Returns:
         A tuple of the param groups for the optimizer and a description of each group. If the config
-        defines no groups, the tuple is ``(parameters, [])``, with ``parameters`` as a list or None.
+        defines no groups, the first item is a list of ``parameters``, or None for all parameters,
+        and the second item is empty.
 
     Raises:
         ValueError: the config's groups do not match the model, or ``parameters`` already contains
@@ -354,8 +355,8 @@ def _find_layers(
 def _find_outermost_blocks(model: nn.Module, wrap: Sequence[str]) -> list[nn.Module]:
     """Return the blocks that are not inside another block, in the order of `model.parameters()`.
 
-    If ``wrap`` is empty, a block is an item of a ModuleList, or of a Sequential with a name such as
-    ``blocks`` or ``layers``.
+    The blocks are those that `find_blocks` returns. If ``wrap`` is empty, they also include the
+    items of each Sequential with a name such as ``blocks`` or ``layers``.
     """
     blocks = find_blocks(model, wrap)
     for name, module in () if wrap else model.named_modules():

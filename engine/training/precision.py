@@ -25,8 +25,7 @@ __all__ = [
 class AutocastMethod:
     """A bound method that runs under autocast.
 
-    In a copied or unpickled module, the method is bound to that module, so it uses that module's
-    weights.
+    If the module is copied or unpickled, the method is bound to the new module and its weights.
 
     Args:
         method: bound method of a module.

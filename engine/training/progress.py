@@ -57,8 +57,10 @@ class StepRecord:
     lr: Sequence[float]
     """Learning rate of each param group."""
     momentum: Sequence[float | None] | None
-    """Momentum (first beta for Adam) of each param group, with 0 for a group that has no momentum.
-    If none of the groups has momentum, the attribute is None."""
+    """Momentum (first beta for Adam) of each param group; 0 for a group without momentum.
+
+    If no group has momentum, the attribute is None.
+    """
     weight_decay: Sequence[float] | None
     """Weight decay of each param group that has one; empty or None if no group has one."""
     loss: float | None
@@ -236,8 +238,8 @@ class ProgressReporter:
     ) -> dict[str, float | None]:
         """Return the param groups' values, with keys such as "lr", "lr_group_1" and "lr_group_2".
 
-        If ``always`` is false, return only the first group's value until a step in which the
-        groups' values differ, and all values from that step on.
+        If ``always`` is false and the groups have had equal values in every step so far, return
+        only the first group's value.
         """
         if not values:
             return {}

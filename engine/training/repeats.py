@@ -25,8 +25,8 @@ class RepeatCheck:
     """A check that a data loader's first batches differ between ranks and between workers.
 
     Use this class for datasets and samplers that must split the data themselves, such as iterable
-    datasets. If they do not, each rank and each worker loads the whole dataset. No rank waits for
-    another during the check, so a script may iterate over the loader on just one rank.
+    datasets. If the data is not split, each rank and each worker loads the whole dataset. No rank
+    waits for another during the check, so a script may iterate over the loader on just one rank.
 
     Args:
         ranks: this process's rank and the world size.

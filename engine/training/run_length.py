@@ -36,8 +36,8 @@ class RunLength:
     """Number of optimizer steps that had been applied when the loaded checkpoint was saved; 0 if no
     checkpoint was loaded. `steps_this_run` does not count them."""
     is_position_known: bool = False
-    """Whether the script can tell where to resume, because it has called `load_checkpoint` or read
-    the engine's epoch or step count."""
+    """Whether the script has called `load_checkpoint` or read the engine's epoch or step count. If
+    so, the script can resume at the right position."""
 
     def set_total(self, config: Config, steps_per_epoch: int | None) -> bool:
         """Set the length of the run to ``engine.max_duration``, if the config has this key.

@@ -27,8 +27,8 @@ class ScheduleDriver:
     Args:
         scheduler: any object with a ``step`` method, such as a PyTorch scheduler; None if the run
             has none.
-        report: directory for plots of the decisions of a schedule that depends on the loss, such as
-            AutoWU's decision to end the warmup. If None, no plots are saved.
+        report: directory for plots of the schedule's decisions, such as AutoWU's decision to end
+            the warmup. If None, no plots are saved.
         note: function to call with the `Evidence` of each decision before its plot is saved.
 
     Raises:

@@ -89,7 +89,7 @@ def log_setup(
 def enable_logging() -> None:
     """Print the ``onecycle`` logger's messages of level INFO and above.
 
-    Handlers and a level that the user has already configured are kept.
+    If the user has already configured a handler or a level, it is kept.
     """
     if not log.hasHandlers():
         log.addHandler(logging.StreamHandler())

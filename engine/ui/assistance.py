@@ -148,7 +148,7 @@ def _describe_key(cursor: Cursor, schema: Mapping[str, Any]) -> Iterator[str]:
         yield f"Backend: {schema['x-backend']} only."
     if "x-auto" in schema:
         names = schema["x-auto"].replace(", ", " or ")
-        yield f'"auto" is replaced by {names}.'
+        yield f'The value "auto" is filled in by {names}.'
     others = _read_other_names().get((cursor.path, cursor.key))
     if others:
         yield f"Names in other libraries: {', '.join(others)}."

@@ -23,9 +23,9 @@ _BYTE_ORDER_MARK = "\ufeff"
 
 
 class Snapshot(NamedTuple):
-    """The text of a config file with ``\\n`` line endings, and a hash of the file's bytes.
+    """The text of a config file, with line endings converted to ``\\n``, and the file's hash.
 
-    The hash, ``version``, is an empty string if the file does not exist.
+    ``version`` is the hash, or an empty string if the file does not exist.
     """
 
     text: str
@@ -40,7 +40,7 @@ class ConfigFile:
     """A config file that the user edits on the config page.
 
     The editor uses the line ending ``\\n`` and no byte order mark. `save` restores the original
-    line endings and byte order mark, so that unchanged lines stay the same byte for byte.
+    line endings and byte order mark, so that lines that the user has not edited do not change.
 
     Args:
         path: path of the file; the file may be missing.
@@ -116,7 +116,8 @@ def _decode(data: bytes, path: Path) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         message = (
-            f"{path.name} must be UTF-8 text, but the byte at offset {error.start} is invalid."
+            f"{path.name} must be UTF-8 text, but the byte at offset {error.start} is invalid. "
+            "Save the file as UTF-8."
         )
         raise ValueError(message) from None
 

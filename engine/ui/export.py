@@ -27,7 +27,7 @@ def export(curves: CurveSet, name: str, kind: str, *, log: bool) -> Download:
         log: whether to plot the learning rate on a logarithmic axis; ignored for "csv".
 
     Raises:
-        ValueError: if ``kind`` is unknown, or if the CSV file would have too many rows.
+        ValueError: ``kind`` is unknown, or the CSV file would have too many rows.
     """
     if kind not in _MEDIA_TYPES:
         raise ValueError(f"The format must be one of {', '.join(_MEDIA_TYPES)}, got {kind!r}.")

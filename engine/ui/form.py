@@ -107,7 +107,7 @@ def set_param(text: str, name: str, value: Any) -> str:
     """Set a parameter of the schedule in a config's text, and return the new text.
 
     Raises:
-        ValueError: the text is not valid JSON.
+        ValueError: the text is not a valid JSON object.
     """
     return set_value(_parse(text), join_pointer(_PARAMS, name), value)
 
@@ -116,7 +116,7 @@ def remove_param(text: str, name: str) -> str:
     """Remove a parameter of the schedule from a config's text, and return the new text.
 
     Raises:
-        ValueError: the text is not valid JSON.
+        ValueError: the text is not a valid JSON object.
     """
     document, pointer = _parse(text), join_pointer(_PARAMS, name)
     return remove_key(document, pointer) if pointer in document.locations else text
@@ -134,10 +134,10 @@ def change_type(text: str, name: str, steps: int = _STEPS) -> str:
         steps: length of the run in steps. The durations in the example are scaled to this length.
 
     Raises:
-        ValueError: the text is not valid JSON, or the type is unknown.
+        ValueError: the text is not a valid JSON object, or the type is unknown.
     """
     if name not in SCHEDULES:
-        raise ValueError(f"Unknown schedule type {name!r}.")
+        raise ValueError(f"`type` must be the name of a schedule, got {name!r}. Select a schedule.")
     cls = SCHEDULES[name]
     document = _parse(text)
     block, run = document.value.get("scheduler"), document.value.get("engine")

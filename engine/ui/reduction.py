@@ -13,7 +13,7 @@ Numbers = NDArray[np.float64]
 def choose_points(
     x: Numbers, y: Numbers, window: tuple[float, float] | None, most: int
 ) -> NDArray[np.int64]:
-    """Return the indices of the points to draw in a chart, at most ``most``.
+    """Return the indices of at most ``most`` points to draw in a chart.
 
     If there are more points, they are divided into groups of neighbors, and the smallest and the
     largest value of each group are drawn, so that no spike disappears. The first and the last point

@@ -38,14 +38,16 @@ class RunSettings:
         """Build the settings from a JSON object sent by the config page of ``onecycle ui``.
 
         Raises:
-            ValueError: a value is neither a positive whole number nor null.
+            ValueError: a value is neither null nor a whole number from 1 to `_MAX`.
         """
         given = values if isinstance(values, Mapping) else {}
         known = {each.name: given.get(each.name) for each in fields(cls)}
         for name, value in known.items():
             if value is not None and (type(value) is not int or not 1 <= value <= _MAX):
                 shown = name.replace("_", " ")
-                raise ValueError(f"The {shown} must be a positive whole number, got {value!r}.")
+                raise ValueError(
+                    f"`{shown}` must be a whole number from 1 to {_MAX:,}, got {value!r}."
+                )
         return cls(**known)
 
     def count_steps_per_epoch(
@@ -68,7 +70,7 @@ def find_batch_sizes(config: Mapping[str, Any], ranks: DataRanks | None) -> Batc
 
     Args:
         config: config without invalid values.
-        ranks: number of ranks that load different samples; None if unknown.
+        ranks: number of data-parallel ranks; None if unknown.
     """
     given = {key: config[key] for key in BATCH_KEYS if type(config.get(key)) is int}
     if ranks is None or not given:

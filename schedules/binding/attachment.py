@@ -59,7 +59,7 @@ class Attachment:
                 other.note_other_writer()
 
     def has_last_group(self, groups: Sequence[Group]) -> bool:
-        """Return whether ``groups`` contains the last param group of the most recent `record` call.
+        """Return whether ``groups`` contains the last group passed to the latest `record` call.
 
         The result is false if the param groups have been replaced, for example by the optimizer's
         `load_state_dict`.
@@ -78,8 +78,8 @@ class Attachment:
         Returns:
             The initial values, and the reason why they are uncertain (None if they are certain).
             They are uncertain if it is unknown whether a schedule or the training script set a
-            current value, for example after the optimizer's state was loaded, or with another
-            library's scheduler.
+            current value. This happens, for example, after the optimizer's state has been loaded or
+            another library's scheduler has changed the value.
         """
         values, doubt = [], None
         is_known = name in self._last_written and self.has_last_group(groups)
@@ -135,9 +135,9 @@ def describe_other_writer(hyperparameters: Collection[str], *, is_schedule: bool
         text = f"Two schedules set {names} of the same optimizer, and each overwrites the values "
         text += "of the other."
     return (
-        f"{text} To multiply schedules or to run one after the other, use "
-        "`schedules.ChainedScheduler` or `schedules.SequentialLR`. For different schedules in "
-        "different param groups, pass a dict to `attach`."
+        f"{text} To multiply schedules, use `schedules.ChainedScheduler`. To run one after the "
+        "other, use `schedules.SequentialLR`. To set a different schedule for each param group, "
+        "pass a dict to `attach`."
     )
 
 

@@ -57,12 +57,13 @@ class ScheduleBinder(TorchInterface):
     Args:
         schedule: schedule to run.
         optimizer: optimizer whose hyperparameters the schedule sets.
-        horizon: length of the run, and numbers that convert time strings such as "10ep" to steps.
+        horizon: length of the run, used to convert time strings such as "10ep" to steps, and to
+            scale durations.
         base: initial learning rate, as a number for all param groups or a list with one number per
             group. To specify other initial hyperparameters too, pass a dict with a number or list
             for each of "lr", "momentum" and "weight_decay". Defaults to the current values or, if
             another schedule set them, to the initial values of that schedule.
-        at: step of the schedule to start from; 0 is its beginning.
+        at: step of the schedule to start from (default: 0, the beginning of the schedule).
 
     Raises:
         ValueError: a param group does not have a hyperparameter that the schedule sets, the
@@ -200,7 +201,7 @@ class ScheduleBinder(TorchInterface):
             self._step_slowly(loss, metric)
 
     def _step_slowly(self, loss: Tensor | float | None, metric: Tensor | float | None) -> None:
-        """Advance the schedule if `step` cannot use its fast path, such as in the first call."""
+        """Advance the schedule when `step` cannot use its fast path, as in the first call."""
         self._prepare_use()
         if not self._has_stepped:
             check_not_chained()
@@ -399,8 +400,8 @@ class ScheduleBinder(TorchInterface):
                 hyperparameters, and continues from the saved step.
 
         Raises:
-            ValueError: the state is damaged, is from a different schedule, or has a different
-                number of param groups.
+            ValueError: the state is damaged, or does not match this schedule or the optimizer's
+                param groups.
         """
         self._include_added_groups()
         has_feedback = self.schedule.feedback is not None
@@ -423,8 +424,8 @@ class ScheduleBinder(TorchInterface):
         """Check that `load_state_dict` would accept a state, without loading it.
 
         Raises:
-            ValueError: the state is damaged, is from a different schedule, or has a different
-                number of param groups.
+            ValueError: the state is damaged, or does not match this schedule or the optimizer's
+                param groups.
         """
         self._include_added_groups()
         check_state(state_dict, self.identity, self._base, self._compared)

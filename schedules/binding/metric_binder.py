@@ -57,7 +57,7 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
 
     @property
     def state(self) -> Any:
-        """State of the schedule, with the optimizer's current learning rates."""
+        """State of the schedule, updated with the optimizer's current learning rates."""
         assert isinstance(self.controller, FeedbackController)
         return self.controller.continue_from(self._state, {"lr": tuple(read_lr(self.optimizer))})
 

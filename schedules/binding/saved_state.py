@@ -26,8 +26,8 @@ __all__ = [
 ]
 
 BaseValues = float | Sequence[float] | Mapping[str, float | Sequence[float]]
-"""Initial learning rate as a number or as a list with one number per param group, or a dict that
-maps the names of hyperparameters to such values."""
+"""Initial hyperparameters. A number is the learning rate of all param groups, and a list contains
+one learning rate per group. A dict maps the names of hyperparameters to numbers or lists."""
 
 _NAMES = ("lr", "momentum", "weight_decay")
 
@@ -165,7 +165,9 @@ def _compare_schedules(state: Mapping[str, Any], identity: Mapping[str, Any]) ->
     now, saved = ({"type": each["type"], **each["params"]} for each in (identity, state))
     for name in dict.fromkeys([*saved, *now]):
         if saved.get(name) != now.get(name):
-            yield (f"`{name}` is {_show(saved, name)} in the saved state, {_show(now, name)} now")
+            yield (
+                f"`{name}` is {_show(saved, name)} in the saved state but {_show(now, name)} now"
+            )
 
 
 def _show(params: Mapping[str, Any], name: str) -> str:
@@ -180,7 +182,7 @@ def _compare_bases(
         if not all(math.isclose(*pair, rel_tol=PRECISION) for pair in pairs):
             yield (
                 f"the initial `{name}` of the param groups is {list(saved[name])} in the saved "
-                f"state, {list(base[name])} now"
+                f"state but {list(base[name])} now"
             )
 
 

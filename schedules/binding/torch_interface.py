@@ -52,7 +52,7 @@ class TorchInterface(LRScheduler):
     _doubt: str | None
     """Why the initial hyperparameters are uncertain; None if they are known."""
     _writer: RangeWriter | None
-    """Writer for the fast path of `step`, usable until a curve's formula changes; None if the next
+    """Writer that the fast path of `step` uses until a curve's formula changes; None if the next
     step must take the slow path."""
     _slots: Mapping[str, Sequence[Slot]]
 
@@ -219,7 +219,7 @@ def _read_loss(loss: Tensor | float) -> float:
     """Convert a loss or a metric to a float.
 
     Raises:
-        ValueError: the loss is a tensor with more than one element.
+        ValueError: the loss is a tensor that does not have exactly one element.
     """
     if isinstance(loss, Tensor) and loss.numel() != 1:
         raise ValueError(

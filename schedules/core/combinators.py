@@ -85,8 +85,8 @@ def join(parts: Iterable[Curve], boundaries: Iterable[float], names: Sequence[st
             the names of these phases instead.
 
     Raises:
-        ValueError: if the number of boundaries is not one less than the number of parts, or the
-            boundaries are negative or not in ascending order.
+        ValueError: the number of boundaries is wrong, a boundary is negative, or the boundaries
+            are not in ascending order.
     """
     parts, boundaries = tuple(parts), tuple(boundaries)
     if len(boundaries) != len(parts) - 1:
@@ -137,7 +137,7 @@ def linear_warmup(peak: float, steps: float, *, one_based: bool = False) -> Curv
 
 
 def multiply_at(start_value: float, factor: float, boundaries: Iterable[float]) -> Curve:
-    """Return a piecewise constant curve that is multiplied by a factor at each boundary.
+    """Return a piecewise constant curve whose value is multiplied by a factor at each boundary.
 
     The boundaries are steps in ascending order.
 

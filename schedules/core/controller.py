@@ -38,7 +38,7 @@ Curves = Mapping[str, tuple[Curve, ...]]
 
 
 class Decision(NamedTuple):
-    """A change that a feedback schedule made to the learning rate, with the reason."""
+    """A change that a feedback schedule made to the learning rate, and its reason."""
 
     step: int
     """Number of optimizer steps before the change."""
@@ -53,8 +53,8 @@ class Band(NamedTuple):
     """Mean and confidence band of a Gaussian process fitted to the losses.
 
     ``low`` and ``high`` are two standard deviations below and above the mean. If AutoWU's ``test``
-    is "robust", the losses are compressed with asinh before the fit, and the band is then converted
-    back to losses. The converted band is not symmetric around the mean.
+    is "robust", the process is fitted to losses compressed with asinh. The mean and the band are
+    then converted back to losses, so the band is not symmetric around the mean.
     """
 
     positions: Sequence[float]
@@ -120,7 +120,7 @@ class Controller(Protocol[S]):
 
 @dataclasses.dataclass(frozen=True)
 class OpenLoop(Controller[int]):
-    """Controller for schedules that depend only on the step, not on the loss.
+    """Controller for schedules that depend only on the step.
 
     The state is the number of optimizer steps so far.
 

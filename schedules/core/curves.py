@@ -1,8 +1,8 @@
 """Curves that map a step to a value, such as linear ramps and cosines.
 
-A `Curve` can be evaluated at a single step, without numpy, or at an array of steps. The values are
-bitwise identical in both cases. A curve consists of pieces, each with one formula for a range of
-steps. A ramp is exactly equal to its start value at step 0, and to its end value once it has ended.
+A `Curve` can be evaluated at a single step (without numpy) or at an array of steps, with bitwise
+identical results. It consists of pieces, each with one formula for a range of steps. A ramp is
+exactly equal to its start value at step 0, and to its end value once it has ended.
 
     >>> warmup = linear(0.0, 1.0, steps=4)
     >>> [warmup(step) for step in range(6)]
@@ -57,7 +57,7 @@ class Curve(ABC):
         return ()
 
     def pieces(self, start: int, end: int) -> Iterator[Piece]:
-        """Yield the curve's pieces for steps ``start`` to ``end - 1``, with integer bounds."""
+        """Yield pieces with integer bounds that cover steps ``start`` to ``end - 1``."""
         while start < end:
             piece = self.piece(start)
             stop = find_next_step(piece, start, end)
@@ -116,7 +116,7 @@ class Curve(ABC):
     @overload
     def __call__(self, steps: ArrayLike) -> NDArray[Any] | float: ...
     def __call__(self, steps: int | ArrayLike) -> NDArray[Any] | float:
-        """Return the value at a step, or a float64 array with the values at an array of steps.
+        """Return the value at a step, or a float64 array of values for an array of steps.
 
         Raises:
             ValueError: a step is negative.
@@ -334,7 +334,9 @@ def log(start: float, end: float, steps: float) -> Curve:
 
 
 def power_of(start: float, factor: float, exponent: float) -> float:
-    """Return ``start * factor ** exponent``, or infinity (0 if ``start`` is 0) on overflow.
+    """Return ``start * factor ** exponent``.
+
+    If ``factor ** exponent`` overflows, return infinity, or 0 if ``start`` is 0.
 
     >>> power_of(0.5, 2.0, 3), power_of(0.5, 10.0, 1e6), power_of(0.0, 10.0, 1e6)
     (4.0, inf, 0.0)

@@ -41,7 +41,7 @@ def read_descriptions(schedule: type) -> dict[str, str]:
 
 
 def read_source_descriptions(schedule: type) -> dict[str, str]:
-    """Return a schedule's field descriptions, always read from source code instead of `INDEX`."""
+    """Return a schedule's field descriptions from its source code, without using `INDEX`."""
     return _collect_descriptions(schedule, {})
 
 
@@ -63,7 +63,7 @@ def _collect_descriptions(schedule: type, index: Mapping[str, Mapping[str, Any]]
 
 
 def _read_source(cls: type) -> dict[str, str]:
-    """Read the descriptions of a class's own, non-inherited fields from its source code."""
+    """Read the descriptions of a class's own fields from its source code."""
     own = vars(cls).get("__annotations__", {})
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]

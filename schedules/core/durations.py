@@ -127,9 +127,9 @@ def get_unit(value: Any) -> str | None:
 def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
     """Convert a duration to optimizer steps.
 
-    A time string in samples or tokens can result in a fractional number of steps. A fraction of the
-    run can do so only if ``horizon.counts_samples`` is true. All other time strings are truncated
-    to whole steps, as in Composer.
+    A time string in samples or tokens can result in a fractional number of steps, and so can a
+    fraction of the run (``dur``) if ``horizon.counts_samples`` is true. All other time strings are
+    truncated to whole steps, as in Composer.
 
     Args:
         duration: number of steps, or a time string.
@@ -253,7 +253,8 @@ def _check_length(length: float, name: str) -> float:
 def _to_steps(scaled: float, configured: float | None = None) -> float:
     """Convert a scaled duration to an int, or to `FractionalSteps` if it is not a whole number.
 
-    If ``configured``, the duration before scaling, is a whole number, always truncate to an int.
+    If the duration before scaling, ``configured``, is a whole number, truncate the result to an
+    int instead.
     """
     _check_length(scaled, "A duration")
     if configured is not None and float(configured).is_integer():

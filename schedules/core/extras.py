@@ -24,7 +24,7 @@ def require_package(name: str, feature: str) -> None:
 
     Args:
         name: name of the package, a key of `EXTRAS`.
-        feature: name of the feature at the start of the error message, such as "A plot".
+        feature: subject of the error message, such as "A plot".
 
     Raises:
         MissingExtraError: the package is not installed; the message names the extra.

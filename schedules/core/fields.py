@@ -80,13 +80,13 @@ class Duration(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Items:
-    """Marker for a list field, with the JSON schema of each item."""
+    """Marker that defines the JSON schema of each item of a list field."""
 
     schema: Mapping[str, Any]
 
 
 class AutoValue(NamedTuple):
-    """Marker for a field that accepts "auto", which integrations such as Transformers replace."""
+    """Marker for a field that accepts "auto", which an integration replaces with a value."""
 
     integrations: str
     """Comma-separated names of the integrations that replace "auto"."""
@@ -166,10 +166,9 @@ def describe_schema(schema: Mapping[str, Any]) -> str:
 
 
 def accepts(schema: Mapping[str, Any], value: Any) -> bool:
-    """Return whether a value is valid for a field's JSON schema. Lists must be passed as tuples.
+    """Return whether a value is valid against a field's JSON schema.
 
-    The function supports only the JSON Schema keywords that fields use. This avoids a dependency on
-    a JSON Schema library.
+    Lists must be passed as tuples. Only the JSON Schema keywords that fields use are supported.
 
     >>> accepts({"type": "number", "minimum": 0}, float("nan"))
     False

@@ -18,7 +18,7 @@ _COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd")
 
 
 def draw_html(text: str, curves: Curves, steps: int, current: int | None = None) -> str:
-    """Return HTML with some text and a small plot of each hyperparameter.
+    """Return HTML with the given text and a small plot of each hyperparameter.
 
     Args:
         text: text to show above the plots, such as the repr of a schedule.

@@ -125,7 +125,10 @@ def import_attribute(path: str) -> Any:
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{module_name}.".startswith(f"{missing}."):
-            reason = f"there is no module {missing!r}. Add its directory to PYTHONPATH."
+            reason = (
+                f"no module {missing!r} was found. Add the directory that contains it to "
+                "PYTHONPATH."
+            )
         else:
             text = error.msg if isinstance(error, SyntaxError) else error
             kind, location = type(error).__name__, _location(error)

@@ -14,7 +14,7 @@ __all__ = ["ScheduleOfParts"]
 
 
 class ScheduleOfParts(Schedule[int]):
-    """Base class of composite schedules, built from the schedules in their ``schedulers`` field."""
+    """Base class of schedules that are built from the schedules in their ``schedulers`` field."""
 
     @property
     @abstractmethod

@@ -23,7 +23,7 @@ __all__ = [
 
 PRECISION = 1e-6
 """Largest relative difference at which two values count as equal. Schedulers differ in how they
-round, and a learning rate in a tensor may be in single precision."""
+round, and a learning rate in a tensor may have single precision."""
 
 
 def are_equal(base: tuple[float, ...]) -> bool:
@@ -111,7 +111,7 @@ def broadcast_lr(schedule: Any, name: str, lrs: tuple[float, ...]) -> tuple[floa
 def broadcast_strict(
     name: str, value: PerGroup, base: tuple[float, ...], fix: str = ""
 ) -> tuple[float, ...]:
-    """Convert a field like `broadcast`, but reject a single number if values in ``base`` differ.
+    """Like `broadcast`, but reject a single number if the values in ``base`` differ.
 
     Raises:
         ValueError: ``value`` is a single number but the groups have different initial values, or

@@ -154,7 +154,7 @@ def describe(value: Any) -> str:
     """Return the repr of a value for an error message, or a shorter text if the repr is long.
 
     >>> describe("warmup"), describe([1, 2]), describe(10**5000)
-    ("'warmup'", '[1, 2]', 'an int above 64 bits')
+    ("'warmup'", '[1, 2]', 'an integer that does not fit in 64 bits')
     """
     return _shortener.repr(value)
 
@@ -167,7 +167,7 @@ class _Shortener(reprlib.Repr):
     def repr_int(self, value: int, level: int) -> str:
         del level
         # Python refuses to print an integer with more than 4300 digits.
-        return repr(value) if abs(value) <= _MAX_INT else "an int above 64 bits"
+        return repr(value) if abs(value) <= _MAX_INT else "an integer that does not fit in 64 bits"
 
 
 _shortener = _Shortener()

@@ -55,7 +55,7 @@ _LENGTH_FIELDS = (
     "t_max",
     "T_max",
 )
-"""Parameter names for the length of a schedule, as in DeepSpeed, PyTorch and other libraries."""
+"""Parameters that set the length of a schedule in DeepSpeed, PyTorch and other libraries."""
 
 _SHOWN_STEPS = 1000
 """Run length, in steps, that notebook plots assume for durations such as "0.1dur"."""
@@ -116,7 +116,7 @@ else:
 
 
 def format_arguments(arguments: Mapping[str, Any]) -> str:
-    """Format keyword arguments, for a repr.
+    """Format keyword arguments for a repr.
 
     >>> format_arguments({"factor": 0.5, "total_iters": "1dur"})
     "factor=0.5, total_iters='1dur'"
@@ -248,7 +248,7 @@ class Schedule(ABC, Generic[S]):
         return dataclasses.replace(self, **changes)
 
     def _check_minimum(self, name: str, steps: Any) -> None:
-        """Raise an error if a time string is 0 steps, but must be at least 1 step."""
+        """Raise an error if a time string is 0 steps but the field requires at least 1 step."""
         least, given = read_fields(type(self))[name].minimum, as_tuple(getattr(self, name))
         for time, count in zip(given, as_tuple(steps), strict=True):
             if is_time_string(time) and count == 0 < least:
@@ -285,9 +285,10 @@ class Schedule(ABC, Generic[S]):
         yield from ()
 
     def joints(self) -> Iterator[Joint]:
-        """Yield the steps at which one phase ends and the next starts, where values can jump.
+        """Yield the step at which each phase after the first starts.
 
-        Call `resolve` first if a duration is a time string.
+        The hyperparameters can jump at these steps. Call `resolve` first if a duration is a time
+        string.
         """
         yield from ()
 
@@ -356,7 +357,7 @@ class Schedule(ABC, Generic[S]):
     def __call__(
         self, step: int | ArrayLike, *, lr: float = 0.1, horizon: Horizon | None = None
     ) -> NDArray[Any] | float:
-        """Return the learning rate at a step, or an array of learning rates at an array of steps.
+        """Return the learning rate at a step, or an array of learning rates for an array of steps.
 
         Args:
             step: a step or an array of steps, each at least 0.

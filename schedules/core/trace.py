@@ -90,8 +90,8 @@ def complete_base(base: Mapping[str, float | Iterable[float]] | None) -> Base:
         if len(each) not in {1, groups}:
             raise ValueError(
                 f"`base` must have the same number of values for each hyperparameter, got "
-                f"{len(each)} for `{name}` and {groups} for another hyperparameter. For each, pass "
-                "a number, or a list with one number per param group."
+                f"{len(each)} for `{name}` and {groups} for another hyperparameter. Set each "
+                "to a number or to a list with one number per param group."
             )
     return {name: each * (groups // len(each)) for name, each in given.items()}
 

@@ -59,7 +59,7 @@ class _Scheduler(LearningRateSchedule):
 
     @abstractmethod
     def _body(self, lr: float, start: float) -> Curve:
-        """Return the curve that follows the warmup, from the schedule's step ``start`` on."""
+        """Return the curve after the warmup. Its first step is step ``start`` of the schedule."""
 
     def _peak(self, lr: float) -> float:
         """Return the learning rate at the end of the warmup."""
@@ -101,7 +101,7 @@ class _WithWarmup(_Scheduler):
 
 @schedule_class
 class ConstantScheduler(_Scheduler, example={"alpha": 0.5, "t_max": "0.5dur"}):
-    """Scale the learning rate by ``alpha`` before step ``t_max``, and leave it unscaled afterwards.
+    """Multiply the learning rate by ``alpha`` for the first ``t_max`` steps.
 
     ::
 
@@ -181,7 +181,7 @@ class MultiStepScheduler(
     """
 
     milestones: Milestones
-    """Steps, in ascending order, at which the learning rate is multiplied by `gamma`. Time strings
+    """Steps, in ascending order, at which the learning rate is multiplied by `gamma`. Entries
     can have different units, as in ["3ep", "0.8dur"]."""
     gamma: Factor = 0.1
     """Factor applied to the learning rate at each milestone."""

@@ -82,7 +82,7 @@ class _Composite(ScheduleOfParts):
             if part.feedback is not None:
                 message = (
                     f"`schedulers[{index}]` must not depend on the {part.feedback}, got "
-                    f"{part.type_name}. Use {part.type_name} as the `scheduler` itself"
+                    f"{part.type_name}. Use {part.type_name} as the only schedule"
                     f"{_suggest_warmup(part)}."
                 )
                 yield ParameterProblem("schedulers", message)
@@ -175,10 +175,10 @@ class SequentialLR(
     milestones: Milestones
     """Steps, in ascending order, at which the second and later schedules start."""
     from_previous: bool = False
-    """Whether each schedule after the first starts from the hyperparameter values, such as the
-    learning rate, that the previous schedule reached at the milestone. If false, as in PyTorch,
-    each schedule starts from the initial values of the param group. Parameters that set a learning
-    rate directly, such as `cycle_max_lr`, are not affected."""
+    """Whether each schedule after the first starts from the hyperparameter values that the previous
+    schedule reached at the milestone. If false, as in PyTorch, each schedule starts from the
+    initial values of the param group. Parameters that set a learning rate directly, such as
+    `cycle_max_lr`, are not affected."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if list(self.milestones) != sorted(self.milestones):
@@ -198,7 +198,9 @@ class SequentialLR(
     def joints(self) -> Iterator[Joint]:
         fix = 'Set "from_previous": true to continue from the last value of each schedule.'
         if self.from_previous:
-            fix = "Change the absolute values of the two schedules so that they match."
+            fix = (
+                "Change the parameters of the two schedules so that the values match at this step."
+            )
         starts = [0.0, *map(as_number, self.milestones)]
         for start, end, part in zip(starts, [*starts[1:], math.inf], self.parts, strict=True):
             for joint in part.joints():
@@ -272,7 +274,7 @@ class ChainedScheduler(
 
 def _suggest_warmup(part: Schedule[Any]) -> str:
     """Return a hint to set ``warmup_steps``; "" if the schedule does not have this parameter."""
-    return ", with `warmup_steps` for a warmup" if hasattr(part, "warmup_steps") else ""
+    return " and set its `warmup_steps` for a warmup" if hasattr(part, "warmup_steps") else ""
 
 
 def _to_block(schedule: Any) -> Any:

@@ -230,10 +230,9 @@ class WrappedScheduler(Schedule[int]):
     def _written(self) -> tuple[str, ...]:
         """Names of the hyperparameters that the scheduler sets during its first steps.
 
-        The scheduler runs on a dummy optimizer to find these names. If arguments of the scheduler
-        are lists, the dummy optimizer has one param group per item of the longest list. If the
-        scheduler raises an error, the lengths of shorter lists are tried in descending order, and
-        finally a single param group.
+        To find these names, the scheduler runs on a dummy optimizer. The dummy optimizer has one
+        param group per item of the longest list among the scheduler's arguments. If the scheduler
+        raises an error, the lengths of shorter lists are tried, and finally a single param group.
         """
         lists = {len(value) for value in self.params().values() if isinstance(value, list)}
         errors = []
@@ -368,7 +367,7 @@ class FunctionSchedule(LearningRateSchedule):
     def make_class(name: str, function: Callable[..., float]) -> type[FunctionSchedule]:
         """Create a schedule class with the given name from a function of the step.
 
-        The schedule has the parameters of the function, except the first one, the step.
+        The schedule has the parameters of the function, except the first, which is the step.
 
         >>> halving = FunctionSchedule.make_class("halving", lambda k, every=1: 0.5 ** (k // every))
         >>> halving(every=100).curves({"lr": (0.1,)})["lr"][0](250)
@@ -393,7 +392,7 @@ class FunctionSchedule(LearningRateSchedule):
 
 
 def _named_parameters(function: Any) -> list[inspect.Parameter]:
-    """Skip a function's first parameter, and return the others that can be passed by name."""
+    """Return a function's parameters, except the first, that can be passed by name."""
     try:
         parameters = _parameters(function)
     except (TypeError, ValueError):  # without a signature, such as some functions in C

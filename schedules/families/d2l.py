@@ -1,4 +1,4 @@
-"""Schedulers from the book "Dive into Deep Learning", with MXNet's warmup.
+"""Schedulers from the book "Dive into Deep Learning", with an optional warmup as in MXNet.
 
 Learning rates are absolute, not relative to a param group's initial learning rate. Every schedule
 can start with a linear or constant warmup. The values match the book
@@ -83,7 +83,7 @@ class _WithWarmup(Schedule[int]):
 
     @abstractmethod
     def _body(self, lr: float) -> Curve:
-        """Return the curve after the warmup. It counts steps from the start of the run."""
+        """Return the curve after the warmup, as a function of the step of the schedule."""
 
 
 @schedule_class

@@ -1,8 +1,7 @@
 """DeepSpeed's schedules: OneCycle, LRRangeTest, WarmupLR, WarmupDecayLR and WarmupCosineLR.
 
-Parameters, defaults and curves match deepspeed/runtime/lr_schedules.py in DeepSpeed 0.19, except
-for the differences that the docstrings describe and docs/decisions/0003-deepspeed-schedules.md
-explains.
+Parameters, defaults and curves match deepspeed/runtime/lr_schedules.py in DeepSpeed 0.19. The
+docstrings describe the exceptions, and docs/decisions/0003-deepspeed-schedules.md explains them.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class _DeepSpeedSchedule(Schedule[int]):
 
     @abstractmethod
     def _curves(self, base: Base) -> Curves:
-        """Return the curves for a start at step 0, whatever ``last_batch_iteration`` is."""
+        """Return the curves of the whole schedule, ignoring ``last_batch_iteration``."""
 
 
 @schedule_class
@@ -114,7 +113,7 @@ class OneCycle(
     uses `cycle_first_stair_count`."""
     decay_step_size: StepsOrZero | None = None
     """Length of each decay interval after the cycle; see `decay_lr_rate`. 0 or null disables the
-    decay. An enabled decay never ends, so set the length of the run in `engine.max_duration`."""
+    decay. If enabled, the decay never ends. Set the length of the run in `engine.max_duration`."""
     post_cycle_decay_step_size: StepsOrZero | None = None
     """Alias of `decay_step_size`, used in DeepSpeed's tutorial. Set only one of the two keys."""
     cycle_momentum: bool = True

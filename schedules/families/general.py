@@ -94,17 +94,17 @@ class Phases(
         "weight_decay": [{"from": 0.0, "to": 0.1, "duration": "1dur"}],
     },
 ):
-    """Change hyperparameters in phases with a shape, a start value, an end value and a duration.
+    """Change hyperparameters in phases, each from a start value to an end value.
 
     A phase is ``{"shape": …, "from": …, "to": …, "duration": …}``. "shape" is "linear" (the
     default), "constant", "cosine", "polynomial" (quadratic), "exponential" (linear on a log scale),
     "half-life" (Megatron-LM's exponential decay), "1-sqrt" (1 minus square root) or "inverse-sqrt"
-    (``from / sqrt(1 + c * x)`` with x from 0 to 1, and c chosen so that the phase ends at "to").
+    (``from / sqrt(1 + c * x)``, where x goes from 0 to 1, and c makes the phase end at "to").
     "from" defaults to the end value of the previous phase or, in the first phase, to the param
     group's initial value. "to" defaults to "from". After the last phase, the value stays constant.
 
-    The decay of Vaswani et al., ``peak * sqrt(W / k)`` after a warmup of W steps, is an
-    "inverse-sqrt" phase of N steps from peak to ``peak * sqrt(W / (W + N))``.
+    To reproduce the decay of Vaswani et al., ``peak * sqrt(W / k)`` after a warmup of W steps, use
+    an "inverse-sqrt" phase of N steps from peak to ``peak * sqrt(W / (W + N))``.
 
     ``engine.scale_schedule_ratio`` scales a phase marked with ``"warmup": true`` only if the
     phase's duration is a fraction of the run or ``engine.scale_warmup`` is true.
@@ -343,7 +343,9 @@ class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
     def find_problems(self) -> Iterator[ParameterProblem]:
         if not (self.timescale or self.warmup_steps):
             yield ParameterProblem(
-                "timescale", "`timescale` must be set if `warmup_steps` is 0. Set one of the two."
+                "timescale",
+                "`timescale` must be set if `warmup_steps` is 0. Set `timescale`, or increase "
+                "`warmup_steps`.",
             )
 
     def curve(self, lr: float) -> Curve:

@@ -48,8 +48,9 @@ class OptimizerParamScheduler(
 
     Unlike in Megatron-LM, durations are in optimizer steps, not in samples. The decay ends at step
     ``lr_decay_steps`` of the run, and the learning rate stays at ``min_lr`` afterwards. With
-    ``lr_decay_style`` "WSD", the decay starts ``wsd_decay_steps`` steps before its end; until then,
-    the learning rate stays at ``max_lr``. With "constant", there is no decay.
+    ``lr_decay_style`` "WSD", the learning rate stays at ``max_lr`` after the warmup. The decay then
+    takes the last ``wsd_decay_steps`` steps before step ``lr_decay_steps``. With "constant", there
+    is no decay.
 
     As in Megatron-LM, a param group can have its own ``max_lr``, ``min_lr``, ``start_wd`` and
     ``end_wd``, which override the schedule's parameters for this group.
@@ -69,7 +70,7 @@ class OptimizerParamScheduler(
     lr_warmup_steps: WarmupStepsOrZero = 0
     """Length of the warmup."""
     lr_decay_steps: Steps
-    """Length of the period from the start of the warmup to the end of the decay."""
+    """Step at which the decay ends, counted from the start of the warmup."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
     """Shape of the decay after the warmup."""
     wsd_decay_steps: Steps | None = None

@@ -1,9 +1,9 @@
 """PyTorch's schedulers, with PyTorch's names and parameters.
 
-Formulas and defaults match torch/optim/lr_scheduler.py in PyTorch 2.13. PyTorch computes most
-values from the value at the previous step; here, each value depends only on the step k. After the
-end of a schedule, values stay constant here, but not always in PyTorch: its CosineAnnealingLR, for
-example, raises the learning rate again. See docs/decisions/0006-pytorch-schedules.md.
+Formulas and defaults match torch/optim/lr_scheduler.py in PyTorch 2.13. However, each value depends
+only on the step k, whereas PyTorch computes most values from the previous value. After the end of a
+schedule, values stay constant, whereas PyTorch's CosineAnnealingLR, for example, raises the
+learning rate again. For all differences, see docs/decisions/0006-pytorch-schedules.md.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class ConstantLR(LearningRateSchedule, example={"factor": 0.5, "total_iters": 40
 
 @schedule_class
 class LinearLR(LearningRateSchedule, example={"total_iters": 60}):
-    """Multiply the learning rate by a factor that changes linearly over ``total_iters`` steps.
+    """Scale the initial learning rate by a factor that changes linearly over ``total_iters`` steps.
 
     With x = min(1, k / total_iters)::
 
@@ -273,8 +273,9 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
             yield ParameterProblem(
                 "total_steps",
                 "Either `total_steps` or both `epochs` and `steps_per_epoch` must be set, got "
-                f"{self.total_steps}, {self.epochs} and {self.steps_per_epoch}. "
-                'Set `total_steps` to "1dur" to use the length of the run.',
+                f"`total_steps` {self.total_steps}, `epochs` {self.epochs} and `steps_per_epoch` "
+                f'{self.steps_per_epoch}. Set only `total_steps`, for example to "1dur", the '
+                "length of the run.",
             )
             return
         ends = self._phase_ends

@@ -50,9 +50,9 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     the authors' code.
 
     If ``rollback`` is true, earlier weights and optimizer states are restored when the warmup ends.
-    The steps from one run of the test to the next form an interval. The restored values are those
-    from the end of the interval with the lowest mean loss. A rollback helps models that diverge at
-    high learning rates, such as models without normalization layers.
+    Each time the test runs, the mean loss since its previous run is computed. The restored values
+    are from the time when this mean was lowest. A rollback helps models that diverge at high
+    learning rates, such as models without normalization layers.
 
     The engine passes the loss of ``trainer.backward(loss)`` to the schedule. In a custom loop, call
     ``step(loss=loss)``. Previews use a synthetic loss.
@@ -89,27 +89,27 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     """Whether the cooldown starts immediately after the warmup, without a constant phase."""
     decay_phase_stat: Literal["loss"] | None = None
     """Statistic that triggers reductions of the learning rate between the warmup and the cooldown.
-    With "loss", the learning rate is multiplied by `decay_phase_factor` each time the mean loss per
-    epoch has not improved for more than five consecutive epochs. With null, the learning rate is
-    reduced at most once, right after the warmup."""
+    With "loss", the learning rate is multiplied by `decay_phase_factor` after more than five
+    consecutive epochs without an improvement in the mean loss per epoch. With null, the learning
+    rate is reduced at most once, right after the warmup."""
     decay_phase_factor: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Factor applied to the learning rate between the warmup and the cooldown. If
-    `decay_phase_stat` is null, the factor is applied at most once: when the statistical test (see
-    `test`) ends the warmup. If `decay_phase_stat` is "loss", the factor is applied at each plateau
-    of the loss."""
+    `decay_phase_stat` is "loss", the factor is applied at each plateau of the loss. If
+    `decay_phase_stat` is null, the factor is applied once, right after the warmup, unless the
+    warmup reaches its maximum length."""
     cooldown_fraction: Fraction = 0.2
     """Length of the cooldown at the end of the run, as a fraction of the run. A warmup still in
-    progress ends when the cooldown starts. If `immediate_cooldown` is true, the value is only a
-    minimum with the "reference" test, and is ignored with the "robust" test."""
+    progress ends when the cooldown starts. If `immediate_cooldown` is true, this value is
+    the minimum length with the "reference" test, and has no effect with the "robust" test."""
     cooldown_type: Literal["cosine", "half_cosine"] = "cosine"
     """Shape of the cooldown; "half_cosine" starts at half of the peak learning rate."""
     test: Literal["reference", "robust"] = "reference"
     """Statistical test that decides when the warmup ends: the test from the code of AutoWU's
     authors ("reference"), or a test that does not depend on the scale of the loss ("robust")."""
     rollback: bool = False
-    """Whether to restore earlier weights and optimizer states when the warmup ends. The steps from
-    one run of the statistical test to the next form an interval. The restored values are those from
-    the end of the interval with the lowest mean loss."""
+    """Whether to restore earlier weights and optimizer states when the warmup ends. Each time the
+    statistical test runs, the mean loss since its previous run is computed. The restored values are
+    from the time when this mean was lowest."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.min_lr >= self.max_lr:
@@ -167,8 +167,8 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
             scaled = epochs * horizon.scale_ratio
             if scaled * (steps or 1) > MAX_STEPS:
                 message = (
-                    f"`total_epochs` scaled by {horizon.scale_ratio:g} must be at most "
-                    f"{MAX_STEPS:,} steps, got {scaled * (steps or 1):g}. Use a smaller ratio."
+                    f"With `total_epochs` scaled by {horizon.scale_ratio:g}, the run must have at "
+                    f"most {MAX_STEPS:,} steps, got {scaled * (steps or 1):g}. Use a smaller ratio."
                 )
                 raise ScheduleError(self.type_name, [ParameterProblem("total_epochs", message)])
             epochs = max(1, int(scaled))

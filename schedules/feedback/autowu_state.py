@@ -29,8 +29,8 @@ class AutoWUState:
     """State of the random number generator that samples losses. None before the first sample."""
     votes: tuple[bool, ...] = ()
     alone: Count = 0
-    """Number of consecutive robust tests that confidently found the current loss above the minimum.
-    The initial loss need not be above the minimum, unlike in `votes`."""
+    """Number of consecutive runs of the robust test in which `RobustResult.now` was high. Unlike
+    `votes`, this count ignores `RobustResult.start`."""
     chance: float = 0.0
     """Probability that the loss has passed its minimum, from the latest statistical test."""
     argmin: float = 1.0

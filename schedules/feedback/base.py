@@ -35,16 +35,17 @@ class FeedbackController(Controller[S]):
     def continue_from(self, state: S, values: Values) -> S:
         """Return a state that continues from ``values``, the optimizer's current hyperparameters.
 
-        Other code may have changed the hyperparameters. By default, return ``state`` unchanged.
-        Override this method in a controller that computes new values from the current values.
+        The ``values`` differ from those of ``state`` if other code has changed them. By default,
+        return ``state`` unchanged. Override this method in a controller that computes new values
+        from the current values.
         """
         del values
         return state
 
     def evidence(self, before: S, loss: float, after: S) -> Evidence | None:
-        """Return the losses and learning rates that led to a decision; by default, return None.
+        """Return the losses and learning rates that led to the decision in ``after``, if any.
 
-        Override this method in a controller that records the losses.
+        By default, return None. Override this method in a controller that records the losses.
         """
         del before, loss, after
         return None

@@ -124,7 +124,10 @@ class Hyperparameters:
 
     @classmethod
     def initial(cls, noise: float = 1e-3, scale: float = math.log(2)) -> Hyperparameters:
-        """Return initial hyperparameters with mean 0 and the given noise and prior variances."""
+        """Return initial hyperparameters with mean 0.
+
+        ``noise`` is the variance of the noise, and ``scale`` is the prior variance.
+        """
         return cls((_inverse_softplus(noise - _LEAST_NOISE), 0.0, _inverse_softplus(scale)))
 
     @property

@@ -168,7 +168,7 @@ def run_robust_test(losses: Array) -> RobustResult:
 
 
 def compute_robust_band(losses: Array) -> Band:
-    """Return the mean and confidence band that `run_robust_test` fits to the losses."""
+    """Return the mean and confidence band of the Gaussian process fitted by `run_robust_test`."""
     compression = _Compression.from_losses(losses)
     return _band(_robust_posterior(compression(losses)), compression.invert)
 

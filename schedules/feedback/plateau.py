@@ -94,7 +94,7 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
 
     A value of the metric is an improvement if it is better than the best value so far by more than
     ``threshold``. By default, ``threshold`` is a fraction of the best value. After more than
-    ``patience`` consecutive values without an improvement::
+    ``patience`` consecutive values without an improvement, the learning rate is reduced::
 
         lr = max(lr * factor, min_lr)
 
@@ -124,7 +124,7 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     factor: Annotated[float, Range(at_least=0)] = 0.1
     """Factor applied to the learning rate at each reduction."""
     patience: MetricCount = 10
-    """Number of tolerated consecutive metric values without an improvement. One more such value
+    """Maximum number of consecutive metric values without an improvement. One more such value
     reduces the learning rate."""
     threshold: Annotated[float, Range(at_least=0)] = 1e-4
     """Minimum change in the metric that counts as an improvement."""
@@ -132,8 +132,7 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     """Whether `threshold` is a fraction of the best metric value ("rel") or an absolute difference
     ("abs")."""
     cooldown: MetricCount = 0
-    """Number of metric values that do not count toward `patience` after each reduction of the
-    learning rate."""
+    """Number of metric values after each reduction that do not count toward `patience`."""
     min_lr: LearningRate = 0.0
     """Lower bound on the learning rate."""
     eps: Annotated[float, Range(at_least=0)] = 1e-8

@@ -175,15 +175,13 @@ class RobustTest(WarmupTest):
         if steps >= _SHORTEST:
             return None
         return (
-            f"AutoWU's warmup of at most {steps} steps is short. The test is rarely confident with "
-            f"fewer than {_SHORTEST} losses. Train for more steps."
+            f"AutoWU's warmup of at most {steps} steps is short. With fewer than {_SHORTEST} steps,"
+            " the test is rarely confident enough to end the warmup. Train for more steps."
         )
 
 
 class TorchSampler:
-    """Sampler that draws, without replacement, the same indices as AutoWU's published code.
-
-    The random numbers come from a PyTorch generator.
+    """Sampler that draws the same indices as AutoWU's published code, using a PyTorch generator.
 
     Args:
         state: the `state` attribute of an earlier sampler, to continue its sequence of random

@@ -279,7 +279,7 @@ def test_param_groups_keep_their_learning_rates():
         ({"model": torch.nn.Linear}, "`model` must be a torch.nn.Module, got the class Linear"),
         (
             {"model": model().requires_grad_(False)},
-            "`model` must have a parameter that requires gradients, but 0 of 4 parameters do",
+            "`model` must have at least one parameter that requires gradients, got 0 of 4",
         ),
         (
             {"training_data": TensorDataset},

@@ -231,11 +231,11 @@ def test_binder_state_of_a_different_schedule_is_rejected():
     optimizer = torch.optim.SGD(weights(), lr=0.1)
     state = attach("OneCycle", optimizer, **CYCLE).state_dict()
     other = attach("OneCycle", optimizer, **(CYCLE | {"cycle_max_lr": 7.0}))
-    with pytest.raises(ValueError, match="`cycle_max_lr` is 0.5 in the saved state, 7.0 now"):
+    with pytest.raises(ValueError, match="`cycle_max_lr` is 0.5 in the saved state but 7.0 now"):
         other.load_state_dict(state)
     assert other.get_last_lr() == [0.1]
     with pytest.raises(
-        ValueError, match=r"`type` is 'OneCycle' in the saved state, 'WarmupLR' now"
+        ValueError, match=r"`type` is 'OneCycle' in the saved state but 'WarmupLR' now"
     ):
         attach("WarmupLR", optimizer).load_state_dict(state)
 

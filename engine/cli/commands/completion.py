@@ -1,4 +1,4 @@
-"""``onecycle completion``: print a script that completes commands and options in a shell."""
+"""``onecycle completion``: print a completion script for a shell."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 _WIDEST_CELL = 45
-"""Maximum width of a column for alignment. A longer cell shifts the rest of its row."""
+"""Maximum width to which cells are padded. A longer cell shifts the rest of its row."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the file, a default or a derived value)."
     )
     parser.add_argument(
-        "file", metavar="FILE", help="path of a ds_config.json; - for standard input"
+        "file", metavar="FILE", help="path of a ds_config.json, or - for standard input"
     )
     parser.add_argument(
         "--world-size",
@@ -112,7 +112,7 @@ def _resolve(
 
 
 def _list_param_groups(context: RuleContext, path: str) -> list[str]:
-    """Return one line per param group of a model, as `initialize` logs it.
+    """Return the lines that `initialize` logs for the param groups of a model.
 
     Raises:
         ValueError: if the model cannot be imported or built, or does not fit the config.

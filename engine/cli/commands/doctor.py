@@ -40,9 +40,8 @@ class _Finding(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``onecycle doctor`` to a parser."""
     parser.description = (
-        "Report which features work on this machine: training on its devices and with several "
-        "processes, DeepSpeed, plots and monitors, and launching on several hosts. Print the "
-        "reason for each feature that does not work."
+        "Report which features work on this machine: training on CPUs and GPUs, DeepSpeed, plots, "
+        "monitors, and launching on several hosts. If a feature does not work, print the reason."
     )
     parser.add_argument(
         "--ops", action="store_true", help="also list each DeepSpeed op and whether it can be built"
@@ -169,10 +168,10 @@ def _check_packages() -> Iterator[_Finding]:
 
 def _check_tools() -> Iterator[_Finding]:
     for feature, tool, needed in (
-        ("several hosts", "ssh", "`onecycle launch --hostfile` (Debian: openssh-client)"),
+        ("several hosts", "ssh", "`onecycle launch --hostfile`; Debian: openssh-client"),
         ("Slurm jobs", "sbatch", "`onecycle launch --slurm`"),
-        ("Slurm jobs on several nodes", "srun", "jobs with more than one node"),
+        ("Slurm jobs on several nodes", "srun", "the job script"),
     ):
         path = shutil.which(tool)
-        detail = path or f"{tool} is not installed; needed for {needed}"
+        detail = path or f"{tool} is not installed (required by {needed})"
         yield _Finding("Launching", feature, path is not None, detail)

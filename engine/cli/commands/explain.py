@@ -15,8 +15,8 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``onecycle explain`` to a parser."""
     parser.description = (
-        "Print what a validation rule checks, why, and how to fix it. Without RULE, list all "
-        "rules. `onecycle validate` prints the rule of each problem in brackets."
+        "Print what a validation rule checks, why, and how to fix a violation. Without RULE, list "
+        "all rules. `onecycle validate` prints the name of the violated rule in brackets."
     )
     parser.add_argument("rule", metavar="RULE", nargs="?", help="rule name, such as unknown-key")
     add_examples(parser, "onecycle explain", "onecycle explain unknown-key")

@@ -44,7 +44,7 @@ from engine.launch.torchrun import LOCAL_RANK_ARGUMENT
 
 __all__ = ["add_arguments", "run"]
 
-_NEEDS_HOSTFILE = "requires `--hostfile`. Add `--hostfile`, or remove this option."
+_NEEDS_HOSTFILE = "requires `--hostfile`. Launch over ssh with `--hostfile`, or remove this option."
 # For each option: the kinds of launch that support it, and the error message for other kinds.
 _SUPPORTED_BY: dict[str, tuple[set[str], str]] = {
     "include": ({"ssh", "local"}, _NEEDS_HOSTFILE),
@@ -53,7 +53,7 @@ _SUPPORTED_BY: dict[str, tuple[set[str], str]] = {
     "ssh_port": ({"ssh"}, _NEEDS_HOSTFILE),
     "master_addr": (
         {"ssh", "local"},
-        "has no effect in a Slurm job, whose hosts are not known yet. Remove this option.",
+        "has no effect in a Slurm job, because Slurm chooses the hosts. Remove this option.",
     ),
     "standalone": (
         {"local"},
@@ -61,7 +61,7 @@ _SUPPORTED_BY: dict[str, tuple[set[str], str]] = {
     ),
     "rejoin": (
         {"ssh"},
-        "requires `--hostfile`. Remove this option. Slurm itself requeues a job that loses a node.",
+        "requires `--hostfile`. Launch over ssh to reconnect to hosts, or remove this option.",
     ),
     "slurm_opt": (
         {"slurm"},
@@ -69,15 +69,15 @@ _SUPPORTED_BY: dict[str, tuple[set[str], str]] = {
     ),
     "console": (
         {"ssh", "local"},
-        "has no effect in a Slurm job, whose log has the output of all ranks. Remove this option.",
+        "has no effect in a Slurm job, because its log contains all output. Remove this option.",
     ),
     "pass_env": (
         {"ssh", "local"},
-        "has no effect in a Slurm job, which inherits all variables of sbatch. Remove this option.",
+        "has no effect in a Slurm job, because all variables are passed to it. Remove this option.",
     ),
     "no_preflight": (
         {"ssh", "local"},
-        "has no effect in a Slurm job, whose hosts are not known yet. Remove this option.",
+        "has no effect in a Slurm job, because its hosts are not checked. Remove this option.",
     ),
 }
 

@@ -13,13 +13,13 @@ from engine.distributed.environment import USAGE
 __all__ = ["EPILOG", "EXAMPLES", "add_options"]
 
 EPILOG = """\
-Times S are in seconds. The option names of torchrun and deepspeed, such as --nproc-per-node,
+S is a time in seconds. The option names of torchrun and deepspeed, such as --nproc-per-node,
 --num_gpus and --master_port, are also accepted.
 
-exit status: 0 all ranks succeeded; 1 the config is invalid; 2 wrong usage; 69 a host is unreachable
-or has different package versions; 75 a host was lost, or the run saved and exited after a signal;
-124 the rendezvous timed out; 128 + n the launcher received signal n. If a rank fails, the status is
-that of the first failed rank (128 + n if signal n ended it).
+exit status: 0 all ranks succeeded; 1 the config is invalid; 2 usage error; 69 a host is unreachable
+or has different package versions; 75 a host was lost, or the run saved a checkpoint and exited
+after a signal; 124 the rendezvous timed out; 128 + n the launcher received signal n. If a rank
+fails, the status is that of the first failed rank (128 + n if signal n ended it).
 """
 
 EXAMPLES = (
@@ -40,8 +40,8 @@ _UNSUPPORTED = {
     "is not supported. Set the timeout of the rendezvous with `--rdzv-timeout`.": ("--rdzv-conf",),
     "is not supported. Use `--hostfile` to launch over ssh, or `--slurm`.": ("--launcher",),
     "is not supported. Use `--ssh-opt` or `--slurm-opt`.": ("--launcher-args",),
-    "is not supported. Use `--console` to select the ranks to print, and `--log-dir` for log "
-    "files.": ("--tee", "-t", "--redirects", "-r", "--local-ranks-filter"),
+    "is not supported. Use `--console` to select the ranks whose output is printed, and "
+    "`--log-dir` for log files.": ("--tee", "-t", "--redirects", "-r", "--local-ranks-filter"),
     "is not supported. Set the interpreter of the virtual environment with `--python`.": (
         "--venv-script",
     ),
@@ -143,7 +143,7 @@ def _add_host_options(group: _Group) -> None:
         metavar="N",
         help="processes per host (default: one per GPU)",
     )
-    nnodes_help = "number of hosts; with MIN:MAX, the job continues with at least MIN hosts"
+    nnodes_help = "number of hosts, or MIN:MAX to continue while at least MIN hosts are left"
     add("--nnodes", also=("--num-nodes",), metavar="N|MIN:MAX", help=nnodes_help)
     slurm_help = "submit a Slurm job, or run in the current Slurm allocation"
     add("--slurm", action="store_true", help=slurm_help)
@@ -170,11 +170,12 @@ def _add_rank_options(group: _Group) -> None:
     file_help = "file of environment variables: one K=V per line; # starts a comment"
     add("--env-file", type=Path, metavar="F", help=file_help)
     pattern_help = (
-        "variables to forward, such as WANDB_*; NCCL_*, HF_* and others are always forwarded"
+        "environment variables to forward, such as WANDB_* (always forwarded: NCCL_*, HF_* and "
+        "others); can be repeated"
     )
     add("--pass-env", action="append", default=[], metavar="PATTERN", help=pattern_help)
     add("--cwd", default=".", metavar="D", help="working directory on every host")
-    python_help = "interpreter on every host (default: this one)"
+    python_help = "Python interpreter on every host (default: the current interpreter)"
     add("--python", default=sys.executable, metavar="EXE", help=python_help)
     bind_help = "bind each rank to its own CPU cores"
     add("--bind-cores", also=("--bind-cores-to-rank",), action="store_true", help=bind_help)
@@ -205,7 +206,7 @@ def _add_launcher_options(group: _Group) -> None:
         f"{SET_HELP}. The override applies to each config that SCRIPT passes to engine.initialize"
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=set_help)
-    rejoin_help = "reconnect to a lost host for up to --rdzv-timeout seconds"
+    rejoin_help = "try to reconnect to a lost host for up to --rdzv-timeout seconds"
     add("--rejoin", action="store_true", help=rejoin_help)
     rendezvous_help = "timeout of the rendezvous (default: 300)"
     add("--rdzv-timeout", type=parse_positive_int, default=300, metavar="S", help=rendezvous_help)
@@ -219,7 +220,8 @@ def _add_launcher_options(group: _Group) -> None:
     add("--iface", metavar="NAME", help=iface_help)
     choices = ["all", "rank0", "none"]
     console_help = (
-        "ranks whose output is printed (default: rank0, and the last lines of a failed rank)"
+        "ranks whose output is printed (default: rank0). The last lines of a failed rank are "
+        "always printed"
     )
     add("--console", choices=choices, default="rank0", help=console_help)
     dry_run_help = "print the launch plan and exit, without connecting to any host"

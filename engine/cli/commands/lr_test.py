@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
-_END_REASONS = {"divergence": "divergence", "steps": "the step limit"}
+_END_REASONS = {"divergence": "divergence", "steps": "step limit"}
 _LINES_OF_FAILURE = 15
 _GRACE = 30.0  # seconds to wait after the test before the script is killed
 
@@ -38,12 +38,12 @@ _GRACE = 30.0  # seconds to wait after the test before the script is killed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``onecycle lr-test`` to a parser."""
     parser.description = (
-        "Run an unmodified training script while increasing the learning rate from --min to "
-        "--max, and suggest learning-rate bounds for OneCycle. During the test, the sweep "
-        "replaces the schedule, and no checkpoints are written. The script is stopped when the "
-        "loss diverges or the sweep ends."
+        "Run an LR range test on an unmodified training script: sweep the learning rate from "
+        "--min to --max, and suggest learning-rate bounds for OneCycle. The sweep replaces the "
+        "script's schedule, and no checkpoints are written. The script is stopped when the loss "
+        "diverges or the sweep ends."
     )
-    parser.epilog = "exit status: 0 a suggestion was found; 1 no suggestion; 2 wrong usage"
+    parser.epilog = "exit status: 0 a suggestion was found; 1 no suggestion; 2 usage error"
     add_examples(
         parser,
         "onecycle lr-test -- train.py ds_config.json",
@@ -408,11 +408,9 @@ def _print_result(
     width = min(100, shutil.get_terminal_size().columns)
     terminal.write(report.draw_in_terminal(width, color=supports_color(terminal)) + "\n")
     console.print(report.table())
-    ends = ", ".join(_END_REASONS.get(run.end, "the end of the script") for run in report.runs)
+    ends = ", ".join(_END_REASONS.get(run.end, "end of the script") for run in report.runs)
     steps = ", ".join(str(len(run.lrs)) for run in report.runs)
-    console.print(
-        f"Stopped after {steps} steps by {ends}. Results: {picture}, {data}", markup=False
-    )
+    console.print(f"Stopped after {steps} steps ({ends}). Results: {picture}, {data}", markup=False)
     if report.max_lr is None:
         console.print(f"no suggestion: {report.suggestion.reason}", markup=False)
         return INVALID

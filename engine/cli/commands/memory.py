@@ -21,10 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``onecycle memory`` to a parser."""
     parser.description = (
         "Estimate the memory that the model states (parameters, gradients and optimizer states) "
-        "need on each rank, for the config and for the other ZeRO stages. Nothing is allocated."
+        "need on each rank, for every ZeRO stage, with and without offloading. No GPU is needed."
     )
     parser.add_argument(
-        "file", metavar="FILE", help="path of a ds_config.json; - for standard input"
+        "file", metavar="FILE", help="path of a ds_config.json, or - for standard input"
     )
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument(

@@ -13,7 +13,7 @@ __all__ = ["build_model"]
 
 
 def build_model(path: str) -> nn.Module:
-    """Import a function or class and call it to build a model, if possible on the meta device.
+    """Build a model by calling an imported function or class, on the meta device if possible.
 
     Args:
         path: import path, such as "my_module:build_model".

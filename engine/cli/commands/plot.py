@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=parse_positive_int,
         metavar="N",
         help="number of steps to plot (default: the length of the run, or of the schedule if the "
-        "length of the run is unknown)",
+        'length of the run is unknown). N also replaces an "auto" run length. Without --steps, '
+        "engine.max_duration replaces it, or 1000 if engine.max_duration is not set",
     )
     parser.add_argument(
         "--steps-per-epoch",
@@ -69,8 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE|TYPE",
-        help="configs or schedule types to add to the plot. For each TYPE, its built-in example is "
-        "stretched to the length of the plot and scaled to the config's peak learning rate",
+        help="configs or schedule types to add to the plot. A schedule type is plotted as its "
+        "built-in example, stretched to the length of the plot and scaled to the config's peak "
+        "learning rate",
     )
     parser.add_argument(
         "--log", action="store_true", help="plot the learning rate on a logarithmic axis"
@@ -86,9 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--warmup-steps",
         type=parse_positive_int,
         metavar="N",
-        help='warmup length in steps to use in place of "auto" (default: a tenth of the run). To '
-        'replace an "auto" run length, use --steps (default: engine.max_duration if it is set, '
-        "otherwise 1000)",
+        help='warmup length in steps to use in place of "auto" (default: a tenth of the run)',
     )
     parser.add_argument(
         "--losses",
@@ -195,12 +195,12 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         path = args.output or Path(Path(args.file).name).with_suffix(".png")
         count = _write_image(data, path, log=args.log or None)
         if args.csv != "-":
-            note = "" if count == data.steps else f", drawn at {count:,} of them"
+            note = "" if count == data.steps else f", sampled at {count:,} steps"
             for line in wrap(escape(f"{path}: {data.summary}{note}"), get_width(out)):
                 print(line, file=out)
     for path, values in data.auto_values.items():
         shown = ", ".join(f"{name} {value}" for name, value in values.items())
-        note = f'{path}: for "auto", the plot shows {shown}'
+        note = f'{path}: plotted with {shown} in place of "auto"'
         stream = sys.stderr if args.csv == "-" else out
         for line in wrap(escape(note), get_width(stream)):
             print(line, file=stream)
@@ -287,7 +287,7 @@ def _find_source(name: str) -> str:
     """Return the config path or the schedule name for a ``--compare`` argument.
 
     Raises:
-        ValueError: a name without a suffix or colon is neither a file nor a schedule.
+        ValueError: the name is neither a file nor a schedule, and has no suffix or colon.
     """
     if Path(name).is_file():
         return name

@@ -15,8 +15,9 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``onecycle schedules`` to a parser."""
     parser.description = (
-        "List all schedules, grouped by source, with a small plot of each learning rate. With "
-        "TYPE, print the formula, parameters, units, defaults and an example block of one schedule."
+        "List all schedules, grouped by source, each with a small plot of its learning rate. With "
+        "TYPE, print that schedule's formula, its parameters with their units and defaults, and an "
+        "example block."
     )
     parser.add_argument("type", metavar="TYPE", nargs="?", help="schedule type, such as OneCycle")
     add_examples(parser, "onecycle schedules", "onecycle schedules OneCycle")

@@ -24,15 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``onecycle ui`` to a parser."""
     parser.description = (
         "Open a web page for editing a config, or for viewing the metrics and checkpoints of runs. "
-        "As you edit a config, the page shows its problems and curves. The page is served only on "
-        "this machine, and reads and writes only the files given on the command line."
+        "As you edit a config, the page shows its problems and curves. The page is available only "
+        "on this machine. It accesses only the files and directories given on the command line."
     )
     parser.add_argument(
         "paths",
         metavar="FILE|DIR",
         nargs="*",
         default=["ds_config.json"],
-        help="config file to edit, or directories of one or more runs to view (default: "
+        help="config file to edit, or directories to search for runs to view (default: "
         "ds_config.json; a missing config file is created when you save)",
     )
     parser.add_argument(
@@ -81,8 +81,8 @@ def _choose_page(paths: list[Path]) -> Page:
         return RunPage(paths)
     if len(paths) > 1:
         raise ValueError(
-            "`onecycle ui` opens either one config, or one or more run directories. Pass a single "
-            "config, or only run directories."
+            "If several paths are given, all of them must be directories. To edit a config, pass "
+            "only its path."
         )
     file = ConfigFile(paths[0], TEMPLATE)
     file.read()  # An unreadable file is an error of the command.

@@ -37,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Validate configs and report every problem with its location and how to fix it. "
         'Values that Hugging Face or another integration fills in may be "auto".'
     )
-    parser.epilog = "`onecycle explain RULE` explains the rule that a problem names in brackets."
+    parser.epilog = (
+        "Each problem is printed with the id of its rule in brackets. Run `onecycle explain RULE` "
+        "for an explanation of the rule."
+    )
     add_examples(
         parser,
         "onecycle validate ds_config.json --world-size 8",
@@ -46,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "onecycle validate --format sarif ds_config.json other.json > problems.sarif",
     )
     parser.add_argument(
-        "files", metavar="FILE", nargs="+", help="path of a ds_config.json; - for standard input"
+        "files", metavar="FILE", nargs="+", help="path of a ds_config.json, or - for standard input"
     )
     parser.add_argument(
         "--world-size",

@@ -24,7 +24,10 @@ def _check_contiguous_memory(context: RuleContext) -> Iterator[Problem]:
         hint = f'Set "partition_activations": true, or remove `{_KEY}`.'
         yield context.error("contiguous-without-partition", _POINTER, message, hint)
     elif not section.get("number_checkpoints") and number not in context.unresolved:
-        message = f"`{_KEY}` requires `number_checkpoints`. Set it in the config or in the script."
+        message = (
+            f"`{_KEY}` requires `number_checkpoints`. Set the key, or call "
+            "`deepspeed.checkpointing.configure(num_checkpoints=…)` in the script."
+        )
         yield context.note("contiguous-without-number", _POINTER, message)
 
 

@@ -26,7 +26,7 @@ def _check_support(context: RuleContext) -> Iterator[Problem]:
     for member in context.members:
         if get_last_key(member.pointer) == "device" and member.value == "nvme":
             name = dotted_name(member.pointer)
-            message = f'`{name}` must be "none" or "cpu" on the torch backend, got "nvme".'
+            message = f'`{name}` must be "none" or "cpu" on the PyTorch backend, got "nvme".'
             hint = 'Use "cpu", or set `engine.backend` to "deepspeed".'
             yield context.error("other-backend", member.pointer, message, hint)
     for member in find_deepspeed_only_keys(context.members):
@@ -100,7 +100,7 @@ def _find_keys_without_effect(context: RuleContext) -> Iterator[Problem]:
             continue
         last = member.pointer
         name = dotted_name(member.pointer)
-        message = f"`{name}` has no effect on {_BACKENDS[backend]}. {reason}"
+        message = f"`{name}` has no effect on the {_BACKENDS[backend]} backend. {reason}"
         hint = "Remove the key, or keep it for another backend."
         yield context.note("no-effect", member.pointer, message, hint)
 
@@ -132,11 +132,14 @@ def _check_compiler(context: RuleContext) -> Iterator[Problem]:
     if name is None or name in _COMPILERS or entry_points(group=_COMPILER_GROUP, name=name):
         return
     near = find_nearest(name, _COMPILERS)
-    message = f"`engine.compile` is {quote_value(name)}, which is not built into PyTorch."
+    message = (
+        f"`engine.compile` is {quote_value(name)}, which is not one of PyTorch's built-in compiler "
+        "backends."
+    )
     hint = (
         f"Did you mean `{near}`?"
         if near
-        else 'Use "inductor", or register the backend in the script before `initialize`.'
+        else 'Use "inductor", or register the backend before calling `initialize`.'
     )
     yield context.warning("unknown-compiler", "/engine/compile", message, hint)
 

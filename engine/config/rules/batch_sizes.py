@@ -72,7 +72,7 @@ def _check_ranks_per_model(context: RuleContext) -> Iterator[Problem]:
         names = " x ".join(f"`{key}` ({size})" for key, size in sizes.items())
         key = next(iter(sizes))
         message = f"The world size must be a multiple of {names}, got {context.world_size}."
-        hint = f"Start a multiple of {product} ranks, or change these keys."
+        hint = f"Set the number of ranks to a multiple of {product}, or change these keys."
         yield context.error("batch-sizes", f"/{key.replace('.', '/')}", message, hint)
 
 

@@ -1,4 +1,7 @@
-"""Rule for ``engine.checkpoint``: report keys that have no effect without ``dir``."""
+"""Rule for ``engine.checkpoint``.
+
+It reports keys that have no effect without ``dir``.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def _check_directory(context: RuleContext) -> Iterator[Problem]:
     for key in ("every", "keep", "keep_every", "resume", "best"):
         if plan.get(key) is not None and plan[key] != "never":
             message = f"`engine.checkpoint.{key}` has no effect without `engine.checkpoint.dir`."
-            hint = 'Add "dir": "checkpoints", or remove the key and save in the script.'
+            hint = 'Add "dir": "checkpoints", or remove the key and save checkpoints in the script.'
             yield context.error("checkpoint-without-dir", f"{_POINTER}/{key}", message, hint)
             return
 

@@ -70,7 +70,7 @@ class RuleContext:
 
     @property
     def data_ranks(self) -> DataRanks | None:
-        """The number of ranks that load different samples, or None if the world size is unknown."""
+        """The number of data-parallel ranks, or None if the world size is unknown."""
         return self.structure.data_ranks
 
     @cached_property

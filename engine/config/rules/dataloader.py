@@ -1,4 +1,7 @@
-"""Rule for ``engine.dataloader``: if ``num_workers`` is 0, reject settings that need workers."""
+"""Rule for ``engine.dataloader``.
+
+It rejects settings that need workers if ``num_workers`` is 0.
+"""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def _check_etas(context: RuleContext) -> Iterator[Problem]:
         return
     if etas is not None and not 0 < etas[0] < 1 < etas[1]:
         message = (
-            "`etas` must be a factor between 0 and 1 and a factor above 1, got "
+            "`etas` must be two factors, the first between 0 and 1 and the second above 1, got "
             f"{quote_value(etas)}."
         )
         hint = "The default is [0.5, 1.2]."
@@ -84,7 +84,7 @@ def _check_etas(context: RuleContext) -> Iterator[Problem]:
 def _check_sharding(context: RuleContext) -> Iterator[Problem]:
     """Yield an error for ZeRO with a PyTorch optimizer that does not support sharded parameters.
 
-    If the world size is unknown, yield a warning instead, because a single rank shards nothing.
+    If the world size is unknown, yield a warning instead: with one rank, nothing is sharded.
     """
     name = optimizer_name(context.get_section("optimizer").get("type", ""))
     is_sharded = context.backend.name == "torch" and context.stage and context.world_size != 1

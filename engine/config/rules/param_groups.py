@@ -1,6 +1,6 @@
 """Rules for the param groups of the optimizer.
 
-The rules report schedules that a group cannot use, and ``no_decay`` keys that have no effect.
+They report schedules that do not fit the groups, and ``no_decay`` keys that have no effect.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Rules for mixed precision: report keys that conflict with other keys or with the ZeRO stage."""
+"""Rules for mixed precision.
+
+They report keys that conflict with other keys or the ZeRO stage, and a loss scale without a
+minimum.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +71,7 @@ def _check_cpu_adam(context: RuleContext) -> Iterator[Problem]:
     elif is_known and (name not in {"Adam", "AdamW"} or block.get("params", {}).get("torch_adam")):
         kind = "torch's Adam" if name in {"Adam", "AdamW"} else name
         message = f"`{key}` requires DeepSpeed's CPU Adam, but the optimizer is {kind}."
-        hint = 'Set "type": "AdamW" without "torch_adam", or remove the key.'
+        hint = f'Set "type": "AdamW" and "torch_adam": false, or remove `{key}`.'
         yield context.error("precision", pointer, message, hint)
 
 
@@ -98,18 +102,18 @@ def _check_accumulation_dtype(context: RuleContext) -> Iterator[Problem]:
     keeps_16_bits = context.get_section("engine").get("master_weights") is False
     if dtype in _FLOAT32 and keeps_16_bits and context.backend.name == "torch":
         message = (
-            f"`data_types.grad_accum_dtype` is {quote_value(dtype)}, but with "
-            "`engine.master_weights` false, the PyTorch backend accumulates the gradients of "
-            "16-bit parameters in 16 bits."
+            f"`data_types.grad_accum_dtype` is {quote_value(dtype)}, but the PyTorch backend "
+            "accumulates the gradients of 16-bit parameters in 16 bits if `engine.master_weights` "
+            "is false."
         )
-        hint = "Remove `engine.master_weights` to train and accumulate in float32."
+        hint = "Remove `engine.master_weights` to keep parameters and gradients in float32."
         yield context.warning("precision", "/data_types/grad_accum_dtype", message, hint)
 
 
 def _check_min_loss_scale(context: RuleContext) -> Iterator[Problem]:
     if context.get_section("fp16").get("min_loss_scale") == 0:
         message = "`fp16.min_loss_scale` is 0, so the loss scale has no minimum."
-        hint = "Set the key to 1 to end a run whose gradients overflow at every loss scale."
+        hint = "Set the key to 1 to end the run if gradients overflow even at that loss scale."
         yield context.note("no-minimum-loss-scale", "/fp16/min_loss_scale", message, hint)
 
 

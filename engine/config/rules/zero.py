@@ -1,4 +1,7 @@
-"""Rules for ZeRO: report missing keys, conflicting settings and keys that have no effect."""
+"""Rules for ZeRO.
+
+They report missing keys, conflicting settings and keys that have no effect.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,8 @@ def _check_stage(context: RuleContext) -> Iterator[Problem]:
     zero = context.config.get("zero_optimization")
     if isinstance(zero, bool):
         value = str(zero).lower()
-        message = (
-            f"`zero_optimization`: {value} is deprecated. The value means stage {context.stage}."
-        )
-        hint = f'Use {{"stage": {context.stage}}}.'
+        message = f"Setting `zero_optimization` to {value} is deprecated."
+        hint = f'Use {{"stage": {context.stage}}} instead.'
         yield context.note("deprecated-key", _ZERO, message, hint)
     elif "zero_optimization" in context.config and context.is_absent(f"{_ZERO}/stage"):
         message = "`zero_optimization.stage` must be set. The default, 0, disables ZeRO."
@@ -58,7 +59,7 @@ def _check_offload(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
-    """Yield a warning for CPU offloading, which the PyTorch backend ignores in single-rank runs."""
+    """Yield a warning for CPU offloading that the PyTorch backend ignores in a single process."""
     if context.world_size != 1 or context.backend.name != "torch":
         return
     for name in ("offload_optimizer", "offload_param"):
@@ -132,11 +133,11 @@ def _check_elastic_checkpoint(context: RuleContext) -> Iterator[Problem]:
         return
     message = (
         f"`elastic_checkpoint` must be false with this {name} optimizer, got true. DeepSpeed can "
-        "load elastic checkpoints only with its fused Adam and Lion."
+        "load elastic checkpoints only with its fused Adam or Lion."
     )
     can_use_fused = is_adam and device == "none"
     alternative = (
-        ', or set "torch_adam": false to use DeepSpeed\'s optimizer' if can_use_fused else ""
+        ', or set "torch_adam": false to use DeepSpeed\'s fused Adam' if can_use_fused else ""
     )
     pointer = f"{_ZERO}/elastic_checkpoint"
     yield context.error("elastic-checkpoint", pointer, message, f"Remove the key{alternative}.")

@@ -226,7 +226,7 @@ def test_checkpoint_with_another_static_loss_scale_is_an_error(tmp_path):
         return engine.initialize(config=config, model=model())[0]
 
     build(64).save_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match=r"`loss_scale` is 64 in the checkpoint, 128 now"):
+    with pytest.raises(CheckpointError, match=r"`loss_scale` is 64 in the checkpoint but 128 now"):
         build(128).load_checkpoint(tmp_path)
 
 
@@ -381,7 +381,8 @@ def test_load_checkpoint_different_model_names_first_key(saved):
 def test_load_checkpoint_different_run_requires_override(saved):
     other, _ = start(train_batch_size=16, optimizer={"type": "SGD", "params": {"lr": 0.01}})
     with pytest.raises(
-        CheckpointError, match="`optimizer.params.momentum` is 0.9 in the checkpoint, 0.0 now; `tra"
+        CheckpointError,
+        match="`optimizer.params.momentum` is 0.9 in the checkpoint but 0.0 now; `tra",
     ):
         other.load_checkpoint(saved)
     steps = {"cycle_min_lr": 0.01, "cycle_max_lr": 0.02, "cycle_first_step_size": 8}
@@ -396,7 +397,7 @@ DECAY = {"type": "WarmupDecayLR", "params": {"total_num_steps": "1dur", "warmup_
 @pytest.mark.parametrize(
     ("section", "samples", "message"),
     [
-        ({"max_duration": 200}, 64, "total_num_steps` is 40 in the checkpoint, 200 now"),
+        ({"max_duration": 200}, 64, "total_num_steps` is 40 in the checkpoint but 200 now"),
         (
             {"max_duration": "5ep"},
             128,
@@ -405,7 +406,7 @@ DECAY = {"type": "WarmupDecayLR", "params": {"total_num_steps": "1dur", "warmup_
         (
             {"max_duration": 40, "scale_schedule_ratio": 0.5},
             64,
-            "total_num_steps` is 40 in the checkpoint, 20 now",
+            "total_num_steps` is 40 in the checkpoint but 20 now",
         ),
     ],
 )
@@ -443,12 +444,12 @@ def test_load_checkpoint_different_user_optimizer_or_scheduler_is_rejected(tmp_p
     again.load_checkpoint(tmp_path)
     assert again.get_lr() == trainer.get_lr()
     for other, message in (
-        (build(length=1000), "`scheduler.params.T_max` is 10 in the checkpoint, 1000 now"),
+        (build(length=1000), "`scheduler.params.T_max` is 10 in the checkpoint but 1000 now"),
         (
             build(weight_decay=0.5),
             r"`optimizer\.groups\.0\.weight_decay` is 0\.1 in .* 0\.5 now",
         ),
-        (build(make=torch.optim.SGD), "`optimizer.type` is AdamW in the checkpoint, SGD now"),
+        (build(make=torch.optim.SGD), "`optimizer.type` is AdamW in the checkpoint but SGD now"),
     ):
         with pytest.raises(CheckpointError, match=message):
             other.load_checkpoint(tmp_path)
@@ -526,7 +527,9 @@ def test_load_checkpoint_identity_without_tensors_compares_other_values(tmp_path
         del identity["optimizer"]["groups"][0]["weight_decay"]
 
     rewrite_identity(place, remove)
-    with pytest.raises(CheckpointError, match=r"weight_decay` is absent in the checkpoint, 0 now"):
+    with pytest.raises(
+        CheckpointError, match=r"weight_decay` is absent in the checkpoint but 0 now"
+    ):
         start_with_tensors("SGD").load_checkpoint(tmp_path)
 
 
@@ -602,7 +605,7 @@ trainer.save_checkpoint({str(tmp_path)!r})
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert "the last checkpoint was not written" in done.stderr
+    assert "the final checkpoint was not written" in done.stderr
     assert "ZeroDivisionError" in done.stderr
 
 

@@ -117,7 +117,7 @@ DAMAGE = [
     ("OneCycle", "engine.pt", edit("counters", "x", value=1), "unknown key 'x'"),
     ("OneCycle", "engine.pt", edit("batch", "accumulation", value=0), "must be >= 1, got 0"),
     ("OneCycle", "engine.pt", edit("loader", "given", value=math.nan), "got nan"),
-    ("OneCycle", "engine.pt", edit("loader", "epoch", value=2**70), "int above 64 bits"),
+    ("OneCycle", "engine.pt", edit("loader", "epoch", value=2**70), "does not fit in 64 bits"),
     ("OneCycle", "engine.pt", edit("best", "mode", value="x"), "must be one of 'min', 'max'"),
     ("OneCycle", "engine.pt", edit("lr_scheduler", "step", value=2**60), "must be <= "),
     ("OneCycle", "engine.pt", edit("lr_scheduler", "base", "lr", value=[]), "has 0 param groups"),

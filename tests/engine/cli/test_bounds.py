@@ -58,7 +58,7 @@ def test_plot_long_run_is_sampled(file, name):
     output = path.with_suffix(".png")
     status, out, _ = run("plot", path, "-t", "-o", output)
     assert status == 0
-    assert f"1000000000000 steps of {name}, drawn at 10,000 of them" in out
+    assert f"1000000000000 steps of {name}, sampled at 10,000 steps" in out
     status, _, err = run("plot", path, "--csv", "-")
     assert status == 2
     assert "at most 10,000,000 steps" in err

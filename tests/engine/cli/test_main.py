@@ -224,7 +224,7 @@ def test_plot_prints_the_values_drawn_for_auto(tmp_path):
     path = tmp_path / "c.json"
     path.write_text(json.dumps(config))
     _, out, _ = run("plot", path, "-o", tmp_path / "c.png")
-    assert out.endswith('c.json: for "auto", the plot shows warmup_num_steps 100\n')
+    assert out.endswith('c.json: plotted with warmup_num_steps 100 in place of "auto"\n')
     assert json.loads(path.read_text()) == config
 
 

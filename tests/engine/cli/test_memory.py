@@ -74,7 +74,7 @@ def test_memory_of_a_model_counts_its_shapes_and_frozen_parameters(config, model
     assert found["peak"] == {"CPU": 40_000 * 16 + 1000 * 4}
     assert found["notes"][0] == "The config has no optimizer, so AdamW is assumed."
     shown = run("memory", config, "--model", f"{model_file}:Net")[1]
-    assert "41,000 parameters, 40,000 of them trained" in shown
+    assert "41,000 parameters (40,000 trainable)" in shown
 
 
 def test_memory_of_a_model_without_parameters_is_an_error(config, model_file):

@@ -20,8 +20,8 @@ distributed_type: DEEPSPEED
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        (ACCELERATE, "a config of Accelerate"),
-        ('{"distributed_type": "DEEPSPEED", "num_processes": 2}', "a config of Accelerate"),
+        (ACCELERATE, "an Accelerate config"),
+        ('{"distributed_type": "DEEPSPEED", "num_processes": 2}', "an Accelerate config"),
         ("---\ntrain_batch_size: 8\nfp16:\n  enabled: true\n", "looks like YAML"),
         ("train_batch_size: 8", "looks like YAML"),
     ],

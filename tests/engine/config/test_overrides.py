@@ -97,7 +97,7 @@ def test_assignments_override_the_file_and_the_arguments(path):
     lines = [str(override) for override in config.overrides]
     assert lines[:2] == [
         f"`/optimizer/params/lr` is set to 0.5 by --learning_rate, overriding 0.1 at {path}:6:13",
-        "`/optimizer/params/lr` is set to 0.3 by --set, overriding 0.5 of --learning_rate",
+        "`/optimizer/params/lr` is set to 0.3 by --set, overriding 0.5 from --learning_rate",
     ]
     assert json.loads(path.read_text()) == CONFIG
 

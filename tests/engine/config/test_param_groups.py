@@ -46,7 +46,7 @@ def test_valid_groups_have_no_problems():
     [
         ({"params": "*.bias"}, "/params", 'Write ".*\\\\.bias"'),
         ({"params": ["a", "(b"]}, "/params", 'a regular expression, got "(b"'),
-        ({"params": "a{99999999999}"}, "/params", "must be a regular expression"),
+        ({"params": "a{99999999999}"}, "/params", "must be a valid regular expression"),
         ({"params": "a" * 501}, "/params", "longer than 500 characters"),
         ({"params": []}, "/params", "a list, got []"),
         ({"params": 3}, "/params", "must be a string or a list, got 3"),

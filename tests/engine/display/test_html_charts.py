@@ -92,7 +92,7 @@ def test_plot_writes_a_page_with_the_values_of_the_trace(config, tmp_path):
 
 def test_plot_page_of_a_long_run_is_sampled(config, tmp_path):
     path = tmp_path / "curves.html"
-    assert "drawn at 10,000 of them" in run("plot", config, "-o", path, "--steps", 10**6)[1]
+    assert "sampled at 10,000 steps" in run("plot", config, "-o", path, "--steps", 10**6)[1]
     steps = read_data(path.read_text())["panels"][0]["steps"]
     assert (len(steps), steps[-1]) == (10_000, 10**6 - 1)
 

@@ -121,7 +121,9 @@ def test_load_state_dict_with_another_base_is_rejected_unless_overridden():
     binder = attach("LinearLR", optimizer, **params)
     run(optimizer, binder, 5)
     other = attach("LinearLR", sgd(1e-4), **params)
-    with pytest.raises(ValueError, match=r"initial `lr` .* \[0.001\] in the saved state, \[0.0001"):
+    with pytest.raises(
+        ValueError, match=r"initial `lr` .* \[0.001\] in the saved state but \[0.0001"
+    ):
         other.load_state_dict(binder.state_dict())
     assert other.get_last_lr() == [1e-4]
     other.load_state_dict(binder.state_dict(), override=True)

@@ -108,7 +108,7 @@ def test_from_config_function_path_multiplies_base_lr():
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("no_such_module:f", "there is no module 'no_such_module'"),
+        ("no_such_module:f", "no module 'no_such_module' was found"),
         (f"{__name__}:nothing", "has no attribute 'nothing'"),
         (f"{__name__}:RUN", "`scheduler.type` must be the import path of a scheduler class"),
     ],

@@ -188,5 +188,5 @@ def test_sequential_from_previous_is_stretched_by_the_scale_ratio():
 
 def test_sequential_with_a_plateau_names_its_warmup():
     block = build_block("SequentialLR", WARMUP, {"type": "ReduceLROnPlateau"}, milestones=[2])
-    with pytest.raises(ScheduleError, match=r"itself, with `warmup_steps` for a warmup\."):
+    with pytest.raises(ScheduleError, match=r"schedule and set its `warmup_steps` for a warmup\."):
         from_config(block)

@@ -130,7 +130,7 @@ def test_function_with_params_receives_them_by_name():
     assert copied.identity == binder.identity
     assert copied.identity["params"] == {"gamma": 0.5, "stairs": [0, 3]}
     other = attach(decay_in_stairs, torch.optim.SGD(weights(), lr=1.0), gamma=0.1, stairs=[0, 3])
-    with pytest.raises(ValueError, match=r"`gamma` is 0.5 in the saved state, 0.1 now"):
+    with pytest.raises(ValueError, match=r"`gamma` is 0.5 in the saved state but 0.1 now"):
         other.load_state_dict(binder.state_dict())
 
 
