@@ -121,9 +121,9 @@ class Engine(DeepSpeedAccessors):
                 "length. Set it in steps or samples, or add `__len__` to the dataset."
             )
         self.training_dataloader = loader
-        loader.stop_when(lambda: self.run_is_over, lambda: self._automatic.save_last(run))
+        loader.stop_when(lambda: self.run_is_over, lambda: self._automatic.end_run(self._run))
         loader.call_after_epoch(run.end_epoch)
-        loader.check_before_resuming(run.length.check_is_known)
+        loader.call_before_first_epoch(lambda i: self._automatic.check_loop(run.length, i))
         self._checkpointer.data.set_loader(loader)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -166,11 +166,7 @@ class Engine(DeepSpeedAccessors):
         return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)
 
     def _start_pass(self) -> bool:
-        """Return whether the next backward pass averages the gradients across ranks.
-
-        Raises:
-            RuntimeError: the gradients of earlier micro-batches were cleared.
-        """
+        """Return whether the next backward pass averages the gradients across ranks."""
         accumulation = self._run.accumulation
         if accumulation.has_gradients:
             self._run.misuse.check_accumulated(accumulation)
@@ -240,10 +236,7 @@ class Engine(DeepSpeedAccessors):
         return self._run.accumulation.is_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Set whether subsequent calls to `step` run the optimizer.
-
-        Call this method before `backward`.
-        """
+        """Set, before `backward`, whether the next calls to `step` run the optimizer."""
         self._run.accumulation.set_boundary(is_boundary)
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -315,8 +308,7 @@ class Engine(DeepSpeedAccessors):
             The mean loss or a dict of mean metrics, equal on all ranks.
 
         Raises:
-            ValueError: ``loader`` is empty, ``loader`` is the training loader, or ``fn`` returns no
-                metric.
+            ValueError: ``loader`` is empty or the training loader, or ``fn`` returns no metric.
         """
         with preserve_rng_state(), evaluation_mode(self):
             return self._evaluator.average(loader, fn)

@@ -121,6 +121,8 @@ def test_pages_load_without_messages_and_fit_the_window(site, address, browser):
         ("custom scheduler", "guides/own_schedule"),
         ("LR finder", "guides/learning_rate"),
         ("DeepSpeed compatibility", "drop_in"),
+        ("installation", "index"),
+        ("multi gpu", "guides/multi_node"),
     ],
 )
 def test_search_finds_a_page(address, browser, words, page):

@@ -54,8 +54,7 @@ class PyTorchBackend(DeferringBackend):
 
     Trainable 16-bit parameters are converted to float32 if ``engine.master_weights`` is true. If
     the config selects bf16 or fp16, the model's methods run under autocast with that dtype.
-    Otherwise, if parameters were converted, the methods run under autocast with the original dtype
-    of these parameters.
+    Otherwise, they run under autocast with the original dtype of the converted parameters, if any.
 
     Args:
         model: the user's module; it is moved to ``ranks.device``.

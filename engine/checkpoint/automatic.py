@@ -22,6 +22,7 @@ from engine.distributed.ranks import Ranks
 from engine.distributed.signals import Signals
 from engine.errors import MisuseError
 from engine.training.progress import Counters
+from engine.training.run_length import RunLength
 
 __all__ = ["AutomaticCheckpoints"]
 
@@ -65,6 +66,7 @@ class AutomaticCheckpoints:
         self._checkpointer = checkpointer
         self._ranks = ranks
         self._signals: Signals | None = None
+        self._logged_end: int | None = None  # step at which the end of the run was logged
 
     def resume(self, run: RunState) -> bool:
         """Resume from the newest complete checkpoint if ``engine.checkpoint.resume`` allows it.
@@ -100,6 +102,22 @@ class AutomaticCheckpoints:
                 log.info("resuming from %s at step %d", checkpoint_dir, run.counters.global_steps)
         self._signals = self._signals or Signals()
         return is_loaded
+
+    def check_loop(self, length: RunLength, first_epoch: int) -> None:
+        """Check that the script's loop over epochs continues correctly after a resume.
+
+        In a new run that could be resumed later, only log a warning.
+
+        Args:
+            length: length of the run.
+            first_epoch: epoch in which the loop starts; 0 in a new run.
+
+        Raises:
+            MisuseError: the loop of a resumed run could train too many epochs.
+        """
+        may_be_resumed = self._directory is not None and self._plan.resume == "auto"
+        if first_epoch > 0 or (may_be_resumed and self._ranks.rank == 0):
+            length.check_loop(is_resumed=first_epoch > 0)
 
     def save_if_due(self, run: SteppedRun) -> None:
         """Save the checkpoints that are due after a step.
@@ -139,13 +157,23 @@ class AutomaticCheckpoints:
         self._save(run, self._directory, _BEST)
         run.best.is_unsaved = False
 
-    def save_last(self, run: RunState) -> None:
-        """Save a final checkpoint, unless the current step has already been saved."""
-        if self._directory is None or self._plan.every is None or run.is_trial:
+    def end_run(self, run: RunState) -> None:
+        """Save a final checkpoint, unless the current step is saved, and log the end of training.
+
+        Call this method when the run has reached its end.
+        """
+        if run.is_trial:
             return
-        if not self._checkpointer.is_saved(run, self._directory):
-            self._save(run, self._directory)
-            self._checkpointer.wait()
+        directory, step, where = self._directory, run.counters.global_steps, ""
+        if directory is not None:
+            if self._plan.every is not None and not self._checkpointer.is_saved(run, directory):
+                self._save(run, directory)
+                self._checkpointer.wait()
+            if self._checkpointer.is_saved(run, directory):
+                where = f"; the last checkpoint is in {directory}"
+        if self._ranks.rank == 0 and self._logged_end != step:
+            self._logged_end = step
+            log.info("training ended at step %d%s", step, where)
 
     def close(self, run: RunState) -> None:
         """Save a final checkpoint if the current step is unsaved, and restore signal handlers.
@@ -169,7 +197,7 @@ class AutomaticCheckpoints:
             return
         has_group = self._ranks.world_size == 1 or dist.is_initialized()
         if has_group and not find_missing_ranks(self._ranks):
-            self.save_last(run)
+            self.end_run(run)
         else:
             self._warn_of_unsaved_steps(directory)
 
@@ -195,7 +223,7 @@ class AutomaticCheckpoints:
         try:
             self._checkpointer.wait()
             self._checkpointer.async_saver = None  # no thread can start while the process exits
-            self.save_last(run)
+            self.end_run(run)
         except Exception as error:  # noqa: BLE001  # the exit status reports the failure
             exit_with_failure(error)
 

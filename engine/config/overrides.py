@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.config.parser import Document
-from engine.config.pointers import join_pointer, split_pointer
+from engine.config.pointers import dotted_name, join_pointer, split_pointer
 from engine.config.source import find_unserializable
 from engine.errors import ConfigError
 from schedules import Schedule
@@ -121,7 +121,8 @@ class Override:
 
     def __str__(self) -> str:
         replaced = f", overriding {self.replaced_value}" if self.replaced_value else ""
-        return f"`{self.pointer}` is set to {json.dumps(self.value)} by {self.argument}{replaced}"
+        name, value = dotted_name(self.pointer), json.dumps(self.value)
+        return f"`{name}` is set to {value} by {self.argument}{replaced}"
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

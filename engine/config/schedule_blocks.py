@@ -87,6 +87,7 @@ def construct_schedule(
     config: Mapping[str, Any],
     unresolved: Collection[str],
     ranks: DataRanks | None,
+    steps_per_epoch: int | None,
     pointer: str = "/scheduler",
 ) -> tuple[Schedule[Any] | None, list[Problem]]:
     """Construct the schedule of a ``scheduler`` block.
@@ -96,6 +97,7 @@ def construct_schedule(
         config: config from which invalid values have been removed.
         unresolved: JSON pointers of invalid values and "auto" values.
         ranks: number of data-parallel ranks; None if unknown.
+        steps_per_epoch: number of optimizer steps per epoch; None if unknown.
         pointer: JSON pointer of the block.
 
     Returns:
@@ -111,7 +113,8 @@ def construct_schedule(
     problems = []
     try:
         schedule = from_config({"type": block["type"], "params": params})
-        _resolve_in_any_run(schedule, list_possible_horizons(schedule, config, ranks))
+        horizons = list_possible_horizons(schedule, config, ranks, steps_per_epoch)
+        _resolve_in_any_run(schedule, horizons)
     except ScheduleError as error:
         for fault in error.problems:
             below = join_pointer(pointer, fault.field) if fault.field else pointer

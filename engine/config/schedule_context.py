@@ -85,19 +85,25 @@ def build_horizon(
 
 
 def find_horizon(
-    schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None = None
+    schedule: Schedule[Any],
+    config: Mapping[str, Any],
+    ranks: DataRanks | None = None,
+    steps_per_epoch: int | None = None,
 ) -> Horizon | None:
     """Return the run length, or None if a duration cannot be converted to steps before launch.
 
-    Durations in epochs depend on the data loader. Durations in samples and tokens depend on the
+    Durations in epochs require ``steps_per_epoch``. Durations in samples and tokens depend on the
     batch size. Without ``train_batch_size``, the batch size depends on the number of ranks.
     """
-    horizons = list_possible_horizons(schedule, config, ranks)
+    horizons = list_possible_horizons(schedule, config, ranks, steps_per_epoch)
     return horizons[0] if len(horizons) == 1 else None
 
 
 def list_possible_horizons(
-    schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None
+    schedule: Schedule[Any],
+    config: Mapping[str, Any],
+    ranks: DataRanks | None,
+    steps_per_epoch: int | None = None,
 ) -> list[Horizon]:
     """Return a list with the run length if it is known, otherwise with several possible lengths.
 
@@ -107,6 +113,7 @@ def list_possible_horizons(
         schedule: schedule whose durations will be converted to steps.
         config: config from which invalid values have been removed.
         ranks: number of data-parallel ranks; None if unknown.
+        steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
     Raises:
         DurationError: every possible run length is less than one step, or too large.
@@ -114,20 +121,16 @@ def list_possible_horizons(
     run = config.get("engine", {})
     texts = f"{run.get('max_duration')} {list(vars(schedule).values())}".lower()
     samples = get_train_batch_size(config, ranks)
-    epochs: tuple[int | None, ...] = (None,)
-    if re.search(r"\d\s*ep\b", texts):
+    epochs: tuple[int | None, ...] = (steps_per_epoch,)
+    if steps_per_epoch is None and re.search(r"\d\s*ep\b", texts):
         epochs = _POSSIBLE_LENGTHS
     batches: tuple[int | None, ...] = (samples,)
     if samples is None and re.search(r"\d\s*(sp|tok)\b", texts):
         batches = _POSSIBLE_LENGTHS
     horizons, errors = [], []
-    for steps_per_epoch, samples_per_step in itertools.product(epochs, batches):
+    for steps, samples in itertools.product(epochs, batches):
         try:
-            horizons.append(
-                build_horizon(
-                    run, samples_per_step=samples_per_step, steps_per_epoch=steps_per_epoch
-                )
-            )
+            horizons.append(build_horizon(run, samples_per_step=samples, steps_per_epoch=steps))
         except DurationError as error:  # one error per length
             errors.append(error)
     if not horizons:
@@ -270,17 +273,20 @@ class EvaluatedSchedule:
 
 
 def evaluate_schedule(
-    schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None
+    schedule: Schedule[Any],
+    config: Mapping[str, Any],
+    ranks: DataRanks | None,
+    steps_per_epoch: int | None = None,
 ) -> EvaluatedSchedule | None:
     """Compute a schedule's curves for a config's optimizer and run length.
 
-    Return None if the curves depend on the loss or a metric, on the number of steps per epoch, or
-    on an unknown batch size.
+    Return None if the curves depend on the loss or a metric, or on a number of steps per epoch or a
+    batch size that is unknown.
 
     Raises:
         ValueError: the schedule is invalid for this run length or optimizer.
     """
-    horizon = find_horizon(schedule, config, ranks)
+    horizon = find_horizon(schedule, config, ranks, steps_per_epoch)
     if horizon is None or schedule.feedback is not None:
         return None
     base = build_base_values(config, schedule)

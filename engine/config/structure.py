@@ -46,12 +46,17 @@ class Structure:
     """The schedule in ``config``; None if it is absent or cannot be constructed."""
     data_ranks: DataRanks | None
     """The number of data-parallel ranks; None if the world size is unknown."""
+    steps_per_epoch: int | None
+    """The number of optimizer steps per epoch; None if unknown."""
     group_schedules: Mapping[int, Schedule[Any]]
     """The schedules of individual param groups, by index in ``optimizer.param_groups``."""
 
 
 def check_structure(
-    document: Document, world_size: int | None, count_ranks: RankCounter = count_data_ranks
+    document: Document,
+    world_size: int | None,
+    count_ranks: RankCounter = count_data_ranks,
+    steps_per_epoch: int | None = None,
 ) -> Structure:
     """Check each value of a config against its schema, and construct the config's schedule.
 
@@ -60,6 +65,7 @@ def check_structure(
         world_size: number of ranks; None if unknown.
         count_ranks: function that takes the config and the world size, and returns the number of
             data-parallel ranks.
+        steps_per_epoch: number of optimizer steps per epoch; None if unknown.
     """
     schema = schemas.read(SCHEMA)
     problems = list(check_against_schema(document, document.value, schema))
@@ -73,23 +79,32 @@ def check_structure(
             problems += [each for each in check_block(document, block) if each not in problems]
     problems += _find_deprecated(document)
     if not invalid & {"/engine", "/engine/max_duration", "/engine/scale_schedule_ratio"}:
-        problems += _check_run_length(document, config, ranks)
+        problems += _check_run_length(document, config, ranks, steps_per_epoch)
     unresolved = {
         each.pointer for each in members if each.value == "auto" and "x-auto" in each.schema
     }
     unresolved |= _get_error_pointers(problems)
     config = remove_keys(config, unresolved)
-    schedule, from_schedule = construct_schedule(document, config, unresolved, ranks)
+    known = (ranks, steps_per_epoch)
+    schedule, from_schedule = construct_schedule(document, config, unresolved, *known)
     of_groups = {}
     for index, pointer, _ in find_group_schedulers(config):
-        of_group, found = construct_schedule(document, config, unresolved, ranks, pointer)
+        of_group, found = construct_schedule(document, config, unresolved, *known, pointer)
         from_schedule += found
         if of_group is not None:
             of_groups[index] = of_group
     problems += from_schedule
     unresolved |= _get_error_pointers(from_schedule)
     config = remove_keys(config, unresolved)
-    return Structure(problems, config, members, frozenset(unresolved), schedule, ranks, of_groups)
+    return Structure(
+        problems,
+        config,
+        members,
+        frozenset(unresolved),
+        schedule,
+        *known,
+        group_schedules=of_groups,
+    )
 
 
 def _get_error_pointers(problems: Sequence[Problem]) -> set[str]:
@@ -150,14 +165,18 @@ def _check_optimizer(document: Document, block: Mapping[str, Any]) -> Iterator[P
 
 
 def _check_run_length(
-    document: Document, config: Mapping[str, Any], ranks: DataRanks | None
+    document: Document,
+    config: Mapping[str, Any],
+    ranks: DataRanks | None,
+    steps_per_epoch: int | None,
 ) -> Iterator[Problem]:
     """Yield an error if the run is shorter than one step or longer than 2**53 steps.
 
-    The size of the dataset is unknown, so each epoch is assumed to have one step.
+    If the number of steps per epoch is unknown, each epoch is assumed to have one step.
     """
     samples = get_train_batch_size(config, ranks) or 1
+    steps = steps_per_epoch or 1
     try:
-        build_horizon(config.get("engine", {}), samples_per_step=samples, steps_per_epoch=1)
+        build_horizon(config.get("engine", {}), samples_per_step=samples, steps_per_epoch=steps)
     except ValueError as error:
         yield document.build_problem("out-of-range", "/engine/max_duration", str(error))

@@ -26,7 +26,11 @@ SEVERITIES = ("error", "warning", "note")
 
 
 def validate(
-    config: Source, *, world_size: int | None = None, allow_imports: bool = False
+    config: Source,
+    *,
+    world_size: int | None = None,
+    steps_per_epoch: int | None = None,
+    allow_imports: bool = False,
 ) -> list[Problem]:
     """Validate a config, and return its problems, sorted by line and column.
 
@@ -36,6 +40,8 @@ def validate(
         config: path of the config, or the config as a dict.
         world_size: number of ranks to validate the batch sizes for. If None, the batch sizes must
             be valid for at least one number of ranks.
+        steps_per_epoch: number of optimizer steps per epoch, to validate durations in epochs. If
+            None, they must be valid for at least one number.
         allow_imports: whether to import and check the code that the config names, such as
             ``"my_module:MySchedule"``. Importing runs the code, so allow imports only for a trusted
             config.
@@ -46,13 +52,19 @@ def validate(
     >>> [problem.rule for problem in validate({"train_batch_size": 8, "sheduler": {}})]
     ['unknown-key']
     """
-    return check(load_document(config), world_size, allow_imports=allow_imports)
+    return check(
+        load_document(config),
+        world_size,
+        steps_per_epoch=steps_per_epoch,
+        allow_imports=allow_imports,
+    )
 
 
 def check(
     document: Document,
     world_size: int | None,
     *,
+    steps_per_epoch: int | None = None,
     reject_auto: bool = False,
     allow_imports: bool = False,
 ) -> list[Problem]:
@@ -60,13 +72,21 @@ def check(
 
     For the arguments, see `examine`.
     """
-    return examine(document, world_size, reject_auto=reject_auto, allow_imports=allow_imports)[0]
+    problems, _ = examine(
+        document,
+        world_size,
+        steps_per_epoch=steps_per_epoch,
+        reject_auto=reject_auto,
+        allow_imports=allow_imports,
+    )
+    return problems
 
 
 def examine(
     document: Document,
     world_size: int | None,
     *,
+    steps_per_epoch: int | None = None,
     reject_auto: bool = False,
     needs_deepspeed: str | None = None,
     count_ranks: RankCounter = count_data_ranks,
@@ -78,6 +98,8 @@ def examine(
         document: parsed config.
         world_size: number of ranks to validate the batch sizes for. If None, the batch sizes must
             be valid for at least one number of ranks.
+        steps_per_epoch: number of optimizer steps per epoch, to validate durations in epochs. If
+            None, they must be valid for at least one number.
         reject_auto: whether to report "auto" as an error where only an integration, such as the
             Hugging Face Trainer, can replace it. Set this when no integration is used.
         needs_deepspeed: name of the model feature or `initialize` argument that requires
@@ -97,7 +119,12 @@ def examine(
         invalid = {problem.pointer for problem in problems if problem.severity == "error"} - {""}
         with imports_allowed(allow_imports):
             found, context = _examine_values(
-                document, world_size, needs_deepspeed, count_ranks, reject_auto=reject_auto
+                document,
+                world_size,
+                steps_per_epoch,
+                needs_deepspeed,
+                count_ranks,
+                reject_auto=reject_auto,
             )
         problems += [problem for problem in found if problem.pointer not in invalid]
     return sorted(problems, key=_sort_key), context
@@ -111,6 +138,7 @@ def _sort_key(problem: Problem) -> tuple[int, int, int, str]:
 def _examine_values(
     document: Document,
     world_size: int | None,
+    steps_per_epoch: int | None,
     needs_deepspeed: str | None,
     count_ranks: RankCounter,
     *,
@@ -122,7 +150,7 @@ def _examine_values(
     if other := recognize_keys(document.value):
         return [document.build_problem("other-format", "", *other)], None
     document, converted = convert_numbers_to_booleans(document)
-    structure = check_structure(document, world_size, count_ranks)
+    structure = check_structure(document, world_size, count_ranks, steps_per_epoch)
     context = RuleContext(document, structure, world_size, needs_deepspeed)
     autos = _find_unresolved(context) if reject_auto else ()
     from_rules = (problem for rule in RULES for problem in rule(context))

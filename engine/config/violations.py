@@ -17,6 +17,7 @@ from engine.config.schema import is_ignored, means_default
 from engine.config.suggestions import Suggestion, suggest_key
 from engine.config.wording import quote_value, shorten
 from engine.errors import Fix, Problem
+from schedules.core.durations import get_unit
 from schedules.core.fields import describe_schema
 
 __all__ = ["MAX_SUGGESTIONS", "check_against_schema", "get_suggested_pointer"]
@@ -121,7 +122,11 @@ def _convert_error(
             takes_auto = keyword == "pattern" and error.validator_value == "^auto$"
             kind = "wrong-type" if keyword == "type" or takes_auto else "out-of-range"
             hint, fix = _suggest_unquoting(value, schema) if kind == "wrong-type" else ("", None)
-            hint = hint or _suggest_fraction_of_run(value, schema)
+            hint = (
+                hint
+                or _suggest_fraction_of_run(value, schema)
+                or _suggest_plain_number(value, schema)
+            )
             yield document.build_problem(kind, pointer, message, hint, fix=fix)
         case _:
             raise AssertionError(f"no message is defined for the JSON Schema keyword `{keyword}`")
@@ -133,6 +138,13 @@ def _suggest_fraction_of_run(value: Any, schema: Mapping[str, Any]) -> str:
     if not accepts_fractions or not isinstance(value, float) or not 0 < value < 1:
         return ""
     return f'Write "{value:g}dur" for a fraction of the run.'
+
+
+def _suggest_plain_number(value: object, schema: Mapping[str, Any]) -> str:
+    """Return a hint if a key for numbers has a time string, such as "1ep", or "" if not."""
+    unit, types = get_unit(value), schema.get("type", ())
+    takes_number = "integer" in types or "number" in types
+    return f"Write a number without the unit `{unit}`." if unit and takes_number else ""
 
 
 def _suggest_unquoting(value: Any, schema: Mapping[str, Any]) -> tuple[str, Fix | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import difflib
+import functools
 import hashlib
 import importlib
 import json
@@ -141,14 +142,15 @@ def init_distributed(
         local_rank = _find_gpu()
         own = torch.device("cuda", local_rank)
         torch.cuda.set_device(own)
+    if size == 1 and not always_create_group and not _has_process_group():
+        return Ranks(0, local_rank, 1, own)
+    _delay_exit()
     if not _has_process_group():
         if size > 1:
             _create_process_group(own, size, port)
-        elif always_create_group:
+        else:
             store = dist.HashStore()  # type: ignore[attr-defined]  # torch's stubs leave it out
             _start_process_group(own, store=store, rank=0, world_size=1)
-        else:
-            return Ranks(0, local_rank, 1, own)
     return Ranks(dist.get_rank(), local_rank, size, own, _create_control_group(size))
 
 
@@ -193,6 +195,17 @@ def _find_gpu() -> int:
             f"GPU{'s' if count > 1 else ''}. {fix} at most one process per GPU on each host."
         )
     return index
+
+
+@functools.cache
+def _delay_exit() -> None:
+    """Register a short wait at exit, once per process.
+
+    A gloo thread that owns a tensor needs the interpreter to release the tensor. If the interpreter
+    has already exited, the process aborts ("terminate called without an active exception"). The
+    group may have been created, and even destroyed, by the script.
+    """
+    atexit.register(time.sleep, _RELEASE_TIME)
 
 
 def _has_process_group() -> bool:
@@ -324,10 +337,6 @@ def destroy_distributed() -> None:
         others_train = is_gloo and not _wait_for_exit_of_all_ranks()
     if not others_train:
         dist.destroy_process_group()
-    # A gloo thread that owns a tensor needs the interpreter to release the tensor. If the
-    # interpreter has already exited, the process aborts ("terminate called without an active
-    # exception").
-    time.sleep(_RELEASE_TIME)
 
 
 # The ranks use the store: a rank that is in another collective operation would not answer a

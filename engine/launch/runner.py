@@ -89,10 +89,12 @@ class _Output:
         prefix = line[1:].partition("]")[0] if line.startswith("[") else ""
         source = prefix if ":r" in prefix else host
         self._kept[source].append(line)
-        is_first = source == host or source.endswith(":r0")
-        if self._console == "all" or (self._console == "rank0" and is_first):
+        if self._console == "all" or self._is_printed_alone(source):
             self._raise_error()
             self._lines.put(line)
+
+    def _is_printed_alone(self, source: str) -> bool:
+        return self._console == "rank0" and (":r" not in source or source.endswith(":r0"))
 
     def close(self) -> None:
         """Wait until all lines have been printed.
@@ -116,8 +118,12 @@ class _Output:
             raise self._error
 
     def get_last_lines(self, source: str) -> tuple[str, ...]:
-        """Return the last lines that a rank (``node0:r1``) or an agent (``node0``) printed."""
-        return tuple(self._kept[source])
+        """Return the last lines of a rank (``node0:r1``) or an agent (``node0``) that failed first.
+
+        Return nothing if the console has already shown these lines near its end. If it shows all
+        ranks, the lines are returned, because the output of other ranks may follow them.
+        """
+        return () if self._is_printed_alone(source) else tuple(self._kept[source])
 
 
 class _Runner:
@@ -205,7 +211,7 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
     Args:
         plan: plan to run.
         console: "all", "rank0" or "none"; selects the ranks whose output is printed. The outcome
-            always contains the last lines of the first rank that fails.
+            contains the last lines of the first rank that fails, unless "rank0" has printed them.
         out: stream to print the output to.
 
     Raises:

@@ -66,8 +66,8 @@ class RunLoader:
         self._repeats = repeats
         self._run_is_over: Callable[[], bool] = lambda: False
         self._end_epoch: Callable[[], None] = lambda: None
-        self._save_last: Callable[[], None] = lambda: None
-        self._check_resume: Callable[[], None] = lambda: None
+        self._on_end: Callable[[], None] = lambda: None
+        self._start: Callable[[int], None] = lambda epoch: None
         self._epoch = -1
         self._empty_epochs = 0  # iterations after the end of the run
         self._requested = 0  # micro-batches of this epoch that were requested
@@ -154,13 +154,13 @@ class RunLoader:
         if getattr(self._batches, "persistent_workers", False):
             self._batches._iterator = None  # noqa: SLF001  # torch has no public way
 
-    def check_before_resuming(self, check_resume: Callable[[], None]) -> None:
-        """Register a function to call before the first loop, unless that loop is in epoch 0."""
-        self._check_resume = check_resume
+    def call_before_first_epoch(self, start: Callable[[int], None]) -> None:
+        """Register a function to call before the first loop, with the epoch that it starts in."""
+        self._start = start
 
-    def stop_when(self, run_is_over: Callable[[], bool], save_last: Callable[[], None]) -> None:
-        """Stop yielding batches, and call ``save_last``, once ``run_is_over`` returns true."""
-        self._run_is_over, self._save_last = run_is_over, save_last
+    def stop_when(self, run_is_over: Callable[[], bool], end_run: Callable[[], None]) -> None:
+        """Stop yielding batches, and call ``end_run``, once ``run_is_over`` returns true."""
+        self._run_is_over, self._on_end = run_is_over, end_run
 
     def call_after_epoch(self, end_epoch: Callable[[], None]) -> None:
         """Register a function to call at the end of each epoch."""
@@ -169,9 +169,8 @@ class RunLoader:
     def __iter__(self) -> Iterator[Any]:
         if self._run_is_over():
             return self._end_run()
-        check, self._check_resume = self._check_resume, lambda: None
-        if self.epoch > 0:
-            check()
+        start, self._start = self._start, lambda epoch: None
+        start(self.epoch)
         if not self.resumes:
             self._epoch, self._requested = self._epoch + 1, 0
         self.resumes = self._is_finished = False
@@ -225,5 +224,5 @@ class RunLoader:
                 "The run is over, but the training loop keeps requesting batches. Exit the loop "
                 "when `trainer.run_is_over` is true, or increase `engine.max_duration`."
             )
-        self._save_last()
+        self._on_end()
         return iter(())

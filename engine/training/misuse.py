@@ -71,6 +71,7 @@ class MisuseChecks:
         self._has_optimizer = not has_no_optimizer(backend.basic_optimizer)
         self._counter = _StepCounter(backend.basic_optimizer)
         self._is_position_known = False
+        self._count_at_loss: int | None = None  # of the last loss; None after a call to `step`
         # The next four attributes are the position after the last step.
         self._count = 0
         self._scheduler: Any = None
@@ -97,17 +98,26 @@ class MisuseChecks:
         a checkpoint.
         """
         self._is_position_known = False
+        self._count_at_loss = None
 
     def check_loss(self, loss: object) -> None:
         """Check the loss that a script passes to `backward` or `scale`.
 
         Raises:
             ValueError: the loss is not a scalar tensor that requires grad.
-            RuntimeError: the engine has no optimizer.
+            RuntimeError: the engine has no optimizer, or the script has stepped it itself since its
+                previous loss.
         """
         if not self._has_optimizer:
             _raise_without_optimizer()
         check_loss(loss)
+        count = self._counter.count
+        if self._count_at_loss not in (None, count):
+            raise MisuseError(
+                "The script calls `optimizer.step()`. Call `trainer.step()` instead. It steps the "
+                "optimizer and the schedule."
+            )
+        self._count_at_loss = count
 
     def check_accumulated(self, accumulation: Accumulation) -> None:
         """Check that the gradients of a batch's earlier micro-batches have not been cleared.
@@ -144,6 +154,7 @@ class MisuseChecks:
         """
         if not self._has_optimizer:
             _raise_without_optimizer()
+        self._count_at_loss = None
         if self._is_position_known:
             self._check_position(scheduler)
         if accumulation.has_gradients:

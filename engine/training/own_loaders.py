@@ -180,7 +180,7 @@ def _rebuild_loader(loader: DataLoader[Any], config: Config, ranks: Ranks) -> tu
     sampler = find_samplers(loader)[-1]
     is_split = ranks.data_ranks > 1 and not order.is_sharded
     split = f", split across {ranks.data_ranks} ranks" if is_split else ""
-    return built, f"is rebuilt with the order of its {type(sampler).__name__}{split}"
+    return built, f"keeps the order of its {type(sampler).__name__}{split}"
 
 
 def _read_order(loader: DataLoader[Any], config: Config, ranks: Ranks) -> EpochOrder:

@@ -258,7 +258,7 @@ class ProgressReporter:
         self.clear_losses()
         if not self._is_first:
             return
-        shown = [] if loss is None else [f"loss {loss:.4f}"]
+        shown = [] if loss is None else [f"mean loss {loss:.4f}"]
         for name, values in (("lr", record.lr), ("momentum", record.momentum)):
             if values:
                 distinct = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from engine.training.progress import Counters
 from schedules.core.durations import DurationError, get_unit
 
 __all__ = ["RunLength"]
+
+log = logging.getLogger("onecycle")
 
 
 @dataclass
@@ -103,18 +106,27 @@ class RunLength:
         limits = (self.total_steps, self.total_samples, self.schedule_steps, self.steps_this_run)
         return any(limit is not None for limit in limits)
 
-    def check_is_known(self) -> None:
-        """Raise an error if an automatically resumed run could train too many epochs.
+    def check_loop(self, *, is_resumed: bool) -> None:
+        """Check that an automatically resumed run does not train too many epochs.
 
         After a resume, a loop such as ``for epoch in range(n)`` starts at epoch 0 again and trains
-        ``n`` epochs in addition to those before the resume.
+        ``n`` epochs in addition to those before the resume. In a new run, only log a warning.
 
         Raises:
-            MisuseError: the length of the run is not limited, and `is_position_known` is false.
+            MisuseError: ``is_resumed`` is true, the length of the run is not limited, and
+                `is_position_known` is false.
         """
-        if not (self.is_position_known or self.is_known):
+        if self.is_position_known or self.is_known:
+            return
+        fix = "loop over `range(trainer.epoch, n)`, or set `engine.max_duration`"
+        if is_resumed:
             raise MisuseError(
                 "This run continues from a checkpoint, and the length of the run is unknown. A "
-                "loop such as `for epoch in range(n)` would train too many epochs. Loop over "
-                "`range(trainer.epoch, n)`, or set `engine.max_duration`."
+                "loop such as `for epoch in range(n)` would train too many epochs. "
+                f"{fix.capitalize()}."
             )
+        log.warning(
+            "this run cannot be resumed as it is: a loop such as `for epoch in range(n)` would "
+            "start at epoch 0 again; %s",
+            fix,
+        )

@@ -63,7 +63,8 @@ def log_setup(
     for problem in config.warnings:
         log.warning("%s: %s", config.name, problem)
     norm = config.gradient_clipping
-    clipping = f", gradients clipped to norm {norm:g}" if norm else ""
+    default = "" if "gradient_clipping" in config.raw else " (default)"
+    clipping = f", gradients clipped to norm {norm:g}{default}" if norm else ""
     setup = {
         "backend": f"{backend} ({config.backend.reason})",
         "device": device,

@@ -48,7 +48,9 @@ def analyze(
         window: first and last step to draw; None for all steps.
     """
     document = parse(text, name)
-    problems, context = examined = examine(document, settings.world_size)
+    problems, context = examined = examine(
+        document, settings.world_size, steps_per_epoch=settings.steps_per_epoch
+    )
     steps_per_epoch = _count_steps_per_epoch(context, settings)
     facts = [] if context is None else _list_facts(context)
     header: dict[str, Any] = {

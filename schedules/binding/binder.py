@@ -57,8 +57,7 @@ class ScheduleBinder(TorchInterface):
     Args:
         schedule: schedule to run.
         optimizer: optimizer whose hyperparameters the schedule sets.
-        horizon: length of the run, used to convert time strings such as "10ep" to steps, and to
-            scale durations.
+        horizon: length of the run, to convert time strings such as "10ep" and to scale durations.
         base: initial learning rate, as a number for all param groups or a list with one number per
             group. To specify other initial hyperparameters too, pass a dict with a number or list
             for each of "lr", "momentum" and "weight_decay". Defaults to the current values or, if

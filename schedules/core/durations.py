@@ -163,10 +163,9 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
     if unit == "ep":
         if horizon.steps_per_epoch is None:
             raise DurationError(
-                f"{duration!r} requires the number of steps per epoch. Pass `training_data` "
-                "(a dataset or a data loader) to `initialize`, set `--steps-per-epoch` on the "
-                "command line, pass horizon=Horizon(steps_per_epoch=…) in a custom loop, or "
-                "specify a number of steps."
+                f"{duration!r} requires the number of steps per epoch. On the command line, use "
+                "`--steps-per-epoch`. In a script, pass `training_data` (a dataset or a data "
+                "loader) to `initialize` or, in a custom loop, horizon=Horizon(steps_per_epoch=…)."
             )
         steps = int(_check_length(value * horizon.steps_per_epoch, repr(duration)))
         return int(_check_length(steps * ratio, repr(duration)))

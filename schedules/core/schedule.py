@@ -285,10 +285,9 @@ class Schedule(ABC, Generic[S]):
         yield from ()
 
     def joints(self) -> Iterator[Joint]:
-        """Yield the step at which each phase after the first starts.
+        """Yield the step at which each phase after the first starts, where values can jump.
 
-        The hyperparameters can jump at these steps. Call `resolve` first if a duration is a time
-        string.
+        Call `resolve` first if a duration is a time string.
         """
         yield from ()
 

@@ -368,14 +368,14 @@ def test_log_describes_the_run_once_and_then_each_printed_step(caplog):
         "device       cpu",
         "precision    fp32",
         "batch        8 = 8 per rank x 1 accumulation step x 1 rank",
-        "optimizer    SGD, gradients clipped to norm 1",
+        "optimizer    SGD, gradients clipped to norm 1 (default)",
         "schedule     OneCycle from config sets lr and momentum",
         "parameters   49",
         "checkpoints  not saved automatically (`engine.checkpoint.dir` is not set)",
     ]
     losses = [sum(loss for loss, *_ in seen[at : at + 2]) / 2 for at in (0, 2)]
     assert progress == [
-        f"step {2 * at + 2}: loss {losses[at]:.4f}, "
+        f"step {2 * at + 2}: mean loss {losses[at]:.4f}, "
         f"lr {seen[2 * at + 1][1][0]:.4g}, momentum {seen[2 * at + 1][2][0]:.4g}"
         for at in (0, 1)
     ]
@@ -424,7 +424,7 @@ trainer.step()
     done = subprocess.run(
         [sys.executable, "-c", script], check=True, capture_output=True, text=True
     )
-    assert ("step 1: loss" in done.stderr) == (level == "NOTSET")
+    assert ("step 1: mean loss" in done.stderr) == (level == "NOTSET")
 
 
 def test_initialize_with_args_reads_their_deepspeed_config(tmp_path):

@@ -182,7 +182,7 @@ def test_checkpoint_loaded_explicitly_is_not_saved_again_at_exit(tmp_path):
     resumed, _ = start(tmp_path)
     resumed.load_checkpoint(tmp_path, tag="global_step9")
     before = storage.list_checkpoints(tmp_path)
-    resumed._automatic.save_last(resumed._run)
+    resumed._automatic.end_run(resumed._run)
     assert storage.list_checkpoints(tmp_path) == before
 
 
@@ -195,11 +195,33 @@ def test_loop_after_a_resume_of_unknown_length_raises(tmp_path):
         next(iter(loader))
 
 
-def test_last_steps_are_saved_when_the_loader_ends_the_run(tmp_path):
+@pytest.mark.parametrize(
+    ("section", "reads_epoch", "warns"),
+    [
+        ({}, False, True),
+        ({}, True, False),
+        ({"max_duration": "2ep"}, False, False),
+        ({"checkpoint": {"resume": "never"}}, False, False),
+        ({"checkpoint": {"dir": None}}, False, False),
+    ],
+)
+def test_loop_that_a_resume_would_reject_warns_in_the_first_run(
+    tmp_path, caplog, section, reads_epoch, warns
+):
+    checkpoint = {"dir": str(tmp_path), "every": 3} | section.get("checkpoint", {})
+    trainer, loader = start(**section | {"checkpoint": checkpoint})
+    for _ in range(trainer.epoch if reads_epoch else 0, 2):
+        train_epoch(trainer, loader)
+    assert caplog.text.count("range(trainer.epoch, n)") == warns
+
+
+def test_last_steps_are_saved_when_the_loader_ends_the_run(tmp_path, caplog):
     trainer, loader = start(tmp_path, max_duration="2ep")
-    for _ in range(2):
+    for _ in range(3):
         train_epoch(trainer, loader)
     assert storage.list_checkpoints(tmp_path)[-1][1].step == 2 * STEPS_PER_EPOCH
+    end = f"step {2 * STEPS_PER_EPOCH}; the last checkpoint is in {tmp_path}"
+    assert caplog.text.count(end) == 1
 
 
 def test_destroy_saves_the_last_steps(tmp_path, monkeypatch):

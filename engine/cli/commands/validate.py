@@ -57,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="check the batch sizes for N ranks (default: for any number of ranks)",
     )
+    parser.add_argument(
+        "--steps-per-epoch",
+        type=parse_positive_int,
+        metavar="N",
+        help="check durations in epochs for N steps per epoch (default: for any number of steps)",
+    )
     parser.add_argument("--strict", action="store_true", help="treat warnings as errors")
     parser.add_argument(
         "--no-auto",
@@ -175,6 +181,7 @@ def _check(document: Document, args: argparse.Namespace) -> list[Problem]:
     return check(
         apply_assignments(document, args.set)[0],
         args.world_size,
+        steps_per_epoch=args.steps_per_epoch,
         reject_auto=args.no_auto,
         allow_imports=args.allow_imports,
     )

@@ -119,7 +119,8 @@ class RuleContext:
         error = None
         if schedule.feedback is not None or any(find_named_code(block)):
             return None
-        for horizon in list_possible_horizons(schedule, self.config, self.data_ranks):
+        known = (self.data_ranks, self.structure.steps_per_epoch)
+        for horizon in list_possible_horizons(schedule, self.config, *known):
             try:
                 schedule.build_curves(base, horizon)
             except ScheduleError:  # reported with the schedule's parameters
@@ -138,7 +139,8 @@ class RuleContext:
         if not _is_built_in(self.schedule):  # it may import torch or run user code
             return None
         try:
-            return evaluate_schedule(self.schedule, self.config, self.data_ranks)
+            known = (self.data_ranks, self.structure.steps_per_epoch)
+            return evaluate_schedule(self.schedule, self.config, *known)
         except ValueError:  # another check, or the start of the run, reports the error
             return None
 

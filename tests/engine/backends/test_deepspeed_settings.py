@@ -33,7 +33,7 @@ def find_errors(config):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"bf16": MASTER}, "requires that the optimizer is offloaded"),
+        ({"bf16": MASTER}, "requires the optimizer to be offloaded"),
         ({"bf16": STATES}, None),
         ({"bf16": MASTER, "zero_optimization": {"stage": 1} | OFFLOAD}, None),
         ({"bf16": STATES, "zero_optimization": {"stage": 3} | OFFLOAD}, None),
@@ -60,7 +60,7 @@ def find_errors(config):
         ),
         (
             {"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}},
-            "requires that the optimizer is offloaded",
+            "requires the optimizer to be offloaded",
         ),
     ],
 )

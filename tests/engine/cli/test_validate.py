@@ -356,3 +356,14 @@ def test_config_diff_compares_resolved_values(tmp_path):
         ["steps_per_print", "5", "-"],
     ]
     assert run("config", first, "--diff", first)[1] == ""
+
+
+def test_validate_checks_durations_in_epochs_for_the_number_of_steps(file):
+    params = {"total_num_steps": 300, "warmup_num_steps": 10}
+    schedule = {"type": "WarmupDecayLR", "params": params}
+    config = {"train_batch_size": 4, "scheduler": schedule, "engine": {"max_duration": "10ep"}}
+    path = file(json.dumps(config))
+    for arguments in ((), ("--steps-per-epoch", 30)):
+        status, out = run("validate", *arguments, path)
+        assert (status, "end-of-schedule" in out) == (0, False)
+    assert "ends at step 300 of 1000" in run("validate", "--steps-per-epoch", 100, path)[1]

@@ -36,10 +36,10 @@ def test_load_config_arguments_override_the_file_and_report_both_values(path):
     assert (config.schedule.max_steps, config.schedule.end_lr_ratio) == (20, 0.2)
     assert config.horizon(None).total_steps == 20
     assert [str(override) for override in config.overrides] == [
-        f"`/optimizer/params/lr` is set to 0.5 by --learning_rate, overriding 0.1 at {path}:6:13",
-        "`/engine/max_duration` is set to 20 by --max_steps",
-        f"`/scheduler/params/max_steps` is set to 20 by --max_steps, overriding 10 at {path}:13:20",
-        "`/scheduler/params/end_lr_ratio` is set to 0.2 by --end_lr_ratio",
+        f"`optimizer.params.lr` is set to 0.5 by --learning_rate, overriding 0.1 at {path}:6:13",
+        "`engine.max_duration` is set to 20 by --max_steps",
+        f"`scheduler.params.max_steps` is set to 20 by --max_steps, overriding 10 at {path}:13:20",
+        "`scheduler.params.end_lr_ratio` is set to 0.2 by --end_lr_ratio",
     ]
 
 
@@ -96,8 +96,8 @@ def test_assignments_override_the_file_and_the_arguments(path):
     assert config.raw["optimizer"]["param_groups"] == [{"params": "bias$", "lr": 0.2}]
     lines = [str(override) for override in config.overrides]
     assert lines[:2] == [
-        f"`/optimizer/params/lr` is set to 0.5 by --learning_rate, overriding 0.1 at {path}:6:13",
-        "`/optimizer/params/lr` is set to 0.3 by --set, overriding 0.5 from --learning_rate",
+        f"`optimizer.params.lr` is set to 0.5 by --learning_rate, overriding 0.1 at {path}:6:13",
+        "`optimizer.params.lr` is set to 0.3 by --set, overriding 0.5 from --learning_rate",
     ]
     assert json.loads(path.read_text()) == CONFIG
 
@@ -112,7 +112,7 @@ def test_initialize_applies_the_assignments_of_the_environment(path, monkeypatch
     with caplog.at_level("INFO", logger="onecycle"):
         trainer, *_ = engine.initialize(config=path, model=torch.nn.Linear(2, 1))
     assert trainer.optimizer.param_groups[0]["initial_lr"] == 0.25
-    assert "`/optimizer/params/lr` is set to 0.25 by --set" in caplog.text
+    assert "`optimizer.params.lr` is set to 0.25 by --set" in caplog.text
 
 
 def test_add_config_arguments_adds_only_deepspeeds_flags():

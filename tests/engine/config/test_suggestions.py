@@ -162,6 +162,11 @@ def test_names_of_other_libraries_stand_for_known_schedules():
             'Write "0.03dur" for a fraction of the run.',
         ),
         (
+            {"engine": {"checkpoint": {"dir": "run", "every": "2ep"}}},
+            "/engine/checkpoint/every",
+            "Write a number without the unit `ep`.",
+        ),
+        (
             {"zero_optimization": {"stage": 3, "prefetch_bucket_size": "auto"}},
             "/zero_optimization/prefetch_bucket_size",
             "Set a value, or use `stage3_prefetch_bucket_size`.",

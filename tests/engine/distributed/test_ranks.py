@@ -37,6 +37,25 @@ def test_init_distributed_several_tasks_without_world_size_is_an_error(monkeypat
     assert init_distributed().world_size == 1
 
 
+SCRIPT_WITH_ITS_OWN_GROUP = """
+import atexit, time
+atexit.register(lambda: print(time.monotonic()))  # called last
+import torch.distributed as dist
+from engine.distributed.ranks import init_distributed
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+init_distributed()
+dist.destroy_process_group()
+atexit.register(lambda: print(time.monotonic()))  # called first
+"""
+
+
+def test_script_that_destroys_its_own_group_gives_gloo_time_to_release_tensors():
+    command = [sys.executable, "-c", SCRIPT_WITH_ITS_OWN_GROUP]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    first, last = map(float, done.stdout.split())
+    assert last - first >= 0.05
+
+
 SRUN = {
     "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_PROCID": "3",

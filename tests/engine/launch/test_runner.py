@@ -13,6 +13,7 @@ import time
 import pytest
 
 from engine.launch import runner
+from engine.launch.failure import Failure, format_failure
 from engine.launch.hosts import Host
 from engine.launch.plan import LaunchPlan, build_plan
 from engine.launch.request import LaunchRequest
@@ -57,6 +58,20 @@ def test_run_whose_output_is_not_read_keeps_the_job_running(monkeypatch):
     plan = plan_jobs("import time; print('hello', flush=True); time.sleep(4)")
     assert runner.run(plan, "all", out).status == 0
     assert out.getvalue() == "hello\n"
+
+
+@pytest.mark.parametrize(
+    ("console", "rank", "is_repeated"),
+    [("rank0", 0, False), ("rank0", 1, True), ("all", 0, True), ("none", 0, True)],
+)
+def test_run_repeats_the_last_lines_unless_they_end_the_console(console, rank, is_repeated):
+    line = f"[h0:r{rank}] ValueError: no"
+    failure = format_failure(Failure(rank, 1, time.time()))
+    plan = plan_jobs(f"print({line!r}); print({failure!r}); raise SystemExit(1)")
+    out = io.StringIO()
+    outcome = runner.run(plan, console, out)
+    assert outcome.last_lines == ((line,) if is_repeated else ())
+    assert (line in out.getvalue()) == (console == "all" or (console, rank) == ("rank0", 0))
 
 
 def test_run_whose_output_is_not_read_still_stops_the_other_hosts(tmp_path):

@@ -109,6 +109,14 @@ def test_step_after_the_script_stepped_the_optimizer_raises(accumulation):
         trainer.step()
 
 
+def test_optimizer_step_in_place_of_the_trainers_raises_at_the_next_loss():
+    trainer = build_engine(scheduler=WARMUP)
+    backward(trainer)
+    trainer.optimizer.step()
+    with pytest.raises(MisuseError, match=r"Call `trainer\.step\(\)` instead"):
+        backward(trainer)
+
+
 def test_step_after_a_step_that_failed_is_valid():
     backend = FakeBackend()
     trainer = build_engine(backend, engine={"max_skipped_steps": 1})

@@ -78,8 +78,8 @@ def test_log_line_has_the_mean_loss_since_the_last_line(caplog):
             trainer.backward(loss.reshape(1) if step % 2 else loss)
             trainer.step()
     assert [record.getMessage().split(",")[0] for record in caplog.records[-2:]] == [
-        "step 250: loss 125.5000",
-        "step 500: loss 375.5000",
+        "step 250: mean loss 125.5000",
+        "step 500: mean loss 375.5000",
     ]
 
 

@@ -48,7 +48,7 @@ def test_convert_to_steps_unscaled_duration_scales_only_a_fraction_of_the_run():
         ("10s", "got '10s'"),
         ("", "got ''"),
         ("0.5dur", 'requires the length of the run. Set "engine": {"max_duration"'),
-        ("2ep", "requires the number of steps per epoch. Pass `training_data`"),
+        ("2ep", "requires the number of steps per epoch. On the command line"),
         ("8sp", "requires the number of samples per step. Set `train_batch_size`"),
     ],
 )
