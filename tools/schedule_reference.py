@@ -69,12 +69,12 @@ This page lists the {count} built-in schedules by origin. To use a schedule, set
 `"scheduler": {{"type": …, "params": {{…}}}}`, or pass it to `schedules.attach` in your own training
 loop. `onecycle schedules TYPE` prints the documentation of a schedule in the terminal, and
 `onecycle plot` draws the schedule of a config. `make generate` writes this page and the pages that
-it links to, and `make pictures` draws their plots. Each plot shows the example in a run of 100
-steps, and the 20 steps after the end of the run.
+it links to, and `make pictures` draws their plots. Each plot shows a schedule with example
+parameters in a run of 100 steps, and for 20 steps after the run.
 
 ## Durations
 
-A parameter that accepts a time can be set to a number of optimizer steps or to a time string:
+A duration is a number of optimizer steps or a time string:
 "10ep" (epochs), "500ba" (steps), "4096sp" (samples), "1e9tok" (tokens) or "0.1dur" (fraction of the
 run)."""
 

@@ -55,5 +55,5 @@ def recognize_keys(keys: Collection[str]) -> tuple[str, str] | None:
     if len(_ACCELERATE_KEYS.intersection(keys)) < 2:
         return None
     message = "The config must be a DeepSpeed config, got an Accelerate config."
-    hint = "Pass the ds_config.json named by its key `deepspeed_config_file`, or write one."
+    hint = "Pass the file that `deepspeed_config_file` names, or write a ds_config.json."
     return message, hint

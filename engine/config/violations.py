@@ -109,7 +109,9 @@ def _convert_error(
             message += 'got "auto", which no integration replaces.'
             is_accepted = means_default(pointer, value)
             if is_accepted:
-                message = f'`{name}` is "auto", which no integration replaces. The default is used.'
+                message = (
+                    f'`{name}` is "auto", but no integration replaces it. The default is used.'
+                )
             yield document.build_problem(
                 "unsupported-auto",
                 pointer,

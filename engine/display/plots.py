@@ -95,7 +95,7 @@ def _draw_loss(axis: Axes, losses: Sequence[float], evidence: Evidence) -> None:
 
 
 def draw_decision(evidence: Evidence, path: Path, title: str) -> None:
-    """Plot the learning rate and losses of a loss-driven warmup; the title says why it ended."""
+    """Plot the learning rate and losses of a warmup, and add to the title why the warmup ended."""
     step, lr, reason, probability = evidence.decision
     confidence = "" if probability is None else f" (probability {probability:.3f})"
     draw(

@@ -203,7 +203,7 @@ def _delay_exit() -> None:
 
     A gloo thread that owns a tensor needs the interpreter to release the tensor. If the interpreter
     has already exited, the process aborts ("terminate called without an active exception"). The
-    group may have been created, and even destroyed, by the script.
+    wait is needed even if the script itself created the group or has already destroyed it.
     """
     atexit.register(time.sleep, _RELEASE_TIME)
 

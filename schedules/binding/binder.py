@@ -224,8 +224,7 @@ class ScheduleBinder(TorchInterface):
     def _check_base(self) -> None:
         if self._doubt is not None:
             raise ValueError(
-                f"The initial values of the schedule are uncertain: {self._doubt}, and it is "
-                "unknown whether a schedule or the script set the current value. Load the saved "
+                f"The initial values of the schedule are unknown: {self._doubt}. Load the saved "
                 "state of the schedule, or pass the initial values to `attach` as `base`. To "
                 "multiply schedules, as PyTorch's ChainedScheduler does, use "
                 "`schedules.ChainedScheduler`."

@@ -348,7 +348,7 @@ class WarmupDecayLR(
         lr(k) = warmup_max_lr + (warmup_min_lr - warmup_max_lr) * (k - N) / (T - N)
 
     After step T, the learning rate stays constant. If ``warmup_max_lr`` is null, the maximum is the
-    param group's initial learning rate. DeepSpeed's default for ``warmup_max_lr`` is 0.001 instead.
+    param group's initial learning rate. In DeepSpeed, the default is 0.001.
 
     >>> decay = WarmupDecayLR(total_num_steps=6, warmup_num_steps=2, warmup_type="linear")
     >>> list(decay.curves({"lr": (1.0,)})["lr"][0].values(8))

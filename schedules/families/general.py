@@ -152,7 +152,7 @@ class Phases(
         for name in self.hyperparameters:
             durations = [phase["duration"] for phase in getattr(self, name)[:-1]]
             for index, step in enumerate(itertools.accumulate(durations), start=1):
-                fix = f'Remove "from" of phase {index} to continue from the previous phase.'
+                fix = f'Remove the key "from" of phase {index} to continue from the previous phase.'
                 yield Joint(name, step, name, fix)
 
     @property

@@ -221,13 +221,13 @@ class CosineAnnealingWarmRestarts(LearningRateSchedule, example={"T_0": 15, "T_m
 
 @schedule_class
 class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
-    """PyTorch's 1cycle: the learning rate rises to a peak, then falls far below its initial value.
+    """PyTorch's 1cycle policy: the learning rate rises to a peak, then falls below its first value.
 
     With n = ``total_steps``, the learning rate starts at ``max_lr / div_factor``, reaches
     ``max_lr`` at step ``pct_start * n - 1``, and ends at
     ``max_lr / div_factor / final_div_factor`` at step ``n - 1``. With ``three_phase``, the
-    learning rate first falls back to ``max_lr / div_factor``, as fast as it rose. Each phase is a
-    cosine or a straight line. Momentum goes from ``max_momentum`` to ``base_momentum`` and back.
+    learning rate falls from the peak to ``max_lr / div_factor`` as fast as it rose, and then to its
+    final value. Each phase is a cosine or a straight line. Momentum goes from ``max_momentum`` to ``base_momentum`` and back.
     After step ``n - 1``, the values stay constant, whereas PyTorch's scheduler raises an error.
 
     Source: ``OneCycleLR`` in torch/optim/lr_scheduler.py; Smith and Topin, Super-convergence,
