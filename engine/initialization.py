@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from engine import backends
 from engine.backends.base import Backend
+from engine.backends.deepspeed_import import suspend_zero_init
 from engine.checkpoint.fingerprint import build_identity, read_hyperparameters
 from engine.config import Config, ConfigError, Source, load_config
 from engine.config.batch_sizes import DataRanks, count_data_ranks
@@ -72,6 +73,7 @@ _RANK_0_GRACE_SECONDS = 1.0
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
+@suspend_zero_init()
 def initialize(
     args: argparse.Namespace | None = None,
     model: nn.Module | None = None,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["import_deepspeed", "import_for_config"]
+__all__ = ["import_deepspeed", "import_for_config", "suspend_zero_init"]
 
 
 def import_deepspeed() -> Any:
@@ -36,3 +39,24 @@ def import_for_config() -> Any:
             'install deepspeed`, or set "engine": {"backend": "torch"} and remove the keys that '
             "only DeepSpeed supports."
         ) from error
+
+
+@contextlib.contextmanager
+def suspend_zero_init() -> Iterator[None]:
+    """Suspend an active ``deepspeed.zero.Init`` context, as ``deepspeed.initialize`` does.
+
+    While it is active, that context shards each new module and changes the dtype of each new
+    tensor, such as those in the state of an optimizer.
+    """
+    module: Any = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    context = getattr(module, "top_level_context", None)
+    if context is None:
+        yield
+        return
+    context.unpatch_init_and_builtins()
+    module.top_level_context = None
+    try:
+        yield
+    finally:
+        module.top_level_context = context
+        context.patch_init_and_builtins()

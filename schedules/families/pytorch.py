@@ -227,8 +227,9 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     ``max_lr`` at step ``pct_start * n - 1``, and ends at
     ``max_lr / div_factor / final_div_factor`` at step ``n - 1``. With ``three_phase``, the
     learning rate falls from the peak to ``max_lr / div_factor`` as fast as it rose, and then to its
-    final value. Each phase is a cosine or a straight line. Momentum goes from ``max_momentum`` to ``base_momentum`` and back.
-    After step ``n - 1``, the values stay constant, whereas PyTorch's scheduler raises an error.
+    final value. Each phase is a cosine or a straight line. Momentum goes from ``max_momentum`` to
+    ``base_momentum`` and back. After step ``n - 1``, the values stay constant, whereas PyTorch's
+    scheduler raises an error.
 
     Source: ``OneCycleLR`` in torch/optim/lr_scheduler.py; Smith and Topin, Super-convergence,
     https://arxiv.org/abs/1708.07120.

@@ -111,3 +111,32 @@ def misuse_each_stage():
 
 def test_deepspeed_step_after_misuse_raises():
     run_distributed_test(misuse_each_stage, 1)
+
+
+def initialize_inside_zero_init():
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", verbose=False)
+    config = build_config(
+        bf16={"enabled": True},
+        zero_optimization={"stage": 3},
+        engine={"backend": "deepspeed"},
+    )
+    dtypes = []
+
+    def build_optimizer(parameters):
+        dtypes.append(torch.ones(1).dtype)
+        return torch.optim.Adam(parameters, lr=0.1)
+
+    with deepspeed.zero.Init(config_dict_or_path=config | {"engine": None}):
+        model = build_model()
+        trainer, *_ = engine.initialize(config=config, model=model, optimizer=build_optimizer)
+        dtypes.append(torch.ones(1).dtype)
+        assert hasattr(torch.nn.Linear(2, 2).weight, "ds_id")
+    assert dtypes == [torch.float32, torch.bfloat16]
+    train_step(trainer)
+    assert trainer.global_steps == 1
+
+
+def test_initialize_inside_zero_init_suspends_the_context():
+    run_distributed_test(initialize_inside_zero_init, 2)
