@@ -42,7 +42,7 @@ Work = Callable[[Path], object]
 
 
 def build_engine(backend: str, stage: int) -> engine.Engine:
-    """Return an engine with 42 million parameters (0.5 GB of state), trained for one step."""
+    """Train a model of 42 million parameters (0.5 GB of state) for one step; return its engine."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
     config = {

@@ -226,7 +226,7 @@ print("resumed at step", start(Path("run"), keep=2).global_steps)
 END""",
     ),
     Fault(
-        "`lr_lambda` is `os:_exit`, and the next file is invalid",
+        "two configs: one sets `lr_lambda` to `os:_exit`, the other is invalid",
         """cat > a.json <<'END'
 {"train_batch_size": 8, "scheduler": {"type": "LambdaLR", "params": {"lr_lambda": "os:_exit"}}}
 END
@@ -360,7 +360,7 @@ onecycle validate a.json > printed; status=$?
 grep -o "\\(error\\|warning\\)\\[.*" printed | tr '\\n' ' '; exit $status""",
     ),
     Fault(
-        "a manifest of valid JSON with wrong types",
+        "a manifest that is valid JSON but has values of the wrong types",
         """python <<'END'
 train(start(Path("run"), keep=2), 4)
 Path("run/global_step4/manifest.json").write_text('{"files": [1], "step": {}, "sha256": 7}')

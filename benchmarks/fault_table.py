@@ -7,8 +7,8 @@ which training resumes afterward. Before most faults, three checkpoints exist, t
 Before a fault that needs several ranks, only one checkpoint exists, at step 1. The second table
 lists the faults that are defined in benchmarks/fault_runs.py.
 
-The faults are real: the disk that fills up, for example, is a mounted tmpfs. Only the system clock
-that is set back is simulated. Faults that need a tmpfs are skipped if none can be mounted.
+The faults are real, except that the change of the system clock is simulated. For example, the disk
+that fills up is a mounted tmpfs. If no tmpfs can be mounted, the faults that need one are skipped.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def replace_model(directory: Path) -> Iterator[tuple[str, str, str]]:
     yield (
         "a pickle bomb with a correct hash",
         get_error(lambda: start()[0].load_checkpoint(bomb)),
-        "step 4, if its tag is passed",
+        'step 4, with `tag="global_step4"`',
     )
 
 
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument(
         "--only",
         metavar="TEXT",
-        help="print only the second table, with the faults whose names contain TEXT",
+        help="print only the second table, and only the faults whose names contain TEXT",
     )
     args = parser.parse_args()
     if args.as_rank:

@@ -3,10 +3,10 @@
     python benchmarks/gpu.py --out gpu.json        # 8 minutes at most
     python benchmarks/gpu.py --dry-run             # a much smaller benchmark on the CPU
 
-The tasks are a GPT with 124M parameters in bf16, the same GPT compiled, and a small MLP whose step
-shows the overhead of each library. Each contender runs in its own process, and the processes take
-turns. All contenders use torch's fused AdamW and clip gradients at norm 1. The raw loop is plain
-PyTorch with autocast. onecycle also follows a 1Cycle schedule.
+The tasks are a GPT with 124M parameters in bf16, the same GPT compiled, and a small MLP. The steps
+of the MLP are so short that they show the overhead of each library. Each contender runs in its own
+process, and the processes take turns. All contenders use torch's fused AdamW and clip gradients at
+norm 1. The raw loop is plain PyTorch with autocast. onecycle also follows a 1Cycle schedule.
 
 The report is JSON. For each task and contender, it contains the median time per step in
 milliseconds, the median ratio to the raw loop, tokens or samples per second, the peak GPU memory in
@@ -369,7 +369,7 @@ def serve(connection: Connection, make: Callable[[Task], Step]) -> None:
 
 
 class Contender:
-    """A contender and the process that runs its tasks."""
+    """A library or the raw loop, and the process that runs its tasks."""
 
     def __init__(self, name: str, make: Callable[[Task], Step]) -> None:
         self.name = name

@@ -144,8 +144,8 @@ def kill_runs(
     """Kill and restart runs with the settings of one case.
 
     Returns:
-        The number of kills, the number of runs, and the number of differences from an
-        uninterrupted run, including failed restarts.
+        The numbers of kills, runs and differences. Each failed restart, and each result that
+        differs from that of an uninterrupted run, counts as a difference.
     """
     whole, ended = Run(case, directory / "whole", training_steps).wait()
     assert ended, f"The uninterrupted run of {case} failed."

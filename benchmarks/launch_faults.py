@@ -6,8 +6,8 @@ Faults on hosts: the two hosts are network namespaces of this machine, each with
 (tests/testing/lab.sh; requires root). The ranks only wait; for the fault "a rank ends with 7",
 one of them exits.
 
-Faults on ranks: two ranks train on this machine. One of them fails while the other rank waits for
-it in a collective (tests/testing/failing_rank.py), or the ranks or the launcher receive SIGINT.
+Faults on ranks: two ranks train on this machine. Either one rank fails while the other waits for it
+in a collective (tests/testing/failing_rank.py), or the ranks or the launcher receive SIGINT.
 
 The tables show the launcher's message and exit status, the time in seconds from the fault to the
 launcher's exit, and how many of the job's processes are left afterward.
@@ -64,7 +64,7 @@ RANK_FAULTS = (
     ("an exception in a backward hook", "hook"),
     ("`sys.exit(3)`", "exit"),
     ("a KeyboardInterrupt on one rank", "interrupt"),
-    ("a rank takes fewer steps than the other", "end"),
+    ("one rank takes fewer steps than the other", "end"),
     ("Ctrl-C: SIGINT to the launcher", "launcher"),
     ("SIGINT to every rank", "ranks"),
 )
@@ -146,10 +146,10 @@ def send_interrupt(launcher: subprocess.Popen[bytes], directory: Path, *, to_ran
 
 
 def describe_end(directory: Path) -> str:
-    """Describe how a launch ended, from the error output and checkpoints in its directory.
+    """Summarize how a launch ended, based on the error output and checkpoints in its directory.
 
-    The text contains the last line of the traceback, if any, the launcher's message, and whether
-    a checkpoint was saved.
+    The summary contains the launcher's message. If there is a traceback, its last line comes first.
+    If there is a checkpoint, the summary ends with "saved a checkpoint".
     """
     lines = [
         line.replace("[rank1]:", "").partition("] ")[2].strip() or line

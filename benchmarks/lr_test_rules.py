@@ -3,10 +3,11 @@
     pip install -c constraints.txt -e '.[benchmarks]'
     python benchmarks/lr_test_rules.py
 
-The script uses 1,000 synthetic loss curves of five families at five noise levels (the standard
-deviation as a fraction of the total drop in the loss), and 200 curves on which the loss does not
-fall. Each tool receives the same losses, and smooths and evaluates them with its own code. A
-suggestion is correct if it differs from the true value by less than a factor of 3.
+The script uses 1,000 synthetic loss curves from five families at five noise levels, and 200 curves
+on which the loss does not fall. A noise level is the standard deviation of the noise as a fraction
+of the total drop in the loss. Each tool receives the same losses, and smooths and evaluates them
+with its own code. A suggestion is correct if it differs from the true value by less than a factor
+of 3.
 
 For onecycle's suggested maximum learning rate, the true value is the middle of the region in which
 the loss without noise exceeds its minimum by less than 5% of the total drop. For the rule

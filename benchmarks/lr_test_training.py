@@ -62,7 +62,7 @@ class Task:
 
 
 class Transformer(nn.Module):
-    """A character-level language model with two causal layers."""
+    """A character-level Transformer language model with two layers."""
 
     def __init__(self, characters: int) -> None:
         super().__init__()

@@ -29,8 +29,8 @@ HEAD = """\
 # Estimated and allocated memory of the model states
 
 `python benchmarks/memory_estimate.py`, {date}, on the CPU, with gloo. The model has {layers} layers
-and {count:,} parameters. The columns show the peak number of bytes per parameter on rank 0 during
-a step. The optimizer is AdamW unless another one is named.
+and {count:,} parameters. The estimated and allocated sizes are peak numbers of bytes per parameter
+on rank 0 during a step. The optimizer is AdamW unless another one is named.
 
 | ranks | run | estimated | allocated | difference |
 |---|---|---|---|---|"""
@@ -42,8 +42,9 @@ The table compares onecycle's estimates with those of `estimate_zero2_model_stat
 for 7 billion parameters in bf16 with Adam. DeepSpeed's estimator for stage 3 is called with a
 largest layer of size 0, so it leaves out the parameters that stay gathered after a forward pass.
 The column "without gathered" leaves them out, too. For stage 2, DeepSpeed's estimator counts both
-the 16-bit gradients and their float32 copies, although DeepSpeed frees the 16-bit gradients first.
-For stage 3, where both exist at the same time, the estimator counts only one of them.
+the 16-bit gradients and their float32 copies, although DeepSpeed frees the 16-bit gradients before
+the optimizer step. For stage 3, where both exist during the optimizer step, the estimator counts
+only one of them.
 
 | ranks | stage | offloaded | onecycle | without gathered | DeepSpeed |
 |---|---|---|---|---|---|"""

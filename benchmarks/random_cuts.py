@@ -2,17 +2,17 @@
 
     python benchmarks/random_cuts.py --cuts 30
 
-Each run is killed, receives SIGTERM or Ctrl-C, exits after an epoch, or completes all its steps.
-Then it is restarted. Each step's samples, learning rate and hash of the weights are compared with
-those of an uninterrupted run. The runs use one or two ranks and one of four training loops:
+Each run is restarted after it is killed, receives SIGTERM or SIGINT (Ctrl-C), exits after an epoch,
+or completes all its steps. Each step's samples, learning rate and hash of the weights are compared
+with those of an uninterrupted run. The runs use one or two ranks and one of four training loops:
 
 - ``batches`` iterates over ``trainer.batches()``;
 - ``workers`` does the same, with the script's own data loader, which has two workers;
 - ``epochs`` loops over the remaining epochs;
 - ``script`` saves and loads checkpoints itself.
 
-This program exits with status 1 if any steps differ. Only a killed run may repeat steps: those
-since its most recent checkpoint.
+This program exits with status 1 if any steps differ. Only a killed run may repeat steps,
+namely those after its latest checkpoint.
 """
 
 from __future__ import annotations

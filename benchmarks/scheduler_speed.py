@@ -62,9 +62,9 @@ def repeat_step(step: Step) -> Callable[[int], None]:
 
 
 def build_contenders(groups: int) -> dict[str, Callable[[int], None]]:
-    """Return, for each scheduler, a function that runs a given number of its steps.
+    """Return functions that run a scheduler for a given number of steps, by scheduler name.
 
-    The keys are the names of the schedulers. The dict also contains the bare loop, as the baseline.
+    The dict also contains the bare loop, which is the baseline.
     """
     from deepspeed.runtime.lr_schedules import OneCycle
 

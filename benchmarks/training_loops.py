@@ -26,15 +26,15 @@ from tests.testing.training_loops import BF16, LOOPS, run_loop
 TOLERANCE = {False: 1e-6, True: 2e-2}
 """Maximum difference at which weights count as equal. Key: True for bf16, False for float32."""
 HEAD = """\
-# Training loops of ten kinds
+# Ten kinds of training loops
 
-`python benchmarks/training_loops.py`, {date}, two cores (x86-64), gloo. Four optimizer steps of
-small models with AdamW; each rank has its own data. The final weights are compared with two
+`python benchmarks/training_loops.py`, {date}, two cores (x86-64), gloo. Each loop trains small
+models for four AdamW steps; each rank has its own data. The final weights are compared with two
 references: plain DeepSpeed at the same stage, and a hand-written PyTorch loop. A cell shows the
 largest difference from the closer reference. Differences up to {fp32:g} in float32 and up to
 {bf16:g} in bf16 are rounding errors. On two ranks, a number also means that the weights of both
-ranks are bit-identical, except for MoE, whose experts differ by design. On PyTorch, a single
-process does not shard, so stages 1 to 3 are the same as stage 0.
+ranks are bit-identical, except for MoE, whose experts differ by design. With the PyTorch
+backend, a single process has nothing to shard, so stages 1 to 3 are the same as stage 0.
 """
 
 

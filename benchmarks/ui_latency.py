@@ -50,7 +50,7 @@ new PerformanceObserver((list) => {
 
 
 def find_largest() -> Path:
-    """Return the path of the largest config with a scheduler block in the test corpus."""
+    """Return the path of the largest config in the test corpus that has a scheduler block."""
     paths = sorted(CORPUS.glob("*/*.json"), key=lambda path: path.stat().st_size, reverse=True)
     return next(path for path in paths if '"scheduler"' in path.read_text())
 

@@ -28,7 +28,7 @@ __all__ = ["DeepSpeedAccessors"]
 
 
 class DeepSpeedAccessors(nn.Module):
-    """Base class of `Engine` whose methods and properties have the same names as in DeepSpeed.
+    """Methods and properties of `Engine` that have the same names as in DeepSpeed.
 
     They work on every backend, unless their docstrings say otherwise.
     """

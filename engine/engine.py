@@ -99,7 +99,7 @@ class Engine(DeepSpeedAccessors):
                 ``state_dict`` and ``load_state_dict``.
 
         Raises:
-            ValueError: the loader's batch size or sampler does not fit the config or the ranks.
+            ValueError: ``loader`` conflicts with the config or splits its samples incorrectly.
             RuntimeError: the run already has a data loader.
         """
         if loader is self.training_dataloader:
@@ -166,7 +166,7 @@ class Engine(DeepSpeedAccessors):
         return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)
 
     def _start_pass(self) -> bool:
-        """Return whether the next backward pass averages the gradients across ranks."""
+        """Check accumulated gradients; return whether the next backward pass averages gradients."""
         accumulation = self._run.accumulation
         if accumulation.has_gradients:
             self._run.misuse.check_accumulated(accumulation)
@@ -236,7 +236,7 @@ class Engine(DeepSpeedAccessors):
         return self._run.accumulation.is_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Set, before `backward`, whether the next calls to `step` run the optimizer."""
+        """Set whether subsequent calls to `step` run the optimizer; call this before `backward`."""
         self._run.accumulation.set_boundary(is_boundary)
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -380,11 +380,11 @@ class Engine(DeepSpeedAccessors):
         data position.
 
         Args:
-            load_dir: ``save_dir`` of the `save_checkpoint` call, in onecycle or in DeepSpeed.
+            load_dir: directory that was passed to onecycle's or DeepSpeed's `save_checkpoint`.
             tag: name or number of the checkpoint; default: the newest complete checkpoint.
             load_module_strict: whether the model must have exactly the saved parameters. If false,
                 parameters without a saved value keep their values, and additional saved parameters
-                are ignored. On DeepSpeed, also pass ``load_optimizer_states=False``.
+                are ignored. With DeepSpeed, false also requires ``load_optimizer_states=False``.
             load_optimizer_states: whether to restore the optimizer, loss scale and RNG states.
             load_lr_scheduler_states: whether to restore the schedule.
             load_module_only: whether to restore only the model.

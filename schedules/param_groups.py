@@ -315,10 +315,10 @@ class RangeWriter:
         return betas
 
     def _find_shared_formulas(self) -> list[tuple[str, Formula]]:
-        """Return the (key, formula) pairs of the hyperparameters, if all param groups share them.
+        """Return the (key, formula) pairs of the hyperparameters if all param groups share them.
 
-        Each formula is then evaluated only once per step. If any key or formula differs between
-        groups, return an empty list.
+        `write` evaluates each of these formulas only once per step. If any key or formula differs
+        between groups, return an empty list.
         """
         shared = []
         for name, pieces in self._pieces.items():

@@ -194,7 +194,10 @@ def keep_positive(values: Iterable[float]) -> list[float]:
 
 
 def is_log_panel(panel: str, columns: Iterable[Sequence[float]]) -> bool:
-    """Return whether a panel shows a positive learning rate, so that it can have a log axis."""
+    """Return whether a panel shows learning rates, at least one of which is positive.
+
+    Only such a panel can have a logarithmic axis.
+    """
     return panel in _LR_PANELS and any(value > 0 for values in columns for value in values)
 
 

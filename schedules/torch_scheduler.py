@@ -101,8 +101,8 @@ def _build_per_group(schedules: Mapping[Any, Any], optimizer: Optimizer) -> PerG
         twice = [index for index in indices if index in found]
         if twice:
             raise ValueError(
-                "`schedule` must have at most one schedule per param group, got two for param "
-                f"group {twice[0]}, the second under the key {key!r}. Remove one of the two keys."
+                "`schedule` must have at most one key per param group, got two keys for param "
+                f"group {twice[0]}. Remove one of them, for example {key!r}."
             )
         found |= dict.fromkeys(indices, _build(schedule, {}))
     if not found:

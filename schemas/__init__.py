@@ -13,7 +13,7 @@ written by hand. In addition to the keywords of JSON Schema, the schemas use:
 ``aliases.json`` maps the key names of other tools to config keys. ``rules.json`` contains the
 documentation of each validation rule. ``no_effect.json`` lists the keys that a backend can ignore
 without affecting the results, and the reason for each. An entry with ``values`` applies only to
-those values of the key, and an entry with ``stages`` only to those ZeRO stages.
+those values of the key. An entry with ``stages`` applies only to those ZeRO stages.
 """
 
 from __future__ import annotations

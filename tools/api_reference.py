@@ -58,8 +58,8 @@ _PAGES = {
 _INTRODUCTION = """\
 # API
 
-These are the public names of the packages `engine` and `schedules`. The package `onecycle` exports
-all names of `engine`, and the package `schedules` as `onecycle.schedules`.
+These are the public names of the packages `engine` and `schedules`. All names of `engine` can also
+be imported from `onecycle`, and `schedules` is also available as `onecycle.schedules`.
 [Schedules](../schedules/index.md) documents the class of each schedule."""
 
 

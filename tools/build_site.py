@@ -111,7 +111,7 @@ def read_page(path: Path, target: Path) -> str:
 
 
 def rewrite_links(text: str, name: str, pages: dict[str, str]) -> str:
-    """Return a page with its links to repository files replaced by links to pages of the site.
+    """Replace a page's links to repository files with links to pages of the site.
 
     Args:
         text: Markdown of a page.

@@ -4,8 +4,8 @@
 
 BEFORE and AFTER are the directories of the checkouts. In both, the script evaluates the scheduler
 blocks of the reference files in tests/golden and of the configs in tests/corpus, and the example of
-each schedule. It evaluates each of them four times: without an optimizer for one param group and
-for two, with SGD, and with AdamW. The script also trains with several schedules in BEFORE, saves
+each schedule. It evaluates each of them four times: with SGD, with AdamW, and without an optimizer
+for one and for two param groups. The script also trains with several schedules in BEFORE, saves
 checkpoints, and resumes from them in AFTER. The exit status is 1 if any value or loss differs.
 """
 

@@ -22,8 +22,8 @@ schemas, and `onecycle explain` describes the rules for combinations of keys. Ke
 
 A key accepts "auto" only if its description names the integrations that replace this value. Keys
 and sections marked **DeepSpeed** or **PyTorch** are supported only by that backend. The other
-backend accepts them only with values that [change no result](config/no_effect.md). "since" gives
-the DeepSpeed version that introduced a key; it is omitted for versions up to 0.6."""
+backend accepts them only with values that [do not affect results](config/no_effect.md). "since"
+gives the DeepSpeed version that introduced a key; it is omitted for versions up to 0.6."""
 
 _PARAMS = """\
 # optimizer.params
@@ -33,10 +33,10 @@ case-sensitive. For a custom class, such as `my_module:MyOptimizer`, the paramet
 arguments of its constructor."""
 
 _NO_EFFECT = """\
-# Keys that change no result
+# Keys that do not affect results
 
-With a listed value, a key does not affect the results on the listed backend. The key is reported
-only as a note, and it does not influence the choice of the backend.
+A key with one of the listed values does not affect the results on the listed backend. Such a key is
+reported only as a note and does not influence the choice of the backend.
 
 | key | backend | values | reason |
 |---|---|---|---|"""

@@ -51,7 +51,10 @@ def generate_files() -> dict[Path, str]:
 
 
 def build_index() -> str:
-    """Return the text of the JSON file `INDEX`: each schedule's module and field descriptions."""
+    """Return the text of the JSON file `INDEX`.
+
+    For each schedule, the file contains the family and the descriptions of the fields.
+    """
     entries = {
         name: {"family": family, "fields": read_source_descriptions(cls)}
         for family in FAMILIES

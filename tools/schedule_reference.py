@@ -27,7 +27,7 @@ __all__ = ["build_schedule_pages", "draw_schedules"]
 
 
 class Page(NamedTuple):
-    """A page of the schedule reference: its file name, without extension, and first sentence."""
+    """File name (without extension) and first sentence of a page of the schedule reference."""
 
     name: str
     sentence: str
@@ -54,7 +54,7 @@ _PAGES = {
     ),
     "Built from other schedules": Page(
         "composites",
-        "Schedules that combine other schedules: in sequence, by multiplication, or in parallel.",
+        "Schedules that run other schedules in sequence or in parallel, or multiply their factors.",
     ),
     "Driven by the loss or a metric": Page(
         "feedback", "Schedules that depend on the loss or on a metric."
@@ -68,9 +68,8 @@ _INTRODUCTION = """\
 This page lists the {count} built-in schedules by origin. To use a schedule, set it in the config as
 `"scheduler": {{"type": …, "params": {{…}}}}`, or pass it to `schedules.attach` in your own training
 loop. `onecycle schedules TYPE` prints the documentation of a schedule in the terminal, and
-`onecycle plot` draws the schedule of a config. `make generate` writes this page and the pages that
-it links to, and `make pictures` draws their plots. Each plot shows a schedule with example
-parameters in a run of 100 steps, and for 20 steps after the run.
+`onecycle plot` draws the schedule of a config. Each plot on the linked pages shows a schedule with
+example parameters during a run of 100 steps and for 20 steps after the run.
 
 ## Durations
 

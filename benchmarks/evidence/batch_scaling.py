@@ -56,7 +56,7 @@ def train_to_target(config: Config, task: Task, seed: int) -> Row:
     """Train a model until it reaches the target accuracy or the run ends, and return a row.
 
     In the row, ``"samples"`` is the number of training samples processed before the first
-    evaluation that reached the target; None if no evaluation did.
+    evaluation that reached the target; None if the target was not reached.
     """
     size = config["train_batch_size"]
     row = train(

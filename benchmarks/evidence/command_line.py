@@ -3,8 +3,8 @@
     python benchmarks/evidence/command_line.py
 
 All runs use the config ``configs/command_line/gpt.json``. Command-line arguments from
-``engine.add_schedule_arguments`` override its settings. One run is repeated in two halves, with
-``--steps_this_run``, and compared with the uninterrupted run.
+``engine.add_schedule_arguments`` override its settings. With ``--steps_this_run``, one run is
+repeated in two halves, which are compared with the uninterrupted run.
 """
 
 from __future__ import annotations

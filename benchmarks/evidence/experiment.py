@@ -63,7 +63,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Experiment:
-    """The command-line arguments that all scripts share, and the stored results.
+    """An experiment's settings and stored results.
 
     Args:
         name: name shared by the config directory, the Markdown page, the plot and the JSON file.
@@ -249,7 +249,7 @@ def train(
     stop: Callable[[Row], bool] = lambda row: False,
     args: argparse.Namespace | None = None,
 ) -> Row:
-    """Train a new model, and return its history.
+    """Train a new model, and return its history and learning rates.
 
     Args:
         config: config of the run.

@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         losses.append(loss.item())
     windows = torch.stack([held_out[index] for index in range(min(args.windows, len(held_out)))])
     held_out_loss = trainer.evaluate(windows.split(64), trainer)
-    print(f"step {trainer.global_steps}: loss on held-out text {held_out_loss:.3f}")
+    print(f"step {trainer.global_steps}: held-out loss {held_out_loss:.3f}")
     trainer.destroy()
     return {"lr": lrs, "loss": losses, "held_out_loss": held_out_loss}
 

@@ -56,8 +56,8 @@ def build(
         mesh_param: shape of the device mesh; DeepSpeed only.
 
     Raises:
-        ValueError: the model, parameters, optimizer and config are incompatible, or the model or an
-            argument requires the DeepSpeed backend.
+        ValueError: the model, parameters, optimizer and config are incompatible, or the config
+            selects the PyTorch backend, but the model or an argument requires DeepSpeed.
         ImportError: the config selects DeepSpeed, but DeepSpeed is not installed.
     """
     check_stages(model, config)

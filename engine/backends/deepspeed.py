@@ -134,10 +134,9 @@ class DeepSpeedBackend(Backend):
             self.engine.set_gradient_accumulation_boundary(is_last)
 
     def _start_backward(self, *, is_last: bool) -> None:
-        """Reject an unsupported backward pass, and tell DeepSpeed whether the pass is the last.
+        """Reject an unsupported backward pass, and tell DeepSpeed whether it is the step's last.
 
-        DeepSpeed needs this information only if it manages gradient accumulation. Otherwise, it
-        reduces all gradients in the optimizer step.
+        DeepSpeed needs this information only if it manages gradient accumulation.
         """
         self._order.check(is_last=is_last and self._is_managed)
         if self._is_managed:

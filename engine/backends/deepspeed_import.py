@@ -45,8 +45,8 @@ def import_for_config() -> Any:
 def suspend_zero_init() -> Iterator[None]:
     """Suspend an active ``deepspeed.zero.Init`` context, as ``deepspeed.initialize`` does.
 
-    While it is active, that context shards each new module and changes the dtype of each new
-    tensor, such as those in the state of an optimizer.
+    An active context shards each new module. It also changes the dtype of each new tensor,
+    including the tensors in an optimizer's state.
     """
     module: Any = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
     context = getattr(module, "top_level_context", None)

@@ -118,7 +118,11 @@ class Layout:
             )
 
     def _read_weights(self, *, frozen: bool) -> dict[str, Tensor]:
-        """Return the model's weights by name, as unsharded meta tensors."""
+        """Return a meta tensor with the unsharded shape of each weight, by name.
+
+        Args:
+            frozen: whether to include frozen parameters.
+        """
         return {
             name: torch.empty(_get_shape(value), dtype=value.dtype, device="meta")
             for name, value in self._model.state_dict(keep_vars=True).items()

@@ -19,9 +19,9 @@ _UNSUPPORTED = ("Direct calls to tensor.backward()", "The size of tensor a (0)")
 
 
 class BackwardOrder:
-    """Checker for the order of the forward and backward passes of a DeepSpeed engine.
+    """Checker that rejects backward passes for which DeepSpeed would compute wrong gradients.
 
-    In these cases, DeepSpeed 0.19 silently loses gradients or computes wrong gradients:
+    DeepSpeed 0.19 silently loses gradients or computes wrong gradients in these cases:
 
     - With ZeRO stage 1 or 2, a backward pass follows the pass that is marked as the last of the
       step. DeepSpeed averages the gradients in the marked pass, so the gradients of later passes

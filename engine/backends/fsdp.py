@@ -111,7 +111,8 @@ class FSDPBackend(PyTorchBackend):
     def _check_frozen(self) -> None:
         """Check that no 16-bit parameter was unfrozen after the engine was built.
 
-        FSDP cannot convert a sharded parameter to float32.
+        Such a parameter would have to be trained in float32, but FSDP cannot convert a sharded
+        parameter.
         """
         for name, parameter in self._frozen_16_bits:
             if parameter.requires_grad:
@@ -279,13 +280,13 @@ def _is_sharded(model: nn.Module, settings: tuple[Any, ...]) -> bool:
         return False
     if model not in _SHARDED:
         raise ValueError(
-            "`model` is already sharded by `fully_shard`. Pass the model without sharding it: "
-            "`initialize` shards it according to the config."
+            "`model` must not be sharded by `fully_shard`, because `initialize` shards it as the "
+            "config specifies. Remove the `fully_shard` call."
         )
     if _SHARDED[model] != settings:
         raise ValueError(
-            "`model` is already sharded by FSDP2, with a different ZeRO stage, precision or "
-            "offloading. Build a new model, or use the same settings as the first engine."
+            "`model` is already sharded by FSDP2 with a different ZeRO stage, precision or "
+            "offload setting. Build a new model, or use the same settings as the first engine."
         )
     return True
 
@@ -358,7 +359,7 @@ def _to_local(tensor: Tensor) -> Tensor:
 
 
 def check_gradient_averaging(ranks: Ranks) -> None:
-    """Check that FSDP averages gradients over the ranks. Some builds of torch do not.
+    """Check that this build of torch averages FSDP gradients over the ranks.
 
     Raises:
         RuntimeError: the gradient that FSDP computes for a test weight is not the mean over the
@@ -375,7 +376,7 @@ def check_gradient_averaging(ranks: Ranks) -> None:
     mean = gradient.full_tensor()
     if not torch.allclose(mean, torch.full_like(mean, expected)):
         raise RuntimeError(
-            f"This build of torch does not average FSDP gradients on {ranks.device.type}: expected "
-            f"{expected:g} for a test gradient, got {mean.flatten().tolist()}. Set "
-            '"zero_optimization": {"stage": 0}, or upgrade torch.'
+            "This build of torch does not average FSDP gradients correctly on "
+            f"{ranks.device.type}: expected {expected:g} for a test gradient, got "
+            f'{mean.flatten().tolist()}. Set "zero_optimization": {{"stage": 0}}, or upgrade torch.'
         )

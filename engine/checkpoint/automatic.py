@@ -51,8 +51,8 @@ class SteppedRun(RunState, Protocol):
 class AutomaticCheckpoints:
     """Manager that saves and loads the checkpoints of a run automatically.
 
-    Every rank must call each method. If ``engine.checkpoint.dir`` is not set, the methods do
-    nothing.
+    If one rank calls a method, all other ranks must call it, too. If ``engine.checkpoint.dir`` is
+    not set, the methods do nothing.
 
     Args:
         plan: the config's ``engine.checkpoint`` section.
@@ -104,16 +104,16 @@ class AutomaticCheckpoints:
         return is_loaded
 
     def check_loop(self, length: RunLength, first_epoch: int) -> None:
-        """Check that the script's loop over epochs continues correctly after a resume.
+        """Check that the run does not train too many epochs after an automatic resume.
 
-        In a new run that could be resumed later, only log a warning.
+        If the run is new but can be resumed later, a problem is only logged as a warning.
 
         Args:
             length: length of the run.
             first_epoch: epoch in which the loop starts; 0 in a new run.
 
         Raises:
-            MisuseError: the loop of a resumed run could train too many epochs.
+            MisuseError: the run was resumed and may train too many epochs.
         """
         may_be_resumed = self._directory is not None and self._plan.resume == "auto"
         if first_epoch > 0 or (may_be_resumed and self._ranks.rank == 0):
@@ -158,7 +158,7 @@ class AutomaticCheckpoints:
         run.best.is_unsaved = False
 
     def end_run(self, run: RunState) -> None:
-        """Save a final checkpoint, unless the current step is saved, and log the end of training.
+        """Save a final checkpoint if the current step is unsaved, and log the end of training.
 
         Call this method when the run has reached its end.
         """

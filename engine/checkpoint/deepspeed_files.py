@@ -144,11 +144,11 @@ class DeepSpeedFiles:
         }
 
     def find_weights(self, groups: Sequence[Sequence[str]] = ()) -> dict[str, Any]:
-        """Return the model's parameters and buffers by name.
+        """Return the model's parameters, buffers and extra state by name.
 
         Parameters are in float32 if the checkpoint contains their master weights. Otherwise, they
-        are in the dtype of the saved model. The values that the modules' ``get_extra_state``
-        returned are included, too.
+        are in the dtype of the saved model. The extra state consists of the values that
+        ``get_extra_state`` of the modules returned.
 
         Args:
             groups: names of the parameters in each of the optimizer's param groups. Required to
@@ -243,7 +243,7 @@ class DeepSpeedFiles:
 
     @cached_property
     def _frozen(self) -> dict[str, SavedTensor]:
-        """Maps names to frozen parameters that ZeRO stage 3 shards across the ranks' files."""
+        """Maps the name of each frozen parameter to its tensor; empty except in ZeRO stage 3."""
         shapes = self._model.get("frozen_param_shapes") or {}
         if self.zero_stage != 3 or not shapes:
             return {}

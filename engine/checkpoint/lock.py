@@ -27,9 +27,9 @@ class DirectoryLock:
     """Lock on a directory, held until `release` is called or the process exits.
 
     The file ``.lock`` identifies the process that owns the lock. Another process can acquire the
-    lock after the owner has exited. On the owner's host, it can do so immediately. On another host,
-    it first waits for 60 seconds, to check that the owner's heartbeat in the file has stopped.
-    Within a Slurm job, an owner on another host is assumed to have exited.
+    lock after the owner has exited. A process on another host first checks for 60 seconds that the
+    owner no longer updates the file. Within a Slurm job, an owner on another host is assumed to
+    have exited.
 
     Reading checkpoints does not require the lock.
 

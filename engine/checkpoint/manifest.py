@@ -97,7 +97,7 @@ def read_manifest(checkpoint_dir: Path) -> Manifest:
     if not required <= found.keys() <= names:
         wrong = escape(", ".join(sorted((required - found.keys()) | (found.keys() - names))))
         raise CheckpointError(
-            f"{path} is damaged because some keys are missing or unknown: {wrong}. Use another "
+            f"{path} is damaged: some keys are missing or unknown ({wrong}). Use another "
             "checkpoint."
         )
     if "checksum" in found and found["checksum"] != _compute_checksum(found):

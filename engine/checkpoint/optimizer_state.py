@@ -153,7 +153,7 @@ def check_optimizer_state(
 def find_outside_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     """Return the optimized parameters that are not in the model, such as those of a loss function.
 
-    The name of each of these parameters is derived from its position in the param groups.
+    Their names are derived from their positions in the param groups.
     """
     named = _name_parameters(model, optimizer)
     return {name: parameter for name, parameter in named if name.startswith(_OUTSIDE)}
@@ -198,9 +198,9 @@ class _Indices(list[int]):
     """Parameter indices of a param group, with an ``in`` operator that speeds up loading.
 
     For each state tensor, `Optimizer.load_state_dict` searches the groups one by one for the
-    parameter, to read the group's settings ``fused`` and ``capturable``. With 10,000 groups, this
-    takes minutes. To end the search earlier, ``in`` also returns True for the parameters of all
-    other groups with the same values of ``fused`` and ``capturable``.
+    tensor's parameter, to read the settings ``fused`` and ``capturable`` of its group. With 10,000
+    groups, this takes minutes. To end the search earlier, ``in`` also returns True for the
+    parameters of all other groups with the same values of ``fused`` and ``capturable``.
     """
 
     def __init__(self, own: Iterable[int] = (), known: Collection[int] = ()) -> None:

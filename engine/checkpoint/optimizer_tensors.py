@@ -46,10 +46,10 @@ def keep_tensors(optimizer: Optimizer) -> Iterator[None]:
 
 
 def _fill(old: Any, new: Any) -> Any:
-    """Return ``new``, but reuse the tensors of ``old``.
+    """Copy the tensors in ``new`` into their counterparts in ``old``, and return the result.
 
-    Each tensor in ``new`` is copied into its counterpart in ``old``, which replaces it in the
-    result. A tensor without a counterpart of the same shape, dtype and device is kept.
+    The result has the structure of ``new`` and the tensors of ``old``. If a tensor in ``new`` has
+    no counterpart of the same shape, dtype and device, the result contains the new tensor.
     """
     if isinstance(old, Tensor) and isinstance(new, Tensor):
         is_alike = (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)

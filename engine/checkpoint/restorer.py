@@ -122,10 +122,10 @@ class Restorer:
             )
 
     def _check_match(self, run: RunState, selected: Selected, parts: Parts) -> None:
-        """Check that the checkpoint matches this run.
+        """Check that the checkpoint matches this run, and discard an incompatible scheduler state.
 
-        If this run's built-in schedule cannot load the scheduler state of a DeepSpeed checkpoint,
-        discard the state.
+        The state is discarded only if it is from a DeepSpeed checkpoint and this run uses a
+        built-in schedule.
         """
         checkpoint_dir, manifest, state = selected.path, selected.manifest, selected.state
         is_converted = selected.is_foreign and parts.scheduler and not self._plan.override

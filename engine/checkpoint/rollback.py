@@ -50,10 +50,10 @@ class Rollback:
         self._backend = backend
         self._ranks = backend.ranks
         self.snapshot: Any = None
-        """Snapshot at the lowest loss so far; None before the first one and after the warmup."""
+        """Latest snapshot; None before the first snapshot and after the warmup."""
 
     def update(self, scheduler: object) -> None:
-        """Take a snapshot if the mean loss is the lowest so far, or restore it after the warmup.
+        """Take a snapshot at each new lowest mean loss, and restore the latest after the warmup.
 
         Args:
             scheduler: AutoWU scheduler that has already received the loss of the current step.

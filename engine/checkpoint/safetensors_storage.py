@@ -344,8 +344,8 @@ def _check_parts(name: str, whole: TensorStorageMetadata) -> None:
         is_covered &= is_inside and (len(differing) != 1 or differing[0])
     if not is_covered:
         raise ValueError(
-            f"the saved shards of `{name}` must cover the full tensor, of shape "
-            f"{tuple(whole.size)}, without gaps or overlaps."
+            f"the saved shards of `{name}` do not cover the full tensor of shape "
+            f"{tuple(whole.size)} exactly once."
         )
 
 

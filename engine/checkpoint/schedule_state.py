@@ -62,18 +62,18 @@ def prepare_schedule_state(
     *,
     override: bool,
 ) -> dict[str, Any] | None:
-    """Return the state to load into the scheduler, and check that the scheduler can load it.
+    """Check that the scheduler can load the saved state, and return the state to load.
 
     Args:
         scheduler: scheduler of this run.
         state: saved state of the run, which includes the scheduler state.
         config: config of this run.
-        steps: number of optimizer steps applied before the run continues.
+        steps: number of optimizer steps that have already been applied.
         override: whether this run's schedule replaces the saved schedule.
 
     Returns:
-        The scheduler state, or None if a PyTorch scheduler replaces the saved schedule. If None,
-        the caller must advance the scheduler to ``steps`` with `advance`.
+        The scheduler state, or None if a PyTorch scheduler replaces the saved schedule. In that
+        case, the caller must advance the scheduler to ``steps`` with `advance`.
 
     Raises:
         ValueError: if the saved state is damaged.
@@ -128,7 +128,7 @@ def _check_schedule_state(scheduler: LRScheduler, state: dict[str, Any]) -> None
 
 
 def _fix_lengths(value: Any) -> Any:
-    """Convert lists to tuples, for which `check_same_structure` requires equal lengths."""
+    """Convert lists to tuples, so that `check_same_structure` requires equal lengths."""
     if isinstance(value, dict):
         return {key: _fix_lengths(each) for key, each in value.items()}
     return tuple(map(_fix_lengths, value)) if isinstance(value, list) else value
@@ -153,7 +153,7 @@ def _adapt_schedule_state(
             state |= {"state": saved["state"], "step": saved["step"]}
         else:
             log.warning(
-                "%s depends on past losses that this checkpoint does not contain; "
+                "the checkpoint has no state for the schedule %s with its current params; "
                 "restarting the schedule",
                 own["type"],
             )
@@ -164,8 +164,8 @@ def _adapt_schedule_state(
 def advance(scheduler: LRScheduler, applied_steps: int) -> None:
     """Step a PyTorch scheduler until it reaches the current step of the run.
 
-    Unlike a `ScheduleBinder`, a PyTorch scheduler cannot jump to a step. Loading its saved state
-    would also restore the settings of the saved run.
+    Unlike a `ScheduleBinder`, a PyTorch scheduler cannot jump to a step, and loading its saved
+    state would also restore the settings of the saved run.
 
     Args:
         scheduler: scheduler of this run.

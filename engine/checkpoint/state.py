@@ -63,7 +63,7 @@ class Source(Protocol):
 
 
 class _Shards:
-    """The contents of the files that `write` wrote."""
+    """The contents of a checkpoint that `write` saved."""
 
     def __init__(self, directory: Path) -> None:
         self._reader = ShardReader(directory)
@@ -113,8 +113,8 @@ def write_async(
         frozen: whether to include frozen parameters.
 
     Returns:
-        A future that completes when all ranks have written their shards. On rank 0, it
-        completes after the file `VALUES` has been written, too.
+        A future that completes when all ranks have written their shards and, on rank 0, the file
+        `VALUES` has been written.
     """
     state = _get_state(model, optimizer, frozen=frozen)
     copies = copy_to_host(state, buffers)

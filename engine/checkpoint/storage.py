@@ -208,15 +208,15 @@ def find(directory: Path, tag: str | None = None) -> tuple[Path, Manifest]:
 
     Args:
         directory: directory that holds the run's checkpoints.
-        tag: name of the checkpoint. If None, the newest complete checkpoint with ``resumable`` set
-            is used, and damaged checkpoints are skipped.
+        tag: name of the checkpoint. If None, damaged checkpoints are skipped, and the newest
+            complete checkpoint whose manifest has ``resumable`` set is used.
 
     Returns:
         The directory and the manifest of the checkpoint.
 
     Raises:
-        FileNotFoundError: if the checkpoint does not exist.
-        CheckpointError: if the checkpoint with this tag is incomplete or damaged.
+        FileNotFoundError: if there is no such checkpoint.
+        CheckpointError: if the checkpoint with the given tag is incomplete or damaged.
     """
     complete = list_checkpoints(directory)
     names = ", ".join(checkpoint_dir.name for checkpoint_dir, _ in complete) or "none"
@@ -235,8 +235,8 @@ def find(directory: Path, tag: str | None = None) -> tuple[Path, Manifest]:
     if problems:
         others = ", ".join(each.name for each, _ in complete if each != checkpoint_dir) or "none"
         raise CheckpointError(
-            f"{checkpoint_dir} is damaged: {'; '.join(problems)}. Other complete checkpoints: "
-            f"{others}."
+            f"{checkpoint_dir} is damaged: {'; '.join(problems)}. Load a different checkpoint. "
+            f"Complete checkpoints: {others}."
         )
     return checkpoint_dir, manifest
 

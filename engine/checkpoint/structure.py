@@ -201,9 +201,9 @@ def _check_parameter_state(
 class _Templates:
     """Builder of the expected optimizer state of a parameter.
 
-    For an optimizer class in `torch.optim`, a temporary optimizer takes one step on a small
-    parameter with as many dimensions as the real one, and its state is used. For any other class,
-    the current state of the parameter is used, because a step could have side effects.
+    For an optimizer class in `torch.optim`, the state comes from a temporary optimizer that takes
+    one step on a small parameter with the same number of dimensions. For any other class, a step
+    could have side effects, so the current state of the parameter is used.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:

@@ -56,7 +56,10 @@ def find_fix_edits(
     problems: Sequence[Problem],
     accept: Callable[[Problem], bool] = lambda problem: True,
 ) -> Iterator[FixEdit]:
-    """Yield the edit for each problem that has an automatic fix; see `apply_fixes`."""
+    """Yield the edit for each problem whose automatic fix is certain or accepted.
+
+    The arguments are the same as those of `apply_fixes`.
+    """
     text = document.text
     taken = set(document.locations)
     for problem in problems:

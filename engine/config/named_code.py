@@ -87,7 +87,7 @@ def _find_import_paths(value: Any, pointer: str) -> Iterator[NamedCode]:
 def check_named_code(
     document: Document, block: Mapping[str, Any], pointer: str = "/scheduler"
 ) -> Iterator[Problem]:
-    """Yield `check_import`'s result for each import path and entry point in a ``scheduler`` block.
+    """Yield a problem for each import path and entry point in a ``scheduler`` block.
 
     Args:
         document: parsed config.
@@ -114,8 +114,8 @@ def check_import(document: Document, code: NamedCode) -> Problem:
             severity = "warning"
             message = f"`{name}` refers to {quote_value(path)}, but its module was not found."
             hint = (
-                "Add the module's directory to PYTHONPATH, unless the module is next to the "
-                "training script."
+                "If the module is not in the training script's directory, add the module's "
+                "directory to PYTHONPATH."
             )
     except ValueError:
         severity = "error"

@@ -36,7 +36,7 @@ def find_reason_for_no_effect(member: Member, backend: str, stage: int | None = 
 
 
 def _find_current_pointer(member: Member) -> str:
-    """Return a key's JSON pointer, with the current name instead of an alias or deprecated name."""
+    """Return the JSON pointer of a key, with aliases and deprecated names replaced."""
     alias = member.schema.get("x-alias-of")
     pointer = join_pointer(get_parent(member.pointer), alias) if alias else member.pointer
     return pointer.replace("/bfloat16/", "/bf16/", 1)
@@ -46,10 +46,11 @@ def _is_listed(member: Member, values: Any) -> bool:
     """Return whether a key or section has a value that does not affect the results.
 
     Args:
-        member: key of a config, with its value.
-        values: the values without an effect on the results; None if this applies to every value.
-            For a key, a list of values. For a section, a dict that maps some of its keys to such
-            lists; each of these keys must have a value in its list.
+        member: key or section of a config, with its value.
+        values: for a key, the list of its values that do not affect the results. For a section, a
+            dict that maps keys of the section to such lists; the section does not affect the
+            results if each of these keys has a value from its list. None if no value affects the
+            results.
     """
     if values is None:
         return True

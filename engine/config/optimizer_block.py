@@ -15,7 +15,7 @@ __all__ = ["OptimizerBlock", "build_optimizer_block"]
 
 @dataclass(frozen=True)
 class OptimizerBlock:
-    """The config's ``optimizer`` section with all defaults; ``type`` has its canonical spelling."""
+    """The config's ``optimizer`` section with defaults filled in and a canonical ``type``."""
 
     type: str
     params: Mapping[str, Any]
@@ -29,7 +29,7 @@ class OptimizerBlock:
 
     @property
     def group_keys(self) -> tuple[str, ...]:
-        """Dotted names of the keys in use that divide the parameters into param groups."""
+        """Dotted names of the keys that this config uses to divide parameters into param groups."""
         keys = {
             "param_groups": bool(self.param_groups),
             "no_decay": self.no_decay,
@@ -43,7 +43,7 @@ def build_optimizer_block(
     backend: str,
     group_schedules: Mapping[int, Schedule[Any]] | None = None,
 ) -> OptimizerBlock | None:
-    """Return the ``optimizer`` section with all defaults, or None if the section is absent.
+    """Return the ``optimizer`` section with defaults filled in, or None if it is absent.
 
     Args:
         block: a valid ``optimizer`` section; None if the section is absent.

@@ -1,4 +1,4 @@
-"""Look up the JSON schema of an optimizer's ``params`` by its ``optimizer.type``."""
+"""Look up the JSON schema of an optimizer's ``params``, given its ``optimizer.type``."""
 
 from __future__ import annotations
 

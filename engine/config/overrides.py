@@ -91,7 +91,8 @@ class _StoreOverride(argparse.Action):
     """An argparse action that stores an argument's value in two places.
 
     The value is stored in the usual namespace attribute and in the namespace's dict
-    ``onecycle_overrides``, which the script's own arguments do not change.
+    ``onecycle_overrides``. The script's own arguments are not stored in this dict, even if they
+    have the same names.
     """
 
     def __call__(
@@ -110,8 +111,8 @@ class _StoreOverride(argparse.Action):
 class Override:
     """A config value set by a command-line argument.
 
-    ``replaced_value`` describes the overridden value and its origin. The string is empty if the
-    key was absent or already had the new value.
+    ``replaced_value`` describes the previous value and its origin. It is empty if the key was
+    absent or already had the new value.
     """
 
     argument: str
@@ -139,7 +140,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     >>> args.deepspeed, args.deepspeed_config
     (True, 'ds_config.json')
     """
-    add = _start_group(parser, "config", "config file, as in DeepSpeed")
+    add = _start_group(parser, "config", "config file; the arguments have DeepSpeed's names")
     add("deepspeed", action="store_true", help="accepted for compatibility; ignored")
     add("deepspeed_config", metavar="FILE", help="path of the config file")
     return parser
@@ -160,11 +161,13 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     >>> args.max_steps, args.learning_rate
     (100, None)
     """
-    add = _start_group(parser, "run", "override values of the config; named as in SambaFlow")
+    add = _start_group(
+        parser, "run", "override config values; the arguments have SambaFlow's names"
+    )
     for name, (metavar, kind, text) in _RUN_ARGUMENTS.items():
         add(name, action=_StoreOverride, metavar=metavar, type=kind, help=text)
     add = _start_group(
-        parser, "schedule", "parameters of DeepSpeed's schedules; override `scheduler.params`"
+        parser, "schedule", "override parameters of DeepSpeed's schedules in `scheduler.params`"
     )
     for name, cls in _find_schedule_parameters().items():
         field = read_fields(cls)[name]
@@ -337,14 +340,14 @@ def _describe_value(document: Document, pointer: str, new: Any) -> str:
 
 
 def _replace_values(document: Document, value: Any, changes: Sequence[Override]) -> Document:
-    """Return a copy of a document with a new value and the arguments that changed it.
+    """Return a copy of a document with a new value and a record of the changes.
 
     The copy lacks the source locations of keys inside the changed values.
 
     Args:
         document: parsed config. It is not modified.
-        value: value of the copy, which already contains the changes.
-        changes: changes whose arguments are added to the copy's ``arguments``.
+        value: new value, with the changes already applied.
+        changes: changes to record in the copy's ``arguments``.
     """
     origins = {change.pointer: change.argument for change in changes}
     below = tuple(f"{pointer}/" for pointer in origins)

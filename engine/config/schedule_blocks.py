@@ -69,10 +69,10 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
-    """Return the problem with a hint that names schedules accepting its unknown parameter.
+    """Return a copy of a problem, with a hint that lists schedules with the unknown parameter.
 
     Return the problem unchanged if it does not report an unknown parameter, if its hint already
-    suggests a key, or if no schedule accepts the parameter.
+    suggests a key, or if no schedule has the parameter.
     """
     if problem.rule != "unknown-key" or "`" in problem.hint:
         return problem
@@ -102,8 +102,9 @@ def construct_schedule(
 
     Returns:
         Pair ``(schedule, problems)``. ``schedule`` is None if it cannot be constructed.
-        ``problems`` contains the problems with the schedule's parameters or the run length. It is
-        empty if any parameter is in ``unresolved``, because that parameter could be the cause.
+        ``problems`` contains the problems with the schedule's parameters or the run length. If any
+        parameter is in ``unresolved``, ``problems`` is empty, because that parameter could have
+        caused them.
     """
     block = _find_block(config, pointer)
     if not isinstance(block, Mapping) or "type" not in block:
@@ -164,8 +165,8 @@ def _resolve_in_any_run(schedule: Schedule[Any], horizons: Sequence[Horizon]) ->
     problems = [first[field] for field in first if all(field in each for each in others)]
     for index, problem in enumerate(problems):
         if any(each[problem.field].message != problem.message for each in others):
-            message = f"{problem.message} The numbers of steps in this message are examples. "
-            message += "The problem occurs with any dataset and batch size."
+            message = f"{problem.message} The step counts in this message are only examples; "
+            message += "the problem occurs with any dataset and batch size."
             problems[index] = dataclasses.replace(problem, message=message)
     if problems:
         raise ScheduleError(schedule.type_name, problems)

@@ -105,9 +105,10 @@ def list_possible_horizons(
     ranks: DataRanks | None,
     steps_per_epoch: int | None = None,
 ) -> list[Horizon]:
-    """Return a list with the run length if it is known, otherwise with several possible lengths.
+    """Return the possible horizons of a run.
 
-    A config should be rejected only if it is invalid for every length in the list.
+    There are several if a duration is in epochs, samples or tokens, and the number of steps per
+    epoch or samples per step is unknown. Reject a config only if it is invalid for all of them.
 
     Args:
         schedule: schedule whose durations will be converted to steps.
@@ -257,7 +258,7 @@ class EvaluatedSchedule:
 
     @property
     def end(self) -> int | None:
-        """Step from which the schedule keeps the learning rate constant; None if there is none."""
+        """Step from which the learning rate stays constant; None if there is no such step."""
         if "lr" not in self.curves:
             return None
         curve, step = self.curves["lr"][0], 0
@@ -280,8 +281,8 @@ def evaluate_schedule(
 ) -> EvaluatedSchedule | None:
     """Compute a schedule's curves for a config's optimizer and run length.
 
-    Return None if the curves depend on the loss or a metric, or on a number of steps per epoch or a
-    batch size that is unknown.
+    Return None if the curves depend on the loss, on a metric, or on an unknown batch size or number
+    of steps per epoch.
 
     Raises:
         ValueError: the schedule is invalid for this run length or optimizer.

@@ -1,4 +1,4 @@
-"""Iterate over the keys of a config with their JSON schemas, and look up defaults."""
+"""Iterate over the keys of a config and their JSON schemas, and look up defaults."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = [
 
 SCHEMA = "ds_config.schema.json"
 IGNORED_PREFIXES = ("x-", "//", "_")
-"""Prefixes of keys that are ignored: comments and disabled settings."""
+"""Prefixes of ignored keys. Such keys hold comments or disabled settings."""
 OPTIMIZERS: Mapping[str, dict[str, Any]] = schemas.read("optimizers.json")["$defs"]
 
 ABSENT: Any = object()
@@ -110,7 +110,7 @@ class Member(NamedTuple):
     schema: Mapping[str, Any]
     """JSON schema of the value; empty for an unknown key."""
     is_given: bool = True
-    """Whether the config contains the key. If False, the value was filled in."""
+    """Whether the config contains the key. If false, `walk` filled in the value."""
 
     @property
     def is_section(self) -> bool:

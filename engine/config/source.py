@@ -65,7 +65,11 @@ def load_document(config: Source) -> Document:
         ) from None
     except FileNotFoundError:
         near = _find_nearest_file(path)
-        hint = f"Did you mean {near}?" if near else f"{path.parent} contains no JSON file."
+        hint = (
+            f"Did you mean {near}?"
+            if near
+            else f"Check the path: {path.parent} contains no JSON file."
+        )
         raise _build_unreadable_error(name, "File not found.", hint) from None
     except OSError as error:
         raise _build_unreadable_error(

@@ -115,10 +115,10 @@ def _get_error_pointers(problems: Sequence[Problem]) -> set[str]:
 
 
 def _find_deprecated(document: Document) -> Iterator[Problem]:
-    """Yield a note for each deprecated key whose replacement is not set.
+    """Yield the problems of deprecated keys.
 
-    Yield an error if a section contains both a deprecated key and its replacement, because
-    DeepSpeed rejects such a config.
+    Yield a note if the replacement of a deprecated key is not set. Yield an error if a section
+    contains both the deprecated key and its replacement, because DeepSpeed rejects such a config.
     """
     for member in walk(document.value, schemas.read(SCHEMA)):
         if not member.schema.get("deprecated"):
@@ -133,9 +133,9 @@ def _find_deprecated(document: Document) -> Iterator[Problem]:
             yield document.build_problem(
                 "deprecated-key",
                 member.pointer,
-                f"`{name}` is the deprecated form of `{instead}`, and DeepSpeed rejects a config "
-                f"with both `{name}` and `{replacement}`.",
-                f"Remove `{name}`.",
+                f"`{name}` must not be set together with `{replacement}`, because DeepSpeed "
+                "rejects such a config.",
+                f"Remove `{name}`, which is deprecated in favor of `{instead}`.",
                 at_key=True,
             )
         elif instead not in siblings:

@@ -100,7 +100,7 @@ def suggest_key(
         where = " or ".join(f"`{each}`" if each else "the top level" for each in sections)
         return Suggestion(f"Move it to {where}.")
     if near := find_nearest(key, [name for name in usable if name in present]):
-        return Suggestion(f"Did you mean `{near}`, which is already set?")
+        return Suggestion(f"Remove the key if you meant `{near}`, which is already set.")
     return Suggestion("")
 
 

@@ -106,11 +106,12 @@ def _convert_error(
             replaced = schema.get("x-alias-of")
             hint = f"Set a value, or use `{replaced}`." if replaced else "Set a value."
             message = f"`{name}` must be {describe_schema(schema)}, "
-            message += 'got "auto", which no integration replaces.'
+            message += 'got "auto", which neither Transformers nor Accelerate replaces.'
             is_accepted = means_default(pointer, value)
             if is_accepted:
                 message = (
-                    f'`{name}` is "auto", but no integration replaces it. The default is used.'
+                    f'`{name}` is "auto", but neither Transformers nor Accelerate replaces it. '
+                    "The default is used."
                 )
             yield document.build_problem(
                 "unsupported-auto",
@@ -143,7 +144,7 @@ def _suggest_fraction_of_run(value: Any, schema: Mapping[str, Any]) -> str:
 
 
 def _suggest_plain_number(value: object, schema: Mapping[str, Any]) -> str:
-    """Return a hint if a key for numbers has a time string, such as "1ep", or "" if not."""
+    """Return a hint if a value is a time string but must be a number, or "" if not."""
     unit, types = get_unit(value), schema.get("type", ())
     takes_number = "integer" in types or "number" in types
     return f"Write a number without the unit `{unit}`." if unit and takes_number else ""

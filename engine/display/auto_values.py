@@ -1,4 +1,4 @@
-"""Replace "auto" values to preview the schedule of a config written for transformers."""
+"""Replace "auto" values in a config for Hugging Face Transformers, to preview its schedule."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class AutoValues:
     learning_rate: float = 5e-5
     """Learning rate of the optimizer. The default is the same as in transformers."""
     total_steps: int | None = None
-    """Length of the run in steps; None to use ``engine.max_duration`` or, if not set, 1,000."""
+    """Length of the run in steps; None to use ``engine.max_duration``, or 1,000 if it is absent."""
     warmup_steps: int | None = None
     """Length of the warmup in steps; None for a tenth of the run."""
 

@@ -39,9 +39,9 @@ class Line:
     color: int | None = None
     """Index of the color in the palette; None to use the index of the line in the panel."""
     is_compared: bool = False
-    """Whether the line is dashed."""
+    """Whether the line is shown only for comparison. Such lines are dashed."""
     has_gaps: bool = False
-    """Whether to connect the points on both sides of missing values."""
+    """Whether the line continues across missing values instead of being interrupted."""
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,10 @@ def format_bytes(size: float) -> str:
 
 
 class EstimateTable(NamedTuple):
-    """A table of strings.
+    """A table of memory estimates.
 
-    The columns after the second contain sizes, except for the unnamed column that marks the stage
-    of the config.
+    All columns after the second contain sizes, except for an unnamed last column, which marks the
+    row of the config.
     """
 
     title: str
@@ -111,7 +111,7 @@ def describe_run(model: Sequence[ParameterSize], settings: MemorySettings) -> st
 
 
 def build_tables(alternatives: Sequence[Alternative]) -> tuple[EstimateTable, EstimateTable]:
-    """Return a table of the config's estimate by component, and one that compares all ZeRO stages.
+    """Return two tables: the config's estimate by component, and a comparison of the ZeRO stages.
 
     Args:
         alternatives: estimates for all ZeRO stages, including the stage of the config.

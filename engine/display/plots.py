@@ -36,7 +36,7 @@ def draw(
     evidence: Evidence | None = None,
     dpi: int = 150,
 ) -> Figure:
-    """Plot columns against the step in one panel per hyperparameter. Save and return the figure.
+    """Plot columns against the step, with one panel per hyperparameter, and save the figure.
 
     Args:
         columns: values at each step, by column name; see `schedules.plots.name_columns`.
@@ -95,7 +95,10 @@ def _draw_loss(axis: Axes, losses: Sequence[float], evidence: Evidence) -> None:
 
 
 def draw_decision(evidence: Evidence, path: Path, title: str) -> None:
-    """Plot the learning rate and losses of a warmup, and add to the title why the warmup ended."""
+    """Plot the learning rate and losses of a warmup.
+
+    The reason why the warmup ended is appended to ``title``.
+    """
     step, lr, reason, probability = evidence.decision
     confidence = "" if probability is None else f" (probability {probability:.3f})"
     draw(

@@ -37,7 +37,7 @@ class Preview:
 
     name: str
     configured: Schedule[Any]
-    """The schedule with the durations from the config, such as "10ep"."""
+    """The schedule before its durations, such as "10ep", were scaled and converted to steps."""
     schedule: Schedule[Any]
     """The schedule after its durations were scaled and converted to steps."""
     curves: Curves

@@ -64,7 +64,7 @@ def draw_on_terminal(
         columns: values at each step, by column name.
         title: title of the plot, printed above the panels.
         steps: step number of each value in a column, in ascending order (default: 0, 1, 2, …).
-        curves: curve of each column, with the phases to list in the plot.
+        curves: curve of each column; its phases are listed in the plot.
         sources: name of each column's schedule, if several schedules are compared.
         log: whether the axis of the learning rate is logarithmic.
         size: width and height of the terminal in characters.

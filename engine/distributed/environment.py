@@ -56,16 +56,16 @@ USAGE = 2
 """Exit status: invalid command-line arguments, or a file that cannot be read or written."""
 
 UNREACHABLE = 69
-"""Exit status: a host failed the preflight check (EX_UNAVAILABLE)."""
+"""Exit status (EX_UNAVAILABLE): a host failed the preflight check."""
 
 SAVED_AND_ENDED = 75
-"""Exit status: the run received a signal, saved a checkpoint and exited (EX_TEMPFAIL: retry)."""
+"""Exit status (EX_TEMPFAIL, retry): the run received a signal, saved a checkpoint and exited."""
 
 INTERRUPTED = 130
-"""Exit status: Ctrl-C ended the run; a checkpoint may have been saved first (128 + SIGINT)."""
+"""Exit status (128 + SIGINT): Ctrl-C ended the run. A checkpoint may have been saved first."""
 
 NODE_LOST = 75
-"""Exit status: the launcher lost the connection to a host (EX_TEMPFAIL: retry)."""
+"""Exit status (EX_TEMPFAIL, retry): the launcher lost the connection to a host."""
 
 TIMED_OUT = 124
 """Exit status: the hosts did not connect in time (same status as the `timeout` command)."""

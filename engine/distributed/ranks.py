@@ -123,15 +123,16 @@ def init_distributed(
         always_create_group: whether to create a process group even for a single process. Some
             libraries require a process group.
         port: port of rank 0, used if `MASTER_PORT` is not set.
-        device: "cuda", "cpu", or "auto" to use a GPU if PyTorch finds one and the CPU otherwise.
+        device: "cuda", "cpu" or "auto". "auto" uses a GPU if PyTorch finds one, and otherwise the
+            CPU.
 
     Returns:
         The rank, local rank, world size and device of this process.
 
     Raises:
-        ValueError: if there are several ranks, but `WORLD_SIZE`, `RANK`, `MASTER_ADDR` or
-            `MASTER_PORT` is not set and cannot be derived from the variables of srun or mpirun; or
-            if the GPU that ``device`` or ``LOCAL_RANK`` selects does not exist.
+        ValueError: if the GPU that ``device`` or ``LOCAL_RANK`` selects does not exist, or if a run
+            with several ranks needs a variable, such as `MASTER_ADDR`, that is not set and cannot
+            be derived from the variables of srun or mpirun.
     """
     if not _has_process_group():
         os.environ.update(read_task_variables(os.environ, port))
@@ -203,7 +204,7 @@ def _delay_exit() -> None:
 
     A gloo thread that owns a tensor needs the interpreter to release the tensor. If the interpreter
     has already exited, the process aborts ("terminate called without an active exception"). The
-    wait is needed even if the script itself created the group or has already destroyed it.
+    wait is needed even if the script itself created the process group or has already destroyed it.
     """
     atexit.register(time.sleep, _RELEASE_TIME)
 

@@ -48,10 +48,11 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
     Returns:
         Values of ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``. The
         dict is empty if there is only one task, if ``RANK`` and ``WORLD_SIZE`` are already set, or
-        if ``WORLD_SIZE`` differs from the number of tasks.
+        if ``WORLD_SIZE`` is set to a value other than the number of tasks.
 
     Raises:
-        ValueError: if srun or mpirun started several tasks, but one of the values is unknown.
+        ValueError: srun or mpirun started several tasks, but a value is unknown, or the task is an
+            interactive shell (``srun --pty``).
 
     >>> names = ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
     >>> values = dict(zip((f"OMPI_COMM_WORLD_{name}" for name in names), "2112", strict=True))

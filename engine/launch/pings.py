@@ -59,7 +59,7 @@ class Pinger:
 
 
 def main() -> None:
-    """Receive pipes from the launcher, and send pings to them until the launcher exits."""
+    """Send pings to the pipes that the launcher passes, until the launcher exits."""
     interval = float(sys.argv[1])
     pipes: list[int] = []
     next_time = time.monotonic() + interval

@@ -171,8 +171,8 @@ class Children:
             return Child(name, command, self._selector, is_agent=is_agent)
         except BlockingIOError:
             raise LaunchError(
-                f"Cannot start the process for {name}, because the limit on processes is reached. "
-                "Raise the limit with `ulimit -u`, or launch on fewer hosts."
+                f"Cannot start the process for {name}, because the process limit has been reached. "
+                "Raise it with `ulimit -u`, or launch on fewer hosts."
             ) from None
 
     def wait(self, timeout: float) -> list[tuple[Child, bytes]]:

@@ -39,7 +39,7 @@ Console = Literal["all", "rank0", "none"]
 
 
 class _Agent:
-    """Child process of the launcher for one host: the agent, or an ssh client that runs it."""
+    """Child process that runs the agent of one host, locally or over ssh."""
 
     def __init__(self, child: Child) -> None:
         self.child = child
@@ -118,10 +118,10 @@ class _Output:
             raise self._error
 
     def get_last_lines(self, source: str) -> tuple[str, ...]:
-        """Return the last lines of a rank (``node0:r1``) or an agent (``node0``) that failed first.
+        """Return the last lines of a rank (``node0:r1``) or an agent (``node0``).
 
-        Return nothing if the console has already shown these lines near its end. If it shows all
-        ranks, the lines are returned, because the output of other ranks may follow them.
+        If the console shows only rank 0 and the agents, return nothing for these sources, because
+        their last lines are already near the end of the console output.
         """
         return () if self._is_printed_alone(source) else tuple(self._kept[source])
 
@@ -211,7 +211,8 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
     Args:
         plan: plan to run.
         console: "all", "rank0" or "none"; selects the ranks whose output is printed. The outcome
-            contains the last lines of the first rank that fails, unless "rank0" has printed them.
+            contains the last lines of the first rank that fails, unless ``console`` is "rank0" and
+            rank 0 fails first.
         out: stream to print the output to.
 
     Raises:

@@ -48,7 +48,7 @@ class HostState(Enum):
     RUNNING = "the agent is running"
     LOST = "the connection was lost; the launcher will reconnect"
     RECONNECTING = "the launcher is reconnecting; the job has not restarted on this host yet"
-    DISMISSED = "the host came back too late; its agent is being killed"
+    DISMISSED = "the host reconnected too late; its agent is being killed"
     ENDED = "the agent has exited and will not be restarted"
 
 

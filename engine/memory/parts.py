@@ -57,7 +57,8 @@ class ParameterSize:
 class Part(NamedTuple):
     """A part of the model states, such as the gradients.
 
-    The fields ``forward``, ``backward`` and ``step`` are its sizes in bytes at the `MOMENTS`.
+    The fields ``forward``, ``backward`` and ``step`` are its size in bytes at each point in
+    `MOMENTS`.
     """
 
     name: str

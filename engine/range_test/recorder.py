@@ -41,7 +41,7 @@ class Run:
     facts: dict[str, Any] = field(default_factory=dict)
     """Settings of the engine and the sweep, such as the backend, world size and precision."""
     end: str = ""
-    """Why the run ended: "divergence" or "steps" (all steps recorded); "" if neither applies."""
+    """Why the recorder stopped: "divergence" or "steps" (all steps recorded); "" if it did not."""
 
     @property
     def curve(self) -> tuple[list[float], list[float]]:

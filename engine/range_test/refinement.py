@@ -37,7 +37,7 @@ class Refinement:
     """
 
     losses: Mapping[float, tuple[float, ...]]
-    """Final loss of each short run, by maximum learning rate; infinite if the run diverged."""
+    """Final losses by maximum learning rate, one per repeat; infinite for runs that diverged."""
     initial_loss: float
     """Loss at the first step, averaged over all short runs."""
     steps: int
@@ -61,7 +61,7 @@ class Refinement:
 
     @property
     def shrinkage(self) -> float:
-        """Factor that reduces the suggestion if the planned training is longer than a short run.
+        """Factor that reduces the suggestion if the planned training is longer than the short runs.
 
         The factor is ``(steps / training_steps) ** 0.32``, but at most 1.
         """
@@ -213,7 +213,7 @@ def check_training_steps(is_refined: bool, training_steps: int | None) -> None:
     if training_steps is not None and training_steps < 1:
         raise ValueError(
             f"`training_steps` must be >= 1, got {training_steps}. Pass the number of steps of the "
-            "planned training."
+            "planned training run."
         )
 
 

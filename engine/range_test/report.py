@@ -98,9 +98,9 @@ class LRRangeReport:
     def suggestion(self) -> Suggestion:
         """The suggestion from all runs. If ``max_lr`` is None, ``reason`` explains why.
 
-        The suggestion is computed from the combined losses of all runs. However, if there are
-        several runs, and more than half of them yield a suggestion on their own, ``max_lr`` is the
-        median of these suggestions, so that a single run that diverges early has little effect.
+        The suggestion is computed from the combined losses of all runs. However, if more than half
+        of several runs yield a suggestion on their own, ``max_lr`` is the median of these
+        suggestions. Thus, a single run that diverges early has little effect.
         """
         lrs, losses = (
             np.concatenate([np.asarray(part, float) for part in parts])
@@ -116,7 +116,7 @@ class LRRangeReport:
         return Suggestion(rounded, reason, found.rules, found.smoothed)
 
     def _find_early_end(self, reason: str) -> str:
-        """Return an explanation if the script ended too early for a suggestion, or "" if not.
+        """Return a message if the script ended too early for a suggestion; otherwise, return "".
 
         Args:
             reason: reason that `suggest` gives for the missing suggestion.
@@ -209,7 +209,7 @@ class LRRangeReport:
             table.add_row(f"{', '.join(EDGE)} agree within a factor of", f"{high / low:.2g}")
         if self.max_lrs:
             low, high = min(self.max_lrs), max(self.max_lrs)
-            runs = f"separate suggestions of {len(self.max_lrs)} runs"
+            runs = f"suggestions of {len(self.max_lrs)} individual runs"
             middle = statistics.median(self.max_lrs)
             table.add_row(runs, f"{low:.2g} to {high:.2g}, median {middle:.2g}")
         if self.refinement:

@@ -57,7 +57,7 @@ def is_next_engine_swept(sweep: Sweep) -> bool:
 def apply_sweep(config: Config, sweep: Sweep) -> Config:
     """Return a copy of a config with the sweep of `onecycle lr-test` as its schedule.
 
-    A nonzero seed offset of the sweep is added to the seed in the copy and to torch's global seed.
+    The sweep's seed offset is added to the seed in the copy and to torch's global seed.
     """
     changed = config.copy_for_trial_run(from_config(sweep.scheduler))
     if sweep.seed_offset:
@@ -67,7 +67,7 @@ def apply_sweep(config: Config, sweep: Sweep) -> Config:
 
 
 def spread_sweep(config: Config, sweep: Sweep, optimizer: Optimizer) -> Config:
-    """Return a config whose sweep covers all param groups, in proportion to their initial LRs."""
+    """Return a config whose sweep keeps the ratios between the param groups' initial LRs."""
     lrs = read_initial_lrs(optimizer.param_groups)
     return replace(config, schedule=from_config(spread_over_groups(sweep.scheduler, lrs)))
 

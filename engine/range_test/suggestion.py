@@ -29,7 +29,7 @@ The suggested ``max_lr`` is the median of the estimates.
 CAREFUL = ("steepest", "valley", "minimum / 10")
 """Rules that other tools use to select a constant learning rate.
 
-The learning rates that they select are too small for the maximum of a cycle.
+A learning rate selected by one of these rules is too low for the peak of a cycle.
 """
 
 Array = NDArray[np.float64]
@@ -117,8 +117,8 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     >>> suggest(lrs, [2.3] * 150).reason
     'the loss does not fall: it is 2.3 at every learning rate'
 
-    The rules are based on Smith, https://arxiv.org/abs/1506.01186, section 3.3. The rules steepest,
-    valley and minimum / 10 are from fastai's ``callback/schedule.py``.
+    The rules steepest, valley and minimum / 10 are adapted from fastai's ``callback/schedule.py``.
+    The other rules are based on Smith, https://arxiv.org/abs/1506.01186, section 3.3.
     """
     x, y = np.asarray(lrs, float), np.asarray(losses, float)
     if x.shape != y.shape or x.ndim != 1:
@@ -218,7 +218,7 @@ def _remove_spikes(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _build_smoother(x: Array, bandwidth: float) -> Array:
-    """Return the smoother matrix of local linear regression: it maps losses to fitted values."""
+    """Return the matrix that maps losses to the fitted values of a local linear regression."""
     off = x[None, :] - x[:, None]
     # Widen the kernel where points are sparse, such as at the start of a linear sweep.
     nearest = np.partition(np.abs(off), min(6, x.size - 1), axis=1)[:, min(6, x.size - 1)]
@@ -273,9 +273,10 @@ def _apply_rules(curve: SmoothedCurve, divergence: float | None) -> Suggestion:
 
 
 def _find_middle_of_basin(x: Array, loss: Array, limit: float) -> float:
-    """Return the middle of the interval around the minimum in which the loss is below ``limit``.
+    """Return the middle of the basin around the lowest loss.
 
-    At a flat minimum, noise shifts the lowest point, but barely affects the middle of the interval.
+    The basin ends where the loss exceeds ``limit``. At a flat minimum, noise shifts the lowest
+    point, but barely affects the middle of the basin.
     """
     low = int(np.argmin(loss))
     above = np.flatnonzero(loss > limit)

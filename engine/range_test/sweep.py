@@ -38,8 +38,8 @@ class Sweep:
         config: path of the config to use instead of the script's config.
         seed_offset: number to add to the config's seed and to torch's initial seed, so that
             repeated sweeps differ.
-        engine: index of the engine to test, starting at 1, in the order of creation. If None, the
-            script must create only one engine.
+        engine: N to test the Nth engine that the script creates. If None, the script must create
+            only one engine.
 
     Raises:
         ValueError: if `min_lr` is not positive, `max_lr` is not finite or not above `min_lr`,
@@ -123,11 +123,11 @@ def read_initial_lrs(groups: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def spread_over_groups(block: Mapping[str, Any], lrs: Sequence[float]) -> dict[str, Any]:
-    """Extend a scheduler block to all param groups, in proportion to ``lrs``.
+    """Extend a scheduler block to all param groups, with learning rates proportional to ``lrs``.
 
     Args:
-        block: scheduler block, of a `Sweep` or of type OneCycle. Its learning rates apply to the
-            first param group.
+        block: the scheduler block of a `Sweep`, or a OneCycle block. Its learning rates apply to
+            the first param group.
         lrs: initial learning rate of each param group.
 
     >>> block = {"type": "LRRangeTest", "params": {"lr_range_test_min_lr": 0.5}}

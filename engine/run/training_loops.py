@@ -1,4 +1,4 @@
-"""Train pipeline models, evaluate batches, loop over the data, and preserve the training state."""
+"""Training and evaluation on batches, and a context manager that restores the training state."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def preserve_state(model: nn.Module, backend: Backend, loader: RunLoader | None)
     """Preserve the training state across a ``with`` block, even if the block raises an exception.
 
     Args:
-        model: model whose modules have their train or eval mode restored.
+        model: model whose train and eval modes are restored.
         backend: backend whose model, optimizer and loss scale are restored. Gradients are cleared.
         loader: data loader whose position is restored; None if the run has no data loader.
     """

@@ -82,8 +82,8 @@ def check_is_trainable(model: nn.Module) -> None:
     _check(
         any(parameter.requires_grad for parameter in model.parameters()),
         f"`model` must have at least one parameter that requires gradients, got 0 of {count}. "
-        "Unfreeze the parameters to train before you call `initialize`, or pass them as "
-        "`model_parameters` and unfreeze them later.",
+        "Before you call `initialize`, unfreeze the parameters to train. To unfreeze them later, "
+        "pass them as `model_parameters`.",
     )
 
 

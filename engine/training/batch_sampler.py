@@ -46,7 +46,7 @@ class EpochOrder:
 
 
 def order_dataset(samples: int, config: Config) -> EpochOrder:
-    """Return the order in which each epoch visits a dataset.
+    """Return the order in which each epoch visits the samples of a dataset.
 
     If shuffling is enabled, the order is a new random permutation in each epoch.
 
@@ -150,8 +150,8 @@ class GlobalBatchSampler(Sampler[Any]):
         self.batches = order.length // train if order.drop_last else math.ceil(order.length / train)
         if self.batches == 0:
             fix = (
-                'Set "dataloader_drop_last": false, or reduce "train_batch_size". In your own data '
-                "loader, set `drop_last=False` instead."
+                'Set "dataloader_drop_last": false, or `drop_last=False` in your own data loader. '
+                'Alternatively, reduce "train_batch_size".'
                 if order.length
                 else "Check how the dataset is built."
             )

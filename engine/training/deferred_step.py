@@ -99,15 +99,15 @@ class StepResult:
 class DeferredStep:
     """Runner that starts optimizer steps and later reads whether the device skipped them.
 
-    The backward pass leaves scaled, unclipped gradients in ``.grad``. The fused kernel divides them
-    by
+    The backward pass leaves unclipped gradients in ``.grad``, multiplied by a factor ``scale``. The
+    fused kernel divides them by
 
         grad_scale = scale * max(1, (norm + 1e-6) / clipping)
 
-    ``scale`` is the factor by which the gradients are scaled, and ``norm`` is the norm of the
-    unscaled gradients. If the norm is not finite, the kernel skips the step. After the step, the
-    norm and the loss are copied to pinned memory. `read` waits for this copy. Call `read` after the
-    start of the next backward pass, so that the device stays busy and the host rarely waits.
+    where ``norm`` is the norm of the unscaled gradients. If the norm is not finite, the kernel
+    skips the step. After the step, the norm and the loss are copied to pinned memory. `read` waits
+    for this copy. Call `read` after the start of the next backward pass, so that the device stays
+    busy and the host rarely waits.
 
     With dynamic loss scaling, the scale for the next backward pass depends on whether this step is
     skipped. The host does not know this yet, so it computes a scale for each case, and the device

@@ -168,7 +168,10 @@ class Evaluator:
         return ((batch, index >= len(own)) for index, batch in enumerate(split))
 
     def _iterate_own(self, loader: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-        """Yield a pair for each batch of ``loader``, then repeat a batch until all ranks finish."""
+        """Yield pairs like those of `_iterate`, for all batches of this rank's ``loader``.
+
+        After the last batch, a batch is repeated until all ranks finish.
+        """
         batches, last = iter(loader), _NO_BATCH
         while True:
             batch = next(batches, _NO_BATCH)

@@ -325,9 +325,9 @@ class GradientAverager:
     def _check_steps_match(self) -> None:
         """Check that all ranks have finished the same number of steps.
 
-        The ranks compare step numbers in an all-reduce of the first bucket. If a rank is still
-        averaging gradients, its all-reduce has the same size, so the check completes and detects
-        the difference. If the check used a different collective operation, it would hang.
+        The step numbers are compared by all-reducing the first bucket. If a rank is still averaging
+        gradients, it all-reduces a buffer of the same size, so the check completes and detects the
+        difference. With a different collective operation, the check would hang.
         """
         for bucket in self._buckets[:1]:
             bucket.buffer.zero_()

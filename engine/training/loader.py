@@ -43,8 +43,8 @@ class RunLoader:
         generator: random generator that was passed to ``batches``. It is seeded at the start of
             each epoch. If None, no generator is seeded.
         sampler: batch sampler of ``batches`` that can skip micro-batches when a run resumes.
-            Without a sampler, the skipped micro-batches are loaded and discarded, unless the loader
-            has a state dict.
+            If it is None and the loader has no state dict, the skipped micro-batches are loaded and
+            discarded.
         repeats: `RepeatCheck` of the data loader; None to skip the check.
     """
 
@@ -91,10 +91,10 @@ class RunLoader:
 
     @property
     def position(self) -> tuple[int, int, bool, bool, Any]:
-        """The position in the training data. Assign a saved position to return to it.
+        """The position in the training data. Assign a saved position to restore it.
 
-        If the data loader has a state dict, the position contains it once the first epoch has
-        started. Reading the state dict earlier could start the worker processes of the loader.
+        The position includes the data loader's state dict, if it has one. Before the first epoch,
+        the state dict is omitted, because reading it could start the loader's worker processes.
         """
         own = self._batches.state_dict() if has_state(self._batches) and self._epoch >= 0 else None
         return self._epoch, self._requested, self._is_finished, self.resumes, own
@@ -155,7 +155,7 @@ class RunLoader:
             self._batches._iterator = None  # noqa: SLF001  # torch has no public way
 
     def call_before_first_epoch(self, start: Callable[[int], None]) -> None:
-        """Register a function to call before the first loop, with the epoch that it starts in."""
+        """Register a function to call before the first epoch, with the index of that epoch."""
         self._start = start
 
     def stop_when(self, run_is_over: Callable[[], bool], end_run: Callable[[], None]) -> None:

@@ -105,8 +105,8 @@ class MisuseChecks:
 
         Raises:
             ValueError: the loss is not a scalar tensor that requires grad.
-            RuntimeError: the engine has no optimizer, or the script has stepped it itself since its
-                previous loss.
+            RuntimeError: the engine has no optimizer, or the script has called `optimizer.step()`
+                since the previous loss.
         """
         if not self._has_optimizer:
             _raise_without_optimizer()
@@ -148,9 +148,9 @@ class MisuseChecks:
             is_boundary: whether this call to `step` steps the optimizer.
 
         Raises:
-            RuntimeError: the script has stepped the optimizer or the scheduler itself, there are no
-                gradients, gradients of earlier micro-batches were cleared, or another engine trains
-                the same parameters.
+            RuntimeError: the engine has no optimizer, the script has called ``step`` of the
+                optimizer or the scheduler, there are no gradients, gradients of earlier
+                micro-batches were cleared, or another engine trains the same parameters.
         """
         if not self._has_optimizer:
             _raise_without_optimizer()
@@ -186,8 +186,8 @@ class MisuseChecks:
     def note_scheduler(self, scheduler: Any) -> None:
         """Record how many steps the scheduler has taken.
 
-        Call this method after the engine completes a deferred optimizer step, which also advances
-        the scheduler.
+        When the engine completes a deferred optimizer step, it also steps the scheduler. Call this
+        method after that.
         """
         if scheduler is not self._scheduler:
             self._scheduler = scheduler if _has_position(scheduler) else None
@@ -303,7 +303,8 @@ _CLAIMS: weakref.WeakSet[_Claim] = weakref.WeakSet()
 class _StepCounter:
     """Counter of an optimizer's steps.
 
-    The step hook refers to this object, not to the engine, so it does not keep the engine alive.
+    The optimizer's step hook refers to this object and not to the engine. The hook therefore does
+    not keep the engine alive.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -334,9 +335,10 @@ def _find_trained(backend: CheckedBackend) -> set[Any]:
 
 
 def _has_position(scheduler: object) -> bool:
-    """Return whether a scheduler counts steps in ``last_epoch`` and is stepped only by the engine.
+    """Return whether a scheduler's ``last_epoch`` can reveal a `step` call by the script.
 
-    A scheduler that takes a metric, such as ``ReduceLROnPlateau``, may be stepped by the script.
+    For a scheduler that takes a metric, such as ``ReduceLROnPlateau``, return False, because the
+    script is allowed to step it.
     """
     takes_metric = isinstance(scheduler, ReduceLROnPlateau) or (
         isinstance(scheduler, ScheduleBinder) and scheduler.schedule.feedback == "metric"

@@ -59,8 +59,8 @@ class RunDirectories:
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
-        """Maps each directory in the config to the number of this run's directory, such as 2 for
-        ``runs-2``. Checkpoints contain these numbers."""
+        """Maps each directory that the config specifies to the number of the directory that this
+        run uses, such as 2 for ``runs-2``. Checkpoints contain these numbers."""
 
     def get(self, directory: str) -> Path:
         """Return the directory to which this run writes a monitor's files.
@@ -222,7 +222,7 @@ class WandbMonitor:
             self._run.log({event.name: event.value}, step=event.samples)
 
     def rewind(self, samples: int) -> None:
-        """Do nothing: a resumed run is a new run in Weights & Biases."""
+        """Do nothing, because a resumed run starts a new W&B run."""
 
     def close(self) -> None:
         """Finish the W&B run."""
@@ -286,7 +286,7 @@ class Monitors:
             self._report.note_decision(evidence)
 
     def state_dict(self) -> dict[str, int]:
-        """Return a dict that maps each output directory in the config to its number in this run.
+        """Return the number of this run's directory for each output directory in the config.
 
         For example, ``{"runs": 2}`` means that this run writes to ``runs-2``.
         """

@@ -1,4 +1,4 @@
-"""Build the optimizer that a config describes, with a fused kernel if PyTorch has one."""
+"""Build the optimizer that a config describes, and use a fused kernel if one is available."""
 
 from __future__ import annotations
 
@@ -227,8 +227,8 @@ def check_shapes(
 def is_buildable(block: Mapping[str, Any]) -> bool:
     """Return whether the DeepSpeed backend can use `build_optimizer` for an ``optimizer`` block.
 
-    The result is False if the config schema ties the type or one of the params to a backend. It is
-    also False if ``torch_adam`` is false, because DeepSpeed then uses its own Adam.
+    The result is False if the type or one of the params is specific to one backend, or if
+    ``torch_adam`` is false, which selects DeepSpeed's own Adam.
 
     >>> is_buildable({"type": "AdamW"}), is_buildable({"type": "Lamb"})
     (True, False)

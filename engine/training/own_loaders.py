@@ -163,11 +163,17 @@ def _check_shard(source: Any, ranks: Ranks) -> bool:
 
 
 def _rebuild_loader(loader: DataLoader[Any], config: Config, ranks: Ranks) -> tuple[RunLoader, str]:
-    """Return ``(new_loader, log_text)``. The new loader has the same dataset and settings."""
+    """Rebuild ``loader`` as a `RunLoader` with the same dataset and settings.
+
+    Return the new loader, and a description of it for the log.
+    """
     settings = {name: getattr(loader, name) for name in _SETTINGS if hasattr(loader, name)}
     settings["pin_memory"] &= ranks.device.type == "cuda"  # torch warns on the CPU
     if not settings.get("in_order", True) and ranks.rank == 0:
-        log.warning("with `in_order=False`, a resumed run may repeat some batches and skip others")
+        log.warning(
+            "with `in_order=False`, a resumed run may repeat some batches and skip others; to "
+            "prevent this, set `in_order=True`"
+        )
     if isinstance(loader.dataset, IterableDataset):
         settings |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
         built = build_run_loader(loader.dataset, settings, None, config, ranks)
@@ -258,7 +264,8 @@ def build_run_loader(
         if loader.persistent_workers and ranks.rank == 0:
             log.warning(
                 "persistent workers of an iterable dataset do not reseed their random number "
-                "generators in each epoch, so a resumed run may draw different random numbers"
+                "generators in each epoch, so a resumed run may draw different random numbers; to "
+                "avoid this, disable `persistent_workers`"
             )
         repeats = _build_repeat_check(config, ranks, loader)
         return RunLoader(loader, ranks, seed=seed, generator=generator, repeats=repeats)

@@ -21,7 +21,7 @@ from engine.training.activation_checkpointing import find_blocks
 __all__ = ["ParamGroup", "build_param_groups", "divide_parameters"]
 
 _HEAD = re.compile(r"(^|[._])(head|heads|classifier|fc|fc_norm|score|logits|qa_outputs)\b")
-"""Pattern for the usual names of output layers. Some models register these before their blocks."""
+"""Matches the usual names of output layers, which some models register before their blocks."""
 _BLOCK_LISTS = {"block", "blocks", "h", "layer", "layers", "resblocks"}
 """Usual names of a transformer's list of blocks."""
 _SYNTAX = re.compile(r"[\\^$.*+?()\[\]{}|]+")
@@ -86,8 +86,8 @@ def divide_parameters(
 
     Returns:
         A tuple of the param groups for the optimizer and a description of each group. If the config
-        defines no groups, the first item is a list of ``parameters``, or None for all parameters,
-        and the second item is empty.
+        defines no groups, the first item is ``parameters`` as a list, or None if ``parameters`` is
+        None. The second item is then empty.
 
     Raises:
         ValueError: the config's groups do not match the model, or ``parameters`` already contains
@@ -106,9 +106,10 @@ def divide_parameters(
 
 
 def _list_members(each: Any) -> Any:
-    """Convert a group's parameters to a list, or a ``(name, parameter)`` pair to the parameter.
+    """Return a param group with its parameters as a list, or a parameter without its name.
 
-    The parameters of a group may be a generator, which can be iterated only once.
+    The parameters of a group may be a generator, which can be iterated only once. A named parameter
+    is a ``(name, parameter)`` pair.
     """
     if isinstance(each, dict):
         members = each["params"]
@@ -265,7 +266,7 @@ def _explain_empty(
         name, entry = names[taken[0]][0], found[taken[0]]
         return (
             f"{place} must match a parameter that no earlier entry selects, got {pattern!r}. "
-            f"`optimizer.param_groups.{entry}` already selects `{name}`. Move the entry before "
+            f"`optimizer.param_groups.{entry}` already selects `{name}`. Move this entry before "
             f"`optimizer.param_groups.{entry}`."
         )
     if matched:
@@ -355,8 +356,8 @@ def _find_layers(
 def _find_outermost_blocks(model: nn.Module, wrap: Sequence[str]) -> list[nn.Module]:
     """Return the blocks that are not inside another block, in the order of `model.parameters()`.
 
-    The blocks are those that `find_blocks` returns. If ``wrap`` is empty, they also include the
-    items of each Sequential with a name such as ``blocks`` or ``layers``.
+    The blocks are the modules that `find_blocks` returns. If ``wrap`` is empty, the children of
+    each Sequential whose name is in `_BLOCK_LISTS` are also blocks.
     """
     blocks = find_blocks(model, wrap)
     for name, module in () if wrap else model.named_modules():

@@ -62,7 +62,7 @@ class StepRecord:
     If no group has momentum, the attribute is None.
     """
     weight_decay: Sequence[float] | None
-    """Weight decay of each param group that has one; empty or None if no group has one."""
+    """Weight decay of each param group that has one. None is equivalent to an empty list."""
     loss: float | None
     """Mean loss over micro-batches and ranks; None if the engine did not record the loss."""
     grad_norm: float | None

@@ -102,19 +102,23 @@ class RunLength:
 
     @property
     def is_known(self) -> bool:
-        """Whether the length of the run is limited."""
+        """Whether the length of the run is known."""
         limits = (self.total_steps, self.total_samples, self.schedule_steps, self.steps_this_run)
         return any(limit is not None for limit in limits)
 
     def check_loop(self, *, is_resumed: bool) -> None:
-        """Check that an automatically resumed run does not train too many epochs.
+        """Check that the run does not train too many epochs after an automatic resume.
 
         After a resume, a loop such as ``for epoch in range(n)`` starts at epoch 0 again and trains
-        ``n`` epochs in addition to those before the resume. In a new run, only log a warning.
+        ``n`` epochs in addition to those before the resume. This is not a problem if the length of
+        the run is known or `is_position_known` is true. Otherwise, a new run logs a warning, and
+        a resumed run raises an error.
+
+        Args:
+            is_resumed: whether the run was resumed automatically.
 
         Raises:
-            MisuseError: ``is_resumed`` is true, the length of the run is not limited, and
-                `is_position_known` is false.
+            MisuseError: the run was resumed and may train too many epochs.
         """
         if self.is_position_known or self.is_known:
             return
@@ -126,7 +130,7 @@ class RunLength:
                 f"{fix.capitalize()}."
             )
         log.warning(
-            "this run cannot be resumed as it is: a loop such as `for epoch in range(n)` would "
-            "start at epoch 0 again; %s",
+            "this run cannot be resumed automatically: a loop such as `for epoch in range(n)` "
+            "would start at epoch 0 again; %s",
             fix,
         )

@@ -43,7 +43,7 @@ class ScheduleDriver:
     ) -> None:
         self.scheduler = scheduler
         self.metric: float | None = None
-        """Next metric value for the scheduler, averaged over the ranks; None if there is none."""
+        """Metric value for the scheduler's next step, averaged over the ranks, or None."""
         self._report = report
         self._note = note
         if report is not None and self.feedback is not None:

@@ -104,7 +104,7 @@ def _describe_schedule(scheduler: LRScheduler | None, config_name: str) -> str:
         names = " and ".join(schedule.hyperparameters)
         if isinstance(schedule, PerGroup):
             kinds = " and ".join(part.type_name for part in schedule.parts)
-            return f"{kinds} from {config_name} set {names} of different param groups"
+            return f"{names} set per param group by {kinds} from {config_name}"
         return f"{type(schedule).__name__} from {config_name} sets {names}"
     return "none" if scheduler is None else f"{type(scheduler).__name__} passed as `lr_scheduler`"
 

@@ -1,4 +1,4 @@
-"""Validate the config in the web editor, and compute the data to display with it."""
+"""Validate the config in the web editor, and compute the data that the editor shows."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def analyze(
 def compute_for_text(
     text: str, name: str, settings: RunSettings, compared: Sequence[Mapping[str, Any]]
 ) -> CurveSet:
-    """Compute the curves to export for a config and the configs and schedules in ``compared``.
+    """Compute the curves of a config and of the configs and schedules in ``compared``.
 
     Raises:
         ConfigError: the schedule of one of the configs is invalid.

@@ -1,4 +1,4 @@
-"""Completion and hover help for the config editor, from the JSON schemas."""
+"""Completion and hover help for the config editor, based on the JSON schemas."""
 
 from __future__ import annotations
 

@@ -23,9 +23,10 @@ _BYTE_ORDER_MARK = "\ufeff"
 
 
 class Snapshot(NamedTuple):
-    """The text of a config file, with line endings converted to ``\\n``, and the file's hash.
+    """The text and the hash of a config file.
 
-    ``version`` is the hash, or an empty string if the file does not exist.
+    Line endings in ``text`` are converted to ``\\n``. ``version`` is the hash, or an empty string
+    if the file does not exist.
     """
 
     text: str

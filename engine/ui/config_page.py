@@ -1,4 +1,4 @@
-"""The config page of ``onecycle ui``, with the actions that its JavaScript can request."""
+"""The config page of ``onecycle ui``."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _MAX_COMPARED = 8
 
 
 class Column(NamedTuple):
-    """A curve of one hyperparameter, with the names that form its label in the legend."""
+    """A curve of one hyperparameter, and the names for its label in the legend."""
 
     hyperparameter: str
     group: str
@@ -94,7 +94,7 @@ class CurveSet:
             yield known[column.curve]
 
     def to_json(self, steps: NDArray[np.float64]) -> dict[str, Any]:
-        """Return the data of the plots as a JSON-compatible dict, without the values of the curves.
+        """Return the data of the plots, except the curves' values, as a JSON-compatible dict.
 
         Args:
             steps: steps to draw, in ascending order.
@@ -185,8 +185,8 @@ def compute_curves(
     steps = settings.steps or max(each.span for each in previews)
     if steps > _MAX_STEPS:
         raise ValueError(
-            f"The number of steps must be at most {_MAX_STEPS:,} on the config page, got "
-            f"{steps:,}. Enter a smaller number."
+            f"The config page can plot at most {_MAX_STEPS:,} steps, got {steps:,}. Enter a "
+            "smaller number."
         )
     for each_preview in previews:
         each_preview.check_length(steps)
@@ -198,8 +198,8 @@ def compute_curves(
             columns += _list_columns(fit_example(other, own, steps), (), label)
     if len(columns) > _MAX_CURVES:
         raise ValueError(
-            f"The number of curves must be at most {_MAX_CURVES} on the config page, got "
-            f"{len(columns)}. Select fewer configs and schedules for comparison."
+            f"The config page can plot at most {_MAX_CURVES} curves, got {len(columns)}. Select "
+            "fewer configs and schedules to compare."
         )
     order = list(LABELS)
     columns.sort(key=lambda column: order.index(column.hyperparameter))

@@ -1,4 +1,4 @@
-"""Build the form for the scheduler block, and apply its edits to the text of the config."""
+"""Build the form for the scheduler block, and apply changes in the form to the config's text."""
 
 from __future__ import annotations
 

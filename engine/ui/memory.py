@@ -18,7 +18,7 @@ __all__ = ["describe_memory"]
 def describe_memory(
     context: RuleContext | None, problems: Sequence[Problem], settings: RunSettings
 ) -> dict[str, Any] | None:
-    """Return the memory estimates of ``onecycle memory``, in the form that the config page shows.
+    """Return the memory estimates of ``onecycle memory`` for the config page.
 
     Args:
         context: valid values of the config; None if the config is not a JSON object.

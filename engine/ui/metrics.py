@@ -163,7 +163,7 @@ class CSVMetrics(MetricSource):
         self._files: dict[str, _CSVFile] = {}
 
     def update(self) -> float:
-        """Read new rows of all files, and return the fraction of all data read so far."""
+        """Read new rows of all files, and return the fraction of all data that has been read."""
         for path in sorted(self._directory.glob("*.csv")):
             name = find_metric_name(path.stem)
             if name not in self._files and not path.is_symlink() and is_metric_file(path):

@@ -19,9 +19,9 @@ __all__ = ["Download", "Numbers", "build_response"]
 
 @dataclass(frozen=True)
 class Numbers:
-    """A reply with a JSON object and numeric arrays. The arrays are sent as 64-bit floats.
+    """A reply that contains a JSON object and numeric arrays.
 
-    For a curve of 100,000 steps, writing and reading the numbers as JSON would be slow.
+    The arrays are sent as 64-bit floats, because JSON would be slow for a curve of 100,000 steps.
     """
 
     header: Mapping[str, Any]
@@ -51,7 +51,7 @@ def build_response(reply: Mapping[str, Any] | Numbers | Download) -> Response:
 def _encode(reply: Numbers) -> bytes:
     """Return a reply as bytes: the length of the JSON text, the text, and the numbers.
 
-    The text is padded, so that the numbers start at a multiple of 8 bytes.
+    The text is padded so that the offset of the numbers is a multiple of 8 bytes.
     """
     lengths = [len(array) for array in reply.arrays]
     text = _format_json({**reply.header, "lengths": lengths}).encode()

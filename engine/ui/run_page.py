@@ -1,4 +1,4 @@
-"""Web page that shows training runs, with the actions that its JavaScript can request."""
+"""The page of ``onecycle ui`` that shows training runs."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ class RunPage:
         return [(run, path) for run in self._runs for path in run.find_plots()]
 
     def _read_plot(self, body: Mapping[str, Any]) -> Download:
-        """Return the image at the requested index of the list ``plots`` from `_summarize`."""
+        """Return the requested plot as a PNG file."""
         index, plots = body.get("index"), self._list_plots()
         if type(index) is not int or not 0 <= index < len(plots):
             raise ValueError("Unknown image. Reload the page.")

@@ -33,7 +33,7 @@ Action = Callable[[Mapping[str, Any]], Mapping[str, Any] | Numbers | Download]
 
 
 class Page(Protocol):
-    """A page: its HTML file, and the actions that its JavaScript can request."""
+    """A web page: an HTML file, and the actions that its JavaScript can request."""
 
     html: str
     """Name of the HTML file."""

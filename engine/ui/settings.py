@@ -1,4 +1,4 @@
-"""Settings of a run that the user enters on the config page of ``onecycle ui``."""
+"""Run settings that the user enters on the config page of ``onecycle ui``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MAX = 10**15
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Settings of a run that are not in the config. Each is None if unknown."""
+    """Run settings that are not in the config. Each is None if unknown."""
 
     world_size: int | None = None
     steps_per_epoch: int | None = None

@@ -71,15 +71,14 @@ class Attachment:
     ) -> tuple[tuple[float, ...], str | None]:
         """Return the initial value of a hyperparameter in each param group.
 
-        If the training script set the current value, it is also the initial value. Otherwise, the
-        initial value is read from the param group's key ``f"initial_{name}"``, which PyTorch's
-        schedulers also use.
+        If the training script set the current value, the current value is the initial value.
+        Otherwise, the initial value is read from the param group's key ``f"initial_{name}"``, which
+        PyTorch's schedulers also use.
 
         Returns:
             The initial values, and the reason why they are uncertain (None if they are certain).
-            They are uncertain if it is unknown whether a schedule or the training script set a
-            current value. This happens, for example, after the optimizer's state has been loaded or
-            another library's scheduler has changed the value.
+            They are uncertain if it is unknown whether a schedule or the training script set the
+            current value, for example after loading the optimizer's state.
         """
         values, doubt = [], None
         is_known = name in self._last_written and self.has_last_group(groups)

@@ -200,7 +200,7 @@ class ScheduleBinder(TorchInterface):
             self._step_slowly(loss, metric)
 
     def _step_slowly(self, loss: Tensor | float | None, metric: Tensor | float | None) -> None:
-        """Advance the schedule when `step` cannot use its fast path, as in the first call."""
+        """Advance the schedule if `step` cannot use its fast path, such as in the first call."""
         self._prepare_use()
         if not self._has_stepped:
             check_not_chained()
@@ -357,7 +357,8 @@ class ScheduleBinder(TorchInterface):
         """Type and parameters of the schedule, with durations in steps.
 
         By default, `load_state_dict` accepts only states with the same type and parameters.
-        Durations are in steps because a duration such as "1dur" depends on the length of the run.
+        A duration such as "1dur" depends on the length of the run, so durations are compared in
+        steps.
         """
         return build_identity(self.schedule, self._horizon)
 

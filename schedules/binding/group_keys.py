@@ -71,9 +71,9 @@ def _read_factors(hyperparameter: str, groups: Sequence[Group]) -> tuple[float, 
 
 
 def _find_factor(names: Sequence[str], groups: Sequence[Group]) -> tuple[int, str]:
-    """Find the first factor other than 1 for the hyperparameters ``names``.
+    """Find the first param group with a factor other than 1 for a hyperparameter in ``names``.
 
-    Return the index of its param group, and its key, such as ``lr_scale``.
+    Return the index of the group and the key of the factor, such as ``lr_scale``.
     """
     keys = [key for name in names for key in _MULTIPLIERS.get(name, ())]
     return next(
@@ -102,7 +102,7 @@ def _check_not_applied(
 
 
 def _replace_parameters(schedule: Schedule[Any], groups: Sequence[Group]) -> Schedule[Any]:
-    """Return the schedule, with param group keys overriding its parameters of the same name."""
+    """Return the schedule with its parameters replaced by param group keys of the same name."""
     changes = {}
     for key in _REPLACEMENTS:
         index = next((index for index, group in enumerate(groups) if key in group), None)

@@ -112,8 +112,8 @@ def check_origin(state: Mapping[str, Any], type_name: str | None = None) -> None
     if not {"type", "params", "step", "base"} <= state.keys():
         raise ValueError(
             "The saved state must be from a onecycle schedule, got a state with these keys: "
-            f"{', '.join(map(str, state)) or 'none'}. To continue without a saved state, pass the "
-            "step to `attach` as `at`."
+            f"{', '.join(map(str, state)) or 'none'}. To continue without a saved state, set the "
+            "argument `at` of `attach` to the current step."
         )
     if type_name not in (None, state["type"]):
         raise ValueError(

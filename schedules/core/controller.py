@@ -74,7 +74,7 @@ class Evidence(NamedTuple):
     losses: Sequence[float]
     """Loss of each step before the decision."""
     band: Band | None
-    """Band of the Gaussian process fitted to the losses; None if none was fitted."""
+    """Band of the Gaussian process fitted to the losses; None if no process was fitted."""
 
 
 class Controller(Protocol[S]):

@@ -115,7 +115,7 @@ def is_time_string(value: Any) -> bool:
 
 
 def get_unit(value: Any) -> str | None:
-    """Return the unit of a time string in lower case; None if the value is not a time string.
+    """Return the lowercase unit of a time string; None if the value is not a time string.
 
     >>> get_unit("500BA"), get_unit(500)
     ('ba', None)
@@ -165,7 +165,8 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
             raise DurationError(
                 f"{duration!r} requires the number of steps per epoch. On the command line, use "
                 "`--steps-per-epoch`. In a script, pass `training_data` (a dataset or a data "
-                "loader) to `initialize` or, in a custom loop, horizon=Horizon(steps_per_epoch=…)."
+                "loader) to `initialize`. In a custom loop, pass "
+                "horizon=Horizon(steps_per_epoch=…)."
             )
         steps = int(_check_length(value * horizon.steps_per_epoch, repr(duration)))
         return int(_check_length(steps * ratio, repr(duration)))
@@ -232,8 +233,8 @@ def _parse(text: str) -> tuple[float, str]:
     unit = match[2].lower() if match else ""
     if match is None or unit not in (*_WHOLE, "dur"):
         raise DurationError(
-            "A duration must be a number of steps, or a number followed by the unit ep, ba, sp, "
-            f'tok or dur, such as "10ep" or "0.1dur", got {text!r}.'
+            'A duration must be a number of steps or a string such as "10ep" or "0.1dur", got '
+            f"{text!r}. Use one of the units ep, ba, sp, tok and dur."
         )
     value = _check_length(float(match[1]), repr(text))
     if unit != "dur" and value != int(value):

@@ -202,8 +202,8 @@ class Schedule(ABC, Generic[S]):
             lengths = ", ".join(f"`{name}` has {len(value)}" for name, value in lists.items())
             yield ParameterProblem(
                 last,
-                f"`{last}` and `{first}` must have the same length, one number per param group, "
-                f"but {lengths}.",
+                f"`{last}` and `{first}` must each have one number per param group, but {lengths}. "
+                "Make the lists equally long.",
             )
 
     @property
@@ -285,9 +285,9 @@ class Schedule(ABC, Generic[S]):
         yield from ()
 
     def joints(self) -> Iterator[Joint]:
-        """Yield the step at which each phase after the first starts, where values can jump.
+        """Yield the joint at the start of each phase except the first.
 
-        Call `resolve` first if a duration is a time string.
+        Values can jump at a joint. Call `resolve` first if a duration is a time string.
         """
         yield from ()
 

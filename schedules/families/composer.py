@@ -157,7 +157,7 @@ class StepScheduler(_Scheduler, example={"step_size": "0.2dur", "gamma": 0.5}):
     """
 
     step_size: Steps
-    """Number of steps between decays."""
+    """Interval between decays."""
     gamma: Factor = 0.1
     """Factor applied to the learning rate every `step_size` steps."""
 
@@ -270,7 +270,7 @@ class ExponentialScheduler(_Scheduler, example={"gamma": 0.8}):
     gamma: Annotated[float, Range(above=0)]
     """Factor by which the learning rate is multiplied every `decay_period` steps."""
     decay_period: Steps = "1ep"
-    """Number of steps over which the learning rate decays by a factor of `gamma`."""
+    """Interval over which the learning rate decays by a factor of `gamma`."""
 
     def _body(self, lr: float, start: float) -> Curve:
         del start

@@ -1,4 +1,4 @@
-"""Schedules that combine other schedules in sequence, by multiplication, or in parallel."""
+"""Schedules that run other schedules in sequence or in parallel, or multiply their factors."""
 
 from __future__ import annotations
 

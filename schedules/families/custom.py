@@ -112,8 +112,8 @@ def adapt(found: Any, path: str) -> type[Schedule[Any]]:
     if callable(found) and not isinstance(found, type):
         return FunctionSchedule.make_class(path, found)
     raise ValueError(
-        "`scheduler.type` must be the import path of a scheduler class or of a function of the "
-        f"step, got {path!r} ({found!r})."
+        "`scheduler.type` must be the import path of a scheduler class or a function, got "
+        f"{path!r} ({found!r})."
     )
 
 
@@ -230,9 +230,10 @@ class WrappedScheduler(Schedule[int]):
     def _written(self) -> tuple[str, ...]:
         """Names of the hyperparameters that the scheduler sets during its first steps.
 
-        To find these names, the scheduler runs on a dummy optimizer. The dummy optimizer has one
-        param group per item of the longest list among the scheduler's arguments. If the scheduler
-        raises an error, the lengths of shorter lists are tried, and finally a single param group.
+        The names are found by running the scheduler on a dummy optimizer. The dummy optimizer has
+        one param group per item of the longest list among the scheduler's arguments. If the
+        scheduler raises an error, the lengths of the shorter lists are tried as the number of
+        groups, and finally 1.
         """
         lists = {len(value) for value in self.params().values() if isinstance(value, list)}
         errors = []

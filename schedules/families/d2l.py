@@ -1,9 +1,9 @@
 """Schedulers from the book "Dive into Deep Learning", with an optional warmup as in MXNet.
 
-Learning rates are absolute, not relative to a param group's initial learning rate. Every schedule
-can start with a linear or constant warmup. The values match the book
-(https://d2l.ai/chapter_optimization/lr-scheduler.html). MXNet's trainer evaluates its schedulers at
-k + 1 for step k; see docs/decisions/0007-d2l-schedules.md.
+Learning rates are absolute, not relative to a param group's initial learning rate. The warmup is
+linear or constant. The values match the book
+(https://d2l.ai/chapter_optimization/lr-scheduler.html). They can differ from those of MXNet, whose
+trainer evaluates its schedulers at k + 1 for step k; see docs/decisions/0007-d2l-schedules.md.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
 
 @schedule_class
 class _WithWarmup(Schedule[int]):
-    """Base class of the schedules in this module, with the parameters of the warmup."""
+    """Base class that adds the warmup parameters to the schedules in this module."""
 
     base_lr: LearningRate | None = None
     """Learning rate after the warmup; null uses each param group's initial learning rate."""
@@ -83,12 +83,12 @@ class _WithWarmup(Schedule[int]):
 
     @abstractmethod
     def _body(self, lr: float) -> Curve:
-        """Return the curve after the warmup, as a function of the step of the schedule."""
+        """Return the curve after the warmup, with steps counted from the start of the warmup."""
 
 
 @schedule_class
 class SquareRootScheduler(_WithWarmup, example={}):
-    """Inverse square root decay that also counts the steps of the warmup.
+    """Inverse square root decay, counted from the start of the warmup.
 
     After the warmup::
 
@@ -123,7 +123,7 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
     stop_factor_lr: LearningRate = 1e-8
     """Minimum learning rate."""
     step: Steps | None = None
-    """Number of steps between decays. If null, the learning rate decays before every step,
+    """Interval between decays. If null, the learning rate decays before every step,
     including the first."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:

@@ -46,7 +46,7 @@ _CYCLE = {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1, "cycle_first_step_size": 30
 
 @schedule_class
 class _DeepSpeedSchedule(Schedule[int]):
-    """Base class of the DeepSpeed schedules, with the parameter ``last_batch_iteration``."""
+    """Base class that adds the parameter ``last_batch_iteration`` to the DeepSpeed schedules."""
 
     last_batch_iteration: LastBatch = -1
     """Index of the last step to skip at the start of the schedule; -1 skips none."""
@@ -100,8 +100,8 @@ class OneCycle(
     """Learning rate at the peak, after exactly `cycle_first_step_size` steps; null uses each param
     group's initial learning rate."""
     decay_lr_rate: Rate = 0.0
-    """Decay rate of the learning rate after the cycle. `cycle_min_lr` is divided by a number that
-    starts at 1 and increases by this rate every `decay_step_size` steps."""
+    """Decay rate of the learning rate after the cycle. After n intervals of `decay_step_size`
+    steps, the learning rate is `cycle_min_lr / (1 + decay_lr_rate * n)`."""
     cycle_first_step_size: Steps = 2000
     """Length of the first half of the cycle, in which the learning rate rises."""
     cycle_second_step_size: Steps | None = None
@@ -113,7 +113,7 @@ class OneCycle(
     uses `cycle_first_stair_count`."""
     decay_step_size: StepsOrZero | None = None
     """Length of each decay interval after the cycle; see `decay_lr_rate`. 0 or null disables the
-    decay. If enabled, the decay never ends. Set the length of the run in `engine.max_duration`."""
+    decay. Otherwise, it never ends, so set the length of the run in `engine.max_duration`."""
     post_cycle_decay_step_size: StepsOrZero | None = None
     """Alias of `decay_step_size`, used in DeepSpeed's tutorial. Set only one of the two keys."""
     cycle_momentum: bool = True
@@ -124,8 +124,8 @@ class OneCycle(
     cycle_max_mom: Momentum = 0.9
     """Momentum at the start and at the end of the cycle."""
     decay_mom_rate: Rate = 0.0
-    """Decay rate of momentum after the cycle. `cycle_max_mom` is divided by a number that starts at
-    1 and increases by this rate every `decay_step_size` steps."""
+    """Decay rate of momentum after the cycle. After n intervals of `decay_step_size` steps,
+    momentum is `cycle_max_mom / (1 + decay_mom_rate * n)`."""
     relative: bool = False
     """Whether `cycle_min_lr` and `cycle_max_lr` are multiples of each param group's initial
     learning rate. If false, they are absolute learning rates."""
@@ -239,7 +239,7 @@ class LRRangeTest(
     lr_range_test_min_lr: LearningRate = 1e-3
     """Learning rate at the first step."""
     lr_range_test_step_size: Steps = 2000
-    """Number of steps over which the learning rate increases by `lr_range_test_step_rate` times
+    """Interval over which the learning rate increases by `lr_range_test_step_rate` times
     `lr_range_test_min_lr`."""
     lr_range_test_step_rate: Rate = 1.0
     """Increase in the learning rate over `lr_range_test_step_size` steps, as a multiple of
@@ -388,8 +388,8 @@ class WarmupCosineLR(
         ratio(k) = warmup_min_ratio + (1 - warmup_min_ratio) * g(k)      k <= N
                    c + (1 - c) * (1 + cos(pi * (k - N) / (T - N))) / 2   N <= k <= T
 
-    The peak (ratio 1) is reached at k = N. DeepSpeed never reaches the peak with a linear warmup,
-    and uses ratio 0 instead of ``warmup_min_ratio`` at the first step.
+    The peak (ratio 1) is reached at k = N. In DeepSpeed, a linear warmup never reaches the peak,
+    and the ratio of the first step is 0 instead of ``warmup_min_ratio``.
 
     >>> decay = WarmupCosineLR(total_num_steps=6, warmup_num_steps=2, warmup_type="linear")
     >>> [round(lr, 6) for lr in decay.curves({"lr": (1.0,)})["lr"][0].values(7)]

@@ -227,13 +227,13 @@ class Phases(
             if phase.get("shape") in _NEVER_ZERO and 0 in (start, value):
                 raise ValueError(
                     f"A phase of `{name}` with the shape {phase['shape']} must not start or end at "
-                    f"0, got a phase from {start:g} to {value:g} for a param group with initial "
-                    f"{name} {own:g}. Use a small positive value instead of 0."
+                    f"0, got a phase from {start:g} to {value:g} for a param group whose initial "
+                    f"{name} is {own:g}. Use a small positive value instead of 0."
                 )
             if name == "momentum" and max(start, value) >= 1:
                 raise ValueError(
                     f"`momentum` must be less than 1, got a phase from {start:g} to {value:g} for "
-                    f"a param group with initial momentum {own:g}. Lower `from` or `to`."
+                    f"a param group whose initial momentum is {own:g}. Lower `from` or `to`."
                 )
             parts.append(SHAPES[phase.get("shape", "linear")](start, value, phase["duration"]))
         boundaries = itertools.accumulate(phase["duration"] for phase in phases[:-1])
@@ -333,7 +333,7 @@ class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
     warmup_steps: WarmupStepsOrZero = 0
     """Length of the warmup."""
     timescale: Steps | None = None
-    """Number of steps from the end of the warmup until the learning rate has fallen to 1 / sqrt(2)
+    """Interval from the end of the warmup until the learning rate has fallen to 1 / sqrt(2)
     of its peak; null uses `warmup_steps`."""
     one_based_warmup: bool = False
     """Whether to count warmup steps from 1. If true, the learning rate at step k is multiplied by

@@ -48,9 +48,8 @@ class OptimizerParamScheduler(
 
     Unlike in Megatron-LM, durations are in optimizer steps, not in samples. The decay ends at step
     ``lr_decay_steps`` of the run, and the learning rate stays at ``min_lr`` afterwards. With
-    ``lr_decay_style`` "WSD", the learning rate stays at ``max_lr`` after the warmup. The decay then
-    takes the last ``wsd_decay_steps`` steps before step ``lr_decay_steps``. With "constant", there
-    is no decay.
+    ``lr_decay_style`` "WSD", the decay takes ``wsd_decay_steps`` steps, and the learning rate stays
+    at ``max_lr`` between the warmup and the decay. With "constant", there is no decay.
 
     As in Megatron-LM, a param group can have its own ``max_lr``, ``min_lr``, ``start_wd`` and
     ``end_wd``, which override the schedule's parameters for this group.

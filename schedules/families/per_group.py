@@ -21,9 +21,9 @@ class PerGroup(ScheduleOfParts):
 
     `schedules.attach` builds this schedule from a dict that maps param groups to schedules.
     `engine.initialize` builds it from the entries of ``optimizer.param_groups`` in the config.
-    Groups with equal schedules share one schedule. If a shared schedule sets an absolute learning
-    rate as a single number, its groups must have equal initial learning rates. A group keeps the
-    initial value of each hyperparameter that its schedule does not set.
+    Groups with equal schedules must have equal initial learning rates if the schedule sets an
+    absolute learning rate as a single number. A group keeps the initial value of each
+    hyperparameter that its schedule does not set.
 
     >>> import schedules
     >>> warmup = schedules.LinearLR(start_factor=0.0, total_iters=2)

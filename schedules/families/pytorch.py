@@ -1,9 +1,9 @@
 """PyTorch's schedulers, with PyTorch's names and parameters.
 
-Formulas and defaults match torch/optim/lr_scheduler.py in PyTorch 2.13. However, each value depends
-only on the step k, whereas PyTorch computes most values from the previous value. After the end of a
-schedule, values stay constant, whereas PyTorch's CosineAnnealingLR, for example, raises the
-learning rate again. For all differences, see docs/decisions/0006-pytorch-schedules.md.
+Formulas and defaults match torch/optim/lr_scheduler.py in PyTorch 2.13, with two main differences.
+Each value depends only on the step k, not on the previous value. After the end of a schedule, the
+values stay constant; for example, CosineAnnealingLR does not raise the learning rate again. For all
+differences, see docs/decisions/0006-pytorch-schedules.md.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class StepLR(LearningRateSchedule, example={"step_size": 20, "gamma": 0.5}):
     """
 
     step_size: Steps
-    """Number of steps between decays."""
+    """Interval between decays."""
     gamma: Factor = 0.1
     """Factor applied to the learning rate every `step_size` steps."""
 
@@ -378,8 +378,8 @@ class CyclicLR(
     base_lr: LearningRate
     """Lowest learning rate of each cycle."""
     max_lr: LearningRate | None
-    """Learning rate at the first peak, before any scaling by `gamma`; null uses each param group's
-    initial learning rate."""
+    """Peak learning rate at full amplitude (see `mode`); null uses each param group's initial
+    learning rate."""
     step_size_up: Steps = 2000
     """Length of the rising part of each cycle."""
     step_size_down: Steps | None = None
@@ -393,7 +393,7 @@ class CyclicLR(
     """Whether to cycle momentum (betas[0] if the optimizer has betas) inversely to the learning
     rate."""
     base_momentum: Momentum = 0.8
-    """Momentum at the first peak of the learning rate, before any scaling by `gamma`."""
+    """Lowest momentum at full amplitude (see `mode`)."""
     max_momentum: Momentum = 0.9
     """Momentum when the learning rate is lowest."""
     relative: bool = False

@@ -145,7 +145,7 @@ class StepSchedule(
     """
 
     decay_steps: Steps = 100
-    """Number of steps between decays."""
+    """Interval between decays."""
     gamma: Factor = 0.5
     """Factor applied to the learning rate at each decay."""
 

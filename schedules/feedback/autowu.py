@@ -50,9 +50,9 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     the authors' code.
 
     If ``rollback`` is true, earlier weights and optimizer states are restored when the warmup ends.
-    Each time the test runs, the mean loss since its previous run is computed. The restored values
-    are from the time when this mean was lowest. A rollback helps models that diverge at high
-    learning rates, such as models without normalization layers.
+    They are saved whenever the test runs and the mean loss since its previous run is the lowest so
+    far. A rollback helps models that diverge at high learning rates, such as models without
+    normalization layers.
 
     The engine passes the loss of ``trainer.backward(loss)`` to the schedule. In a custom loop, call
     ``step(loss=loss)``. Previews use a synthetic loss.
@@ -107,15 +107,15 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     """Statistical test that decides when the warmup ends: the test from the code of AutoWU's
     authors ("reference"), or a test that does not depend on the scale of the loss ("robust")."""
     rollback: bool = False
-    """Whether to restore earlier weights and optimizer states when the warmup ends. Each time the
-    statistical test runs, the mean loss since its previous run is computed. The restored values are
-    from the time when this mean was lowest."""
+    """Whether to restore earlier weights and optimizer states when the warmup ends. They are
+    saved whenever the statistical test runs and the mean loss since its previous run is the lowest
+    so far."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.min_lr >= self.max_lr:
             message = (
                 f"`min_lr` must be less than `max_lr` ({self.max_lr:g}), got {self.min_lr:g}. "
-                "Swap the two values."
+                "Reduce `min_lr` or increase `max_lr`."
             )
             yield ParameterProblem("min_lr", message)
 
@@ -167,8 +167,9 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
             scaled = epochs * horizon.scale_ratio
             if scaled * (steps or 1) > MAX_STEPS:
                 message = (
-                    f"With `total_epochs` scaled by {horizon.scale_ratio:g}, the run must have at "
-                    f"most {MAX_STEPS:,} steps, got {scaled * (steps or 1):g}. Use a smaller ratio."
+                    f"`total_epochs`, scaled by {horizon.scale_ratio:g}, must be at most "
+                    f"{MAX_STEPS:,} steps, got {scaled * (steps or 1):g}. Reduce `total_epochs` or "
+                    "the scale ratio."
                 )
                 raise ScheduleError(self.type_name, [ParameterProblem("total_epochs", message)])
             epochs = max(1, int(scaled))

@@ -29,7 +29,8 @@ class Decay:
     cooldown_start: float
     """Latest step at which the cooldown can start.
 
-    Ignored if `is_immediate` is true and the statistical test does not enforce the cooldown.
+    If `is_immediate` is true, this step applies only with a test whose ``enforces_cooldown`` is
+    true.
     """
     is_immediate: bool
     """Whether the cooldown starts right after the warmup, without a constant phase."""

@@ -29,7 +29,7 @@ class AutoWUState:
     """State of the random number generator that samples losses. None before the first sample."""
     votes: tuple[bool, ...] = ()
     alone: Count = 0
-    """Number of consecutive runs of the robust test in which `RobustResult.now` was high. Unlike
+    """Number of consecutive robust tests in which `RobustResult.now` exceeded `CONFIDENCE`. Unlike
     `votes`, this count ignores `RobustResult.start`."""
     chance: float = 0.0
     """Probability that the loss has passed its minimum, from the latest statistical test."""

@@ -76,7 +76,7 @@ class Statistics(NamedTuple):
     projected: Array
     """phi^T y in the eigenbasis of phi^T phi."""
     ones: Array
-    """phi^T 1, where 1 is a vector of ones, in the eigenbasis of phi^T phi."""
+    """phi^T 1 in the eigenbasis of phi^T phi, where 1 is a vector of ones."""
     total: float
     squares: float
 
@@ -279,8 +279,8 @@ def solve_ratio(data: Statistics, within: float = 0.0) -> Hyperparameters:
     Args:
         data: statistics of n losses y, with the eigenvalues lambda (``values``) and the projected
             losses b (``projected``).
-        within: within-bin sum of squares, if each y is the mean of a bin of losses: the sum of
-            (loss - mean of its bin)^2 over all losses. 0 if the losses are not binned.
+        within: sum of (loss - mean of its bin)^2 over all losses if each y is the mean of a bin of
+            losses; 0 if the losses are not binned.
     """
     shrunk = _RATIOS / (1 + _RATIOS * data.values)
     noise = (data.squares + within - shrunk @ data.projected**2) / data.size

@@ -1,8 +1,8 @@
 """Statistical tests that check whether the loss has passed its minimum.
 
 There are two tests: one from AutoWU's published code, and a robust test that does not depend on the
-scale of the loss. Both tests fit a Gaussian process to the losses of the warmup, with time scaled
-to [0, 1], and estimate the probability that an earlier loss was lower than the current loss.
+scale of the loss. Both tests scale time to [0, 1], fit a Gaussian process to the losses of the
+warmup, and estimate the probability that an earlier loss was lower than the current loss.
 
 Source: Kim et al., Automated learning rate scheduler for large-batch training,
 https://arxiv.org/abs/2107.05855, and its code, github.com/kakaobrain/autowu.
@@ -80,7 +80,7 @@ class PublishedResult(NamedTuple):
 
 
 def run_published_test(losses: Array, fit: Hyperparameters, sample: Sampler) -> PublishedResult:
-    """Test whether the loss has passed its minimum, with the test in AutoWU's published code.
+    """Use AutoWU's published test to decide whether the loss has passed its minimum.
 
     The test sets the mean of the Gaussian process to the mean of the losses. It then fits the
     hyperparameters to at most 100 losses with 100 steps of Adam, starting from the previous fit.
@@ -148,7 +148,7 @@ class RobustResult(NamedTuple):
 
 
 def run_robust_test(losses: Array) -> RobustResult:
-    """Test whether the loss has passed its minimum, with this library's robust test.
+    """Use this library's robust test to decide whether the loss has passed its minimum.
 
     The test tolerates noise and loss spikes, and does not depend on the scale of the loss. It clips
     losses that differ from the lowest loss by more than twice the decrease in the loss so far.

@@ -126,18 +126,17 @@ class PublishedTest(WarmupTest):
             return None
         return (
             f"AutoWU's warmup of at most {steps} steps is shorter than {_PATIENCE + 1} epochs of "
-            f"{self.interval} steps, so the test cannot end it. The warmup will end at lr "
-            f"{self.warmup.lr(steps):.2g} or when the cooldown starts. Train for more epochs, or "
-            'set "test": "robust".'
+            f"{self.interval} steps, so its test of the loss cannot end it. The warmup will end at "
+            f"lr {self.warmup.lr(steps):.2g} or when the cooldown starts. Train for more epochs, "
+            'or set "test": "robust".'
         )
 
 
 class RobustTest(WarmupTest):
-    """Robust test of whether the loss has passed its minimum.
+    """Test of whether the loss has passed its minimum, independent of the scale of the loss.
 
-    The test does not depend on the scale of the loss. It runs about sixty times if the warmup
-    reaches its maximum length. It needs at least five consecutive confident results to end the
-    warmup.
+    The test runs about sixty times if the warmup reaches its maximum length. It ends the warmup
+    after five or more consecutive confident results.
     """
 
     dtype = np.float64

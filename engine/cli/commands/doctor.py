@@ -124,7 +124,7 @@ def _check_deepspeed(*, list_ops: bool) -> Iterator[_Finding]:
     except ImportError as error:
         yield _Finding(group, "backend", False, str(error))
         return
-    yield _Finding(group, "backend", True, f"DeepSpeed {deepspeed.__version__}, for ZeRO")
+    yield _Finding(group, "backend", True, f"DeepSpeed {deepspeed.__version__}")
     ninja = shutil.which("ninja") is not None or get_installed_version("ninja") is not None
     why = "" if _find_compiler() else "no C++ compiler (Debian: g++)"
     why = why or ("" if ninja else "ninja is not installed: pip install ninja")

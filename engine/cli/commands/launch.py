@@ -61,7 +61,7 @@ _SUPPORTED_BY: dict[str, tuple[set[str], str]] = {
     ),
     "rejoin": (
         {"ssh"},
-        "requires `--hostfile`. Launch over ssh to reconnect to hosts, or remove this option.",
+        "requires `--hostfile`. Launch over ssh with `--hostfile`, or remove this option.",
     ),
     "slurm_opt": (
         {"slurm"},
@@ -73,7 +73,10 @@ _SUPPORTED_BY: dict[str, tuple[set[str], str]] = {
     ),
     "pass_env": (
         {"ssh", "local"},
-        "has no effect in a Slurm job, because all variables are passed to it. Remove this option.",
+        (
+            "has no effect in a Slurm job, because the job receives all environment variables. "
+            "Remove this option."
+        ),
     ),
     "no_preflight": (
         {"ssh", "local"},
@@ -287,7 +290,7 @@ def _launch_by_slurm(args: argparse.Namespace, request: LaunchRequest, out: Text
         secrets = [name for name in request.env if is_secret(name)]
         if secrets:
             print(
-                f"Only you can read the job script, because it contains {', '.join(secrets)}.",
+                f"The job script contains {', '.join(secrets)}, so only you can read it.",
                 file=out,
             )
         return OK

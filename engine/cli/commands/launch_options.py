@@ -170,8 +170,8 @@ def _add_rank_options(group: _Group) -> None:
     file_help = "file of environment variables: one K=V per line; # starts a comment"
     add("--env-file", type=Path, metavar="F", help=file_help)
     pattern_help = (
-        "environment variables to forward, such as WANDB_* (always forwarded: NCCL_*, HF_* and "
-        "others); can be repeated"
+        "environment variables to forward, such as WANDB_*; can be repeated. NCCL_*, HF_* and some "
+        "others are always forwarded"
     )
     add("--pass-env", action="append", default=[], metavar="PATTERN", help=pattern_help)
     add("--cwd", default=".", metavar="D", help="working directory on every host")
@@ -183,7 +183,7 @@ def _add_rank_options(group: _Group) -> None:
     add("--log-dir", also=("--enable-each-rank-log",), metavar="D", help=log_help)
     restarts_help = "maximum number of restarts (default: 0)"
     add("--max-restarts", type=int, default=0, metavar="R", help=restarts_help)
-    timeout_help = "timeout of collectives (default: 600)"
+    timeout_help = "timeout of collectives in seconds (default: 600)"
     add("--timeout", type=parse_positive_int, default=600, metavar="S", help=timeout_help)
     add(
         "--grace",
@@ -208,7 +208,7 @@ def _add_launcher_options(group: _Group) -> None:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=set_help)
     rejoin_help = "try to reconnect to a lost host for up to --rdzv-timeout seconds"
     add("--rejoin", action="store_true", help=rejoin_help)
-    rendezvous_help = "timeout of the rendezvous (default: 300)"
+    rendezvous_help = "timeout of the rendezvous in seconds (default: 300)"
     add("--rdzv-timeout", type=parse_positive_int, default=300, metavar="S", help=rendezvous_help)
     port_help = "port of the rendezvous (default: a free port)"
     add("--port", also=("--master-port",), type=int, default=0, metavar="P", help=port_help)
@@ -220,8 +220,8 @@ def _add_launcher_options(group: _Group) -> None:
     add("--iface", metavar="NAME", help=iface_help)
     choices = ["all", "rank0", "none"]
     console_help = (
-        "ranks whose output is printed (default: rank0). The last lines of a failed rank are "
-        "always printed"
+        "ranks whose output is printed (default: rank0). The last lines of a failed rank's "
+        "output are always printed"
     )
     add("--console", choices=choices, default="rank0", help=console_help)
     dry_run_help = "print the launch plan and exit, without connecting to any host"

@@ -88,8 +88,8 @@ def _add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape",
         choices=["exponential", "linear", "staircase"],
         default="exponential",
-        help="shape of the sweep's learning-rate curve (default: exponential, that is, an increase "
-        "by the same factor at each step)",
+        help="shape of the learning-rate curve (default: exponential, which multiplies the "
+        "learning rate by the same factor at each step)",
     )
     parser.add_argument(
         "--momentum",
@@ -147,9 +147,8 @@ def _add_script_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         type=parse_positive_int,
         metavar="N",
-        help="run the LR range test on the Nth engine that the script creates; required if the "
-        "script calls engine.initialize several times. The other engines train with their own "
-        "schedules",
+        help="run the LR range test on the Nth engine that the script creates (required if the "
+        "script creates several engines); the other engines train with their own schedules",
     )
     parser.add_argument(
         "--nproc",
@@ -381,7 +380,10 @@ def _find_problem(status: int, run: Run, log: Path, args: argparse.Namespace) ->
         return f"{name} failed with exit status {status}. Last lines of {log}:\n{lines}"
     if not run.facts:
         if args.engine not in (None, 1):
-            return f"{name} created fewer than {args.engine} engines. Use a smaller --engine."
+            return (
+                f"{name} created fewer than {args.engine} engines. Pass a lower number to "
+                "`--engine`."
+            )
         return (
             f"{name} exited without calling engine.initialize. Call it in the script, and train "
             f"with the engine that it returns. The script's output is in {log}."

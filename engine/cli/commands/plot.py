@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=parse_positive_int,
         metavar="N",
         help="number of steps to plot (default: the length of the run, or of the schedule if the "
-        'length of the run is unknown). N also replaces an "auto" run length. Without --steps, '
-        "engine.max_duration replaces it, or 1000 if engine.max_duration is not set",
+        'length of the run is unknown). N also replaces an "auto" total_num_steps (default: '
+        "engine.max_duration, or 1000 if engine.max_duration is not set)",
     )
     parser.add_argument(
         "--steps-per-epoch",
@@ -103,9 +103,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="IMAGE",
-        help="image file to write; the suffix selects the format. The suffix .html selects a page "
-        "with interactive charts. If --output, --csv and -t are all omitted, the image is written "
-        "to the current directory, under the config's name with the suffix .png",
+        help="output file. Its suffix selects an image format, such as .png or .pdf, or .html for "
+        "a page with interactive charts. If --output, --csv and -t are all omitted, the plot is "
+        "written to CONFIG.png in the current directory, where CONFIG is the config's file name "
+        "without its suffix",
     )
     parser.add_argument(
         "-t",
@@ -287,7 +288,7 @@ def _find_source(name: str) -> str:
     """Return the config path or the schedule name for a ``--compare`` argument.
 
     Raises:
-        ValueError: the name is neither a file nor a schedule, and has no suffix or colon.
+        ValueError: the name is neither a file nor a schedule, and does not look like a path.
     """
     if Path(name).is_file():
         return name
@@ -314,7 +315,7 @@ def _replay_losses(args: argparse.Namespace) -> _PlotData:
     steps = min(args.steps or len(losses) + 1, len(losses) + 1)
     columns = {name: column[:steps] for name, column in (values | {"loss": losses}).items()}
     name = data.schedule.type_name
-    title = f"{name} of {args.file} on losses from {args.losses}"
+    title = f"{name} of {args.file} for the losses in {args.losses}"
     summary = f"{name} on {len(losses)} losses"
     return _PlotData(title, steps, {}, columns, evidence, summary, {}, {})
 

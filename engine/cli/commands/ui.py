@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE|DIR",
         nargs="*",
         default=["ds_config.json"],
-        help="config file to edit, or directories to search for runs to view (default: "
-        "ds_config.json; a missing config file is created when you save)",
+        help="config file to edit, or directories to search for runs (default: ds_config.json). A "
+        "missing config file is created when you save",
     )
     parser.add_argument(
         "--port",

@@ -25,7 +25,7 @@ def _check_contiguous_memory(context: RuleContext) -> Iterator[Problem]:
         yield context.error("contiguous-without-partition", _POINTER, message, hint)
     elif not section.get("number_checkpoints") and number not in context.unresolved:
         message = (
-            f"`{_KEY}` requires `number_checkpoints`. Set the key, or call "
+            f"`{_KEY}` requires `number_checkpoints`. Set `number_checkpoints`, or call "
             "`deepspeed.checkpointing.configure(num_checkpoints=…)` in the script."
         )
         yield context.note("contiguous-without-number", _POINTER, message)

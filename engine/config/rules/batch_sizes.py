@@ -42,8 +42,8 @@ def _check_batch_sizes(context: RuleContext) -> Iterator[Problem]:
         return
     if train not in {None, sizes.train}:
         message = (
-            f"`train_batch_size` is {train}, which counts each of the {sizes.train} samples "
-            f"{ranks.tensor_parallel} times, once per tensor-parallel rank."
+            f"`train_batch_size` is {train}, but a batch has only {sizes.train} samples. The value "
+            f"counts each sample {ranks.tensor_parallel} times, once per tensor-parallel rank."
         )
         hint = f"Set it to {sizes.train}."
         yield context.note("batch-sizes", "/train_batch_size", message, hint)

@@ -29,7 +29,7 @@ __all__ = ["Rule", "RuleContext"]
 
 @dataclass(frozen=True)
 class RuleContext:
-    """The individually valid values of a config, and values derived from them.
+    """Input of the rules: the valid values of a config, and values derived from them.
 
     ``world_size`` is None if the number of ranks is unknown.
     """
@@ -88,7 +88,7 @@ class RuleContext:
     def is_run_resolved(self) -> bool:
         """Whether the settings that determine the schedule's curves are all valid and not "auto".
 
-        They include the settings of the optimizer, of the schedule, and of the run's length.
+        These are the settings of the optimizer, the schedule and the run length.
         """
         sections = ("/scheduler", "/optimizer", "/engine", "/train_batch_size")
         return not any(each.startswith(sections) for each in self.unresolved)

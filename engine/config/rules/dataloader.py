@@ -1,6 +1,6 @@
 """Rule for ``engine.dataloader``.
 
-It rejects settings that need workers if ``num_workers`` is 0.
+If ``num_workers`` is 0, it rejects settings that require workers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _check_workers(context: RuleContext) -> Iterator[Problem]:
     for key in ("prefetch_factor", "persistent_workers"):
         if settings.get(key):
             message = f"`engine.dataloader.{key}` requires `num_workers` >= 1, got 0."
-            hint = 'Set "num_workers", for example to 4, or remove the key.'
+            hint = f'Set "num_workers" to 1 or more, or remove "{key}".'
             yield context.error("dataloader-without-workers", f"{_POINTER}/{key}", message, hint)
 
 

@@ -63,7 +63,7 @@ def _check_nesterov(context: RuleContext) -> Iterator[Problem]:
         hint = 'Add "momentum": 0.9, or remove `nesterov`.'
         yield context.error("optimizer-params", f"{pointer}/nesterov", message, hint)
     elif params.get("dampening"):
-        message = f"`dampening` must be 0 with `nesterov`, got {params['dampening']:g}."
+        message = f"`dampening` must be 0 if `nesterov` is true, got {params['dampening']:g}."
         hint = "Remove one of the two keys."
         yield context.error("optimizer-params", f"{pointer}/dampening", message, hint)
 
@@ -84,7 +84,7 @@ def _check_etas(context: RuleContext) -> Iterator[Problem]:
 def _check_sharding(context: RuleContext) -> Iterator[Problem]:
     """Yield an error for ZeRO with a PyTorch optimizer that does not support sharded parameters.
 
-    If the world size is unknown, yield a warning instead: with one rank, nothing is sharded.
+    If the world size is unknown, yield a warning instead, because a single rank shards nothing.
     """
     name = optimizer_name(context.get_section("optimizer").get("type", ""))
     is_sharded = context.backend.name == "torch" and context.stage and context.world_size != 1

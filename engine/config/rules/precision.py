@@ -1,7 +1,7 @@
 """Rules for mixed precision.
 
-They report keys that conflict with other keys or the ZeRO stage, and a loss scale without a
-minimum.
+They report keys that conflict with each other or with the ZeRO stage. They also report a loss scale
+that has no minimum.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _check_single_precision(context: RuleContext) -> Iterator[Problem]:
 
 
 def _is_autocast_of_16_bits(context: RuleContext, on: list[str]) -> bool:
-    """Return whether only ``torch_autocast`` and a 16-bit section of the same dtype are enabled.
+    """Return whether only ``torch_autocast`` and the section for its 16-bit dtype are enabled.
 
     ``on`` contains the names of the enabled sections. For ``fp16`` without ZeRO, return False,
     because DeepSpeed would scale the loss twice.
@@ -113,7 +113,7 @@ def _check_accumulation_dtype(context: RuleContext) -> Iterator[Problem]:
 def _check_min_loss_scale(context: RuleContext) -> Iterator[Problem]:
     if context.get_section("fp16").get("min_loss_scale") == 0:
         message = "`fp16.min_loss_scale` is 0, so the loss scale has no minimum."
-        hint = "Set the key to 1 to end the run if gradients overflow even at that loss scale."
+        hint = "Set the key to 1. The run then ends if gradients overflow at a loss scale of 1."
         yield context.note("no-minimum-loss-scale", "/fp16/min_loss_scale", message, hint)
 
 

@@ -1,7 +1,7 @@
 """Rules that check the schedule in a config.
 
-For example, they report conflicts between the schedule and the optimizer or the length of the run,
-and keys that have no effect.
+For example, they report keys that have no effect, and a schedule that does not fit the optimizer or
+the length of the run.
 """
 
 from __future__ import annotations
@@ -114,14 +114,18 @@ def _check_end(context: RuleContext) -> Iterator[Problem]:
             f"The schedule ends at step {end:g}, but the run ends at step {total:g} with a "
             f"learning rate of {curve(total):.3g} instead of {last:.3g}."
         )
-        hint = 'Set durations as fractions of the run, such as "1dur", or change `max_duration`.'
+        hint = (
+            'Specify durations as fractions of the run, such as "0.1dur", or change `max_duration`.'
+        )
         yield context.warning("end-of-schedule", pointer, message, hint)
     elif end < total and last < peak:
         message = (
             f"The schedule ends at step {end:g} of {total:g}. The learning rate then stays at "
             f"{last:.3g}."
         )
-        hint = 'Set durations as fractions of the run, such as "1dur", or change `max_duration`.'
+        hint = (
+            'Specify durations as fractions of the run, such as "0.1dur", or change `max_duration`.'
+        )
         is_idle = last <= _NEAR_ZERO * peak
         report = context.warning if is_idle else context.note
         yield report("end-of-schedule", pointer, message, hint)
@@ -195,9 +199,8 @@ def _check_decay_interval(context: RuleContext) -> Iterator[Problem]:
     is_zero = cycle.get("decay_step_size") == 0
     rates = [key for key in ("decay_lr_rate", "decay_mom_rate") if cycle.get(key)]
     if rates and not interval and (is_zero or context.is_absent(f"{_PARAMS}/decay_step_size")):
-        why = "if `decay_step_size`, the decay interval, is 0"
-        why = why if is_zero else "without `decay_step_size`, the decay interval"
-        message = f"`{rates[0]}` has no effect {why}."
+        why = "is 0" if is_zero else "is not set"
+        message = f"`{rates[0]}` has no effect, because `decay_step_size` {why}."
         hint = f'Set "decay_step_size": {_format_first_step_size(cycle)}, or remove `{rates[0]}`.'
         yield context.warning("decay-without-interval", f"{_PARAMS}/{rates[0]}", message, hint)
     elif interval and not rates and "decay_step_size" in cycle:
@@ -221,7 +224,7 @@ def _check_tokens(context: RuleContext) -> Iterator[Problem]:
     run = context.get_section("engine")
     params = context.get_section("scheduler").get("params")
     if "tokens_per_sample" in run and not _TOKENS.search(f"{run.get('max_duration')} {params}"):
-        message = "`engine.tokens_per_sample` has an effect only on durations in tokens."
+        message = "`engine.tokens_per_sample` has no effect, because no duration is in tokens."
         hint = 'Specify a duration in tokens, such as "1e9tok", or remove the key.'
         yield context.note("no-effect", "/engine/tokens_per_sample", message, hint)
 

@@ -59,7 +59,7 @@ def _check_offload(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
-    """Yield a warning for CPU offloading that the PyTorch backend ignores in a single process."""
+    """Yield a warning if the PyTorch backend ignores CPU offloading in a single-process run."""
     if context.world_size != 1 or context.backend.name != "torch":
         return
     for name in ("offload_optimizer", "offload_param"):
@@ -82,7 +82,7 @@ def _check_nvme(context: RuleContext) -> Iterator[Problem]:
             and context.is_absent(f"{pointer}/nvme_path")
         ):
             message = f'`{name}.nvme_path` must be set if the device is "nvme".'
-            hint = 'Add a path on the NVMe drive, such as "nvme_path": "/local_nvme".'
+            hint = 'Set "nvme_path" to a directory on the NVMe drive, such as "/local_nvme".'
             yield context.error("nvme-without-path", pointer, message, hint)
         if path and block.get("device", "none") != "nvme" and on_deepspeed:
             message = f'`{name}.nvme_path` has an effect only if the device is "nvme".'

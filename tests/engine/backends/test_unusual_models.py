@@ -154,7 +154,7 @@ def reshard_differently():
     with pytest.raises(ValueError, match="already sharded by FSDP2"):
         engine.initialize(config=build_config("torch", 3), model=model)
     own = fully_shard(build_model(), mesh=init_device_mesh("cpu", (2,)))
-    with pytest.raises(ValueError, match="Pass the model without sharding it"):
+    with pytest.raises(ValueError, match="must not be sharded by `fully_shard`"):
         engine.initialize(config=build_config("torch", 3), model=own)
 
 

@@ -170,7 +170,7 @@ DAMAGE = [
         "OneCycle",
         "shard.0.safetensors",
         edit_tensors(overlap, {"parts": PARTS}),
-        r"saved shards of `.*` must cover the full tensor",
+        r"saved shards of `.*` do not cover the full tensor",
     ),
     (
         "OneCycle",

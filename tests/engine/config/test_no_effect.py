@@ -1,4 +1,4 @@
-"""Test the table of keys that change no result: each is a note and selects no backend."""
+"""Test the table of keys that do not affect results: each is a note and selects no backend."""
 
 import pytest
 import torch

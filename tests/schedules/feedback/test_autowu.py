@@ -253,7 +253,7 @@ def test_autowu_step_accepts_only_a_scalar_loss():
 @pytest.mark.parametrize(
     "params, message",
     [
-        ({"total_epochs": 6}, "the test cannot end it"),
+        ({"total_epochs": 6}, "its test of the loss cannot end it"),
         ({"total_epochs": 6, "test": "robust"}, "rarely confident"),
     ],
 )
@@ -282,7 +282,7 @@ def test_evidence_band_contains_the_true_loss(test, unit):
 
 def test_autowu_scaled_to_more_steps_than_a_float_holds_is_an_error():
     schedule = schedules.AutoWU(steps_per_epoch=10, total_epochs=20)
-    with pytest.raises(schedules.ScheduleError, match=r"`total_epochs` scaled by 1e\+308, the run"):
+    with pytest.raises(schedules.ScheduleError, match=r"`total_epochs`, scaled by 1e\+308, must"):
         schedule.resolve(Horizon(scale_ratio=1e308))
 
 
