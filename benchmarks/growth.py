@@ -264,7 +264,10 @@ def print_rows(title: str, rows: dict[str, Row]) -> None:
     print(f"\n| {title} |", " | ".join(names), "|")
     print("|---" * (len(names) + 1) + "|")
     for label, row in rows.items():
-        cells = (f"{row[name]:,.{0 if name == 'problems' else 1}f}" for name in names)
+        cells = (
+            "" if math.isnan(row[name]) else f"{row[name]:,.{0 if name == 'problems' else 1}f}"
+            for name in names
+        )
         print(f"| {label} |", " | ".join(cells), "|", flush=True)
 
 

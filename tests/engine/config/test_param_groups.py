@@ -45,7 +45,7 @@ def test_valid_groups_have_no_problems():
     ("entry", "pointer", "message"),
     [
         ({"params": "*.bias"}, "/params", 'Write ".*\\\\.bias"'),
-        ({"params": ["a", "(b"]}, "/params", 'a regular expression, got "(b"'),
+        ({"params": ["a", "(b"]}, "/params", 'regular expression, got "(b"'),
         ({"params": "a{99999999999}"}, "/params", "must be a valid regular expression"),
         ({"params": "a" * 501}, "/params", "longer than 500 characters"),
         ({"params": []}, "/params", "a list, got []"),
@@ -136,7 +136,7 @@ def test_no_decay_without_weight_decay_is_reported():
 
 def test_groups_of_muon_are_rejected():
     problem = find_problems({"params": "a"}, kind="Muon")["/param_groups"]
-    assert "DeepSpeed itself divides" in problem.hint
+    assert "DeepSpeed" in problem.hint
 
 
 def test_many_groups_are_rejected_quickly():

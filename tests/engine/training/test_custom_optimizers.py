@@ -222,7 +222,7 @@ def test_several_optimizers_are_an_error_that_names_two_engines(kind):
     model = build_model()
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2)]
     given = dict(enumerate(optimizers)) if kind is dict else kind(optimizers)
-    with pytest.raises(ValueError, match="once per optimizer"):
+    with pytest.raises(ValueError, match="`initialize` once"):
         engine.initialize(config={"train_batch_size": 2}, model=model, optimizer=given)
 
 
