@@ -2,11 +2,11 @@
 
     python benchmarks/checkpoint_speed.py
 
-The script prints three tables: for saving, for loading, and for the time that an asynchronous save
-blocks training. Each row shows the CPU time of the training thread, the wall-clock time, and the
-ratio of each time to that of a baseline. The baseline in the first row writes, reads or copies a
-single buffer of the same size. All numbers are medians of interleaved rounds. A separate row shows
-the cost of syncing the saved files to disk and hashing them.
+The script prints three tables: the cost of saving, the cost of loading, and how long an
+asynchronous save blocks training. Each row shows the CPU time of the training thread, the
+wall-clock time, and the ratio of each to the baseline. The baseline is the first row: it writes,
+reads or copies a single buffer of the same size. All numbers are medians of interleaved rounds. A
+separate row shows the cost of syncing the saved files to disk and hashing them.
 """
 
 from __future__ import annotations

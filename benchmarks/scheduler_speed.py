@@ -62,9 +62,9 @@ def repeat_step(step: Step) -> Callable[[int], None]:
 
 
 def build_contenders(groups: int) -> dict[str, Callable[[int], None]]:
-    """Return functions that run a scheduler for a given number of steps, by scheduler name.
+    """Map each scheduler's name to a function that runs it for a given number of steps.
 
-    The dict also contains the bare loop, which is the baseline.
+    The bare loop is included as the baseline.
     """
     from deepspeed.runtime.lr_schedules import OneCycle
 

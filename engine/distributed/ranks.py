@@ -79,10 +79,10 @@ class Ranks:
 
 
 def get_world_size() -> int:
-    """Return the number of ranks of the run.
+    """Return the number of ranks in the run.
 
     Without an initialized process group, the number is read from the environment variable
-    ``WORLD_SIZE`` or, if it is not set, from srun or mpirun. The default is 1.
+    ``WORLD_SIZE`` or, if it is not set, from the variables of srun or mpirun. The default is 1.
 
     Raises:
         ValueError: if srun or mpirun started several tasks, but this task's rank or the address of
@@ -97,7 +97,8 @@ def get_rank() -> int:
     """Return the rank of this process.
 
     Without an initialized process group, the rank is read from the environment variable ``RANK``
-    or, if ``RANK`` or ``WORLD_SIZE`` is not set, from srun or mpirun. The default is 0.
+    or, if ``RANK`` or ``WORLD_SIZE`` is not set, from the variables of srun or mpirun. The default
+    is 0.
 
     Raises:
         ValueError: if srun or mpirun started several tasks, but this task's rank or the address of

@@ -114,8 +114,8 @@ class Evaluator:
         if any(kind[1:] != kinds[0][1:] for kind in kinds):
             got = [((rows, *shape), dtype) for rows, shape, dtype in kinds]
             raise ValueError(
-                "`value` must have the same dtype and shape on every rank, apart from the size of "
-                f"the first dimension, got {got}. Pad or convert the tensor first."
+                "`value` must have the same dtype on every rank, and the same shape except for the "
+                f"first dimension, got {got}. Pad or convert the tensor first."
             )
         # Gather bytes, because gloo does not support every dtype.
         own = _to_bytes(tensor)

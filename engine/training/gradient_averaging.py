@@ -59,7 +59,7 @@ class _Bucket:
     """Flat tensor that contains the gradients, a flag for each parameter (nonzero if it has a
     gradient), and the step number."""
     views: list[Tensor]
-    """The gradients inside the buffer, in the shapes of the parameters."""
+    """Views of the buffer: the gradient of each parameter, with its shape."""
     copied: set[int] = dataclasses.field(default_factory=set)
     """Indices of the gradients that the current backward pass has copied into the buffer."""
     work: Any = None

@@ -43,7 +43,7 @@ _EMPTY = Series(np.empty(0), np.empty(0))
 
 
 def find_metric_name(name: str) -> str:
-    """Return the short name of a metric.
+    """Return a metric's name without the prefix ``Train/Samples/``, and with "_" for each "/".
 
     >>> find_metric_name("Train/Samples/lr"), find_metric_name("Validation/loss")
     ('lr', 'Validation_loss')

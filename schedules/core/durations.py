@@ -181,9 +181,8 @@ def _count_per_step(unit: str, horizon: Horizon, text: str) -> float:
     if unit == "tok" and horizon.tokens_per_sample is None:
         raise DurationError(
             f"{text} requires the number of tokens per sample, which must be the same for all "
-            'samples. Set "engine": {"tokens_per_sample": 2048} in the config, pass '
-            "horizon=Horizon(samples_per_step=…, tokens_per_sample=…) in a custom loop, or specify "
-            'a number of steps ("500ba").'
+            'samples. Set it in the config, for example "engine": {"tokens_per_sample": 2048}. In '
+            "a custom loop, pass horizon=Horizon(samples_per_step=…, tokens_per_sample=…)."
         )
     if horizon.samples_per_step is None:
         raise DurationError(

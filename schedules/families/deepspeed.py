@@ -79,9 +79,10 @@ class OneCycle(
         momentum(k) = cycle_max_mom - (cycle_max_mom - cycle_min_mom) * s(k)  k <= T
                       cycle_max_mom / (1 + decay_mom_rate * n)                k > T
 
-    The peak is exactly ``cycle_max_lr``, at k = first. Momentum starts at ``cycle_max_mom`` and
-    decreases after the cycle. In DeepSpeed, momentum is ``cycle_min_mom`` at the first step and
-    increases after the cycle, to more than 1 in a long run. DeepSpeed also sets beta2 to 0.99.
+    The peak is exactly ``cycle_max_lr``, at k = first. Unlike in DeepSpeed, momentum starts at
+    ``cycle_max_mom``, and it decays after the cycle. In DeepSpeed, momentum starts at
+    ``cycle_min_mom``, and it grows after the cycle, in long runs to more than 1. DeepSpeed also
+    sets beta2 to 0.99.
 
     >>> cycle = OneCycle(cycle_min_lr=0.1, cycle_max_lr=0.5, cycle_first_step_size=2)
     >>> curves = cycle.curves({"lr": (0.1,), "momentum": (0.9,)})

@@ -41,8 +41,8 @@ class PerGroup(ScheduleOfParts):
         for index, part in enumerate(self.schedulers):
             if part is not None and part.feedback is not None:
                 message = (
-                    f"The schedule of param group {index} must not depend on the {part.feedback}, "
-                    f"got {part.type_name}. Use {part.type_name} for all groups."
+                    f"The schedule of a single param group (here group {index}) must not depend on "
+                    f"the {part.feedback}, got {part.type_name}. Use it for all groups instead."
                 )
                 yield ParameterProblem("schedulers", message)
 

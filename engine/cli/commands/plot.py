@@ -103,10 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="IMAGE",
-        help="output file. Its suffix selects an image format, such as .png or .pdf, or .html for "
-        "a page with interactive charts. If --output, --csv and -t are all omitted, the plot is "
-        "written to CONFIG.png in the current directory, where CONFIG is the config's file name "
-        "without its suffix",
+        help="output file. Its suffix sets the format: .png, .pdf or another image format, or "
+        ".html for a page with interactive charts. If --output, --csv and -t are all omitted, the "
+        "plot of ds_config.json is written to ds_config.png in the current directory",
     )
     parser.add_argument(
         "-t",

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps-per-epoch",
         type=parse_positive_int,
         metavar="N",
-        help="check durations in epochs for N steps per epoch (default: for any number of steps)",
+        help="assume N steps per epoch when checking durations in epochs (default: any number)",
     )
     parser.add_argument("--strict", action="store_true", help="treat warnings as errors")
     parser.add_argument(
