@@ -58,11 +58,11 @@ MISTAKES = [
         1,
         "unknown-key",
         "/gradient_cliping",
-        "Did you mean `gradient_clipping`",
+        "`gradient_clipping`",
     ),
     ("/zzz", 1, "unknown-key", "/zzz", 'start the key with "//" or "x-"'),
     ("/fp16/los_scale", 1, "unknown-key", "/fp16/los_scale", "Did you mean `loss_scale`?"),
-    ("/optimizer/param", {}, "unknown-key", "/optimizer/param", "Did you mean `params`"),
+    ("/optimizer/param", {}, "unknown-key", "/optimizer/param", "`params`"),
     ("/optimizer/params/momentum", 0.9, "unknown-key", None, "Unknown key `momentum`"),
     (
         "/scheduler/params/warmup_num_steps",
