@@ -77,13 +77,19 @@ def complete_base(base: Mapping[str, float | Iterable[float]] | None) -> Base:
             per group.
 
     Raises:
-        ValueError: lists with more than one number have different lengths, or a list is empty.
+        ValueError: a name is unknown, lists with more than one number have different lengths, or a
+            list is empty.
 
     >>> complete_base({"lr": [0.1, 0.2]})
     {'lr': (0.1, 0.2), 'momentum': (0.9, 0.9), 'weight_decay': (0.0, 0.0)}
     """
     given = dict(DEFAULT_BASE)
     for name, values in (base or {}).items():
+        if name not in DEFAULT_BASE:
+            raise ValueError(
+                f"`base` must have only the keys {', '.join(DEFAULT_BASE)}, got {name!r}. Remove "
+                "this key."
+            )
         given[name] = (values,) if isinstance(values, int | float) else tuple(values)
     groups = max(map(len, given.values()))
     for name, each in given.items():
