@@ -122,6 +122,9 @@ def test_pages_load_without_messages_and_fit_the_window(site, address, browser):
         ("LR finder", "guides/learning_rate"),
         ("DeepSpeed compatibility", "drop_in"),
         ("installation", "index"),
+        ("evaluate during training", "guides/evaluation"),
+        ("custom data loader", "guides/data"),
+        ("two machines", "guides/multi_node"),
         ("multi gpu", "guides/multi_node"),
     ],
 )

@@ -66,6 +66,7 @@ class AutomaticCheckpoints:
         self._checkpointer = checkpointer
         self._ranks = ranks
         self._signals: Signals | None = None
+        self._first_step = 0  # of this process
         self._logged_end: int | None = None  # step at which the end of the run was logged
 
     def resume(self, run: RunState) -> bool:
@@ -100,6 +101,7 @@ class AutomaticCheckpoints:
             checkpoint_dir, _ = self._checkpointer.load(run, directory)
             if self._ranks.rank == 0:
                 log.info("resuming from %s at step %d", checkpoint_dir, run.counters.global_steps)
+        self._first_step = run.counters.global_steps
         self._signals = self._signals or Signals()
         return is_loaded
 
@@ -131,11 +133,13 @@ class AutomaticCheckpoints:
             SystemExit: after the save, if a rank has received one of these signals.
         """
         directory, every = self._directory, self._plan.every
-        if directory is None or run.is_trial:
+        if run.is_trial:
+            return
+        self._checkpointer.data.check_is_used()
+        if directory is None:
             return
         # A script that only evaluates does not need a lock, so lock after the first step.
         self._checkpointer.lock(directory)
-        self._checkpointer.data.check_is_used()
         self.save_best(run)
         received = None
         if self._signals is not None:
@@ -164,16 +168,23 @@ class AutomaticCheckpoints:
         """
         if run.is_trial:
             return
-        directory, step, where = self._directory, run.counters.global_steps, ""
-        if directory is not None:
-            if self._plan.every is not None and not self._checkpointer.is_saved(run, directory):
-                self._save(run, directory)
-                self._checkpointer.wait()
-            if self._checkpointer.is_saved(run, directory):
-                where = f"; the last checkpoint is in {directory}"
-        if self._ranks.rank == 0 and self._logged_end != step:
-            self._logged_end = step
-            log.info("training ended at step %d%s", step, where)
+        directory = self._directory
+        if directory is not None and not (
+            self._plan.every is None or self._checkpointer.is_saved(run, directory)
+        ):
+            self._save(run, directory)
+            self._checkpointer.wait()
+        self._log_end(run)
+
+    def _log_end(self, run: RunState) -> None:
+        directory, step = self._directory, run.counters.global_steps
+        if self._ranks.rank > 0 or self._logged_end == step:
+            return
+        self._logged_end = step
+        event = "training ended" if step > self._first_step else "the run is already over"
+        is_saved = directory is not None and self._checkpointer.is_saved(run, directory)
+        where = f"; the last checkpoint is in {directory}" if is_saved else ""
+        log.info("%s at step %d%s", event, step, where)
 
     def close(self, run: RunState) -> None:
         """Save a final checkpoint if the current step is unsaved, and restore signal handlers.
@@ -194,6 +205,7 @@ class AutomaticCheckpoints:
         if self._plan.every is None or run.is_trial or hasattr(sys, "last_value"):
             return
         if self._is_saved(run, directory):
+            self._log_end_if_trained(run, directory)
             return
         has_group = self._ranks.world_size == 1 or dist.is_initialized()
         if has_group and not find_missing_ranks(self._ranks):
@@ -215,7 +227,10 @@ class AutomaticCheckpoints:
         With several ranks, only log a warning, because other ranks may have already exited.
         """
         directory = self._directory
-        if directory is None or hasattr(sys, "last_value") or self._is_saved(run, directory):
+        if directory is None or hasattr(sys, "last_value"):
+            return
+        if self._is_saved(run, directory):
+            self._log_end_if_trained(run, directory)
             return
         if self._ranks.world_size > 1:
             self._warn_of_unsaved_steps(directory)
@@ -226,6 +241,11 @@ class AutomaticCheckpoints:
             self.end_run(run)
         except Exception as error:  # noqa: BLE001  # the exit status reports the failure
             exit_with_failure(error)
+
+    def _log_end_if_trained(self, run: RunState, directory: Path) -> None:
+        has_trained = run.counters.global_steps > self._first_step
+        if has_trained and self._checkpointer.is_saved(run, directory):
+            self._log_end(run)
 
     def _warn_of_unsaved_steps(self, directory: Path) -> None:
         if self._ranks.rank == 0:

@@ -33,6 +33,7 @@ class DataPosition:
         self._ranks = ranks
         self._loader: RunLoader | None = None
         self._pending: Mapping[str, Any] | None = None
+        self._is_checked = False
 
     def set_loader(self, loader: RunLoader) -> None:
         """Set the data loader of the run, and restore its position if a checkpoint was loaded."""
@@ -122,12 +123,27 @@ class DataPosition:
             raise
 
     def check_is_used(self) -> None:
-        """Warn once if a saved position was loaded but the run has no data loader."""
-        if self._pending is not None:
-            self._pending = None
-            if self._ranks.rank == 0:
-                log.warning(
-                    "the position in the data was not restored, because the run has no data "
-                    "loader; pass the loader to `initialize` as `training_data`, or to "
-                    "`trainer.prepare`"
-                )
+        """Warn once if the script takes steps but does not use the run's data loader.
+
+        Also warn if a saved position was loaded but the run has no data loader.
+        """
+        if self._is_checked:
+            return
+        self._is_checked = True
+        has_unused_loader = self._loader is not None and not self._loader.is_used
+        has_lost_position = self._pending is not None
+        self._pending = None
+        if self._ranks.rank != 0:
+            return
+        if has_unused_loader:
+            log.warning(
+                "the training data does not come from the data loader of the run; loop over the "
+                "loader that `initialize` or `trainer.prepare` returns, which splits the samples "
+                "across the ranks and resumes at the saved position"
+            )
+        if has_lost_position:
+            log.warning(
+                "the position in the data was not restored, because the run has no data "
+                "loader; pass the loader to `initialize` as `training_data`, or to "
+                "`trainer.prepare`"
+            )

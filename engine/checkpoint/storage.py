@@ -5,7 +5,7 @@
     DIR/latest              tag of the newest checkpoint, for DeepSpeed and other tools
     DIR/TAG/manifest.json   sizes and hashes of the files, package versions, identity of the run
     DIR/TAG/…               model, optimizer and all other saved states
-    DIR/.TAG.partial/       a checkpoint whose save is in progress or was interrupted
+    DIR/.TAG.partial/       a checkpoint whose save or removal is in progress or was interrupted
 
 A directory without a manifest is not a complete checkpoint. The manifest is written last, and then
 the directory is renamed from ``.TAG.partial`` to ``TAG``. The previous checkpoint therefore stays
@@ -309,10 +309,11 @@ def prune(directory: Path, run: str, keep: int | None, keep_every: int | None) -
     removed = []
     for checkpoint_dir, manifest in own[:-keep]:
         if keep_every is None or manifest.step % keep_every:
-            # Remove the manifest first, so that an interrupted removal leaves an invalid
-            # checkpoint.
-            (checkpoint_dir / MANIFEST).unlink()
-            shutil.rmtree(checkpoint_dir)
+            # If the removal is interrupted, the next run deletes the rest.
+            partial = directory / f".{manifest.tag}.partial"
+            discard(partial)
+            checkpoint_dir.rename(partial)
+            shutil.rmtree(partial)
             removed.append(checkpoint_dir.name)
     return removed
 

@@ -22,6 +22,7 @@ from engine.errors import ConfigError, Problem
 __all__ = ["Source", "check_is_readable", "find_unserializable", "load_document"]
 
 # A config is usually a few kilobytes long. A much larger file is probably not a config.
+_MAX_FILES = 5  # number of file names in a message
 _MAX_BYTES = 1_000_000
 _OPEN_FILES = {"/dev/fd", "/proc/self/fd"}
 
@@ -64,13 +65,7 @@ def load_document(config: Source) -> Document:
             "Save the file as UTF-8.",
         ) from None
     except FileNotFoundError:
-        near = _find_nearest_file(path)
-        hint = (
-            f"Did you mean {near}?"
-            if near
-            else f"Check the path: {path.parent} contains no JSON file."
-        )
-        raise _build_unreadable_error(name, "File not found.", hint) from None
+        raise _build_unreadable_error(name, "File not found.", _suggest_file(path)) from None
     except OSError as error:
         raise _build_unreadable_error(
             name, f"The config cannot be read: {error.strerror}."
@@ -152,10 +147,13 @@ def _build_unreadable_error(name: str, message: str, hint: str = "") -> ConfigEr
     return ConfigError(name, [Problem("unreadable", "error", "", 0, 0, message, hint)])
 
 
-def _find_nearest_file(path: Path) -> Path | None:
-    directory = path.parent
-    if not directory.is_dir():
-        return None
-    names = sorted(other.name for other in directory.glob("*.json"))
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.3) or names[:1]
-    return directory / near[0] if near else None
+def _suggest_file(path: Path) -> str:
+    """Return a hint that names the JSON files next to a file that does not exist."""
+    names = sorted(other.name for other in path.parent.glob("*.json"))
+    if not names:
+        return f"Check the path: {path.parent} contains no JSON file."
+    near = difflib.get_close_matches(path.stem, [Path(name).stem for name in names], n=1)
+    if near or len(names) == 1:
+        return f"Did you mean {path.parent / (f'{near[0]}.json' if near else names[0])}?"
+    listed = ", ".join(names[:_MAX_FILES]) + (", …" if len(names) > _MAX_FILES else "")
+    return f"Check the path: {path.parent} contains {listed}."

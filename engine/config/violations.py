@@ -129,6 +129,7 @@ def _convert_error(
                 hint
                 or _suggest_fraction_of_run(value, schema)
                 or _suggest_plain_number(value, schema)
+                or _suggest_section(value, schema)
             )
             yield document.build_problem(kind, pointer, message, hint, fix=fix)
         case _:
@@ -148,6 +149,14 @@ def _suggest_plain_number(value: object, schema: Mapping[str, Any]) -> str:
     unit, types = get_unit(value), schema.get("type", ())
     takes_number = "integer" in types or "number" in types
     return f"Write a number without the unit `{unit}`." if unit and takes_number else ""
+
+
+def _suggest_section(value: object, schema: Mapping[str, Any]) -> str:
+    """Return a hint if a section that can be enabled has a boolean, or "" if not."""
+    shown = {True: "true", False: "false", "true": "true", "false": "false"}
+    if "enabled" not in schema.get("properties", {}) or not isinstance(value, bool | str):
+        return ""
+    return f'Write {{"enabled": {shown[value]}}}.' if value in shown else ""
 
 
 def _suggest_unquoting(value: Any, schema: Mapping[str, Any]) -> tuple[str, Fix | None]:

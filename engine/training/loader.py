@@ -68,6 +68,8 @@ class RunLoader:
         self._end_epoch: Callable[[], None] = lambda: None
         self._on_end: Callable[[], None] = lambda: None
         self._start: Callable[[int], None] = lambda epoch: None
+        self.is_used = False
+        """Whether the script has iterated over the loader."""
         self._epoch = -1
         self._empty_epochs = 0  # iterations after the end of the run
         self._requested = 0  # micro-batches of this epoch that were requested
@@ -169,6 +171,7 @@ class RunLoader:
     def __iter__(self) -> Iterator[Any]:
         if self._run_is_over():
             return self._end_run()
+        self.is_used = True
         start, self._start = self._start, lambda epoch: None
         start(self.epoch)
         if not self.resumes:

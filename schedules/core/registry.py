@@ -32,6 +32,7 @@ FAMILIES = (
 """Modules that define the built-in schedules. `SCHEDULES` lists the schedules in this order."""
 
 _OTHER_NAMES = {
+    "1cycle": "OneCycle",
     "constant": "ConstantScheduler",
     "constant_with_warmup": "ConstantWithWarmupScheduler",
     "cosine": "cosine_schedule_with_warmup",
@@ -197,8 +198,8 @@ def find(name: str) -> type[Schedule[Any]]:
 def suggest(name: str) -> str | None:
     """Return the known schedule name that is closest to an unknown name; None if no name is close.
 
-    >>> suggest("OneCicle"), suggest("cosine"), suggest("nonsense")
-    ('OneCycle', 'cosine_schedule_with_warmup', None)
+    >>> suggest("OneCicle"), suggest("1Cycle"), suggest("nonsense")
+    ('OneCycle', 'OneCycle', None)
     """
     return _OTHER_NAMES.get(name.lower()) or find_nearest(name, SCHEDULES)
 

@@ -224,12 +224,29 @@ def test_last_steps_are_saved_when_the_loader_ends_the_run(tmp_path, caplog):
     assert caplog.text.count(end) == 1
 
 
-def test_destroy_saves_the_last_steps(tmp_path, monkeypatch):
+@pytest.mark.parametrize("steps", [2, 3])
+def test_destroy_saves_the_last_steps(tmp_path, monkeypatch, caplog, steps):
     monkeypatch.delattr(sys, "last_value", raising=False)  # set by pytest if a test has failed
-    trainer, loader = start(tmp_path)
-    train_epoch(trainer, loader, stop_at=2)
+    trainer, loader = start(tmp_path, every=3)
+    train_epoch(trainer, loader, stop_at=steps)
     trainer.destroy()
-    assert [manifest.step for _, manifest in storage.list_checkpoints(tmp_path)] == [2]
+    assert [manifest.step for _, manifest in storage.list_checkpoints(tmp_path)] == [steps]
+    assert f"training ended at step {steps}" in caplog.text
+    caplog.clear()
+    start(tmp_path)[0].destroy()
+    assert "ended" not in caplog.text
+
+
+def test_steps_on_data_of_another_loader_warn_once(caplog):
+    trainer, loader = start()
+    own = torch.utils.data.DataLoader(build_data(), batch_size=BATCH)
+    for _ in range(2):
+        train_epoch(trainer, own)
+    assert caplog.text.count("does not come from the data loader of the run") == 1
+    caplog.clear()
+    trainer, loader = start()
+    train_epoch(trainer, loader)
+    assert "data loader of the run" not in caplog.text
 
 
 def test_destroy_while_an_exception_is_handled_saves_nothing(tmp_path, monkeypatch):

@@ -79,3 +79,21 @@ def test_tag_is_found_when_its_replacement_was_interrupted(tmp_path):
     (tmp_path / "best").rename(tmp_path / ".best.old")
     trainer.load_checkpoint(tmp_path, tag="best")
     assert trainer.global_steps == 1
+
+
+def test_interrupted_removal_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, monkeypatch):
+    trainer = train(start(tmp_path), 2)
+
+    def remove_some(path, **_):
+        if (path / storage.MANIFEST).exists():
+            (path / storage.MANIFEST).unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage.shutil, "rmtree", remove_some)
+    with pytest.raises(KeyboardInterrupt):
+        train(trainer, 2)
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.glob("global_step*")) == ["global_step4"]
+    trainer.destroy()
+    train(start(tmp_path), 2)
+    assert list(tmp_path.glob(".global_step2*")) == []

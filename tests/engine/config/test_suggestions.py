@@ -161,6 +161,7 @@ def test_names_of_other_libraries_stand_for_known_schedules():
             "/scheduler/params/warmup_num_steps",
             'Write "0.03dur" for a fraction of the run.',
         ),
+        ({"bf16": True}, "/bf16", 'Write {"enabled": true}.'),
         (
             {"engine": {"checkpoint": {"dir": "run", "every": "2ep"}}},
             "/engine/checkpoint/every",

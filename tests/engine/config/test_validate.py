@@ -276,6 +276,9 @@ def test_validate_missing_file_suggests_a_similar_name(tmp_path):
     with pytest.raises(ConfigError) as error:
         validate(tmp_path / "ds_confg.json")
     assert f"Did you mean {tmp_path / 'ds_config.json'}?" in str(error.value)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"contains ds_config\.json, other\.json"):
+        validate(tmp_path / "train.json")
     with pytest.raises(ConfigError, match="contains no JSON file"):
         validate(tmp_path / "nowhere" / "ds_config.json")
 

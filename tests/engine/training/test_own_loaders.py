@@ -422,7 +422,9 @@ def test_resume_without_a_loader_warns_that_the_position_is_not_restored(
     resumed = start(directory=tmp_path)
     step(resumed)
     step(resumed)
-    warnings_ = [record.message for record in caplog.records if "position" in record.message]
+    warnings_ = [
+        record.message for record in caplog.records if "position in the data" in record.message
+    ]
     assert len(warnings_) == 1
 
 
