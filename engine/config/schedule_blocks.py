@@ -22,7 +22,7 @@ from schedules.core.imports import ImportForbiddenError, are_imports_allowed
 from schedules.core.registry import find, read_torch_parameters, suggest
 from schedules.core.schedule import ParameterProblem
 
-__all__ = ["check_scheduler", "construct_schedule"]
+__all__ = ["build_problems", "check_scheduler", "construct_schedule"]
 
 
 def check_scheduler(
@@ -117,9 +117,7 @@ def construct_schedule(
         horizons = list_possible_horizons(schedule, config, ranks, steps_per_epoch)
         _resolve_in_any_run(schedule, horizons)
     except ScheduleError as error:
-        for fault in error.problems:
-            below = join_pointer(pointer, fault.field) if fault.field else pointer
-            problems.append(document.build_problem("schedule", below, fault.message))
+        problems += build_problems(document, error, pointer)
         # Construct the schedule without the invalid parameters for rules that do not need them.
         invalid = {fault.field for fault in error.problems}
         valid = {name: value for name, value in params.items() if name not in invalid}
@@ -131,6 +129,24 @@ def construct_schedule(
         return None, []  # the type is unknown or not imported, or `params` is not an object
     is_complete = not any(is_within(each, [pointer]) for each in unresolved)
     return schedule, problems if is_complete else []
+
+
+def build_problems(document: Document, error: ScheduleError, pointer: str) -> list[Problem]:
+    """Convert the problems of a schedule into problems in the config.
+
+    Args:
+        document: parsed config.
+        error: error that the schedule raised.
+        pointer: JSON pointer of the schedule's parameters.
+    """
+    return [
+        document.build_problem(
+            "schedule",
+            join_pointer(pointer, fault.field) if fault.field else pointer,
+            fault.message,
+        )
+        for fault in error.problems
+    ]
 
 
 def _find_block(config: Any, pointer: str) -> Any:

@@ -13,11 +13,12 @@ from engine.config.param_groups import read_hyperparameters
 from engine.config.parser import Document
 from engine.config.pointers import split_pointer
 from engine.config.rules import RuleContext
+from engine.config.schedule_blocks import build_problems
 from engine.config.schedule_context import build_base_values, build_horizon, get_train_batch_size
 from engine.config.validate import examine
 from engine.config.wording import quote_value
 from engine.display.auto_values import AutoValues, replace_auto_values
-from schedules import Horizon, Schedule
+from schedules import Horizon, Schedule, ScheduleError
 from schedules.core.controller import Base, Curves, Evidence
 from schedules.core.curves import constant
 from schedules.core.imports import imports_allowed
@@ -206,6 +207,10 @@ def preview_document(
         with imports_allowed(allow_imports):
             built = _build_preview(document.name, context, context.schedule, horizon)
             return replace(built, auto_values=replaced)
+    except ScheduleError as error:
+        raise ConfigError(
+            document.name, build_problems(document, error, "/scheduler/params")
+        ) from None
     except ValueError as error:
         problem = document.build_problem("schedule", "/scheduler/params", str(error))
         raise ConfigError(document.name, [problem]) from None

@@ -22,6 +22,7 @@ __all__ = ["MisuseChecks"]
 
 log = logging.getLogger("onecycle")
 
+_MANY_LOSSES = 100  # more than any loop needs for one call to `step`
 _CHECKED_STEPS = 3
 _CHECK_INTERVAL = 100
 
@@ -72,6 +73,7 @@ class MisuseChecks:
         self._counter = _StepCounter(backend.basic_optimizer)
         self._is_position_known = False
         self._count_at_loss: int | None = None  # of the last loss; None after a call to `step`
+        self._losses_without_step = 0  # since the last call to `step`
         # The next four attributes are the position after the last step.
         self._count = 0
         self._scheduler: Any = None
@@ -118,6 +120,9 @@ class MisuseChecks:
                 "optimizer and the schedule."
             )
         self._count_at_loss = count
+        self._losses_without_step += 1
+        if self._losses_without_step == _MANY_LOSSES:
+            self._warn(_describe_missing_step(count_noun(_MANY_LOSSES, "time")))
 
     def check_accumulated(self, accumulation: Accumulation) -> None:
         """Check that the gradients of a batch's earlier micro-batches have not been cleared.
@@ -154,7 +159,7 @@ class MisuseChecks:
         """
         if not self._has_optimizer:
             _raise_without_optimizer()
-        self._count_at_loss = None
+        self._count_at_loss, self._losses_without_step = None, 0
         if self._is_position_known:
             self._check_position(scheduler)
         if accumulation.has_gradients:
@@ -210,11 +215,7 @@ class MisuseChecks:
         self._idle_epochs = self._idle_epochs + 1 if is_idle else 0
         self._micro_steps = micro_steps
         self._check_unfrozen()
-        text = (
-            f"`trainer.backward(loss)` was called in {count_noun(self._idle_epochs, 'epoch')}, but "
-            "`trainer.step()` was not, so the model was not trained. Call `trainer.step()` after "
-            "each backward pass."
-        )
+        text = _describe_missing_step(f"in {count_noun(self._idle_epochs, 'epoch')}")
         if self._idle_epochs > 1:
             raise MisuseError(text)
         # A script may train on the whole dataset at once, and call `step` after the first epoch.
@@ -276,6 +277,13 @@ class MisuseChecks:
     def _warn(self, text: str) -> None:
         if self._backend.ranks.rank == 0:
             log.warning("%s", text)
+
+
+def _describe_missing_step(when: str) -> str:
+    return (
+        f"`trainer.backward(loss)` was called {when}, but `trainer.step()` was not, so the model "
+        "was not trained. Call `trainer.step()` after each backward pass."
+    )
 
 
 class _Claim:

@@ -117,6 +117,17 @@ def test_optimizer_step_in_place_of_the_trainers_raises_at_the_next_loss():
         backward(trainer)
 
 
+def test_many_losses_without_a_step_warn_once(caplog):
+    trainer = build_engine()
+    for _ in range(150):
+        backward(trainer)
+        trainer.step()
+    assert "was called" not in caplog.text
+    for _ in range(250):
+        backward(trainer)
+    assert caplog.text.count("`trainer.step()` was not") == 1
+
+
 def test_step_after_a_step_that_failed_is_valid():
     backend = FakeBackend()
     trainer = build_engine(backend, engine={"max_skipped_steps": 1})
