@@ -144,8 +144,8 @@ def kill_runs(
     """Kill and restart runs with the settings of one case.
 
     Returns:
-        The numbers of kills, runs and differences. Each failed restart, and each result that
-        differs from that of an uninterrupted run, counts as a difference.
+        The numbers of kills, runs and differences. A difference is a failed restart, or a check in
+        which a run does not match the uninterrupted run.
     """
     whole, ended = Run(case, directory / "whole", training_steps).wait()
     assert ended, f"The uninterrupted run of {case} failed."

@@ -123,7 +123,7 @@ class Engine(DeepSpeedAccessors):
         self.training_dataloader = loader
         loader.stop_when(lambda: self.run_is_over, lambda: self._automatic.end_run(self._run))
         loader.call_after_epoch(run.end_epoch)
-        loader.call_before_first_epoch(lambda i: self._automatic.check_loop(run.length, i))
+        loader.call_before_first_epoch(lambda i: self._automatic.check_loop(self._run, i))
         self._checkpointer.data.set_loader(loader)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -147,7 +147,7 @@ class Engine(DeepSpeedAccessors):
         Raises:
             ValueError: the loss is not a scalar tensor that requires grad.
         """
-        self._run.misuse.check_loss(loss)
+        self._run.misuse.check_loss(loss, self._run.accumulation)
         divisor = self._run.accumulation.steps if scale_wrt_gas else 1
         is_last = self._start_pass()
         self._backend.backward(loss, divisor, is_last=is_last, retain_graph=retain_graph)
@@ -160,7 +160,7 @@ class Engine(DeepSpeedAccessors):
         Raises:
             ValueError: the loss is not a scalar tensor that requires grad.
         """
-        self._run.misuse.check_loss(loss)
+        self._run.misuse.check_loss(loss, self._run.accumulation)
         is_last = self._start_pass()
         self._run.add_loss(loss.detach().clone())
         return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)
@@ -192,7 +192,7 @@ class Engine(DeepSpeedAccessors):
             `StepResult`, and ``bool(result)`` waits for the device; see ``engine.deferred_step``.
 
         Raises:
-            RuntimeError: the run has already taken ``engine.steps_this_run`` steps, `no_sync` is
+            RuntimeError: this process has applied ``engine.steps_this_run`` steps, `no_sync` is
                 active, no gradients were computed, or the script itself has called
                 ``optimizer.step()`` or ``scheduler.step()``.
             FloatingPointError: ``engine.max_skipped_steps`` steps in a row were skipped. For a

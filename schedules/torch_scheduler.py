@@ -33,11 +33,11 @@ def attach(
         schedule: name of a schedule, a ``{"type": …, "params": {…}}`` block, a `Schedule`, a
             function that maps the step to a learning rate factor, or a PyTorch scheduler class. To
             use a different schedule for each param group, pass a dict that maps the index or the
-            ``"name"`` of each group to its schedule. Groups that are not in the dict keep their
+            ``"name"`` of a group to one of these. Groups that are not in the dict keep their
             initial values.
         optimizer: optimizer whose hyperparameters the schedule sets.
-        horizon: length of the run, used to convert time strings such as "10ep" to steps, and to
-            scale durations.
+        horizon: length of the run and of its epochs, used to convert time strings such as "10ep" to
+            steps, and to scale durations.
         base: initial learning rate of all param groups, or a list with one value per group. To set
             other hyperparameters too, pass a dict that maps "lr", "momentum" and "weight_decay" to
             such values. Defaults to the optimizer's current values or, if another schedule has set

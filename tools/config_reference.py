@@ -22,7 +22,8 @@ schemas, and `onecycle explain` describes the rules for combinations of keys. Ke
 
 A key accepts "auto" only if its description names the integrations that replace this value. Keys
 and sections marked **DeepSpeed** or **PyTorch** are supported only by that backend. The other
-backend accepts them only with values that [do not affect results](config/no_effect.md). "since"
+backend accepts them only with default values or values that [do not affect
+results](config/no_effect.md). "since"
 gives the DeepSpeed version that introduced a key; it is omitted for versions up to 0.6."""
 
 _PARAMS = """\

@@ -1,4 +1,7 @@
-"""Import DeepSpeed without its CPU all-reduce op, whose compilation can take minutes."""
+"""Import DeepSpeed without its CPU all-reduce op, and suspend its ``zero.Init`` context.
+
+The compilation of the op can take minutes.
+"""
 
 from __future__ import annotations
 
@@ -54,6 +57,7 @@ def suspend_zero_init() -> Iterator[None]:
         yield
         return
     context.unpatch_init_and_builtins()
+    # Otherwise, `deepspeed.initialize` would restore the context before this function does.
     module.top_level_context = None
     try:
         yield

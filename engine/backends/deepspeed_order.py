@@ -23,8 +23,8 @@ class BackwardOrder:
 
     DeepSpeed 0.19 silently loses gradients or computes wrong gradients in these cases:
 
-    - With ZeRO stage 1 or 2, a backward pass follows the pass that is marked as the last of the
-      step. DeepSpeed averages the gradients in the marked pass, so the gradients of later passes
+    - With ZeRO stage 1 or 2, a step has another backward pass after the one that is marked as its
+      last. DeepSpeed averages the gradients in the marked pass, so the gradients of later passes
       are wrong.
     - With ZeRO stage 3, two forward passes are followed by two backward passes. DeepSpeed releases
       the parameters after the first backward pass, so the gradients of the second pass are wrong.

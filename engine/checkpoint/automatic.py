@@ -36,6 +36,7 @@ _USERS: weakref.WeakValueDictionary[str, AutomaticCheckpoints] = weakref.WeakVal
 class SteppedRun(RunState, Protocol):
     """Protocol for the training run that `AutomaticCheckpoints.save_if_due` receives."""
 
+    length: RunLength
     latest: Counters
     """The step counters, which can be read without waiting for the device.
 
@@ -52,7 +53,7 @@ class AutomaticCheckpoints:
     """Manager that saves and loads the checkpoints of a run automatically.
 
     If one rank calls a method, all other ranks must call it, too. If ``engine.checkpoint.dir`` is
-    not set, the methods do nothing.
+    not set, no checkpoints are saved or loaded.
 
     Args:
         plan: the config's ``engine.checkpoint`` section.
@@ -66,7 +67,7 @@ class AutomaticCheckpoints:
         self._checkpointer = checkpointer
         self._ranks = ranks
         self._signals: Signals | None = None
-        self._first_step = 0  # of this process
+        self._has_trained = False  # whether this process has taken a step
         self._logged_end: int | None = None  # step at which the end of the run was logged
 
     def resume(self, run: RunState) -> bool:
@@ -101,28 +102,39 @@ class AutomaticCheckpoints:
             checkpoint_dir, _ = self._checkpointer.load(run, directory)
             if self._ranks.rank == 0:
                 log.info("resuming from %s at step %d", checkpoint_dir, run.counters.global_steps)
-        self._first_step = run.counters.global_steps
         self._signals = self._signals or Signals()
         return is_loaded
 
-    def check_loop(self, length: RunLength, first_epoch: int) -> None:
-        """Check that the run does not train too many epochs after an automatic resume.
+    def check_loop(self, run: SteppedRun, first_epoch: int) -> None:
+        """Check that the script's loop over epochs continues correctly after a resume.
 
-        If the run is new but can be resumed later, a problem is only logged as a warning.
+        If the loop starts in epoch 0, only log a warning, and only if the run can be resumed later.
 
         Args:
-            length: length of the run.
-            first_epoch: epoch in which the loop starts; 0 in a new run.
+            run: state of the run.
+            first_epoch: epoch in which the loop starts.
 
         Raises:
-            MisuseError: the run was resumed and may train too many epochs.
+            MisuseError: the loop of a resumed run could train too many epochs.
         """
         may_be_resumed = self._directory is not None and self._plan.resume == "auto"
-        if first_epoch > 0 or (may_be_resumed and self._ranks.rank == 0):
-            length.check_loop(is_resumed=first_epoch > 0)
+        if run.is_trial or run.length.is_loop_limited:
+            return
+        if first_epoch > 0:
+            raise MisuseError(
+                "This run continues from a checkpoint, and the length of the run is unknown. A "
+                "loop such as `for epoch in range(n)` would train too many epochs. Loop over "
+                "`range(trainer.epoch, n)`, or set `engine.max_duration`."
+            )
+        if may_be_resumed and self._ranks.rank == 0:
+            log.warning(
+                "after its first epoch, this run cannot be resumed automatically: a loop such as "
+                "`for epoch in range(n)` would start at epoch 0 again; loop over "
+                "`range(trainer.epoch, n)`, or set `engine.max_duration`"
+            )
 
     def save_if_due(self, run: SteppedRun) -> None:
-        """Save the checkpoints that are due after a step.
+        """Save the checkpoints that are due after a step, and check that the data loader is used.
 
         The best checkpoint is due if the metric has improved. A regular checkpoint is due every
         ``engine.checkpoint.every`` steps, and when a rank has received SIGINT, SIGTERM or SIGUSR1.
@@ -135,6 +147,7 @@ class AutomaticCheckpoints:
         directory, every = self._directory, self._plan.every
         if run.is_trial:
             return
+        self._has_trained = True
         self._checkpointer.data.check_is_used()
         if directory is None:
             return
@@ -148,7 +161,7 @@ class AutomaticCheckpoints:
             self._save(run, directory)
         if received is not None:
             self._checkpointer.wait()
-            step = run.counters.global_steps
+            step = self._logged_end = run.counters.global_steps
             log.warning(
                 "saved a checkpoint at step %d; exiting because a rank received %s", step, received
             )
@@ -169,10 +182,9 @@ class AutomaticCheckpoints:
         if run.is_trial:
             return
         directory = self._directory
-        if directory is not None and not (
-            self._plan.every is None or self._checkpointer.is_saved(run, directory)
-        ):
-            self._save(run, directory)
+        if directory is not None and self._plan.every is not None:
+            if not self._checkpointer.is_saved(run, directory):
+                self._save(run, directory)
             self._checkpointer.wait()
         self._log_end(run)
 
@@ -181,7 +193,7 @@ class AutomaticCheckpoints:
         if self._ranks.rank > 0 or self._logged_end == step:
             return
         self._logged_end = step
-        event = "training ended" if step > self._first_step else "the run is already over"
+        event = "training ended" if self._has_trained else "the run is already over"
         is_saved = directory is not None and self._checkpointer.is_saved(run, directory)
         where = f"; the last checkpoint is in {directory}" if is_saved else ""
         log.info("%s at step %d%s", event, step, where)
@@ -205,7 +217,8 @@ class AutomaticCheckpoints:
         if self._plan.every is None or run.is_trial or hasattr(sys, "last_value"):
             return
         if self._is_saved(run, directory):
-            self._log_end_if_trained(run, directory)
+            if self._has_trained and self._checkpointer.is_saved(run, directory):
+                self._log_end(run)
             return
         has_group = self._ranks.world_size == 1 or dist.is_initialized()
         if has_group and not find_missing_ranks(self._ranks):
@@ -230,7 +243,8 @@ class AutomaticCheckpoints:
         if directory is None or hasattr(sys, "last_value"):
             return
         if self._is_saved(run, directory):
-            self._log_end_if_trained(run, directory)
+            if self._has_trained and self._checkpointer.is_saved(run, directory):
+                self._log_end(run)
             return
         if self._ranks.world_size > 1:
             self._warn_of_unsaved_steps(directory)
@@ -241,11 +255,6 @@ class AutomaticCheckpoints:
             self.end_run(run)
         except Exception as error:  # noqa: BLE001  # the exit status reports the failure
             exit_with_failure(error)
-
-    def _log_end_if_trained(self, run: RunState, directory: Path) -> None:
-        has_trained = run.counters.global_steps > self._first_step
-        if has_trained and self._checkpointer.is_saved(run, directory):
-            self._log_end(run)
 
     def _warn_of_unsaved_steps(self, directory: Path) -> None:
         if self._ranks.rank == 0:

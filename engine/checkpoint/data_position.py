@@ -127,23 +127,21 @@ class DataPosition:
 
         Also warn if a saved position was loaded but the run has no data loader.
         """
-        if self._is_checked:
+        is_first = self._ranks.rank == 0
+        if self._pending is not None:
+            self._pending = None
+            if is_first:
+                log.warning(
+                    "the position in the data was not restored, because the run has no data "
+                    "loader; pass the loader to `initialize` as `training_data`, or to "
+                    "`trainer.prepare`"
+                )
+        if self._loader is None or self._is_checked:
             return
         self._is_checked = True
-        has_unused_loader = self._loader is not None and not self._loader.is_used
-        has_lost_position = self._pending is not None
-        self._pending = None
-        if self._ranks.rank != 0:
-            return
-        if has_unused_loader:
+        if is_first and not self._loader.is_used:
             log.warning(
                 "the training data does not come from the data loader of the run; loop over the "
                 "loader that `initialize` or `trainer.prepare` returns, which splits the samples "
                 "across the ranks and resumes at the saved position"
-            )
-        if has_lost_position:
-            log.warning(
-                "the position in the data was not restored, because the run has no data "
-                "loader; pass the loader to `initialize` as `training_data`, or to "
-                "`trainer.prepare`"
             )

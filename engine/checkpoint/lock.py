@@ -28,7 +28,7 @@ class DirectoryLock:
 
     The file ``.lock`` identifies the process that owns the lock. Another process can acquire the
     lock after the owner has exited. A process on another host first checks for 60 seconds that the
-    owner no longer updates the file. Within a Slurm job, an owner on another host is assumed to
+    owner no longer updates the file. If both belong to the same Slurm job, the owner is assumed to
     have exited.
 
     Reading checkpoints does not require the lock.

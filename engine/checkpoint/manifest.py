@@ -73,10 +73,10 @@ def read_manifest(checkpoint_dir: Path) -> Manifest:
     except FileNotFoundError:
         raise CheckpointError(
             f"{checkpoint_dir} is not a complete checkpoint because {MANIFEST} is missing. Either "
-            "the save was interrupted, or another tool wrote the directory. Use another checkpoint."
+            "the save was interrupted, or another tool wrote the directory."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Use another checkpoint.") from None
+        raise CheckpointError(f"{path} cannot be read: {error}.") from None
     if not isinstance(found, dict):
         raise CheckpointError(
             f"{path} is damaged: expected a JSON object, got {type(found).__name__}. Use another "

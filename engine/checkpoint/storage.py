@@ -235,8 +235,8 @@ def find(directory: Path, tag: str | None = None) -> tuple[Path, Manifest]:
     if problems:
         others = ", ".join(each.name for each, _ in complete if each != checkpoint_dir) or "none"
         raise CheckpointError(
-            f"{checkpoint_dir} is damaged: {'; '.join(problems)}. Load a different checkpoint. "
-            f"Complete checkpoints: {others}."
+            f"{checkpoint_dir} is damaged: {'; '.join(problems)}. Other complete checkpoints: "
+            f"{others}."
         )
     return checkpoint_dir, manifest
 

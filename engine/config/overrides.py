@@ -111,8 +111,8 @@ class _StoreOverride(argparse.Action):
 class Override:
     """A config value set by a command-line argument.
 
-    ``replaced_value`` describes the previous value and its origin. It is empty if the key was
-    absent or already had the new value.
+    ``replaced_value`` describes the value in the config file and its position, or the value of an
+    earlier argument. It is empty if the file does not contain the key or the value is the same.
     """
 
     argument: str

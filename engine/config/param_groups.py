@@ -83,8 +83,8 @@ def _read_entry_schema() -> Mapping[str, Any]:
 def build_group_schema(optimizer: str) -> dict[str, Any]:
     """Return the JSON schema of ``optimizer.param_groups`` for an optimizer.
 
-    Besides keys such as ``params``, each entry accepts the optimizer's numeric hyperparameters that
-    can differ between groups.
+    Besides keys such as ``params``, each entry accepts the optimizer's hyperparameters that are
+    floats or lists of numbers and can differ between groups.
 
     >>> schema = build_group_schema("SGD")
     >>> list(schema["items"]["properties"])

@@ -181,7 +181,7 @@ class Config(Mapping[str, Any]):
     raw: Mapping[str, Any]
     """The user's config, including command-line overrides, without defaults."""
     zero_stage: int
-    """ZeRO stage from 0 to 3; 0 means that nothing is sharded."""
+    """ZeRO stage: 0 shards nothing, 1 optimizer states, 2 also gradients, 3 also parameters."""
     cpu_offload: bool
     """Whether parameters or optimizer states are offloaded to CPU memory or NVMe."""
     model: ModelSettings
@@ -288,8 +288,8 @@ def load_config(
             values.
         assignments: ``KEY=VALUE`` strings that override config values, such as
             "optimizer.params.lr=0.01". They take precedence over ``args``.
-        needs_deepspeed: model feature or `initialize` argument that only DeepSpeed supports; None
-            if there is none.
+        needs_deepspeed: model feature or `initialize` argument that only DeepSpeed supports, and
+            that therefore selects DeepSpeed; None if there is none.
         count_ranks: function that takes the config and the world size, and returns the number of
             data-parallel ranks. By default, this number is derived from the config's parallelism
             settings.

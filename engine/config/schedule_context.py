@@ -129,9 +129,9 @@ def list_possible_horizons(
     if samples is None and re.search(r"\d\s*(sp|tok)\b", texts):
         batches = _POSSIBLE_LENGTHS
     horizons, errors = [], []
-    for steps, samples in itertools.product(epochs, batches):
+    for steps, size in itertools.product(epochs, batches):
         try:
-            horizons.append(build_horizon(run, samples_per_step=samples, steps_per_epoch=steps))
+            horizons.append(build_horizon(run, samples_per_step=size, steps_per_epoch=steps))
         except DurationError as error:  # one error per length
             errors.append(error)
     if not horizons:

@@ -22,8 +22,8 @@ from engine.errors import ConfigError, Problem
 __all__ = ["Source", "check_is_readable", "find_unserializable", "load_document"]
 
 # A config is usually a few kilobytes long. A much larger file is probably not a config.
-_MAX_FILES = 5  # number of file names in a message
 _MAX_BYTES = 1_000_000
+_MAX_FILES = 5  # number of file names in a message
 _OPEN_FILES = {"/dev/fd", "/proc/self/fd"}
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
@@ -149,11 +149,15 @@ def _build_unreadable_error(name: str, message: str, hint: str = "") -> ConfigEr
 
 def _suggest_file(path: Path) -> str:
     """Return a hint that names the JSON files next to a file that does not exist."""
-    names = sorted(other.name for other in path.parent.glob("*.json"))
-    if not names:
-        return f"Check the path: {path.parent} contains no JSON file."
-    near = difflib.get_close_matches(path.stem, [Path(name).stem for name in names], n=1)
-    if near or len(names) == 1:
-        return f"Did you mean {path.parent / (f'{near[0]}.json' if near else names[0])}?"
-    listed = ", ".join(names[:_MAX_FILES]) + (", …" if len(names) > _MAX_FILES else "")
-    return f"Check the path: {path.parent} contains {listed}."
+    directory = path.parent.absolute()
+    if not directory.is_dir():
+        return f"Check the path: {directory} is not a directory."
+    stems = {other.stem: other.name for other in sorted(directory.glob("*.json"))}
+    if not stems:
+        return f"Check the path: {directory} contains no JSON file."
+    near = difflib.get_close_matches(path.stem, stems, n=1)
+    if near or len(stems) == 1:
+        return f"Did you mean {path.parent / stems[near[0] if near else min(stems)]}?"
+    names = [*stems.values()]
+    others = f" and {len(names) - _MAX_FILES} more" if len(names) > _MAX_FILES else ""
+    return f"Check the path: {directory} contains {', '.join(names[:_MAX_FILES])}{others}."

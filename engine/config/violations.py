@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from engine.config.schema import is_ignored, means_default
 from engine.config.suggestions import Suggestion, suggest_key
 from engine.config.wording import quote_value, shorten
 from engine.errors import Fix, Problem
-from schedules.core.durations import get_unit
+from schedules.core.durations import PATTERN, get_unit
 from schedules.core.fields import describe_schema
 
 __all__ = ["MAX_SUGGESTIONS", "check_against_schema", "get_suggested_pointer"]
@@ -25,6 +26,7 @@ __all__ = ["MAX_SUGGESTIONS", "check_against_schema", "get_suggested_pointer"]
 _RANGE = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems"}
 MAX_SUGGESTIONS = 100
 """Maximum number of problems to find suggestions for. More would take too long."""
+_BOOLEANS = ("true", "false")
 _NO_SUGGESTION = Suggestion("")
 _REGISTRY: Registry[Any] = Registry(
     retrieve=lambda uri: Resource.from_contents(schemas.read(uri))  # type: ignore[call-arg]  # mypy does not know that attrs renames the field
@@ -145,18 +147,19 @@ def _suggest_fraction_of_run(value: Any, schema: Mapping[str, Any]) -> str:
 
 
 def _suggest_plain_number(value: object, schema: Mapping[str, Any]) -> str:
-    """Return a hint if a value is a time string but must be a number, or "" if not."""
-    unit, types = get_unit(value), schema.get("type", ())
+    """Return a hint if a value is a time string, such as "1ep", but must be a number."""
+    types = schema.get("type", ())
     takes_number = "integer" in types or "number" in types
-    return f"Write a number without the unit `{unit}`." if unit and takes_number else ""
+    if not isinstance(value, str) or not re.match(PATTERN, value) or not takes_number:
+        return ""
+    return f"Write a number without the unit `{get_unit(value)}`."
 
 
 def _suggest_section(value: object, schema: Mapping[str, Any]) -> str:
-    """Return a hint if a section that can be enabled has a boolean, or "" if not."""
-    shown = {True: "true", False: "false", "true": "true", "false": "false"}
-    if "enabled" not in schema.get("properties", {}) or not isinstance(value, bool | str):
-        return ""
-    return f'Write {{"enabled": {shown[value]}}}.' if value in shown else ""
+    """Return a hint if a value is a boolean but must be a section with the key ``enabled``."""
+    shown = json.dumps(value) if isinstance(value, bool) else value
+    takes_enabled = "enabled" in schema.get("properties", {})
+    return f'Write {{"enabled": {shown}}}.' if takes_enabled and shown in _BOOLEANS else ""
 
 
 def _suggest_unquoting(value: Any, schema: Mapping[str, Any]) -> tuple[str, Fix | None]:

@@ -92,7 +92,7 @@ def _sample(curve: Curve, steps: int) -> Iterable[float]:
 
 
 def list_schedules(width: int | None = None) -> Iterator[str]:
-    """Yield the lines of a table that lists each schedule with a sparkline and a summary.
+    """Yield the lines of a table of all schedules, with learning-rate sparklines and summaries.
 
     Args:
         width: number of columns of the terminal; None to print each schedule on one line.

@@ -28,8 +28,8 @@ __all__ = [
 _BACKENDS = {"torch": "PyTorch", "deepspeed": "DeepSpeed"}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _NOT_COUNTED = (
-    "Not counted: activations, model buffers, temporary tensors such as the blocks gathered by "
-    "FSDP2, fixed-size backend buffers, CUDA's own memory, and fragmentation."
+    "Not counted: activations, model buffers, temporary tensors such as the blocks that FSDP2 "
+    "gathers in stage 3, fixed-size backend buffers, CUDA's own memory, and fragmentation."
 )
 
 

@@ -36,7 +36,7 @@ def draw(
     evidence: Evidence | None = None,
     dpi: int = 150,
 ) -> Figure:
-    """Plot columns against the step, with one panel per hyperparameter, and save the figure.
+    """Plot columns against the step, one panel per hyperparameter; save and return the figure.
 
     Args:
         columns: values at each step, by column name; see `schedules.plots.name_columns`.

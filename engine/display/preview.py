@@ -184,7 +184,11 @@ def preview_document(
     if auto is not None:
         document, replaced = replace_auto_values(document, auto)
     found, context = examined or examine(
-        document, world_size, reject_auto=True, allow_imports=allow_imports
+        document,
+        world_size,
+        steps_per_epoch=steps_per_epoch,
+        reject_auto=True,
+        allow_imports=allow_imports,
     )
     problems = [problem for problem in found if _prevents_curve(problem)]
     if problems or context is None:
@@ -207,10 +211,11 @@ def preview_document(
         with imports_allowed(allow_imports):
             built = _build_preview(document.name, context, context.schedule, horizon)
             return replace(built, auto_values=replaced)
+    except ConfigError:
+        raise
     except ScheduleError as error:
-        raise ConfigError(
-            document.name, build_problems(document, error, "/scheduler/params")
-        ) from None
+        problems = build_problems(document, error, "/scheduler/params")
+        raise ConfigError(document.name, problems) from None
     except ValueError as error:
         problem = document.build_problem("schedule", "/scheduler/params", str(error))
         raise ConfigError(document.name, [problem]) from None
@@ -259,7 +264,12 @@ def _build_curves(
         for position, group in enumerate(sharing)
     }
     for group, own in context.group_schedules.items():
-        of_own = own.build_curves(rows[group], horizon)
+        try:
+            of_own = own.build_curves(rows[group], horizon)
+        except ScheduleError as error:
+            pointer = f"/optimizer/param_groups/{group}/scheduler/params"
+            problems = build_problems(context.document, error, pointer)
+            raise ConfigError(context.document.name, problems) from None
         of_groups[group] = {name: curves[0] for name, curves in of_own.items()}
     curves = {
         name: tuple(

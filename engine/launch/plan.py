@@ -250,7 +250,7 @@ def _script_options(request: LaunchRequest, host: Host) -> Iterator[str]:
 
 
 def build_environment(request: LaunchRequest, size: int) -> dict[str, str]:
-    """Return the environment variables that onecycle itself sets on all ranks.
+    """Return the environment variables that onecycle sets on all ranks, with or without Slurm.
 
     Args:
         request: launch request.

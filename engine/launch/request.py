@@ -41,7 +41,7 @@ class LaunchRequest:
     store: tuple[str, int] | None = None
     """Host name and port of the rendezvous if the launcher runs it; None if the first host does.
 
-    If the launcher runs the rendezvous, the job survives the loss of any host, even the first.
+    If the launcher runs the rendezvous, the job can survive the loss of any host, even the first.
     """
     address: str | None = None
     """Address at which all hosts reach the first host; None for the address that ssh uses."""

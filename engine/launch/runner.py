@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import signal
 import sys
@@ -121,9 +122,19 @@ class _Output:
         """Return the last lines of a rank (``node0:r1``) or an agent (``node0``).
 
         If the console shows only rank 0 and the agents, return nothing for these sources, because
-        their last lines are already near the end of the console output.
+        their last lines are already near the end of the output. This does not apply if standard
+        error goes elsewhere.
         """
-        return () if self._is_printed_alone(source) else tuple(self._kept[source])
+        is_shown = self._is_printed_alone(source) and _is_same_file(self._out, sys.stderr)
+        return () if is_shown else tuple(self._kept[source])
+
+
+def _is_same_file(first: IO[str], second: IO[str]) -> bool:
+    """Return whether two streams write to the same file, terminal or pipe."""
+    try:
+        return os.path.sameopenfile(first.fileno(), second.fileno())
+    except (OSError, ValueError):  # a stream without a file, or a closed one
+        return False
 
 
 class _Runner:
@@ -211,8 +222,8 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
     Args:
         plan: plan to run.
         console: "all", "rank0" or "none"; selects the ranks whose output is printed. The outcome
-            contains the last lines of the first rank that fails, unless ``console`` is "rank0" and
-            rank 0 fails first.
+            contains the last lines of the rank or agent that fails first, unless they were just
+            printed to the file or terminal to which `report_outcome` writes.
         out: stream to print the output to.
 
     Raises:

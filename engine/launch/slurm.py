@@ -52,7 +52,7 @@ rm -f "${failure}"
 _OPTION_NAME = re.compile(r"[a-z][a-z0-9-]*")
 _TERMINATED = to_exit_status(-signal.SIGTERM)
 _REQUEUE = f"""\
-# If a signal ended the job, requeue it, so that it resumes later.
+# If SIGTERM or SIGUSR1 ended the job, requeue it, so that it resumes later.
 case $status in {SAVED_AND_ENDED}|{_TERMINATED}) scontrol requeue "$SLURM_JOB_ID" ;; esac
 """
 

@@ -48,7 +48,7 @@ class HostState(Enum):
     RUNNING = "the agent is running"
     LOST = "the connection was lost; the launcher will reconnect"
     RECONNECTING = "the launcher is reconnecting; the job has not restarted on this host yet"
-    DISMISSED = "the host reconnected too late; its agent is being killed"
+    DISMISSED = "the host reconnected too late; its agent is killed, and its exit status ignored"
     ENDED = "the agent has exited and will not be restarted"
 
 
@@ -87,7 +87,7 @@ class Outcome:
     source: str = ""
     """The host (`node0`) or the rank (`node0:r1`) whose output explains the failure."""
     last_lines: tuple[str, ...] = ()
-    """The last output lines of ``source``."""
+    """The last output lines of ``source``, unless the console has just shown them."""
 
 
 class _Details(NamedTuple):

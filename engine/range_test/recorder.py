@@ -16,8 +16,8 @@ __all__ = ["RECORD", "Recorder", "Run", "SweepOver"]
 RECORD = "record.jsonl"
 """Name of the record file.
 
-The first line contains settings of the engine and the sweep. One line per step follows. The last
-line contains the reason why the run ended.
+The first line contains settings of the engine and the sweep. One line per step follows. If the
+recorder stops the run, the last line contains the reason.
 """
 
 _PATIENCE = 3  # consecutive losses that are not finite

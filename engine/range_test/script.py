@@ -57,7 +57,7 @@ def is_next_engine_swept(sweep: Sweep) -> bool:
 def apply_sweep(config: Config, sweep: Sweep) -> Config:
     """Return a copy of a config with the sweep of `onecycle lr-test` as its schedule.
 
-    The sweep's seed offset is added to the seed in the copy and to torch's global seed.
+    A nonzero seed offset of the sweep is added to the seed in the copy and to torch's global seed.
     """
     changed = config.copy_for_trial_run(from_config(sweep.scheduler))
     if sweep.seed_offset:

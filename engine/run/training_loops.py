@@ -1,4 +1,4 @@
-"""Training and evaluation on batches, and a context manager that restores the training state."""
+"""Train pipelines, evaluate batches, iterate over the data, and preserve the training state."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def preserve_state(model: nn.Module, backend: Backend, loader: RunLoader | None)
         backend: backend whose model, optimizer and loss scale are restored. Gradients are cleared.
         loader: data loader whose position is restored; None if the run has no data loader.
     """
-    data = None if loader is None else (loader.state_dict(), loader.resumes)
+    data = None if loader is None else (loader.state_dict(), loader.resumes, loader.is_used)
     with preserve_rng_state():
         snapshot = backend.snapshot()
         try:
@@ -121,3 +121,4 @@ def preserve_state(model: nn.Module, backend: Backend, loader: RunLoader | None)
             backend.restore(snapshot)
             if loader is not None and data is not None:
                 loader.load_state_dict(data[0], resumes=data[1])
+                loader.is_used = data[2]

@@ -122,7 +122,9 @@ def build_loader(
         collate_fn: function that turns a list of samples of the dataset into a batch.
 
     Raises:
-        ValueError: the dataset yields no batch, or an option does not apply to ``training_data``.
+        ValueError: a map-style dataset yields no batch, ``collate_fn`` or a key of
+            ``engine.dataloader`` does not apply to ``training_data``, or the data loader does not
+            fit the config or the ranks.
     """
     if is_loader(training_data):
         if collate_fn is not None:

@@ -280,8 +280,8 @@ def _check_number(value: Any, what: str) -> Any:
         return value
     got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
     raise ValueError(
-        f"`fn` must return one number for {what}, got {got}. Return a number or a tensor with one "
-        "element, such as `loss.mean()`."
+        f"`fn` must return one number for {what}, got {got}. Return the mean over the batch, such "
+        "as `loss.mean()`, or a dict of such means."
     )
 
 

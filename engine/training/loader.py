@@ -171,9 +171,9 @@ class RunLoader:
     def __iter__(self) -> Iterator[Any]:
         if self._run_is_over():
             return self._end_run()
+        if not self.is_used:
+            self._start(self.epoch)
         self.is_used = True
-        start, self._start = self._start, lambda epoch: None
-        start(self.epoch)
         if not self.resumes:
             self._epoch, self._requested = self._epoch + 1, 0
         self.resumes = self._is_finished = False

@@ -22,7 +22,7 @@ __all__ = ["MisuseChecks"]
 
 log = logging.getLogger("onecycle")
 
-_MANY_LOSSES = 100  # more than any loop needs for one call to `step`
+_MANY_LOSSES = 100  # between two calls to `step`; most loops call it after each loss
 _CHECKED_STEPS = 3
 _CHECK_INTERVAL = 100
 
@@ -102,8 +102,10 @@ class MisuseChecks:
         self._is_position_known = False
         self._count_at_loss = None
 
-    def check_loss(self, loss: object) -> None:
+    def check_loss(self, loss: object, accumulation: Accumulation) -> None:
         """Check the loss that a script passes to `backward` or `scale`.
+
+        If the script seems to have forgotten the calls to `step`, log a warning.
 
         Raises:
             ValueError: the loss is not a scalar tensor that requires grad.
@@ -121,8 +123,12 @@ class MisuseChecks:
             )
         self._count_at_loss = count
         self._losses_without_step += 1
-        if self._losses_without_step == _MANY_LOSSES:
-            self._warn(_describe_missing_step(count_noun(_MANY_LOSSES, "time")))
+        # Without managed accumulation, the script calls `step` once per batch.
+        if self._losses_without_step == _MANY_LOSSES and accumulation.is_managed:
+            self._warn(
+                f"`trainer.backward(loss)` was called {_MANY_LOSSES} times since the last call to "
+                "`trainer.step()`. Call `trainer.step()` after each micro-batch."
+            )
 
     def check_accumulated(self, accumulation: Accumulation) -> None:
         """Check that the gradients of a batch's earlier micro-batches have not been cleared.
@@ -155,7 +161,7 @@ class MisuseChecks:
         Raises:
             RuntimeError: the engine has no optimizer, the script has called ``step`` of the
                 optimizer or the scheduler, there are no gradients, gradients of earlier
-                micro-batches were cleared, or another engine trains the same parameters.
+                micro-batches were cleared, or two engines undo each other's steps.
         """
         if not self._has_optimizer:
             _raise_without_optimizer()
@@ -215,7 +221,11 @@ class MisuseChecks:
         self._idle_epochs = self._idle_epochs + 1 if is_idle else 0
         self._micro_steps = micro_steps
         self._check_unfrozen()
-        text = _describe_missing_step(f"in {count_noun(self._idle_epochs, 'epoch')}")
+        text = (
+            f"`trainer.backward(loss)` was called in {count_noun(self._idle_epochs, 'epoch')}, but "
+            "`trainer.step()` was not, so the model was not trained. Call `trainer.step()` after "
+            "each backward pass."
+        )
         if self._idle_epochs > 1:
             raise MisuseError(text)
         # A script may train on the whole dataset at once, and call `step` after the first epoch.
@@ -277,13 +287,6 @@ class MisuseChecks:
     def _warn(self, text: str) -> None:
         if self._backend.ranks.rank == 0:
             log.warning("%s", text)
-
-
-def _describe_missing_step(when: str) -> str:
-    return (
-        f"`trainer.backward(loss)` was called {when}, but `trainer.step()` was not, so the model "
-        "was not trained. Call `trainer.step()` after each backward pass."
-    )
 
 
 class _Claim:

@@ -185,8 +185,8 @@ def _rebuild_loader(loader: DataLoader[Any], config: Config, ranks: Ranks) -> tu
     built = build_run_loader(loader.dataset, settings, order, config, ranks)
     sampler = find_samplers(loader)[-1]
     is_split = ranks.data_ranks > 1 and not order.is_sharded
-    split = f", split across {ranks.data_ranks} ranks" if is_split else ""
-    return built, f"keeps the order of its {type(sampler).__name__}{split}"
+    split = f", and split across {ranks.data_ranks} ranks" if is_split else ""
+    return built, f"is used with its {type(sampler).__name__}{split}"
 
 
 def _read_order(loader: DataLoader[Any], config: Config, ranks: Ranks) -> EpochOrder:
@@ -217,7 +217,7 @@ def _check_same_order(order: EpochOrder, ranks: Ranks) -> None:
     yield the same samples in the same order.
 
     Raises:
-        ValueError: the samplers of two ranks differ.
+        ValueError: the samplers of two ranks do not agree.
     """
     if ranks.world_size == 1:
         return

@@ -357,7 +357,8 @@ def _find_outermost_blocks(model: nn.Module, wrap: Sequence[str]) -> list[nn.Mod
     """Return the blocks that are not inside another block, in the order of `model.parameters()`.
 
     The blocks are the modules that `find_blocks` returns. If ``wrap`` is empty, the children of
-    each Sequential whose name is in `_BLOCK_LISTS` are also blocks.
+    a Sequential are also blocks if the last part of its name is in `_BLOCK_LISTS` and there are at
+    least two, all of the same class.
     """
     blocks = find_blocks(model, wrap)
     for name, module in () if wrap else model.named_modules():

@@ -1,19 +1,15 @@
-"""Determine when a run ends, and check that a resumed run does not train too many epochs."""
+"""Determine when a run ends."""
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 
 from engine.config import Config
-from engine.errors import MisuseError
 from engine.training.progress import Counters
 from schedules.core.durations import DurationError, get_unit
 
 __all__ = ["RunLength"]
-
-log = logging.getLogger("onecycle")
 
 
 @dataclass
@@ -102,35 +98,15 @@ class RunLength:
 
     @property
     def is_known(self) -> bool:
-        """Whether the length of the run is known."""
+        """Whether the length of the run is limited."""
         limits = (self.total_steps, self.total_samples, self.schedule_steps, self.steps_this_run)
         return any(limit is not None for limit in limits)
 
-    def check_loop(self, *, is_resumed: bool) -> None:
-        """Check that the run does not train too many epochs after an automatic resume.
+    @property
+    def is_loop_limited(self) -> bool:
+        """Whether a loop over epochs trains the right number of epochs after a resume.
 
-        After a resume, a loop such as ``for epoch in range(n)`` starts at epoch 0 again and trains
-        ``n`` epochs in addition to those before the resume. This is not a problem if the length of
-        the run is known or `is_position_known` is true. Otherwise, a new run logs a warning, and
-        a resumed run raises an error.
-
-        Args:
-            is_resumed: whether the run was resumed automatically.
-
-        Raises:
-            MisuseError: the run was resumed and may train too many epochs.
+        Otherwise, a loop such as ``for epoch in range(n)`` could start at epoch 0 again and train
+        ``n`` epochs in addition to those before the resume.
         """
-        if self.is_position_known or self.is_known:
-            return
-        fix = "loop over `range(trainer.epoch, n)`, or set `engine.max_duration`"
-        if is_resumed:
-            raise MisuseError(
-                "This run continues from a checkpoint, and the length of the run is unknown. A "
-                "loop such as `for epoch in range(n)` would train too many epochs. "
-                f"{fix.capitalize()}."
-            )
-        log.warning(
-            "this run cannot be resumed automatically: a loop such as `for epoch in range(n)` "
-            "would start at epoch 0 again; %s",
-            fix,
-        )
+        return self.is_position_known or self.is_known

@@ -48,10 +48,8 @@ def analyze(
         window: first and last step to draw; None for all steps.
     """
     document = parse(text, name)
-    problems, context = examined = examine(
-        document, settings.world_size, steps_per_epoch=settings.steps_per_epoch
-    )
-    steps_per_epoch = _count_steps_per_epoch(context, settings)
+    examined, steps_per_epoch = _examine(document, settings)
+    problems, context = examined
     facts = [] if context is None else _list_facts(context)
     header: dict[str, Any] = {
         "problems": _describe_problems(document, problems),
@@ -94,14 +92,29 @@ def compute_for_text(
         ValueError: there are too many steps or curves.
     """
     document = parse(text, name)
-    examined = examine(document, settings.world_size)
+    examined, steps_per_epoch = _examine(document, settings)
     return compute_curves(
         document,
         settings,
         examined=examined,
-        steps_per_epoch=_count_steps_per_epoch(examined[1], settings),
+        steps_per_epoch=steps_per_epoch,
         compared=compared,
     )
+
+
+def _examine(
+    document: Document, settings: RunSettings
+) -> tuple[tuple[list[Problem], RuleContext | None], int | None]:
+    """Validate a config, and return the result with the number of steps per epoch.
+
+    The number can depend on the batch size, and so on a first validation.
+    """
+    given = settings.steps_per_epoch
+    examined = examine(document, settings.world_size, steps_per_epoch=given)
+    found = _count_steps_per_epoch(examined[1], settings)
+    if found != given:
+        examined = examine(document, settings.world_size, steps_per_epoch=found)
+    return examined, found
 
 
 def _count_steps_per_epoch(context: RuleContext | None, settings: RunSettings) -> int | None:

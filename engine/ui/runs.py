@@ -42,7 +42,7 @@ class Run:
         self.progress = 0.0
         """Fraction of the metrics that has been read."""
         self.has_unreadable_events = False
-        """Whether the run has event files that cannot be read without tensorboard."""
+        """Whether event files of the run cannot be read because tensorboard is not installed."""
         self._sources: dict[Path, MetricSource] = {}
         self.add_directories(directories)
 

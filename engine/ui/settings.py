@@ -44,9 +44,8 @@ class RunSettings:
         known = {each.name: given.get(each.name) for each in fields(cls)}
         for name, value in known.items():
             if value is not None and (type(value) is not int or not 1 <= value <= _MAX):
-                shown = name.replace("_", " ")
                 raise ValueError(
-                    f"`{shown}` must be a whole number from 1 to {_MAX:,}, got {value!r}."
+                    f"`{name}` must be a whole number from 1 to {_MAX:,}, got {value!r}."
                 )
         return cls(**known)
 

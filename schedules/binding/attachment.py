@@ -78,7 +78,8 @@ class Attachment:
         Returns:
             The initial values, and the reason why they are uncertain (None if they are certain).
             They are uncertain if it is unknown whether a schedule or the training script set the
-            current value, for example after loading the optimizer's state.
+            current value, for example after loading the optimizer's state, or if a scheduler of
+            another library has changed the value.
         """
         values, doubt = [], None
         is_known = name in self._last_written and self.has_last_group(groups)

@@ -57,7 +57,7 @@ class ScheduleBinder(TorchInterface):
     Args:
         schedule: schedule to run.
         optimizer: optimizer whose hyperparameters the schedule sets.
-        horizon: length of the run, to convert time strings such as "10ep" and to scale durations.
+        horizon: length of the run and of its epochs, to convert time strings and scale durations.
         base: initial learning rate, as a number for all param groups or a list with one number per
             group. To specify other initial hyperparameters too, pass a dict with a number or list
             for each of "lr", "momentum" and "weight_decay". Defaults to the current values or, if
@@ -224,10 +224,10 @@ class ScheduleBinder(TorchInterface):
     def _check_base(self) -> None:
         if self._doubt is not None:
             raise ValueError(
-                f"The initial values of the schedule are unknown: {self._doubt}. Load the saved "
-                "state of the schedule, or pass the initial values to `attach` as `base`. To "
-                "multiply schedules, as PyTorch's ChainedScheduler does, use "
-                "`schedules.ChainedScheduler`."
+                f"The initial values of the schedule are uncertain: {self._doubt}, and either a "
+                "schedule or the script may have set the current value. Load the saved state of "
+                "the schedule, or pass the initial values to `attach` as `base`. To multiply "
+                "schedules, as PyTorch's ChainedScheduler does, use `schedules.ChainedScheduler`."
             )
 
     def _holds_own_values(self) -> bool:

@@ -52,7 +52,7 @@ def bind_to_groups(
         raise ValueError(  # noqa: TRY004  # it is a value of the optimizer
             f"{schedule.type_name} does not support the key `{key}` in param groups, but param "
             f"group {index} sets `{key}` to {groups[index][key]:g}. Remove the key, and multiply "
-            f"the value that it scales by {groups[index][key]:g}."
+            f"the group's initial learning rate or weight decay by {groups[index][key]:g}."
         )
     if "lr" in factors:
         _check_not_applied(base["lr"], factors["lr"], groups)

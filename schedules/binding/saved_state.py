@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-from schedules.core.controller import Base, OpenLoop
+from schedules.core.controller import DEFAULT_BASE, Base, OpenLoop
 from schedules.core.durations import MAX_STEPS, Horizon
 from schedules.core.fields import Range
 from schedules.core.per_group import PRECISION, broadcast
@@ -29,7 +29,7 @@ BaseValues = float | Sequence[float] | Mapping[str, float | Sequence[float]]
 """Initial hyperparameters. A number is the learning rate of all param groups, and a list contains
 one learning rate per group. A dict maps the names of hyperparameters to numbers or lists."""
 
-_NAMES = ("lr", "momentum", "weight_decay")
+_NAMES = tuple(DEFAULT_BASE)
 
 
 @dataclass(frozen=True)

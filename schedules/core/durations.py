@@ -166,7 +166,7 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
                 f"{duration!r} requires the number of steps per epoch. On the command line, use "
                 "`--steps-per-epoch`. In a script, pass `training_data` (a dataset or a data "
                 "loader) to `initialize`. In a custom loop, pass "
-                "horizon=Horizon(steps_per_epoch=…)."
+                "horizon=Horizon(steps_per_epoch=…). Or specify a number of steps."
             )
         steps = int(_check_length(value * horizon.steps_per_epoch, repr(duration)))
         return int(_check_length(steps * ratio, repr(duration)))
@@ -182,7 +182,8 @@ def _count_per_step(unit: str, horizon: Horizon, text: str) -> float:
         raise DurationError(
             f"{text} requires the number of tokens per sample, which must be the same for all "
             'samples. Set it in the config, for example "engine": {"tokens_per_sample": 2048}. In '
-            "a custom loop, pass horizon=Horizon(samples_per_step=…, tokens_per_sample=…)."
+            "a custom loop, pass horizon=Horizon(samples_per_step=…, tokens_per_sample=…). Or "
+            'specify a number of steps ("500ba").'
         )
     if horizon.samples_per_step is None:
         raise DurationError(

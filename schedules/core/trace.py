@@ -34,8 +34,8 @@ def trace(
         base: initial hyperparameters of the optimizer, each a number or a list with one
             number per param group. The defaults are a learning rate of 0.1, a momentum of 0.9 and
             a weight decay of 0.
-        horizon: length of the run, used to convert time strings such as ``"10ep"`` to steps, and to
-            scale durations.
+        horizon: length of the run and of its epochs, used to convert time strings such as
+            ``"10ep"`` to steps, and to scale durations.
         losses: loss (or metric) at each step, for feedback schedules. Defaults to a synthetic loss.
 
     Returns:
@@ -43,8 +43,8 @@ def trace(
         "weight_decay") to its values, an array of shape (steps, groups).
 
     Raises:
-        ValueError: the block is invalid, the schedule is incompatible with the initial
-            hyperparameters, or there are too few losses.
+        ValueError: the block is invalid, ``base`` has an unknown name, the schedule is incompatible
+            with the initial hyperparameters, or there are too few losses.
     """
     import numpy as np
 
@@ -127,8 +127,8 @@ def replay(
         schedule: schedule to run. Schedules without feedback ignore the losses.
         losses: loss (or metric) at each step.
         base: initial hyperparameters of the optimizer, with one value per param group.
-        horizon: length of the run, used to convert time strings such as ``"10ep"`` to steps, and to
-            scale durations.
+        horizon: length of the run and of its epochs, used to convert time strings such as
+            ``"10ep"`` to steps, and to scale durations.
     """
     controller = schedule.bind(base, horizon)
     state = controller.init()

@@ -112,8 +112,8 @@ def adapt(found: Any, path: str) -> type[Schedule[Any]]:
     if callable(found) and not isinstance(found, type):
         return FunctionSchedule.make_class(path, found)
     raise ValueError(
-        "`scheduler.type` must be the import path of a scheduler class or a function, got "
-        f"{path!r} ({found!r})."
+        "`scheduler.type` must be the import path of a scheduler class, of a function of the step, "
+        f"or of a function that builds a scheduler, got {path!r} ({found!r})."
     )
 
 

@@ -2,8 +2,8 @@
 
 Formulas and defaults match torch/optim/lr_scheduler.py in PyTorch 2.13, with two main differences.
 Each value depends only on the step k, not on the previous value. After the end of a schedule, the
-values stay constant; for example, CosineAnnealingLR does not raise the learning rate again. For all
-differences, see docs/decisions/0006-pytorch-schedules.md.
+values stay constant; for example, CosineAnnealingLR does not raise the learning rate again. For
+other differences, see docs/decisions/0006-pytorch-schedules.md.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class _WarmupAndDecay(_PeakSchedule):
     warmup_steps: WarmupStepsOrZero = 0
     """Length of the linear warmup; 0 for no warmup."""
     max_steps: Steps
-    """Step at which the decay ends. Training does not stop at this step."""
+    """Step at which the decay ends, including the warmup. Training does not stop at this step."""
     end_lr_ratio: Ratio = 0.1
     """Learning rate from step `max_steps` onward, as a fraction of the peak learning rate."""
     one_based_warmup: bool = False

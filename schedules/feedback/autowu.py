@@ -89,14 +89,14 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     """Whether the cooldown starts immediately after the warmup, without a constant phase."""
     decay_phase_stat: Literal["loss"] | None = None
     """Statistic that triggers reductions of the learning rate between the warmup and the cooldown.
-    With "loss", the learning rate is multiplied by `decay_phase_factor` after more than five
-    consecutive epochs without an improvement in the mean loss per epoch. With null, the learning
-    rate is reduced at most once, right after the warmup."""
+    With "loss", the learning rate is multiplied by `decay_phase_factor` each time the mean loss per
+    epoch has not improved for more than five epochs. With null, the learning rate is reduced at
+    most once, right after the warmup."""
     decay_phase_factor: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Factor applied to the learning rate between the warmup and the cooldown. If
     `decay_phase_stat` is "loss", the factor is applied at each plateau of the loss. If
-    `decay_phase_stat` is null, the factor is applied once, right after the warmup, unless the
-    warmup reaches its maximum length."""
+    `decay_phase_stat` is null, the factor is applied once, right after the warmup, but only if the
+    statistical test (see `test`) ended the warmup."""
     cooldown_fraction: Fraction = 0.2
     """Length of the cooldown at the end of the run, as a fraction of the run. A warmup still in
     progress ends when the cooldown starts. If `immediate_cooldown` is true, this value is

@@ -237,6 +237,33 @@ def test_destroy_saves_the_last_steps(tmp_path, monkeypatch, caplog, steps):
     assert "ended" not in caplog.text
 
 
+def test_script_that_only_loads_a_checkpoint_does_not_log_the_end_of_training(tmp_path, caplog):
+    trainer, loader = start(tmp_path)
+    train_epoch(trainer, loader)
+    trainer.destroy()
+    caplog.clear()
+    section = {"checkpoint": {"dir": str(tmp_path), "every": 3, "resume": "never"}}
+    evaluated, _ = start(**section)
+    evaluated.load_checkpoint(tmp_path)
+    evaluated.destroy()
+    finished, loader = start(max_duration="1ep")
+    finished.load_checkpoint(tmp_path)
+    assert list(loader) == []
+    assert "ended" not in caplog.text
+    assert f"the run is already over at step {STEPS_PER_EPOCH}" in caplog.text
+
+
+def test_range_test_neither_counts_as_use_of_the_loader_nor_as_the_first_loop(tmp_path, caplog):
+    trainer, loader = start(tmp_path)
+    engine.lr_range_test(
+        trainer, loader, loss_fn=lambda model, batch: model(batch[0]).pow(2).mean(), steps=30
+    )
+    assert "cannot be resumed" not in caplog.text
+    for _ in range(2):
+        train_epoch(trainer, loader)
+    assert caplog.text.count("cannot be resumed") == 1
+
+
 def test_steps_on_data_of_another_loader_warn_once(caplog):
     trainer, loader = start()
     own = torch.utils.data.DataLoader(build_data(), batch_size=BATCH)

@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``onecycle checkpoint`` to a parser."""
     parser.description = (
         "List the checkpoints of a run (ls), verify their hashes (verify), print the manifest of a "
-        "checkpoint (show), or export its weights to one safetensors file (export). The export "
-        "action requires torch and also accepts DeepSpeed checkpoints."
+        "checkpoint (show), or export its weights to one safetensors file (export). Only "
+        "export requires torch. It also accepts DeepSpeed checkpoints."
     )
     add_examples(
         parser,

@@ -45,24 +45,21 @@ from engine.launch.torchrun import LOCAL_RANK_ARGUMENT
 __all__ = ["add_arguments", "run"]
 
 _NEEDS_HOSTFILE = "requires `--hostfile`. Launch over ssh with `--hostfile`, or remove this option."
+_CHOSEN_BY_SLURM = (
+    "has no effect in a Slurm job, where Slurm chooses the hosts. Remove this option."
+)
 # For each option: the kinds of launch that support it, and the error message for other kinds.
 _SUPPORTED_BY: dict[str, tuple[set[str], str]] = {
-    "include": ({"ssh", "local"}, _NEEDS_HOSTFILE),
-    "exclude": ({"ssh", "local"}, _NEEDS_HOSTFILE),
+    "include": ({"ssh", "local"}, _CHOSEN_BY_SLURM),
+    "exclude": ({"ssh", "local"}, _CHOSEN_BY_SLURM),
     "ssh_opt": ({"ssh"}, _NEEDS_HOSTFILE),
     "ssh_port": ({"ssh"}, _NEEDS_HOSTFILE),
-    "master_addr": (
-        {"ssh", "local"},
-        "has no effect in a Slurm job, because Slurm chooses the hosts. Remove this option.",
-    ),
+    "master_addr": ({"ssh", "local"}, _CHOSEN_BY_SLURM),
     "standalone": (
         {"local"},
         "starts all ranks on this machine. Remove this option to use a hostfile or Slurm.",
     ),
-    "rejoin": (
-        {"ssh"},
-        "requires `--hostfile`. Launch over ssh with `--hostfile`, or remove this option.",
-    ),
+    "rejoin": ({"ssh"}, _NEEDS_HOSTFILE),
     "slurm_opt": (
         {"slurm"},
         "requires `--slurm` or `--write-sbatch`. Add one of them, or remove this option.",

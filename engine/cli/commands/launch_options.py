@@ -13,8 +13,8 @@ from engine.distributed.environment import USAGE
 __all__ = ["EPILOG", "EXAMPLES", "add_options"]
 
 EPILOG = """\
-S is a time in seconds. The option names of torchrun and deepspeed, such as --nproc-per-node,
---num_gpus and --master_port, are also accepted.
+S is a time in seconds. Options that torchrun or deepspeed call by another name, such as
+--nproc-per-node, --num_gpus and --master_port, are also accepted by that name.
 
 exit status: 0 all ranks succeeded; 1 the config is invalid; 2 usage error; 69 a host is unreachable
 or has different package versions; 75 a host was lost, or the run saved a checkpoint and exited
@@ -220,8 +220,8 @@ def _add_launcher_options(group: _Group) -> None:
     add("--iface", metavar="NAME", help=iface_help)
     choices = ["all", "rank0", "none"]
     console_help = (
-        "ranks whose output is printed (default: rank0). The last lines of a failed rank's "
-        "output are always printed"
+        "ranks whose output is printed (default: rank0). The last lines of the first failed "
+        "rank's output are always printed"
     )
     add("--console", choices=choices, default="rank0", help=console_help)
     dry_run_help = "print the launch plan and exit, without connecting to any host"

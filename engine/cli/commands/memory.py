@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``onecycle memory`` to a parser."""
     parser.description = (
         "Estimate the memory that the model states (parameters, gradients and optimizer states) "
-        "need on each rank, for every ZeRO stage, with and without offloading. No GPU is needed."
+        "need on each rank, for the config and for other ZeRO stages and kinds of offloading. No "
+        "GPU is needed."
     )
     parser.add_argument(
         "file", metavar="FILE", help="path of a ds_config.json, or - for standard input"

@@ -287,7 +287,7 @@ def _find_source(name: str) -> str:
     """Return the config path or the schedule name for a ``--compare`` argument.
 
     Raises:
-        ValueError: the name is neither a file nor a schedule, and does not look like a path.
+        ValueError: the name is neither a file nor a schedule, and has no suffix or colon.
     """
     if Path(name).is_file():
         return name

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'Values that Hugging Face or another integration fills in may be "auto".'
     )
     parser.epilog = (
-        "Each problem is printed with the id of its rule in brackets. Run `onecycle explain RULE` "
+        "The text output names the rule of each problem in brackets. Run `onecycle explain RULE` "
         "for an explanation of the rule."
     )
     add_examples(

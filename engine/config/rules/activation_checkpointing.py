@@ -25,8 +25,8 @@ def _check_contiguous_memory(context: RuleContext) -> Iterator[Problem]:
         yield context.error("contiguous-without-partition", _POINTER, message, hint)
     elif not section.get("number_checkpoints") and number not in context.unresolved:
         message = (
-            f"`{_KEY}` requires `number_checkpoints`. Set `number_checkpoints`, or call "
-            "`deepspeed.checkpointing.configure(num_checkpoints=…)` in the script."
+            f"`{_KEY}` requires `number_checkpoints`. Set `number_checkpoints`, or pass "
+            "`num_checkpoints` to `deepspeed.checkpointing.configure` in the script."
         )
         yield context.note("contiguous-without-number", _POINTER, message)
 

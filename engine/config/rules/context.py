@@ -29,7 +29,7 @@ __all__ = ["Rule", "RuleContext"]
 
 @dataclass(frozen=True)
 class RuleContext:
-    """Input of the rules: the valid values of a config, and values derived from them.
+    """Input of the rules: the individually valid values of a config, and values derived from them.
 
     ``world_size`` is None if the number of ranks is unknown.
     """

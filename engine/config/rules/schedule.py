@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from engine.config.param_groups import find_group_schedulers
 from engine.config.rules.context import Rule, RuleContext
 from engine.errors import Problem
 from schedules import SCHEDULES
@@ -115,7 +116,7 @@ def _check_end(context: RuleContext) -> Iterator[Problem]:
             f"learning rate of {curve(total):.3g} instead of {last:.3g}."
         )
         hint = (
-            'Specify durations as fractions of the run, such as "0.1dur", or change `max_duration`.'
+            'Specify durations as fractions of the run, such as "1dur", or change `max_duration`.'
         )
         yield context.warning("end-of-schedule", pointer, message, hint)
     elif end < total and last < peak:
@@ -124,7 +125,7 @@ def _check_end(context: RuleContext) -> Iterator[Problem]:
             f"{last:.3g}."
         )
         hint = (
-            'Specify durations as fractions of the run, such as "0.1dur", or change `max_duration`.'
+            'Specify durations as fractions of the run, such as "1dur", or change `max_duration`.'
         )
         is_idle = last <= _NEAR_ZERO * peak
         report = context.warning if is_idle else context.note
@@ -222,8 +223,8 @@ def _format_first_step_size(cycle: Mapping[str, Any]) -> str:
 
 def _check_tokens(context: RuleContext) -> Iterator[Problem]:
     run = context.get_section("engine")
-    params = context.get_section("scheduler").get("params")
-    if "tokens_per_sample" in run and not _TOKENS.search(f"{run.get('max_duration')} {params}"):
+    blocks = [context.get_section("scheduler"), *find_group_schedulers(context.config)]
+    if "tokens_per_sample" in run and not _TOKENS.search(f"{run.get('max_duration')} {blocks}"):
         message = "`engine.tokens_per_sample` has no effect, because no duration is in tokens."
         hint = 'Specify a duration in tokens, such as "1e9tok", or remove the key.'
         yield context.note("no-effect", "/engine/tokens_per_sample", message, hint)

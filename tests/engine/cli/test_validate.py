@@ -367,3 +367,18 @@ def test_validate_checks_durations_in_epochs_for_the_number_of_steps(file):
         status, out = run("validate", *arguments, path)
         assert (status, "end-of-schedule" in out) == (0, False)
     assert "ends at step 300 of 1000" in run("validate", "--steps-per-epoch", 100, path)[1]
+
+
+def test_plot_reports_a_group_schedule_at_its_own_key(file):
+    schedule = {"type": "WarmupDecayLR", "params": {"total_num_steps": 1000, "warmup_num_steps": 9}}
+    own = {"type": "WarmupDecayLR", "params": {"total_num_steps": "1ep", "warmup_num_steps": 500}}
+    groups = [{"params": "bias", "scheduler": own}]
+    config = {"scheduler": schedule, "optimizer": {"type": "SGD", "param_groups": groups}}
+    path = file(json.dumps(config, indent=1))
+    line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if ": 500" in text)
+    status, out = run("plot", path, "--steps-per-epoch", 100, "-t")
+    assert status != 0
+    assert f"{path}:{line}:" in out
+    line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if '"1ep"' in text)
+    status, out = run("plot", path, "-t")
+    assert f"{path}:{line}:" in out

@@ -279,7 +279,7 @@ def test_validate_missing_file_suggests_a_similar_name(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"contains ds_config\.json, other\.json"):
         validate(tmp_path / "train.json")
-    with pytest.raises(ConfigError, match="contains no JSON file"):
+    with pytest.raises(ConfigError, match="is not a directory"):
         validate(tmp_path / "nowhere" / "ds_config.json")
 
 

@@ -61,17 +61,28 @@ def test_run_whose_output_is_not_read_keeps_the_job_running(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("console", "rank", "is_repeated"),
-    [("rank0", 0, False), ("rank0", 1, True), ("all", 0, True), ("none", 0, True)],
+    ("console", "rank", "is_same_file", "is_repeated"),
+    [
+        ("rank0", 0, True, False),
+        ("rank0", 0, False, True),
+        ("rank0", 1, True, True),
+        ("all", 0, True, True),
+        ("none", 0, True, True),
+    ],
 )
-def test_run_repeats_the_last_lines_unless_they_end_the_console(console, rank, is_repeated):
+def test_run_repeats_the_last_lines_unless_they_end_the_console(
+    tmp_path, monkeypatch, console, rank, is_same_file, is_repeated
+):
     line = f"[h0:r{rank}] ValueError: no"
     failure = format_failure(Failure(rank, 1, time.time()))
     plan = plan_jobs(f"print({line!r}); print({failure!r}); raise SystemExit(1)")
-    out = io.StringIO()
-    outcome = runner.run(plan, console, out)
+    path = tmp_path / "output"
+    with path.open("w") as out, (tmp_path / "errors").open("w") as errors:
+        monkeypatch.setattr(sys, "stderr", out if is_same_file else errors)
+        outcome = runner.run(plan, console, out)
     assert outcome.last_lines == ((line,) if is_repeated else ())
-    assert (line in out.getvalue()) == (console == "all" or (console, rank) == ("rank0", 0))
+    is_printed = console == "all" or (console, rank) == ("rank0", 0)
+    assert (line in path.read_text()) == is_printed
 
 
 def test_run_whose_output_is_not_read_still_stops_the_other_hosts(tmp_path):
