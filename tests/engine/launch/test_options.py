@@ -22,7 +22,7 @@ from tests.engine.launch.test_plan import launch
         (["--nproc", "0", __file__], "`--nproc` must be an integer >= 1, `auto`, `gpu` or `cpu`"),
         (["--rejoin", __file__], "`--rejoin` requires `--hostfile`"),
         (["--port", "70000", __file__], "`--port` must be between 0 and 65535, got 70000"),
-        (["--slurm", "--include", "node0", __file__], "`--include` requires `--hostfile`"),
+        (["--slurm", "--include", "node0", __file__], "`--include` has no effect in a Slurm job"),
         (["--include", "node0", __file__], "unknown host 'node0'. Use one of localhost"),
         (["--slurm", "--standalone", __file__], "`--standalone` starts all ranks on this machine"),
         (["--ssh-opt=-v", __file__], "`--ssh-opt` requires `--hostfile`"),

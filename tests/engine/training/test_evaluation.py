@@ -130,7 +130,7 @@ def test_evaluate_of_a_nan_loss_returns_nan():
         ([], compute_mean, "`loader` must yield at least one sample, got 0. Check the dataset"),
         ([torch.ones(3)], lambda x: x, "one number for the loss, got a tensor of shape (3,)"),
         ([torch.ones(3)], lambda x: {"loss": x}, "one number for `loss`, got a tensor of shape"),
-        ([torch.ones(3)], lambda x: None, "one number for the loss, got None. Return a number"),
+        ([torch.ones(3)], lambda x: None, "one number for the loss, got None. Return"),
         ([torch.ones(3)], lambda x: (1.0, x), "one number for the number of samples, got"),
         ([torch.ones(3)], lambda x: (1.0, -1), "a number of samples >= 0, got -1"),
         ([["text"]], lambda x: 1.0, "not contain a tensor. Return `(metrics, number_of_samples)`"),

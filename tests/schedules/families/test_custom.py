@@ -112,7 +112,7 @@ def test_attach_code_halves_the_lr_also_after_pickling(schedule, params, save):
         (build_decay, {}, "`gamma` is required"),
         (halve, {"gamma": 1}, "Unknown parameter `gamma`"),
         ("StepLR", {"step_size": 2, "last_epoch": 4}, "`last_epoch` must be -1 or absent"),
-        (torch.nn.Linear, {}, "must be the import path of a scheduler class or a function"),
+        (torch.nn.Linear, {}, "must be the import path of a scheduler class"),
     ],
 )
 def test_attach_code_with_invalid_arguments_is_rejected(schedule, params, message):
