@@ -20,6 +20,7 @@ from schedules.core.pieces import find_next_step
 from schedules.core.schedule import Joint
 
 __all__ = [
+    "POSSIBLE_LENGTHS",
     "EvaluatedSchedule",
     "build_base_values",
     "build_horizon",
@@ -32,7 +33,7 @@ __all__ = [
 _MAX_PIECES = 5000
 _JUMP = 0.01
 """Largest jump to ignore, as a fraction of the hyperparameter's maximum."""
-_POSSIBLE_LENGTHS = (1000, 1, 30, 1_000_000)
+POSSIBLE_LENGTHS = (1000, 1, 30, 1_000_000)
 """Values to try for an unknown number of steps per epoch or samples per step."""
 
 
@@ -124,10 +125,10 @@ def list_possible_horizons(
     samples = get_train_batch_size(config, ranks)
     epochs: tuple[int | None, ...] = (steps_per_epoch,)
     if steps_per_epoch is None and re.search(r"\d\s*ep\b", texts):
-        epochs = _POSSIBLE_LENGTHS
+        epochs = POSSIBLE_LENGTHS
     batches: tuple[int | None, ...] = (samples,)
     if samples is None and re.search(r"\d\s*(sp|tok)\b", texts):
-        batches = _POSSIBLE_LENGTHS
+        batches = POSSIBLE_LENGTHS
     horizons, errors = [], []
     for steps, size in itertools.product(epochs, batches):
         try:

@@ -13,7 +13,11 @@ from engine.config.param_groups import check_param_groups, find_group_schedulers
 from engine.config.parser import Document
 from engine.config.pointers import get_last_key, get_parent, remove_keys
 from engine.config.schedule_blocks import check_scheduler, construct_schedule
-from engine.config.schedule_context import build_horizon, get_train_batch_size
+from engine.config.schedule_context import (
+    POSSIBLE_LENGTHS,
+    build_horizon,
+    get_train_batch_size,
+)
 from engine.config.schema import (
     SCHEMA,
     Member,
@@ -172,11 +176,15 @@ def _check_run_length(
 ) -> Iterator[Problem]:
     """Yield an error if the run is shorter than one step or longer than 2**53 steps.
 
-    If the number of steps per epoch is unknown, each epoch is assumed to have one step.
+    If the number of steps per epoch is unknown, the length must be invalid for any number.
     """
-    samples = get_train_batch_size(config, ranks) or 1
-    steps = steps_per_epoch or 1
-    try:
-        build_horizon(config.get("engine", {}), samples_per_step=samples, steps_per_epoch=steps)
-    except ValueError as error:
-        yield document.build_problem("out-of-range", "/engine/max_duration", str(error))
+    run, samples = config.get("engine", {}), get_train_batch_size(config, ranks) or 1
+    message = ""
+    for steps in POSSIBLE_LENGTHS if steps_per_epoch is None else (steps_per_epoch,):
+        try:
+            build_horizon(run, samples_per_step=samples, steps_per_epoch=steps)
+        except ValueError as error:
+            message = str(error)
+        else:
+            return
+    yield document.build_problem("out-of-range", "/engine/max_duration", message)

@@ -369,6 +369,13 @@ def test_validate_checks_durations_in_epochs_for_the_number_of_steps(file):
     assert "ends at step 300 of 1000" in run("validate", "--steps-per-epoch", 100, path)[1]
 
 
+def test_validate_run_of_less_than_an_epoch_may_be_long_enough(file):
+    run_length = {"max_duration": "1ep", "scale_schedule_ratio": 0.5}
+    path = file(json.dumps({"train_batch_size": 4, "engine": run_length}))
+    assert run("validate", path)[0] == 0
+    assert run("validate", "--steps-per-epoch", 1, path)[0] == 1
+
+
 def test_plot_reports_a_group_schedule_at_its_own_key(file):
     schedule = {"type": "WarmupDecayLR", "params": {"total_num_steps": 1000, "warmup_num_steps": 9}}
     own = {"type": "WarmupDecayLR", "params": {"total_num_steps": "1ep", "warmup_num_steps": 500}}
