@@ -1,11 +1,12 @@
-"""Run the benchmarks of a group one by one, and print how long each takes.
+"""Run the benchmarks of a group, and print how long each takes.
 
     python benchmarks/run.py speed       # same as `make bench`
     python benchmarks/run.py evidence    # same as `make evidence`
 
-The group "evidence" trains models, and writes the results to the directory ``run/evidence``. You
-can compare them with the published results in docs/results. If this group is interrupted, run it
-again: it continues with the first training run whose results are missing.
+The group "speed" runs one benchmark at a time. The group "evidence" trains models on one CPU core
+per benchmark, and writes the results to the directory ``run/evidence``. You can compare them with
+the published results in docs/results. If this group is interrupted, run it again: it continues with
+the first training run whose results are missing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -37,17 +39,18 @@ GROUPS = {
         "python benchmarks/growth.py --steps 20000 --largest 1e7",
     ),
     "evidence": (
+        f"python benchmarks/evidence/autowu_large_batch.py --output {OUTPUT}",
+        f"python benchmarks/evidence/lr_scheduling_chapter.py --output {OUTPUT}",
         f"python benchmarks/evidence/batch_scaling.py --output {OUTPUT}",
         f"python benchmarks/evidence/scale_schedule.py --output {OUTPUT}",
         f"python benchmarks/evidence/command_line.py --output {OUTPUT}",
-        f"python benchmarks/evidence/lr_scheduling_chapter.py --output {OUTPUT}",
-        f"python benchmarks/autowu_large_batch.py --output {OUTPUT}/autowu_large_batch.png",
     ),
 }
 
 
 def run(command: str) -> tuple[float, int]:
     """Run a command, and return its duration in seconds and its exit status."""
+    print(f"$ {command}", flush=True)
     program, *arguments = shlex.split(command)
     python = {
         "python": [sys.executable],
@@ -81,9 +84,12 @@ def main() -> int:
     console = Console()
     table = Table("command", "seconds", "result")
     failures = 0
-    for command in GROUPS[args.group]:
-        console.rule(command)
-        seconds, status = run(command + " --smoke" * args.smoke)
+    commands = [command + " --smoke" * args.smoke for command in GROUPS[args.group]]
+    # Speed is measured without other programs on the machine. The longest trainings start first.
+    workers = os.cpu_count() if args.group == "evidence" else 1
+    with ThreadPoolExecutor(workers) as pool:
+        results = list(pool.map(run, commands))
+    for command, (seconds, status) in zip(commands, results, strict=True):
         failures += status != 0
         table.add_row(
             command, f"{seconds:,.0f}", f"failed with status {status}" if status else "ok"

@@ -137,9 +137,7 @@ class Experiment:
         train = TensorDataset(inputs, targets)
         return Task(build_model, train, (test_inputs, test_targets), source)
 
-    def suggest_bounds(
-        self, config: Config, task: Task, *, steps: int = 250, refine_for: int | None = None
-    ) -> Row:
+    def suggest_bounds(self, config: Config, task: Task) -> Row:
         """Run the LR range test, as ``onecycle lr-test --repeat 3 --min 1e-4`` does.
 
         In these experiments with SGD, the loss falls only at learning rates above 1e-3. The
@@ -148,9 +146,6 @@ class Experiment:
         Args:
             config: config with a OneCycle schedule, whose bounds are ignored.
             task: model and data.
-            steps: number of steps in each of the three sweeps.
-            refine_for: number of steps in the planned training run. If it is set, short 1Cycle
-                runs refine the suggestion for a run of this length.
 
         Returns:
             A row with the config's scheduler block, in which the suggested bounds are set.
@@ -170,9 +165,7 @@ class Experiment:
                     loader,
                     loss_fn=lambda trainer, batch: cross_entropy(trainer(batch[0]), batch[1]),
                     min_lr=1e-4,
-                    steps=min(steps, SMOKE_STEPS) if self.is_smoke else steps,
-                    refine=refine_for is not None,
-                    training_steps=refine_for,
+                    steps=SMOKE_STEPS if self.is_smoke else 250,
                 )
             )
         report = LRRangeReport(tuple(run for each in reports for run in each.runs))
