@@ -26,7 +26,7 @@ from tests.testing.training_loops import BF16, LOOPS, run_loop
 TOLERANCE = {False: 1e-6, True: 2e-2}
 """Maximum difference at which weights count as equal. Key: True for bf16, False for float32."""
 HEAD = """\
-# Ten kinds of training loops
+# Thirteen training loops
 
 `python benchmarks/training_loops.py`, {date}, two cores (x86-64), gloo. Each loop trains small
 models for four AdamW steps; each rank has its own data. The final weights are compared with two

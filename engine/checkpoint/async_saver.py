@@ -78,6 +78,11 @@ class AsyncSaver:
         self._thread = threading.Thread(target=finish, name="checkpoint")
         self._thread.start()
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is running."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Wait until the current save has finished. Return immediately if no save is running.
 

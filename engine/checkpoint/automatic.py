@@ -195,7 +195,8 @@ class AutomaticCheckpoints:
         self._logged_end = step
         event = "training ended" if self._has_trained else "the run is already over"
         is_saved = directory is not None and self._checkpointer.is_saved(run, directory)
-        where = f"; the last checkpoint is in {directory}" if is_saved else ""
+        state = "being saved to" if self._checkpointer.is_saving else "in"
+        where = f"; the last checkpoint is {state} {directory}" if is_saved else ""
         log.info("%s at step %d%s", event, step, where)
 
     def close(self, run: RunState) -> None:

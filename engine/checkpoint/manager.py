@@ -141,6 +141,11 @@ class Checkpointer:
         """
         return self._saved.get(directory.resolve(), (0, -1)) == _get_position(run)
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a background thread of this rank is still writing a checkpoint."""
+        return self.async_saver is not None and self.async_saver.is_saving
+
     def find_saved_steps(self, directory: Path) -> int:
         """Return the step of this run's newest checkpoint in a directory; 0 if there is none."""
         return max(0, self._saved.get(directory.resolve(), (0, -1))[0])

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -235,6 +236,27 @@ def test_destroy_saves_the_last_steps(tmp_path, monkeypatch, caplog, steps):
     caplog.clear()
     start(tmp_path)[0].destroy()
     assert "ended" not in caplog.text
+
+
+def test_end_of_training_is_not_reported_as_saved_while_the_save_is_running(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.delattr(sys, "last_value", raising=False)  # set by pytest if a test has failed
+    is_logged = threading.Event()
+    describe_files = storage.describe_files
+
+    def wait_and_describe(*args):
+        is_logged.wait(timeout=60)
+        return describe_files(*args)
+
+    trainer, loader = start(checkpoint={"dir": str(tmp_path), "every": 3, "async": True})
+    monkeypatch.setattr(storage, "describe_files", wait_and_describe)
+    train_epoch(trainer, loader, stop_at=3)
+    trainer._automatic.close(trainer._run)
+    assert f"step 3; the last checkpoint is being saved to {tmp_path}" in caplog.text
+    is_logged.set()
+    trainer.destroy()
+    assert [manifest.step for _, manifest in storage.list_checkpoints(tmp_path)] == [3]
 
 
 def test_script_that_only_loads_a_checkpoint_does_not_log_the_end_of_training(tmp_path, caplog):
