@@ -4,9 +4,9 @@
 
 The script prints three tables: the cost of saving, the cost of loading, and how long an
 asynchronous save blocks training. Each row shows the CPU time of the training thread, the
-wall-clock time, and the ratio of each to the baseline. The baseline is the first row: it writes,
-reads or copies a single buffer of the same size. All numbers are medians of interleaved rounds. A
-separate row shows the cost of syncing the saved files to disk and hashing them.
+wall-clock time, and the ratio of each to the baseline. The first row is the baseline: the cost of
+writing, reading or copying a single buffer of the same size. All numbers are medians of interleaved
+rounds. A separate row shows the cost of syncing the saved files to disk and hashing the files.
 """
 
 from __future__ import annotations
@@ -182,8 +182,8 @@ def main() -> None:
                 table.add_row(name, *cells)
             console.print(table)
         console.print(
-            f"{payload / 1e6:.1f} MB of tensors, which take {size / payload:.4f} times as much "
-            "space on disk"
+            f"tensors: {payload / 1e6:.1f} MB in memory, {size / 1e6:.1f} MB on disk "
+            f"({size / payload:.4f}x)"
         )
     finally:
         shutil.rmtree(directory)

@@ -7,8 +7,8 @@ which training resumes afterward. Before most faults, three checkpoints exist, t
 Before a fault that needs several ranks, only one checkpoint exists, at step 1. The second table
 lists the faults that are defined in benchmarks/fault_runs.py.
 
-The faults are real, except that the change of the system clock is simulated. For example, the disk
-that fills up is a mounted tmpfs. If no tmpfs can be mounted, the faults that need one are skipped.
+All faults are real, except for the change of the system clock, which is simulated. A full disk, for
+example, is a small tmpfs. If no tmpfs can be mounted, the faults that need a tmpfs are skipped.
 """
 
 from __future__ import annotations

@@ -369,7 +369,7 @@ def serve(connection: Connection, make: Callable[[Task], Step]) -> None:
 
 
 class Contender:
-    """A library or the raw loop, and the process that runs its tasks."""
+    """A library or the raw training loop, measured in a separate process."""
 
     def __init__(self, name: str, make: Callable[[Task], Step]) -> None:
         self.name = name
@@ -390,7 +390,7 @@ class Contender:
         A contender that has not answered by the deadline is killed.
 
         Args:
-            deadline: time in seconds on the clock of `time.monotonic`.
+            deadline: when to stop waiting, as a value of `time.monotonic()`.
         """
         if self.error is not None:
             return None
@@ -551,7 +551,7 @@ def main() -> int:
     if args.dry_run:
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     elif not torch.cuda.is_available():
-        log("PyTorch finds no GPU. To try the benchmark on the CPU, pass --dry-run.")
+        log("PyTorch found no GPU. To try the benchmark on the CPU, pass --dry-run.")
         return 2
     report = run(is_dry=args.dry_run, rounds=args.rounds or (2 if args.dry_run else 5))
     text = json.dumps(report, indent=1)

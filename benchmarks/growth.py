@@ -3,9 +3,9 @@
     python benchmarks/growth.py [--only groups] [--steps 1000000]
 
 Each case is measured in a new process. Times are CPU times, which other programs barely affect. The
-time of a step is the mean over several steps. The column "growth" is the growth exponent of the
-fastest-growing column since the previous row: 0 means constant cost, 1 means linear cost, and 2
-means quadratic cost.
+time of a step is the mean over several steps. The column "growth" compares each row with the
+previous one. It shows the growth exponent of the cost that grew fastest: 0 means constant cost, 1
+means linear cost, and 2 means quadratic cost.
 
 - groups: the times of start-up, a step, saving and loading, for a model in which each param group
   has one tensor of one element. "plain step" is a step with PyTorch's optimizer but without the

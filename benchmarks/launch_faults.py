@@ -81,7 +81,7 @@ def break_host(fault: str, what: str, until: str, happens: str, settle: int) -> 
         what: first argument of the script that each rank runs (tests/testing/worker.py).
         until: shell command to run before the fault.
         happens: shell command that injects the fault; "" if ``what`` or ``until`` causes it.
-        settle: seconds from the launcher's exit until the remaining processes are counted.
+        settle: seconds to wait after the launcher exits before counting the remaining processes.
     """
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -107,8 +107,8 @@ def break_rank(fault: str, kind: str, backend: str) -> str:
 
     Args:
         fault: name of the fault in the table.
-        kind: how rank 1 fails (see tests/testing/failing_rank.py), or what receives SIGINT:
-            "launcher" or "ranks".
+        kind: how rank 1 fails (see tests/testing/failing_rank.py). If ``kind`` is "launcher" or
+            "ranks", no rank fails; the launcher or each rank receives SIGINT instead.
         backend: "torch" or "deepspeed".
     """
     with tempfile.TemporaryDirectory() as name:

@@ -95,7 +95,7 @@ def measure_part(part: str, directory: Path) -> dict[str, float]:
         checks = check_hosts(request, config)
         failed = [check for check in checks if check.problem]
         if failed:
-            raise SystemExit(f"{len(failed)} checks failed: {failed[0]}")
+            raise SystemExit(f"{len(failed)} checks failed. The first failure: {failed[0]}")
     return {
         "wall": time.monotonic() - begin,
         "cpu": time.process_time() - cpu,

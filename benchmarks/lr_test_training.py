@@ -256,7 +256,8 @@ def main() -> None:
         "--first-seed",
         type=int,
         default=0,
-        help="seed of the first run with each maximum learning rate (default: 0)",
+        help="seed of the first run at each maximum learning rate; each later run uses the next "
+        "seed (default: 0)",
     )
     parser.add_argument("--task", default="", help="run only the tasks whose names start with TASK")
     parser.add_argument("--output", type=Path, default=Path("lr_test_training.png"))

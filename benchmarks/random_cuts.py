@@ -2,9 +2,10 @@
 
     python benchmarks/random_cuts.py --cuts 30
 
-Each run is restarted after it is killed, receives SIGTERM or SIGINT (Ctrl-C), exits after an epoch,
-or completes all its steps. Each step's samples, learning rate and hash of the weights are compared
-with those of an uninterrupted run. The runs use one or two ranks and one of four training loops:
+Each run is started twice. The first time, the run is killed, receives SIGTERM or SIGINT (Ctrl-C),
+exits after an epoch, or completes all its steps. The second time, the run resumes. Each step's
+samples, learning rate and hash of the weights are compared with those of an uninterrupted run. The
+runs use one or two ranks and one of four training loops:
 
 - ``batches`` iterates over ``trainer.batches()``;
 - ``workers`` does the same, with the script's own data loader, which has two workers;
@@ -88,8 +89,8 @@ def count_differences(case: Case, directory: Path, expected: list[str]) -> tuple
     Each row describes one training step of one rank.
 
     Returns:
-        The number of rows that differ, and the number of repeated rows. If the run was not killed,
-        repeated rows also count as different.
+        The number of rows that differ, and the number of repeated rows. Only a killed run may
+        repeat rows. For any other run, repeated rows also count as rows that differ.
     """
     status = start(directory, case)
     assert status in STATUS[case.cut], (case, status, (directory / "output").read_text()[-3000:])

@@ -82,7 +82,7 @@ def loss_fn(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def bound(task: Callable[[], tuple]) -> Step:
-    """Return a step without clipping and optimizer, as a lower bound on the step time."""
+    """Return a step that only computes gradients, to measure a lower bound on the step time."""
     model, x, y = task()
 
     def step() -> None:

@@ -106,8 +106,8 @@ class Engine(DeepSpeedAccessors):
             return loader
         if self.training_dataloader is not None:
             raise MisuseError(
-                "The run already has a training data loader. Pass either `training_data` to "
-                "`initialize` or one loader to `prepare`. Pass other loaders to `trainer.evaluate`."
+                "The run already has a training data loader. Pass training data only once, either "
+                "to `initialize` or to `prepare`. Pass evaluation loaders to `trainer.evaluate`."
             )
         prepared = prepare_loader(loader, self.config, self._backend.ranks)
         self._use_loader(prepared)
@@ -232,11 +232,11 @@ class Engine(DeepSpeedAccessors):
         return iterate_batches(self.training_dataloader, self._run)
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Return whether the next `step` completes a batch and runs the optimizer."""
+        """Return whether the next `step` completes a batch and takes an optimizer step."""
         return self._run.accumulation.is_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Set whether subsequent calls to `step` run the optimizer; call this before `backward`."""
+        """Set whether the next calls to `step` take optimizer steps. Call before `backward`."""
         self._run.accumulation.set_boundary(is_boundary)
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -301,7 +301,7 @@ class Engine(DeepSpeedAccessors):
                 number or a scalar tensor, averaged over the batch. The weight of a batch is its
                 number of samples: the first dimension of its first tensor. To set a different
                 weight, such as the number of tokens, return ``(metrics, weight)``. All ranks call
-                ``fn`` the same number of times. A rank without further batches repeats a batch and
+                ``fn`` the same number of times. A rank that has no batches left repeats a batch and
                 drops the result. To collect other results, use `gather`.
 
         Returns:
@@ -317,7 +317,7 @@ class Engine(DeepSpeedAccessors):
         """Concatenate the tensors of all ranks along the first dimension, in rank order.
 
         Every rank must call this method. The first dimension may differ between ranks. A scalar
-        tensor counts as one row. Inside `evaluate`, batches that a rank repeats add no rows.
+        tensor counts as one row. Inside `evaluate`, a rank that has no batches left adds no rows.
 
         Args:
             value: tensor, or nested tuples, lists, dicts or dataclasses of tensors.
@@ -412,7 +412,7 @@ class Engine(DeepSpeedAccessors):
         return str(path), client_state
 
     def wait_for_checkpoint(self) -> None:
-        """Wait until every rank has written its checkpoint. If a save failed, raise an error."""
+        """Wait until all ranks have written the checkpoint. If a save failed, raise an error."""
         self._checkpointer.wait()
 
     def destroy(self) -> None:

@@ -372,7 +372,10 @@ def _choose_schedule(
 
 
 def _warn_of_data(training_data: object, config: Config, run: TrainingRun) -> None:
-    """Log warnings that depend on the size of the training data, so validation cannot give them."""
+    """Log the warnings that depend on the size of the training data.
+
+    Validation does not know this size.
+    """
     _warn_of_repeated_samples(training_data, config)
     _warn_of_schedule_end(run, config)
 

@@ -62,9 +62,9 @@ def _construct(
     named = dict(zip(order, positional, strict=False))
     if len(positional) > len(order) or named.keys() & params.keys():
         raise TypeError(
-            f"{type_name}() got too many positional arguments, or the same argument twice. Pass "
-            "each of the following arguments at most once after `optimizer`, in this order: "
-            f"{', '.join(order)}."
+            f"{type_name}() got too many positional arguments, or multiple values for one "
+            f"argument. The arguments after `optimizer` are, in order: {', '.join(order)}. Pass "
+            "each argument at most once."
         )
     return attach(type_name, optimizer, **named, **params)
 

@@ -35,7 +35,7 @@ class Slot:
     """Place in a param group where a hyperparameter is stored.
 
     Args:
-        key: key of the param group, such as "lr".
+        key: key in the dict of the param group, such as "lr".
     """
 
     def __init__(self, key: str) -> None:

@@ -92,8 +92,8 @@ def plot(
         count = int(known or max(each.resolve(horizon).span for each in built))
     if not 1 <= count <= _MAX_EXACT:
         raise ValueError(
-            f"`steps` must be from 1 to {_MAX_EXACT:,}, got {count:,}. Set `steps` to a value in "
-            "this range."
+            f"The number of steps to plot must be between 1 and {_MAX_EXACT:,}, got {count:,}. Set "
+            "`steps` to choose the number."
         )
     initial = complete_base(base)
     curves: dict[str, Curve] = {}

@@ -232,7 +232,7 @@ def main() -> int:
     except SiteError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"To read the site: python -m http.server --directory {html}")
+    print(f"To view the site: python -m http.server --directory {html}")
     return 0
 
 

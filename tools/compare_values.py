@@ -204,10 +204,10 @@ def main() -> int:
     different = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     resumed = [name for name in losses[0] if losses[0][name] != losses[1][name]]
     print(
-        f"{len(old):,} evaluations, {evaluated:,} without errors ({steps:,} steps): "
-        f"{len(different)} differ"
+        f"{len(different):,} of {len(old):,} evaluations differ "
+        f"({evaluated:,} ran without errors, {steps:,} steps in total)"
     )
-    print(f"{len(losses[0])} runs saved in BEFORE and resumed in AFTER: {len(resumed)} differ")
+    print(f"{len(resumed)} of {len(losses[0])} runs saved in BEFORE and resumed in AFTER differ")
     for name in [*different, *resumed]:
         print(f"  {name}")
     return 1 if different or resumed else 0

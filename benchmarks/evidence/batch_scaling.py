@@ -2,10 +2,10 @@
 
     python benchmarks/evidence/batch_scaling.py
 
-The script repeats the "Batch Scaling Example" of DeepSpeed's 1Cycle tutorial with a small model: an
-MLP on Fashion-MNIST, with images downsampled to 14 x 14. The target is a test accuracy of 0.84. For
-a batch size of 64, the script tunes a fixed learning rate to reach the target after as few samples
-as possible. Then it trains with a batch size of 512 and each of four schedules:
+The script reproduces the "Batch Scaling Example" of DeepSpeed's 1Cycle tutorial on a small scale,
+with an MLP on Fashion-MNIST images downsampled to 14 x 14. The target is a test accuracy of 0.84.
+For a batch size of 64, the script tunes a fixed learning rate to reach the target after as few
+samples as possible. The script then trains with a batch size of 512 and each of four schedules:
 
 - Fixed: the tuned learning rate;
 - LinearScale: eight times the tuned learning rate;

@@ -151,7 +151,7 @@ class Experiment:
             A row with the config's scheduler block, in which the suggested bounds are set.
 
         Raises:
-            RuntimeError: the range test made no suggestion.
+            RuntimeError: the LR range test could not suggest a learning rate.
         """
         reports = []
         for seed in range(1000, 1003):
@@ -170,7 +170,9 @@ class Experiment:
             )
         report = LRRangeReport(tuple(run for each in reports for run in each.runs))
         if report.max_lr is None:
-            raise RuntimeError(f"The LR range test made no suggestion: {report.suggestion.reason}.")
+            raise RuntimeError(
+                f"The LR range test could not suggest a learning rate: {report.suggestion.reason}."
+            )
         return {"scheduler": report.block(config["scheduler"]), "of_each_run": report.max_lrs}
 
 

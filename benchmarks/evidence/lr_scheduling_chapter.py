@@ -2,9 +2,10 @@
 
     python benchmarks/evidence/lr_scheduling_chapter.py
 
-The script repeats the runs of the chapter "Learning Rate Scheduling": LeNet on Fashion-MNIST for 30
-epochs, with five schedules. Then it trains for 10 epochs with a cosine schedule, and for 10 epochs
-with 1Cycle. The minimum and maximum learning rates of 1Cycle are suggested by an LR range test.
+The script reproduces the experiments of the chapter "Learning Rate Scheduling": LeNet on
+Fashion-MNIST for 30 epochs, with five schedules. The script then trains for 10 epochs with a cosine
+schedule, and for 10 epochs with 1Cycle. An LR range test suggests the minimum and maximum learning
+rates of 1Cycle.
 """
 
 from __future__ import annotations

@@ -134,9 +134,10 @@ class DeepSpeedBackend(Backend):
             self.engine.set_gradient_accumulation_boundary(is_last)
 
     def _start_backward(self, *, is_last: bool) -> None:
-        """Reject an unsupported backward pass, and tell DeepSpeed whether it is the step's last.
+        """Check that a backward pass is supported, and prepare DeepSpeed for the pass.
 
-        DeepSpeed needs this information only if it manages gradient accumulation.
+        If DeepSpeed manages gradient accumulation, tell DeepSpeed whether this is the last backward
+        pass of the step.
         """
         self._order.check(is_last=is_last and self._is_managed)
         if self._is_managed:

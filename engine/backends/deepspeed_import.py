@@ -1,6 +1,6 @@
 """Import DeepSpeed without its CPU all-reduce op, and suspend its ``zero.Init`` context.
 
-The compilation of the op can take minutes.
+Compiling the op can take minutes.
 """
 
 from __future__ import annotations

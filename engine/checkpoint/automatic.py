@@ -108,11 +108,11 @@ class AutomaticCheckpoints:
     def check_loop(self, run: SteppedRun, first_epoch: int) -> None:
         """Check that the script's loop over epochs continues correctly after a resume.
 
-        If the loop starts in epoch 0, only log a warning, and only if the run can be resumed later.
+        If the loop starts at epoch 0 and the run can be resumed later, log a warning.
 
         Args:
             run: state of the run.
-            first_epoch: epoch in which the loop starts.
+            first_epoch: epoch at which the loop starts.
 
         Raises:
             MisuseError: the loop of a resumed run could train too many epochs.
@@ -134,7 +134,9 @@ class AutomaticCheckpoints:
             )
 
     def save_if_due(self, run: SteppedRun) -> None:
-        """Save the checkpoints that are due after a step, and check that the data loader is used.
+        """Save the checkpoints that are due after a step.
+
+        Also log a warning if the training data does not come from the run's data loader.
 
         The best checkpoint is due if the metric has improved. A regular checkpoint is due every
         ``engine.checkpoint.every`` steps, and when a rank has received SIGINT, SIGTERM or SIGUSR1.
@@ -238,7 +240,7 @@ class AutomaticCheckpoints:
     def _save_at_exit(self, run: RunState) -> None:
         """Save a final checkpoint if a single-process run exits without an exception.
 
-        With several ranks, only log a warning, because other ranks may have already exited.
+        With several ranks, log a warning instead, because other ranks may have already exited.
         """
         directory = self._directory
         if directory is None or hasattr(sys, "last_value"):

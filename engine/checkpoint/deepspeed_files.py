@@ -75,8 +75,8 @@ class DeepSpeedFiles:
 
     Args:
         checkpoint_dir: directory of the checkpoint.
-        trusts: whether to unpickle objects of any class. Unpickling such objects can run code from
-            the files.
+        trusts: whether to unpickle objects of any class. Unpickling such objects can execute
+            arbitrary code from the files.
 
     Raises:
         CheckpointError: if a file is damaged or contains untrusted objects.
@@ -147,8 +147,8 @@ class DeepSpeedFiles:
         """Return the model's parameters, buffers and extra state by name.
 
         Parameters are in float32 if the checkpoint contains their master weights. Otherwise, they
-        are in the dtype of the saved model. The extra state consists of the values that
-        ``get_extra_state`` of the modules returned.
+        are in the dtype of the saved model. The extra state consists of the values returned
+        by the modules' ``get_extra_state`` methods.
 
         Args:
             groups: names of the parameters in each of the optimizer's param groups. Required to
@@ -222,7 +222,8 @@ class DeepSpeedFiles:
     def get_trained_shapes(self) -> list[list[int]] | None:
         """Return the shapes of all trainable parameters, or None if they are unknown.
 
-        The shapes are sorted, because DeepSpeed can reorder the parameters and split param groups.
+        The shapes are sorted, so that they can be compared with the shapes of another run even if
+        DeepSpeed has reordered the parameters or split param groups.
         """
         groups = self._model.get("param_shapes")
         return groups and sorted(list(shape) for group in groups for shape in group.values())
@@ -367,7 +368,7 @@ def _check_header(model: Any) -> None:
 
 
 def _match_names(directory: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], Path]]:
-    """Return the match and path of each file whose name matches ``pattern``, sorted by rank."""
+    """Return the files whose names match ``pattern``, each with its regex match, sorted by rank."""
     matches = ((pattern.fullmatch(path.name), path) for path in directory.iterdir())
     found = [(match, path) for match, path in matches if match is not None]
     return sorted(found, key=lambda each: int(each[0]["rank"] or 0))

@@ -34,8 +34,8 @@ def read_file(path: Path, *, trusts: bool = False) -> Any:
 
     Args:
         path: file to read.
-        trusts: whether to unpickle objects of any class. Unpickling them can run code from the
-            file.
+        trusts: whether to unpickle objects of any class. Unpickling such objects can execute
+            arbitrary code from the file.
 
     Raises:
         CheckpointError: the file is damaged, or ``trusts`` is false and the file contains an object

@@ -27,9 +27,12 @@ class DirectoryLock:
     """Lock on a directory, held until `release` is called or the process exits.
 
     The file ``.lock`` identifies the process that owns the lock. Another process can acquire the
-    lock after the owner has exited. A process on another host first checks for 60 seconds that the
-    owner no longer updates the file. If both belong to the same Slurm job, the owner is assumed to
-    have exited.
+    lock after the owner has exited.
+
+    A process on another host cannot see whether the owner has exited. Therefore, the process
+    watches the file for 60 seconds, and acquires the lock only if the owner does not update the
+    file. If the process and the owner belong to the same Slurm job, the process skips the wait and
+    assumes that the owner has exited.
 
     Reading checkpoints does not require the lock.
 

@@ -129,7 +129,7 @@ def read_values(path: Path) -> Any:
 
     Raises:
         CheckpointError: the file is damaged, or contains an object that is neither a plain value
-            nor a tensor. Unpickling such an object could run code.
+            nor a tensor. Unpickling such an object could execute arbitrary code.
     """
     with report_damage(path):
         return unpickle(path)
@@ -143,7 +143,7 @@ def unpickle(
     mmap: bool | None = None,
     fix: str = "Use another checkpoint.",
 ) -> Any:
-    """Load a ``torch.save`` file, but reject objects that could run code when unpickled.
+    """Load a ``torch.save`` file, but reject objects that could execute code when unpickled.
 
     All tensors in the result are on the CPU.
 
@@ -153,7 +153,7 @@ def unpickle(
             a tuple ``(class, name)`` if the file refers to the class by another name.
         load: `torch.load`, or a function with the same arguments.
         mmap: see `torch.load`.
-        fix: advice that ends the error message if the file contains a class that is not allowed.
+        fix: advice to append to the error message if the file contains a class that is not allowed.
 
     Raises:
         CheckpointError: the file cannot be unpickled, or contains a class that is not allowed.
@@ -168,8 +168,8 @@ def unpickle(
                 f"{path} is damaged: {summarize(error)}. Use another checkpoint."
             ) from error
         raise CheckpointError(
-            f"{path} cannot be loaded: it contains `{named[1]}`, which can run code when it is "
-            f"unpickled. {fix}"
+            f"{path} cannot be loaded: it contains `{named[1]}`, which can execute arbitrary "
+            f"code when it is unpickled. {fix}"
         ) from None
 
 

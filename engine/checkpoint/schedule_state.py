@@ -62,7 +62,7 @@ def prepare_schedule_state(
     *,
     override: bool,
 ) -> dict[str, Any] | None:
-    """Check that the scheduler can load the saved state, and return the state to load.
+    """Return the saved state of the scheduler, and check that the scheduler can load this state.
 
     Args:
         scheduler: scheduler of this run.
@@ -76,7 +76,7 @@ def prepare_schedule_state(
         case, the caller must advance the scheduler to ``steps`` with `advance`.
 
     Raises:
-        ValueError: if the saved state is damaged.
+        ValueError: if the scheduler state is damaged.
     """
     saved = state["lr_scheduler"]
     if override and not isinstance(scheduler, ScheduleBinder):
@@ -140,7 +140,8 @@ def _adapt_schedule_state(
     """Return a saved scheduler state adapted to the schedule of this run.
 
     A schedule without feedback continues at step ``applied_steps``. A feedback schedule continues
-    from its saved state if the saved schedule has the same type and params. Otherwise, it restarts.
+    from its saved state if the saved schedule has the same type and params. Otherwise, a feedback
+    schedule keeps its current state.
 
     Args:
         saved: scheduler state in the checkpoint; can be empty.
@@ -153,9 +154,10 @@ def _adapt_schedule_state(
             state |= {"state": saved["state"], "step": saved["step"]}
         else:
             log.warning(
-                "the checkpoint has no state for the schedule %s with its current params; "
-                "restarting the schedule",
+                "the checkpoint has no state that matches the type and params of the schedule %s "
+                "in this config; starting the schedule at step %d",
                 own["type"],
+                own["step"],
             )
             state["step"] = own["step"]
     return state

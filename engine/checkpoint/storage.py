@@ -89,7 +89,9 @@ def create_directory(directory: Path) -> None:
     """
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(
-            20, "The checkpoint directory is a file; choose another path", str(directory)
+            20,
+            "The checkpoint path is a file, not a directory; choose another path",
+            str(directory),
         )
     directory.mkdir(parents=True, exist_ok=True)
 

@@ -202,7 +202,7 @@ class _Templates:
     """Builder of the expected optimizer state of a parameter.
 
     For an optimizer class in `torch.optim`, the state comes from a temporary optimizer that takes
-    one step on a small parameter with the same number of dimensions. For any other class, a step
+    one step on a small stand-in with the same number of dimensions. For any other class, a step
     could have side effects, so the current state of the parameter is used.
     """
 
@@ -253,11 +253,15 @@ class _Templates:
 
 
 def _scale(value: Any, shape: torch.Size) -> Any:
-    """Adapt a value from the state of a small parameter to a parameter of the given shape.
+    """Return the optimizer-state value that a parameter of the given shape would have.
 
-    The small parameter has size 2 in each dimension. A tensor with as many dimensions as ``shape``
-    becomes a meta tensor, and each size of 2 is replaced by the corresponding size in ``shape``.
-    Any other value is returned unchanged.
+    A tensor with as many dimensions as ``shape`` becomes a meta tensor, in which each size of 2 is
+    replaced by the corresponding size in ``shape``. Any other value is returned unchanged.
+
+    Args:
+        value: value in the optimizer state of a small stand-in for the parameter. The stand-in has
+            size 2 in each dimension.
+        shape: shape of the parameter.
     """
     if not isinstance(value, Tensor) or value.dim() != len(shape) or not shape:
         return value

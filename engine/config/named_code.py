@@ -87,7 +87,9 @@ def _find_import_paths(value: Any, pointer: str) -> Iterator[NamedCode]:
 def check_named_code(
     document: Document, block: Mapping[str, Any], pointer: str = "/scheduler"
 ) -> Iterator[Problem]:
-    """Yield a problem for each import path and entry point in a ``scheduler`` block.
+    """Yield one problem for each import path and entry point in a ``scheduler`` block.
+
+    Even a valid import path yields a problem: a note that the code is not checked.
 
     Args:
         document: parsed config.

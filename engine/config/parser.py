@@ -286,7 +286,7 @@ class _Parser:
 
         Args:
             bracket: closing bracket of the current object or array.
-            first: whether the next item would be the first, so that no comma is expected.
+            first: whether no item has been read yet. In that case, no comma is expected.
 
         Returns:
             Whether the closing bracket was found.

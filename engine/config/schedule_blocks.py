@@ -69,10 +69,10 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
-    """Return a copy of a problem, with a hint that lists schedules with the unknown parameter.
+    """Return a copy of a problem, with a hint that lists schedules that accept the unknown key.
 
-    Return the problem unchanged if it does not report an unknown parameter, if its hint already
-    suggests a key, or if no schedule has the parameter.
+    Return the problem unchanged if its rule is not ``unknown-key``, if its hint already suggests
+    a key, or if no schedule accepts the unknown key.
     """
     if problem.rule != "unknown-key" or "`" in problem.hint:
         return problem

@@ -109,7 +109,8 @@ def list_possible_horizons(
     """Return the possible horizons of a run.
 
     There are several if a duration is in epochs, samples or tokens, and the number of steps per
-    epoch or samples per step is unknown. Reject a config only if it is invalid for all of them.
+    epoch or samples per step is unknown. A caller should reject a config only if the config is
+    invalid for every one of these horizons.
 
     Args:
         schedule: schedule whose durations will be converted to steps.

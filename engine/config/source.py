@@ -148,7 +148,7 @@ def _build_unreadable_error(name: str, message: str, hint: str = "") -> ConfigEr
 
 
 def _suggest_file(path: Path) -> str:
-    """Return a hint that names the JSON files next to a file that does not exist."""
+    """Return a hint that names JSON files in the directory where a config file was not found."""
     directory = path.parent.absolute()
     if not directory.is_dir():
         return f"Check the path: {directory} is not a directory."

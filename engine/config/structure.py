@@ -119,10 +119,10 @@ def _get_error_pointers(problems: Sequence[Problem]) -> set[str]:
 
 
 def _find_deprecated(document: Document) -> Iterator[Problem]:
-    """Yield the problems of deprecated keys.
+    """Yield the problems with deprecated keys in the config.
 
-    Yield a note if the replacement of a deprecated key is not set. Yield an error if a section
-    contains both the deprecated key and its replacement, because DeepSpeed rejects such a config.
+    A deprecated key yields a note if its replacement is not set. A section that contains both the
+    deprecated key and its replacement yields an error, because DeepSpeed rejects such a config.
     """
     for member in walk(document.value, schemas.read(SCHEMA)):
         if not member.schema.get("deprecated"):
@@ -176,7 +176,8 @@ def _check_run_length(
 ) -> Iterator[Problem]:
     """Yield an error if the run is shorter than one step or longer than 2**53 steps.
 
-    If the number of steps per epoch is unknown, the length must be invalid for any number.
+    If the number of steps per epoch is unknown, yield an error only if the length is invalid for
+    every number in `POSSIBLE_LENGTHS`.
     """
     run, samples = config.get("engine", {}), get_train_batch_size(config, ranks) or 1
     message = ""

@@ -38,10 +38,10 @@ def validate(
 
     Args:
         config: path of the config, or the config as a dict.
-        world_size: number of ranks to validate the batch sizes for. If None, the batch sizes must
+        world_size: number of ranks, used to validate the batch sizes. If None, the batch sizes must
             be valid for at least one number of ranks.
-        steps_per_epoch: number of optimizer steps per epoch to validate durations in epochs for. If
-            None, these durations must be valid for at least one number of steps per epoch.
+        steps_per_epoch: number of optimizer steps per epoch, used to validate durations in epochs.
+            If None, these durations must be valid for at least one number of steps per epoch.
         allow_imports: whether to import and check the code that the config names, such as
             ``"my_module:MySchedule"``. Importing runs the code, so allow imports only for a trusted
             config.
@@ -96,10 +96,10 @@ def examine(
 
     Args:
         document: parsed config.
-        world_size: number of ranks to validate the batch sizes for. If None, the batch sizes must
+        world_size: number of ranks, used to validate the batch sizes. If None, the batch sizes must
             be valid for at least one number of ranks.
-        steps_per_epoch: number of optimizer steps per epoch to validate durations in epochs for. If
-            None, these durations must be valid for at least one number of steps per epoch.
+        steps_per_epoch: number of optimizer steps per epoch, used to validate durations in epochs.
+            If None, these durations must be valid for at least one number of steps per epoch.
         reject_auto: whether to report "auto" as an error where only an integration, such as the
             Hugging Face Trainer, can replace it. Set this when no integration is used.
         needs_deepspeed: name of the model feature or `initialize` argument that requires

@@ -1,4 +1,7 @@
-"""Replace "auto" values in a config for Hugging Face Transformers, to preview its schedule."""
+"""Replace "auto" values in a config, so that the config's schedule can be previewed.
+
+In a run, Hugging Face Transformers replaces the "auto" values.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ _TOTAL_STEPS = 1000
 
 @dataclass(frozen=True)
 class AutoValues:
-    """Values that replace "auto" in a preview. In a run, transformers provides these values."""
+    """Values that replace "auto" in a preview. In a run, Transformers provides the values."""
 
     learning_rate: float = 5e-5
-    """Learning rate of the optimizer. The default is the same as in transformers."""
+    """Learning rate of the optimizer. The default is the same as in Transformers."""
     total_steps: int | None = None
     """Length of the run in steps; None to use ``engine.max_duration``, or 1,000 if it is absent."""
     warmup_steps: int | None = None

@@ -122,7 +122,7 @@ def format_page(cls: type[Schedule[Any]], width: int | None = None) -> Iterator[
 
     Args:
         cls: class of the schedule.
-        width: number of columns of the terminal; None to keep each paragraph as it is.
+        width: maximum number of columns per line; None to leave the lines unwrapped.
     """
     yield cls.type_name
     yield ""

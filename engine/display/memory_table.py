@@ -51,8 +51,8 @@ def format_bytes(size: float) -> str:
 class EstimateTable(NamedTuple):
     """A table of memory estimates.
 
-    All columns after the second contain sizes, except for an unnamed last column, which marks the
-    row of the config.
+    All columns after the second contain sizes, except a last column without a name. The column
+    without a name marks the row with the config's ZeRO stage.
     """
 
     title: str

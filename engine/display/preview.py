@@ -93,9 +93,9 @@ class Preview:
 
         if isinstance(self.schedule, WrappedScheduler) and steps > _MAX_RUN_STEPS:
             raise ValueError(
-                f"A plot of the PyTorch scheduler {self.schedule.type_name} must have at most "
-                f"{_MAX_RUN_STEPS:,} steps, got {steps:,}. Set `--steps` to plot only the first "
-                "steps."
+                f"The PyTorch scheduler {self.schedule.type_name} can be plotted for at most "
+                f"{_MAX_RUN_STEPS:,} steps, got {steps:,}. Set a smaller number of steps, for "
+                "example `--steps 1000`."
             )
 
     @property
@@ -227,7 +227,7 @@ def _build_preview(
     resolved = schedule.resolve(horizon)
     if schedule.feedback is not None and resolved.span > _MAX_SYNTHETIC_STEPS:
         raise ValueError(
-            f"A preview of the loss-driven schedule {schedule.type_name} must have at most "
+            f"The loss-driven schedule {schedule.type_name} can be previewed for at most "
             f"{_MAX_SYNTHETIC_STEPS:,} steps, got {resolved.span:,}. To preview the schedule, "
             "shorten the run in a copy of the config."
         )

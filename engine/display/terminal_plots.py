@@ -146,7 +146,7 @@ def _draw_panel(
     *,
     color: bool,
 ) -> list[str]:
-    """Draw a panel, and return the lines of its text.
+    """Render a panel as text, and return the lines.
 
     Args:
         panel: panel to draw.

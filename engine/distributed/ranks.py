@@ -132,8 +132,8 @@ def init_distributed(
 
     Raises:
         ValueError: if the GPU that ``device`` or ``LOCAL_RANK`` selects does not exist, or if a run
-            with several ranks needs a variable, such as `MASTER_ADDR`, that is not set and cannot
-            be derived from the variables of srun or mpirun.
+            with several ranks needs an environment variable, such as `MASTER_ADDR`, that is not set
+            and cannot be derived from the variables of srun or mpirun.
     """
     if not _has_process_group():
         os.environ.update(read_task_variables(os.environ, port))
@@ -203,9 +203,10 @@ def _find_gpu() -> int:
 def _delay_exit() -> None:
     """Register a short wait at exit, once per process.
 
-    A gloo thread that owns a tensor needs the interpreter to release the tensor. If the interpreter
-    has already exited, the process aborts ("terminate called without an active exception"). The
-    wait is needed even if the script itself created the process group or has already destroyed it.
+    A gloo thread that holds a tensor can release the tensor only while the interpreter is running.
+    If the interpreter has already exited, the process aborts ("terminate called without an active
+    exception"). The wait is needed even if the script itself created the process group or has
+    already destroyed the group.
     """
     atexit.register(time.sleep, _RELEASE_TIME)
 
@@ -318,14 +319,14 @@ def destroy_distributed() -> None:
     With gloo, first wait up to 5 seconds for all ranks to call this function. Without the wait, a
     rank that exits early would close connections that gloo threads of other ranks still use.
 
-    The process group is not destroyed if an exception is ending this process or, with gloo, if some
-    ranks are still training after the wait. The connections of the group then stay open until this
-    process exits. Closing them earlier could make other ranks fail first, and the launcher would
-    then report the wrong rank. With NCCL, destroying the group could also block, because NCCL waits
-    for collectives that other ranks may never join.
+    The process group is not destroyed if this process exits because of an exception or, with gloo,
+    if some ranks are still training after the wait. The connections of the group then stay open
+    until this process exits. Closing them earlier could make other ranks fail first, and the
+    launcher would then report the wrong rank. With NCCL, destroying the group could also block,
+    because NCCL waits for collectives that other ranks may never join.
 
-    If an exception is ending this process, this function logs the ranks that are the likely cause:
-    ranks that exited earlier without an exception, or ranks that did not join the collective
+    If this process exits because of an exception, this function logs the ranks that are the likely
+    cause: ranks that exited earlier without an exception, or ranks that did not join the collective
     operation that failed.
     """
     if not _has_process_group():
@@ -357,14 +358,14 @@ def _announce_exit() -> None:
 
 
 def _log_missing_ranks(error: BaseException | None) -> None:
-    """Log the ranks that this rank may have waited for when it failed.
+    """Log the ranks that this rank may have been waiting for when it failed.
 
     If any ranks had already exited, log them. Otherwise, if a collective operation failed and this
     rank was the first to fail, log the ranks that have not failed. They cannot have joined the
     operation, because it fails on every rank that joins it.
 
     Args:
-        error: exception that is ending this process.
+        error: exception that makes this process exit.
     """
     with contextlib.suppress(RuntimeError):
         store, rank = _get_store(), dist.get_rank()

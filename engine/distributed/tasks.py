@@ -14,7 +14,7 @@ _DEFAULT_PORT = 29500  # DeepSpeed's
 
 
 class _Starter(NamedTuple):
-    """The name of a task launcher, such as srun, and the names of the variables that it sets."""
+    """Names of a task launcher, such as srun, and of the environment variables that it sets."""
 
     name: str
     size: str
@@ -24,7 +24,7 @@ class _Starter(NamedTuple):
 
 
 # Some implementations of mpirun use srun to start one process per host. This process then starts
-# the tasks. The variables of srun do not describe these tasks, so srun is last.
+# the tasks. The environment variables of srun do not describe these tasks, so srun is last.
 _STARTERS = (
     _Starter(
         "mpirun",
@@ -39,7 +39,7 @@ _STARTERS = (
 
 
 def read_task_variables(environment: Mapping[str, str], port: int | None = None) -> dict[str, str]:
-    """Return the variables that torchrun would set for a task of srun or mpirun.
+    """Return the environment variables that torchrun would set for a task of srun or mpirun.
 
     Args:
         environment: environment variables of this process.

@@ -56,7 +56,8 @@ def read_hostfile(path: Path, nproc: str = "auto") -> list[Host]:
 
     Args:
         path: path of the hostfile.
-        nproc: number of slots of a host without ``slots=N``, in the format of `parse_nproc`.
+        nproc: number of slots for hosts that do not set ``slots=N``; any value that `parse_nproc`
+            accepts.
 
     Raises:
         LaunchError: if a line is invalid, a host is repeated, or the file lists no hosts.
@@ -107,7 +108,7 @@ def select_hosts(hosts: Sequence[Host], include: str = "", exclude: str = "") ->
         hosts: hosts to select from.
         include: hosts and slots to use; empty to use all. For example, ``node0@node1:0,2-3``
             selects all slots of node0, and slots 0, 2 and 3 of node1.
-        exclude: hosts and slots not to use, in the same format.
+        exclude: hosts and slots not to use, in the format of ``include``.
 
     Raises:
         LaunchError: if both filters are given, or if the filter is invalid, contains an unknown

@@ -142,7 +142,7 @@ class Children:
     """A group of child processes that are managed from one thread."""
 
     def __init__(self, most: int) -> None:
-        """Raise the limit on open files, so that all child processes can have pipes.
+        """Raise the open-file limit, so that pipes can be opened for all child processes.
 
         Args:
             most: maximum number of child processes that run at the same time.

@@ -80,7 +80,7 @@ class _Output:
         """Store an output line, and print it unless the console setting excludes it.
 
         Args:
-            line: output line. A line of a rank starts with a prefix such as ``[node0:r1]``. All
+            line: output line. Lines from ranks start with a prefix such as ``[node0:r1]``. All
                 other lines are from the agent.
             host: host that the line comes from.
 
@@ -119,11 +119,11 @@ class _Output:
             raise self._error
 
     def get_last_lines(self, source: str) -> tuple[str, ...]:
-        """Return the last lines of a rank (``node0:r1``) or an agent (``node0``).
+        """Return the last output lines of a rank (``node0:r1``) or an agent (``node0``).
 
-        If the console shows only rank 0 and the agents, return nothing for these sources, because
-        their last lines are already near the end of the output. This does not apply if standard
-        error goes elsewhere.
+        With the console setting "rank0", return no lines for rank 0 and the agents, because the
+        console already shows the lines. If standard error is redirected to another file, return
+        the lines anyway.
         """
         is_shown = self._is_printed_alone(source) and _is_same_file(self._out, sys.stderr)
         return () if is_shown else tuple(self._kept[source])
@@ -219,11 +219,12 @@ class _Runner:
 def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
     """Run a launch plan until the agent of every host has exited, and return the outcome.
 
+    The outcome contains the last output lines of the rank or agent that failed first. The lines
+    are omitted if the console has just shown them.
+
     Args:
         plan: plan to run.
-        console: "all", "rank0" or "none"; selects the ranks whose output is printed. The outcome
-            contains the last lines of the rank or agent that fails first, unless they were just
-            printed to the file or terminal to which `report_outcome` writes.
+        console: ranks whose output to print: "all", "rank0" or "none".
         out: stream to print the output to.
 
     Raises:

@@ -65,9 +65,9 @@ def build_sbatch(
     Args:
         request: what to launch, and how. Slurm chooses the hosts, so the request's host names are
             ignored.
-        options: ``#SBATCH`` options as a mapping from long name to value (empty for a flag). They
-            override the defaults. With ``requeue``, the job is requeued if a signal ends it, for
-            example after a preemption.
+        options: ``#SBATCH`` options as a mapping from long name to value (empty for a flag). The
+            options override the defaults. With the option ``requeue``, the job is requeued if
+            SIGTERM or SIGUSR1 terminates the job, for example on preemption.
         hide_secrets: whether to omit the values of environment variables whose names suggest a
             secret. The script then uses the values from the environment in which sbatch runs.
 

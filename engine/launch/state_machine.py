@@ -126,7 +126,7 @@ def _describe_end(host: str, returncode: int, failure: Failure | None) -> Outcom
 class LaunchStateMachine:
     """State machine of a launch and its hosts.
 
-    Every host starts in the state `HostState.RUNNING`. The methods that report an event return the
+    Every host starts in the state `HostState.RUNNING`. The methods that record an event return the
     actions that the caller must execute, in order.
     """
 
@@ -151,7 +151,7 @@ class LaunchStateMachine:
         return self._hosts[name].state
 
     def host_started(self, name: str, now: float) -> list[Action]:
-        """Report that the agent of a host is starting the job."""
+        """Record that the agent of a host is starting the job."""
         if self._hosts[name].state is not HostState.RECONNECTING:
             return []
         return self._apply(_Event.HOST_STARTED, _Details(now, name))
@@ -159,7 +159,7 @@ class LaunchStateMachine:
     def host_ended(
         self, name: str, returncode: int, failure: Failure | None, now: float
     ) -> list[Action]:
-        """Report that the agent of a host has exited, or that the connection to the host was lost.
+        """Record that the agent of a host has exited, or that the connection to the host was lost.
 
         Args:
             name: name of the host.
@@ -185,7 +185,7 @@ class LaunchStateMachine:
         return self._apply(event, _Details(now, name, outcome, failed_at))
 
     def signal_received(self, number: int, now: float) -> list[Action]:
-        """Report that the launcher received a signal."""
+        """Record that the launcher received a signal."""
         reason = f"the launcher received {signal.Signals(number).name}"
         outcome = Outcome(to_exit_status(-number), reason)
         return self._apply(_Event.SIGNAL, _Details(now, outcome=outcome, failed_at=-math.inf))

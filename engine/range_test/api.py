@@ -45,9 +45,10 @@ def lr_range_test(
     test.
 
     If `refine` is true, the range test is followed by short 1Cycle runs of `steps` steps each. The
-    first five runs use 1/4, 1/2, 1, 2 and 4 times the suggested maximum learning rate. More runs
-    follow while the smallest or the largest of these gives the lowest final loss. The suggestion
-    becomes more reliable, but the call takes five to ten times as long.
+    first five runs use 1/4, 1/2, 1, 2 and 4 times the suggested maximum learning rate. As long as
+    the lowest final loss is at the smallest or the largest learning rate tried so far, further runs
+    extend the range. The suggestion becomes more reliable, but the call takes five to ten times as
+    long.
 
     If param groups have different learning rates, all of them are multiplied by the same factor.
     The learning rates in the arguments and in the report are those of the first group. The

@@ -47,10 +47,10 @@ class Refinement:
 
     @cached_property
     def lowest(self) -> float:
-        """The maximum learning rate at which the final loss of a short 1Cycle run is lowest.
+        """The peak learning rate that gives the lowest final loss in a short 1Cycle run.
 
-        It is estimated as the vertex of a parabola fitted to the final losses at the best learning
-        rate tried and its neighbors.
+        The value is estimated as the vertex of a parabola fitted to the final losses at the best
+        learning rate tried and its neighbors.
         """
         return self._find_lowest(np.array(list(self.losses.values())).mean(axis=1))
 
@@ -148,7 +148,7 @@ def refine(
 
     The search starts with five maximum learning rates, each twice the previous one. While the best
     one is at an end of the tried range, the search extends the range at that end by a factor of 2.
-    It tries no value below `around` / 64 or above `around` x 64.
+    The search tries no value below `around` / 64 or above `around` x 64.
 
     Args:
         train: function ``train(max_lr, repeat)`` that trains for one cycle of `steps` steps and
@@ -159,7 +159,7 @@ def refine(
         training_steps: number of steps in the planned training run; None if it equals `steps`.
 
     Raises:
-        ValueError: if runs diverge at every maximum learning rate.
+        ValueError: if runs diverge at every maximum learning rate tried.
     """
     initial_losses: list[float] = []
     losses: dict[int, tuple[float, ...]] = {}
@@ -182,8 +182,8 @@ def refine(
     if not any(map(math.isfinite, map(sum, losses.values()))):
         least = around * _FACTOR ** min(losses)
         raise ValueError(
-            f"Short 1Cycle runs diverged at every maximum learning rate, down to {least:.2g}. Omit "
-            "`refine` to use the suggestion of the range test."
+            "Short 1Cycle runs diverged at every maximum learning rate tried, down to "
+            f"{least:.2g}. Omit `refine` to use the suggestion of the range test."
         )
     tried = {around * _FACTOR**exponent: losses[exponent] for exponent in sorted(losses)}
     return Refinement(tried, float(np.mean(initial_losses or [math.inf])), steps, training_steps)

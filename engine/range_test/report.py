@@ -98,9 +98,9 @@ class LRRangeReport:
     def suggestion(self) -> Suggestion:
         """The suggestion from all runs. If ``max_lr`` is None, ``reason`` explains why.
 
-        The suggestion is computed from the combined losses of all runs. However, if more than half
-        of several runs yield a suggestion on their own, ``max_lr`` is the median of these
-        suggestions. Thus, a single run that diverges early has little effect.
+        The suggestion is computed from the combined losses of all runs. However, if there are
+        several runs and more than half of them yield a suggestion on their own, ``max_lr`` is the
+        median of these suggestions. Thus, a single run that diverges early has little effect.
         """
         lrs, losses = (
             np.concatenate([np.asarray(part, float) for part in parts])

@@ -80,7 +80,9 @@ def iterate_batches(loader: RunLoader | None, run: TrainingRun) -> Iterator[Any]
                 'for example to "10ep".'
             )
     if run.is_over and run.backend.ranks.rank == 0:
-        log.info("the run is already over at step %d; nothing to train", run.counters.global_steps)
+        log.info(
+            "the run already ended at step %d; nothing left to train", run.counters.global_steps
+        )
     return _iterate_epochs(loader, run)
 
 

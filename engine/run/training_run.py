@@ -221,7 +221,8 @@ class TrainingRun:
             raise MisuseError(
                 "The batch size must not change in the middle of a batch "
                 f"({count_noun(self.accumulation.micro_batches, 'micro-batch')} since the last "
-                "optimizer step). Change it right after a `trainer.step()` that runs the optimizer."
+                "optimizer step). Change the batch size right after a call to "
+                "`trainer.step()` that takes an optimizer step."
             )
         self.settle()
         self.config = replace(self.config, batch=batch)
@@ -322,10 +323,10 @@ class TrainingRun:
         best.update(value, self.latest.global_steps)
         if best.is_exhausted and not was_over and self.backend.ranks.rank == 0:
             log.info(
-                "stopping early: %s has not improved in %d reports; the best value is %g, at step "
+                "stopping early: %s has not improved in the last %s; the best value is %g, at step "
                 "%d",
                 best.name,
-                best.misses,
+                count_noun(best.misses, "reported value"),
                 best.value,
                 best.step,
             )

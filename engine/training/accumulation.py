@@ -49,20 +49,20 @@ class Accumulation:
         return (self.micro_batches + 1) % self.steps == 0
 
     def set_boundary(self, is_boundary: bool) -> None:
-        """Set whether subsequent calls to `step` run the optimizer.
+        """Set whether the next calls to `step` take optimizer steps.
 
         Afterward, the number of micro-batches no longer determines when a batch is complete.
 
         Raises:
-            RuntimeError: ``managed_gradient_accumulation`` is false, so every call to `step` runs
-                the optimizer.
+            RuntimeError: ``managed_gradient_accumulation`` is false, so every call to `step` takes
+                an optimizer step.
         """
         if not self.is_managed:
             raise MisuseError(
                 "`set_gradient_accumulation_boundary()` must not be called if "
-                "`managed_gradient_accumulation` is false, because each `step()` then runs the "
-                "optimizer. Call `step()` only after the last micro-batch of a batch, or remove "
-                "the key from the config."
+                "`managed_gradient_accumulation` is false, because every `step()` call then takes "
+                "an optimizer step. Call `step()` only after the last micro-batch of each batch, "
+                "or remove `managed_gradient_accumulation` from the config."
             )
         self.boundary = is_boundary
 
@@ -103,7 +103,8 @@ class Accumulation:
         if zero_stage >= 2:
             raise MisuseError(
                 "`no_sync()` must not be used with ZeRO stage 2 or 3, because each backward pass "
-                "shards the gradients. Use `gradient_accumulation_steps` instead."
+                "must average the gradients across ranks to shard them. Use "
+                "`gradient_accumulation_steps` instead."
             )
         if not self.averages_gradients or self.is_coalescing:
             raise MisuseError(

@@ -83,8 +83,8 @@ def find_blocks(model: nn.Module, wrap: Sequence[str] = ()) -> list[nn.Module]:
 
     Args:
         model: any module.
-        wrap: class names of the blocks. If empty, the members of each ModuleList, such as the
-            layers of a transformer, are blocks if there are at least two, all of the same class.
+        wrap: class names of the blocks. If empty, the blocks are the members of each ModuleList
+            with at least two members, all of the same class, such as the layers of a transformer.
 
     Raises:
         ValueError: a class name in ``wrap`` does not match any module of the model.

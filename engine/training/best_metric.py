@@ -26,7 +26,7 @@ class BestMetric:
     name: str
     mode: Literal["min", "max"] = "min"
     patience: int | None = None
-    """Number of consecutive reports without improvement after which the run ends.
+    """Number of consecutive reported values without an improvement after which the run ends.
 
     None sets no limit.
     """
@@ -35,7 +35,7 @@ class BestMetric:
     step: int = 0
     """Number of completed steps when the best value was reported."""
     misses: int = 0
-    """Number of consecutive reports without improvement."""
+    """Number of consecutive reported values without an improvement."""
     last_step: int = -1
     """Number of completed steps at the most recent report; -1 before the first report."""
     is_unsaved: bool = False
@@ -45,7 +45,7 @@ class BestMetric:
         """Record a value, and return whether it is better than all earlier values.
 
         Values from the same step, for example from `Engine.step` and `Engine.report`, count as one
-        report.
+        reported value.
         """
         is_new_report = step != self.last_step
         self.last_step = step
@@ -60,7 +60,7 @@ class BestMetric:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether the best value has not improved in the last `patience` reports."""
+        """Whether the metric has not improved in the last `patience` reported values."""
         return self.patience is not None and self.misses >= self.patience
 
     def state_dict(self) -> dict[str, Any]:

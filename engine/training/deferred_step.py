@@ -20,7 +20,7 @@ __all__ = ["DeferredStep", "StepResult", "can_skip_on_device", "compute_norm_on_
 
 
 def can_skip_on_device(optimizer: Optimizer, device: torch.device) -> bool:
-    """Return whether the optimizer's kernels can skip a step based on a tensor on ``device``.
+    """Return whether a tensor on ``device`` can tell the optimizer's kernels to skip a step.
 
     The result is true only if the optimizer uses PyTorch's fused kernels and all parameters are on
     ``device``.
@@ -160,7 +160,7 @@ class DeferredStep:
 
         Args:
             norm: 2-norm of the unscaled gradients; float64 scalar on the device.
-            scale: factor by which the gradients in ``.grad`` are scaled.
+            scale: number by which the step divides the gradients in ``.grad`` to unscale them.
             loss: scalar tensor with the loss that `read` returns. If None, `read` returns the norm
                 in place of the loss.
         """

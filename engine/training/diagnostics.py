@@ -56,7 +56,10 @@ def attach_diagnostics(
 def _profile_once(
     backend: Any, settings: Mapping[str, Any], get_counters: Callable[[], Counters]
 ) -> None:
-    """Profile the first forward pass with gradients after ``settings["profile_step"]`` steps."""
+    """Profile the first forward pass after ``settings["profile_step"]`` steps.
+
+    Forward passes that run with gradients disabled, as in an evaluation, are not profiled.
+    """
     forward = backend.forward
 
     def profiled(*args: Any, **kwargs: Any) -> Any:

@@ -61,7 +61,7 @@ class Evaluator:
     """Evaluator that averages metrics over a dataset and gathers tensors from all ranks.
 
     All ranks process the same number of batches, because a forward pass may gather parameters from
-    all ranks. A rank that has no batch left repeats an earlier batch and drops the results.
+    all ranks. A rank that has no batches left repeats an earlier batch and drops the results.
 
     Args:
         ranks: rank, world size and device of this process.
@@ -170,7 +170,8 @@ class Evaluator:
     def _iterate_own(self, loader: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
         """Yield pairs like those of `_iterate`, for all batches of this rank's ``loader``.
 
-        After the last batch, a batch is repeated until all ranks finish.
+        A rank that has no batches left repeats its last batch until all ranks have finished. A rank
+        whose loader is empty repeats the first batch of another rank.
         """
         batches, last = iter(loader), _NO_BATCH
         while True:

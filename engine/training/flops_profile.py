@@ -126,8 +126,8 @@ def format_profile(profiles: Sequence[ModuleProfile], settings: Mapping[str, Any
 def _format_depths(profiles: Sequence[ModuleProfile], last_depth: int, count: int) -> Iterator[str]:
     """Yield lines that rank module classes at each depth by parameters, FLOPs and time.
 
-    Each ranking lists at most ``count`` classes. Depths greater than ``last_depth`` are omitted;
-    -1 includes all depths.
+    Each ranking lists at most ``count`` classes. Depths greater than ``last_depth`` are omitted,
+    unless ``last_depth`` is -1.
     """
     deepest = max(profile.depth for profile in profiles)
     for depth in range(min(last_depth, deepest) + 1 if last_depth >= 0 else deepest + 1):

@@ -303,7 +303,7 @@ class GradientAverager:
             broadcast(self._model.buffers())
 
     def _are_replaced(self) -> bool:
-        """Return whether a ``.grad`` has been replaced since the gradients were averaged."""
+        """Return whether any parameter's ``.grad`` was replaced after gradient averaging."""
         return any(
             parameter.grad is not averaged
             for parameter, averaged in zip(self._parameters, self._averaged, strict=True)

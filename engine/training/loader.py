@@ -157,7 +157,10 @@ class RunLoader:
             self._batches._iterator = None  # noqa: SLF001  # torch has no public way
 
     def call_before_first_epoch(self, start: Callable[[int], None]) -> None:
-        """Register a function to call before the first epoch, with the index of that epoch."""
+        """Register a function to call before the first epoch of this process.
+
+        The function receives the index of that epoch.
+        """
         self._start = start
 
     def stop_when(self, run_is_over: Callable[[], bool], end_run: Callable[[], None]) -> None:

@@ -75,7 +75,10 @@ class LossWindow:
         return len(self._losses)
 
     def compute_local_mean(self) -> Tensor | None:
-        """Return the mean of this rank's losses as a tensor on its device; None without losses."""
+        """Return the mean of this rank's losses, or None if there are no losses.
+
+        The mean is a tensor on the same device as the losses.
+        """
         return torch.stack(self._losses).float().mean() if self._losses else None
 
     def set_mean(self, mean: float) -> None:

@@ -159,9 +159,9 @@ class MisuseChecks:
             is_boundary: whether this call to `step` steps the optimizer.
 
         Raises:
-            RuntimeError: the engine has no optimizer, the script has called ``step`` of the
-                optimizer or the scheduler, there are no gradients, gradients of earlier
-                micro-batches were cleared, or two engines undo each other's steps.
+            RuntimeError: the engine has no optimizer, the script has stepped the optimizer or the
+                scheduler directly, there are no gradients, gradients of earlier micro-batches were
+                cleared, or two engines undo each other's steps.
         """
         if not self._has_optimizer:
             _raise_without_optimizer()
@@ -197,8 +197,7 @@ class MisuseChecks:
     def note_scheduler(self, scheduler: Any) -> None:
         """Record how many steps the scheduler has taken.
 
-        When the engine completes a deferred optimizer step, it also steps the scheduler. Call this
-        method after that.
+        Call this method each time the engine has stepped the scheduler.
         """
         if scheduler is not self._scheduler:
             self._scheduler = scheduler if _has_position(scheduler) else None
@@ -346,10 +345,10 @@ def _find_trained(backend: CheckedBackend) -> set[Any]:
 
 
 def _has_position(scheduler: object) -> bool:
-    """Return whether a scheduler's ``last_epoch`` can reveal a `step` call by the script.
+    """Return whether ``last_epoch`` can be used to detect that the script steps the scheduler.
 
-    For a scheduler that takes a metric, such as ``ReduceLROnPlateau``, return False, because the
-    script is allowed to step it.
+    Return False for a scheduler that takes a metric, such as ``ReduceLROnPlateau``, because the
+    script is allowed to step such a scheduler.
     """
     takes_metric = isinstance(scheduler, ReduceLROnPlateau) or (
         isinstance(scheduler, ScheduleBinder) and scheduler.schedule.feedback == "metric"

@@ -59,8 +59,8 @@ class RunDirectories:
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
-        """Maps each directory that the config specifies to the number of the directory that this
-        run uses, such as 2 for ``runs-2``. Checkpoints contain these numbers."""
+        """Maps each directory that the config specifies to the numeric suffix of the directory that
+        this run uses, such as 2 for ``runs-2``. Checkpoints contain these numbers."""
 
     def get(self, directory: str) -> Path:
         """Return the directory to which this run writes a monitor's files.
@@ -98,7 +98,7 @@ def _add_number(directory: str, number: int) -> Path:
 def _create_unused(directory: str) -> int:
     """Create the first unused directory among ``directory``, ``directory-2`` and so on.
 
-    Return its number; 1 means ``directory`` itself. An empty ``directory`` counts as unused.
+    Return its numeric suffix: 1 for ``directory`` itself. An empty ``directory`` counts as unused.
     """
     first = Path(directory)
     if first.is_dir() and not any(first.iterdir()):  # the user has created it
@@ -286,9 +286,10 @@ class Monitors:
             self._report.note_decision(evidence)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of this run's directory for each output directory in the config.
+        """Return the numeric suffixes of the directories that this run writes to.
 
-        For example, ``{"runs": 2}`` means that this run writes to ``runs-2``.
+        For example, ``{"runs": 2}`` means that the config specifies ``runs`` and this run writes to
+        ``runs-2``. The number 1 means that the directory has no suffix.
         """
         return dict(self._directories.numbers)
 

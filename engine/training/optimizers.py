@@ -195,7 +195,7 @@ def check_shapes(
 ) -> None:
     """Check that the config's optimizer supports the shapes of the parameters to train.
 
-    PyTorch's Muon accepts only parameters with two dimensions.
+    PyTorch's Muon supports only 2D parameters.
 
     Args:
         model: module to train.
@@ -217,10 +217,10 @@ def check_shapes(
             f"`{names.get(id(p), 'a parameter')}` of shape {tuple(p.shape)}" for p in invalid[:3]
         )
         raise ValueError(
-            f"PyTorch's Muon trains only matrices, but {len(invalid)} of {len(trained)} parameters "
-            f"are not matrices, for example {shown}. Pass only matrices as `model_parameters`, or "
-            'set "engine": {"backend": "deepspeed"} so that DeepSpeed trains the other parameters '
-            "with Adam."
+            f"PyTorch's Muon supports only 2D parameters, but {len(invalid)} of {len(trained)} "
+            f"parameters are not 2D, for example {shown}. Pass only 2D parameters as "
+            '`model_parameters`, or set "engine": {"backend": "deepspeed"} so that DeepSpeed '
+            "trains the other parameters with Adam."
         )
 
 

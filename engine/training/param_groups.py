@@ -86,8 +86,8 @@ def divide_parameters(
 
     Returns:
         A tuple of the param groups for the optimizer and a description of each group. If the config
-        defines no groups, the first item is ``parameters`` as a list, or None if ``parameters`` is
-        None. The second item is then empty.
+        defines no groups, the second item is empty, and the first is ``parameters`` as a list, or
+        None if ``parameters`` is None.
 
     Raises:
         ValueError: the config's groups do not match the model, or ``parameters`` already contains
@@ -106,10 +106,10 @@ def divide_parameters(
 
 
 def _list_members(each: Any) -> Any:
-    """Return a param group with its parameters as a list, or a parameter without its name.
+    """Convert a param group's parameters to a list, and remove the names of named parameters.
 
-    The parameters of a group may be a generator, which can be iterated only once. A named parameter
-    is a ``(name, parameter)`` pair.
+    ``each`` is a param group or a single parameter. The parameters of a group may be a generator,
+    which can be iterated only once. A named parameter is a ``(name, parameter)`` pair.
     """
     if isinstance(each, dict):
         members = each["params"]
@@ -233,11 +233,11 @@ def _assign_entries(
 ) -> dict[nn.Parameter, int]:
     """Return a dict that maps each selected parameter to the index of its entry.
 
-    If several entries select a parameter, the first of them is its entry.
+    If several entries select a parameter, the first one applies.
 
     Raises:
-        ValueError: a pattern matches no parameter in ``trained``, or only parameters of earlier
-            entries.
+        ValueError: a pattern matches no parameter in ``trained``, or only parameters that earlier
+            entries already select.
     """
     found: dict[nn.Parameter, int] = {}
     for index, entry in enumerate(entries):
@@ -336,7 +336,7 @@ def _find_layers(
     blocks = _find_outermost_blocks(model, wrap)
     if not blocks:
         raise ValueError(
-            f"`optimizer.layer_decay` must be 1 for a model without a list of blocks, got "
+            "`optimizer.layer_decay` must be 1 if the blocks of the model cannot be found, got "
             f'{layer_decay:g}. List the class names of the blocks in "engine": '
             '{"wrap": […]}, or set the learning rates in `optimizer.param_groups`.'
         )
@@ -357,8 +357,8 @@ def _find_outermost_blocks(model: nn.Module, wrap: Sequence[str]) -> list[nn.Mod
     """Return the blocks that are not inside another block, in the order of `model.parameters()`.
 
     The blocks are the modules that `find_blocks` returns. If ``wrap`` is empty, the children of
-    a Sequential are also blocks if the last part of its name is in `_BLOCK_LISTS` and there are at
-    least two, all of the same class.
+    some Sequential modules are also blocks. Such a module has at least two children, all of the
+    same class, and the last part of its name is in `_BLOCK_LISTS`.
     """
     blocks = find_blocks(model, wrap)
     for name, module in () if wrap else model.named_modules():

@@ -64,9 +64,9 @@ class RepeatCheck:
         rounds = [self._digests[i :: self._workers] for i in range(self._workers)]
         if self._workers > 1 and all(each == rounds[0] for each in rounds):
             raise ValueError(
-                f"All {self._workers} workers of the data loader load the same batches. Split the "
-                "samples in the dataset's `__iter__` with `torch.utils.data.get_worker_info()`, or "
-                "set `num_workers` to 1."
+                f"All {self._workers} workers of the data loader load the same batches. In the "
+                "dataset's `__iter__`, use `torch.utils.data.get_worker_info()` to select the "
+                "samples of each worker, or set `num_workers` to 1."
             )
 
     def _check_ranks(self) -> None:
@@ -76,8 +76,9 @@ class RepeatCheck:
         store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  # private in torch
         if store.add(f"onecycle/batches/{self._number}/{together}", 1) > 1:
             raise ValueError(
-                f"Rank {self._ranks.rank} and another rank load the same batches. Split the "
-                "samples with `torch.distributed.get_rank()` in the dataset or its sampler."
+                f"Rank {self._ranks.rank} and another rank load the same batches. In the dataset "
+                "or the sampler, use `torch.distributed.get_rank()` to select the samples of each "
+                "rank."
             )
 
 

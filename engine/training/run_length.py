@@ -104,9 +104,9 @@ class RunLength:
 
     @property
     def is_loop_limited(self) -> bool:
-        """Whether a loop over epochs trains the right number of epochs after a resume.
+        """Whether a loop over epochs trains the right number of epochs in a resumed run.
 
-        Otherwise, a loop such as ``for epoch in range(n)`` could start at epoch 0 again and train
-        ``n`` epochs in addition to those before the resume.
+        If False, a loop such as ``for epoch in range(n)`` can start at epoch 0 again and train
+        ``n`` more epochs.
         """
         return self.is_position_known or self.is_known

@@ -66,7 +66,7 @@ class _Series:
     _count: int = 0
 
     def add(self, step: int, samples: int, value: float) -> None:
-        """Add a value. If there are too many points, replace each pair of points with its mean."""
+        """Add a value. If there are too many points, average adjacent points in pairs."""
         if math.isfinite(value):
             self._finite.append(value)
         self._count += 1
@@ -118,7 +118,7 @@ class RunReport:
         self._exit_hook: Any = None
 
     def write_events(self, events: Iterable[Event]) -> None:
-        """Record the metrics of a step, and write the report if a write is due."""
+        """Record the metrics of a step, and write the report from time to time."""
         found = {event.name.removeprefix(_PREFIX): event for event in events}
         if _STEP in found:
             self._step = int(found.pop(_STEP).value)
@@ -143,7 +143,10 @@ class RunReport:
         self._decision = build_decision(evidence)
 
     def rewind(self, samples: int) -> None:
-        """Restore the saved report of a resumed run, without entries after ``samples`` samples."""
+        """Restore the saved report of a resumed run.
+
+        Drop the entries that were recorded after ``samples`` samples.
+        """
         try:
             if not self._series:
                 self._read(read_extra(self.path))

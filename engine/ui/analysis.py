@@ -107,7 +107,7 @@ def _examine(
 ) -> tuple[tuple[list[Problem], RuleContext | None], int | None]:
     """Validate a config, and return the result with the number of steps per epoch.
 
-    The number can depend on the batch size, and so on a first validation.
+    The number can depend on the batch size, which is known only after a first validation.
     """
     given = settings.steps_per_epoch
     examined = examine(document, settings.world_size, steps_per_epoch=given)

@@ -32,7 +32,7 @@ _MANY = 10
 
 
 def complete(text: str, offset: int) -> dict[str, Any]:
-    """Return the keys or values that can be written at the cursor.
+    """Return the completions at the cursor: keys or values.
 
     Args:
         text: text in the editor.

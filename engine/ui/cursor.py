@@ -56,10 +56,10 @@ class Frame:
 
 @dataclass(frozen=True)
 class Cursor:
-    """The token at the cursor, or the position at which a new token can be written.
+    """The token at the cursor, or the position at which a new token can be inserted.
 
     Args:
-        role: "key" or "value"; "" if neither can be written at the cursor.
+        role: "key" or "value"; "" if neither is valid at the cursor.
         frames: objects and arrays around the token, outermost first.
         start: offset of the start of the token.
         end: offset of the end of the token; equal to ``start`` if there is no token.
@@ -112,7 +112,7 @@ def _build(stack: Sequence[Frame], start: int, end: int, text: str | None) -> Cu
 
 
 def _advance(stack: list[Frame], token: re.Match[str]) -> None:
-    """Update the stack of frames after a token."""
+    """Update the stack of frames after a token has been read."""
     frame, text = stack[-1], token.group()
     if token["comment"] is not None:
         return

@@ -34,7 +34,7 @@ _MAX_COMPARED = 8
 
 
 class Column(NamedTuple):
-    """A curve of one hyperparameter, and the names for its label in the legend."""
+    """A curve of one hyperparameter, and the names from which the legend label is built."""
 
     hyperparameter: str
     group: str
@@ -186,7 +186,7 @@ def compute_curves(
     if steps > _MAX_STEPS:
         raise ValueError(
             f"The config page can plot at most {_MAX_STEPS:,} steps, got {steps:,}. Enter a "
-            "smaller number."
+            "smaller number of steps."
         )
     for each_preview in previews:
         each_preview.check_length(steps)

@@ -45,8 +45,8 @@ def _name_columns(curves: CurveSet) -> list[str]:
 def _write_csv(curves: CurveSet) -> bytes:
     if curves.steps > _MAX_ROWS:
         raise ValueError(
-            f"The number of steps must be at most {_MAX_ROWS:,} in a CSV file, got "
-            f"{curves.steps:,}. Enter a smaller number."
+            f"A CSV file can contain at most {_MAX_ROWS:,} steps, got {curves.steps:,}. Enter a "
+            "smaller number of steps."
         )
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""Build the form for the scheduler block, and apply changes in the form to the config's text."""
+"""Build the form for the scheduler block, and apply edits made in the form to the config's text."""
 
 from __future__ import annotations
 
@@ -190,7 +190,8 @@ def _parse(text: str) -> Document:
     document = parse(text, "config")
     if not isinstance(document.value, Mapping):
         raise ValueError(
-            "The config must be a valid JSON object before the form can edit it. Correct its text."
+            "The form can edit a config only if the config is a valid JSON object. Correct the "
+            "config's text."
         )
     return document
 

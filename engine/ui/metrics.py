@@ -192,7 +192,7 @@ class EventMetrics(MetricSource):
         self._series: dict[str, Series] = {}
 
     def update(self) -> float:
-        """Read all new events, and return 1.0, because no data is left to read."""
+        """Read all new events, and return 1.0, the fraction of all data that has been read."""
         self._accumulator.Reload()
         self._series = dict(self._read())
         return 1.0

@@ -121,7 +121,7 @@ class _SilentHandler(WSGIRequestHandler):
     """Request handler that does not log requests."""
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Do nothing."""
+        """Suppress the log line for a request."""
 
 
 def start_server(page: Page, port: int) -> tuple[BaseWSGIServer, str]:

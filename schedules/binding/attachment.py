@@ -1,4 +1,4 @@
-"""Record which values schedules write, to recognize values that the training script sets."""
+"""Record the values that schedules write, to recognize values set by the training script."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Attachment:
     def record(
         self, writer: _Writer, groups: Sequence[Group], values: Callable[[], Values]
     ) -> None:
-        """Record that a schedule has set its hyperparameters.
+        """Record that a schedule has written its hyperparameters to the param groups.
 
         Args:
             writer: the schedule.
@@ -59,7 +59,7 @@ class Attachment:
                 other.note_other_writer()
 
     def has_last_group(self, groups: Sequence[Group]) -> bool:
-        """Return whether ``groups`` contains the last group passed to the latest `record` call.
+        """Return whether ``groups`` still has the last param group of the latest `record` call.
 
         The result is false if the param groups have been replaced, for example by the optimizer's
         `load_state_dict`.
@@ -96,7 +96,7 @@ class Attachment:
         return tuple(values), doubt
 
     def _find(self, name: str, index: int) -> Iterator[float]:
-        """Yield the latest value that each schedule wrote for a param group's hyperparameter."""
+        """Yield the last value that each schedule wrote for hyperparameter ``name`` of a group."""
         last = [self._last_written[name]] if name in self._last_written else []
         for values in (*last, *self._written.values()):
             yield from values().get(name, ())[index : index + 1]

@@ -200,7 +200,7 @@ class ScheduleBinder(TorchInterface):
             self._step_slowly(loss, metric)
 
     def _step_slowly(self, loss: Tensor | float | None, metric: Tensor | float | None) -> None:
-        """Advance the schedule if `step` cannot use its fast path, such as in the first call."""
+        """Advance the schedule when `step` cannot use its fast path, as in the first call."""
         self._prepare_use()
         if not self._has_stepped:
             check_not_chained()
@@ -224,9 +224,9 @@ class ScheduleBinder(TorchInterface):
     def _check_base(self) -> None:
         if self._doubt is not None:
             raise ValueError(
-                f"The initial values of the schedule are uncertain: {self._doubt}, and either a "
-                "schedule or the script may have set the current value. Load the saved state of "
-                "the schedule, or pass the initial values to `attach` as `base`. To multiply "
+                f"Cannot determine the schedule's initial values: {self._doubt}, and the current "
+                "value may come from a schedule or from the script. Load the saved state of the "
+                "schedule, or pass the initial values to `attach` as `base`. To multiply "
                 "schedules, as PyTorch's ChainedScheduler does, use `schedules.ChainedScheduler`."
             )
 
@@ -287,8 +287,8 @@ class ScheduleBinder(TorchInterface):
         if isinstance(self.controller, OpenLoop):
             if self.last_epoch < 0:
                 raise ValueError(
-                    f"`last_epoch` must be at least -1 before a step, got {self.last_epoch - 1}. "
-                    "Set it to -1 to restart the schedule."
+                    "`last_epoch` must be at least -1 when step() is called, got "
+                    f"{self.last_epoch - 1}. To restart the schedule, set `last_epoch` to -1."
                 )
             curves = self.controller.curves
             self._writer = RangeWriter(groups, self._slots, curves, self.last_epoch)

@@ -58,8 +58,8 @@ def complete_base(base: BaseValues | None, groups: int) -> Base:
     unknown = [name for name in given if name not in _NAMES]
     if unknown:
         raise ValueError(
-            f"`base` must have only the keys {', '.join(_NAMES)}, got {unknown[0]!r}. Remove this "
-            "key."
+            f"`base` may contain only the keys {', '.join(_NAMES)}, but it contains "
+            f"{unknown[0]!r}. Remove this key."
         )
     found = {}
     for name, value in given.items():
@@ -203,7 +203,7 @@ def read_state(
         horizon: length of the run.
 
     Raises:
-        ValueError: the state is damaged, or the values of the schedule would not be finite.
+        ValueError: the state is damaged, or the schedule would set values that are not finite.
     """
     state, values = None, {}
     try:

@@ -142,7 +142,7 @@ class Curve(ABC):
         return values.reshape(array.shape)
 
     def values_at(self, ascending: NDArray[Any]) -> NDArray[Any]:
-        """Return the values at an array of steps in ascending order. Steps can be fractional."""
+        """Return the values at a sorted array of steps. Steps can be fractional."""
         import numpy as np
 
         values = np.empty(ascending.size)

@@ -157,7 +157,7 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
             raise DurationError(
                 f"{duration!r} requires the length of the run. "
                 'Set "engine": {"max_duration": "10ep"} in the config, pass '
-                "horizon=Horizon(total_steps=…) in a custom loop, or specify a number of steps."
+                "horizon=Horizon(total_steps=…) in a custom loop, or specify the duration in steps."
             )
         return _convert_fraction(value, horizon, repr(duration))
     if unit == "ep":
@@ -166,7 +166,7 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
                 f"{duration!r} requires the number of steps per epoch. On the command line, use "
                 "`--steps-per-epoch`. In a script, pass `training_data` (a dataset or a data "
                 "loader) to `initialize`. In a custom loop, pass "
-                "horizon=Horizon(steps_per_epoch=…). Or specify a number of steps."
+                "horizon=Horizon(steps_per_epoch=…). Or specify the duration in steps."
             )
         steps = int(_check_length(value * horizon.steps_per_epoch, repr(duration)))
         return int(_check_length(steps * ratio, repr(duration)))
@@ -183,12 +183,13 @@ def _count_per_step(unit: str, horizon: Horizon, text: str) -> float:
             f"{text} requires the number of tokens per sample, which must be the same for all "
             'samples. Set it in the config, for example "engine": {"tokens_per_sample": 2048}. In '
             "a custom loop, pass horizon=Horizon(samples_per_step=…, tokens_per_sample=…). Or "
-            'specify a number of steps ("500ba").'
+            'specify the duration in steps ("500ba").'
         )
     if horizon.samples_per_step is None:
         raise DurationError(
             f"{text} requires the number of samples per step. Set `train_batch_size`, pass "
-            "horizon=Horizon(samples_per_step=…) in a custom loop, or specify a number of steps."
+            "horizon=Horizon(samples_per_step=…) in a custom loop, or specify the duration in "
+            "steps."
         )
     tokens = (horizon.tokens_per_sample or 1) if unit == "tok" else 1
     return horizon.samples_per_step * tokens
@@ -239,7 +240,7 @@ def _parse(text: str) -> tuple[float, str]:
     value = _check_length(float(match[1]), repr(text))
     if unit != "dur" and value != int(value):
         raise DurationError(
-            f"The number in {text!r} must be a whole number. Only the unit dur accepts fractions."
+            f'{text!r} must contain a whole number. Only the unit "dur" accepts fractions.'
         )
     return value, unit
 

@@ -120,7 +120,7 @@ def broadcast_strict(
     if isinstance(value, int | float) and not are_equal(base):
         groups = ", ".join(f"group {index}: {each:g}" for index, each in enumerate(base))
         raise ValueError(
-            f"`{name}` must be a list with one number per param group, got {value:g}. The groups "
-            f"have different initial values ({groups}).{fix}"
+            f"`{name}` must be a list with one number per param group, because the groups have "
+            f"different initial values ({groups}), got {value:g}.{fix}"
         )
     return broadcast(name, value, base)

@@ -248,13 +248,13 @@ class Schedule(ABC, Generic[S]):
         return dataclasses.replace(self, **changes)
 
     def _check_minimum(self, name: str, steps: Any) -> None:
-        """Raise an error if a time string is 0 steps but the field requires at least 1 step."""
+        """Raise an error if a time string converts to 0 steps but the minimum is 1 step."""
         least, given = read_fields(type(self))[name].minimum, as_tuple(getattr(self, name))
         for time, count in zip(given, as_tuple(steps), strict=True):
             if is_time_string(time) and count == 0 < least:
                 raise ValueError(
-                    f"{time!r} is 0 steps in this run, but the duration must be at least 1 step. "
-                    "Use a longer duration or a longer run."
+                    f"{time!r} converts to 0 steps in this run, but the duration must be at least "
+                    "1 step. Use a longer duration or a longer run."
                 )
 
     def _durations(self, horizon: Horizon) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -425,7 +425,7 @@ class Schedule(ABC, Generic[S]):
         }
 
     def params(self) -> dict[str, Any]:
-        """Return the required and the non-default parameters, as JSON values."""
+        """Return the parameters that are required or differ from their defaults, as JSON values."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, field in read_fields(type(self)).items()

@@ -17,8 +17,9 @@ _WARMUPS = ("warmup_num_steps", "warmup_steps", "lr_warmup_steps", "t_warmup", "
 def find_nearest(name: str, known: Collection[str]) -> str | None:
     """Return the known name with the most similar spelling; None if there is no match.
 
-    If no spelling is similar and ``name`` contains an underscore, return the known name that adds a
-    word before ``name``, such as ``warmup_num_steps`` for ``num_steps``, if there is only one.
+    If no spelling is similar and ``name`` contains an underscore, look for known names that are
+    ``name`` with one more word in front, such as ``warmup_num_steps`` for ``num_steps``. If there
+    is exactly one such name, return it.
 
     >>> find_nearest("stge", ["stage", "type"])
     'stage'

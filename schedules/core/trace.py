@@ -87,8 +87,8 @@ def complete_base(base: Mapping[str, float | Iterable[float]] | None) -> Base:
     for name, values in (base or {}).items():
         if name not in DEFAULT_BASE:
             raise ValueError(
-                f"`base` must have only the keys {', '.join(DEFAULT_BASE)}, got {name!r}. Remove "
-                "this key."
+                f"`base` may contain only the keys {', '.join(DEFAULT_BASE)}, but it contains "
+                f"{name!r}. Remove this key."
             )
         given[name] = (values,) if isinstance(values, int | float) else tuple(values)
     groups = max(map(len, given.values()))

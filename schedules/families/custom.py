@@ -11,8 +11,10 @@ In the config, ``params`` sets the parameters of the function or of the class's 
 the first one.
 
 A PyTorch scheduler runs on a dummy optimizer, and its values are recorded, so that the schedule can
-be previewed and resumed. There are two limitations. To compute the value at a step, the scheduler
-must run all previous steps. Its durations are numbers of steps and cannot be scaled.
+be previewed and resumed. There are two limitations:
+
+- to compute the value at a step, the scheduler must run all previous steps;
+- the scheduler's durations must be given in steps and cannot be scaled.
 """
 
 from __future__ import annotations
@@ -260,7 +262,7 @@ class WrappedScheduler(Schedule[int]):
         return _rebuild, (type(self).wrapped, self.type_name, params)
 
     def resolve(self, horizon: Horizon | None = None) -> WrappedScheduler:
-        """Return the schedule unchanged, because its durations are already numbers of steps.
+        """Return the schedule unchanged, because its durations are already in steps.
 
         Raises:
             ScheduleError: ``horizon.scale_ratio`` is not 1, but this schedule cannot be scaled.
@@ -393,7 +395,7 @@ class FunctionSchedule(LearningRateSchedule):
 
 
 def _named_parameters(function: Any) -> list[inspect.Parameter]:
-    """Return a function's parameters, except the first, that can be passed by name."""
+    """Return the parameters that a function accepts by name, without its first parameter."""
     try:
         parameters = _parameters(function)
     except (TypeError, ValueError):  # without a signature, such as some functions in C

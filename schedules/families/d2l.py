@@ -88,7 +88,7 @@ class _WithWarmup(Schedule[int]):
 
 @schedule_class
 class SquareRootScheduler(_WithWarmup, example={}):
-    """Inverse square root decay, counted from the start of the warmup.
+    """Inverse square root decay over the steps since the start of the warmup.
 
     After the warmup::
 

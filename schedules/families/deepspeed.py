@@ -80,9 +80,9 @@ class OneCycle(
                       cycle_max_mom / (1 + decay_mom_rate * n)                k > T
 
     The peak is exactly ``cycle_max_lr``, at k = first. Unlike in DeepSpeed, momentum starts at
-    ``cycle_max_mom``, and it decays after the cycle. In DeepSpeed, momentum starts at
-    ``cycle_min_mom``, and it grows after the cycle, in long runs to more than 1. DeepSpeed also
-    sets beta2 to 0.99.
+    ``cycle_max_mom`` and decays after the cycle. In DeepSpeed, momentum starts at
+    ``cycle_min_mom``, grows after the cycle, and exceeds 1 in long runs. DeepSpeed also sets beta2
+    to 0.99.
 
     >>> cycle = OneCycle(cycle_min_lr=0.1, cycle_max_lr=0.5, cycle_first_step_size=2)
     >>> curves = cycle.curves({"lr": (0.1,), "momentum": (0.9,)})
@@ -348,8 +348,8 @@ class WarmupDecayLR(
 
         lr(k) = warmup_max_lr + (warmup_min_lr - warmup_max_lr) * (k - N) / (T - N)
 
-    After step T, the learning rate stays constant. If ``warmup_max_lr`` is null, the maximum is the
-    param group's initial learning rate. In DeepSpeed, the default is 0.001.
+    After step T, the learning rate stays constant. If ``warmup_max_lr`` is null (the default), the
+    maximum is the param group's initial learning rate. DeepSpeed's default is 0.001.
 
     >>> decay = WarmupDecayLR(total_num_steps=6, warmup_num_steps=2, warmup_type="linear")
     >>> list(decay.curves({"lr": (1.0,)})["lr"][0].values(8))

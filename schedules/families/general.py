@@ -227,13 +227,13 @@ class Phases(
             if phase.get("shape") in _NEVER_ZERO and 0 in (start, value):
                 raise ValueError(
                     f"A phase of `{name}` with the shape {phase['shape']} must not start or end at "
-                    f"0, got a phase from {start:g} to {value:g} for a param group whose initial "
-                    f"{name} is {own:g}. Use a small positive value instead of 0."
+                    f"0, but a phase goes from {start:g} to {value:g} in a param group whose "
+                    f"initial {name} is {own:g}. Use a small positive value instead of 0."
                 )
             if name == "momentum" and max(start, value) >= 1:
                 raise ValueError(
-                    f"`momentum` must be less than 1, got a phase from {start:g} to {value:g} for "
-                    f"a param group whose initial momentum is {own:g}. Lower `from` or `to`."
+                    f"`momentum` must be less than 1, but a phase goes from {start:g} to {value:g} "
+                    f"in a param group whose initial momentum is {own:g}. Lower `from` or `to`."
                 )
             parts.append(SHAPES[phase.get("shape", "linear")](start, value, phase["duration"]))
         boundaries = itertools.accumulate(phase["duration"] for phase in phases[:-1])

@@ -21,8 +21,8 @@ class PerGroup(ScheduleOfParts):
 
     `schedules.attach` builds this schedule from a dict that maps param groups to schedules.
     `engine.initialize` builds it from the entries of ``optimizer.param_groups`` in the config.
-    Groups with equal schedules must have equal initial learning rates if the schedule sets an
-    absolute learning rate as a single number. A group keeps the initial value of each
+    If a schedule sets an absolute learning rate as a single number, all groups that use this
+    schedule must have the same initial learning rate. A group keeps the initial value of each
     hyperparameter that its schedule does not set.
 
     >>> import schedules
@@ -85,8 +85,8 @@ class PerGroup(ScheduleOfParts):
         count = len(base["lr"])
         if len(self.schedulers) != count:
             raise ValueError(
-                f"There must be one schedule per param group ({count}), got "
-                f"{len(self.schedulers)}. Attach the schedules again, with one for each group."
+                f"The number of schedules must equal the number of param groups ({count}), got "
+                f"{len(self.schedulers)}. Attach the schedules again, one for each param group."
             )
         curves: dict[str, list[Curve]] = {
             name: [constant(value) for value in base[name]] for name in self.hyperparameters

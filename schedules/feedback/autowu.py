@@ -50,9 +50,9 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     the authors' code.
 
     If ``rollback`` is true, earlier weights and optimizer states are restored when the warmup ends.
-    They are saved whenever the test runs and the mean loss since its previous run is the lowest so
-    far. A rollback helps models that diverge at high learning rates, such as models without
-    normalization layers.
+    Each time the test runs, the weights and states are saved if the mean loss since the previous
+    test is the lowest so far. A rollback helps models that diverge at high learning rates, such as
+    models without normalization layers.
 
     The engine passes the loss of ``trainer.backward(loss)`` to the schedule. In a custom loop, call
     ``step(loss=loss)``. Previews use a synthetic loss.
@@ -132,10 +132,10 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
         return self.total_steps
 
     def resolve(self, horizon: Horizon | None = None) -> AutoWU:
-        """Return a copy with ``steps_per_epoch`` and ``total_epochs`` set from ``horizon``.
+        """Return a copy with ``steps_per_epoch`` and ``total_epochs`` resolved for a run.
 
-        A parameter that is null is computed from ``horizon`` if possible. The number of epochs,
-        whether given or computed, is then multiplied by ``horizon.scale_ratio``. With the robust
+        If either parameter is null, it is computed from ``horizon`` if possible. The number of
+        epochs, given or computed, is then multiplied by ``horizon.scale_ratio``. With the robust
         test, a run that does not consist of whole epochs is treated as a single epoch.
 
         Raises:

@@ -43,9 +43,9 @@ class FeedbackController(Controller[S]):
         return state
 
     def evidence(self, before: S, loss: float, after: S) -> Evidence | None:
-        """Return the losses and learning rates that led to the decision in ``after``, if any.
+        """Return None, because a controller does not record losses by default.
 
-        By default, return None. Override this method in a controller that records the losses.
+        Override this method in a controller that records losses; see `Controller.evidence`.
         """
         del before, loss, after
         return None

@@ -124,7 +124,7 @@ class Hyperparameters:
 
     @classmethod
     def initial(cls, noise: float = 1e-3, scale: float = math.log(2)) -> Hyperparameters:
-        """Return initial hyperparameters with mean 0.
+        """Return the initial hyperparameters of a Gaussian process with mean 0.
 
         ``noise`` is the variance of the noise, and ``scale`` is the prior variance.
         """

@@ -68,14 +68,14 @@ class PublishedResult(NamedTuple):
     def is_positive(self) -> bool:
         """Whether most samples indicate that the loss has passed its minimum.
 
-        A sample indicates this if its probability exceeds `CONFIDENCE`.
+        A sample indicates this if its value in `probabilities` exceeds `CONFIDENCE`.
         """
         votes = sum(probability > CONFIDENCE for probability in self.probabilities)
         return votes > REDRAWS / 2
 
     @property
     def probability(self) -> float:
-        """Probability that the loss has passed its minimum: the median over the samples."""
+        """Median, over the samples, of the probability that the loss has passed its minimum."""
         return sorted(self.probabilities)[REDRAWS // 2]
 
 

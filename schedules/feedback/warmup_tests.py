@@ -71,7 +71,7 @@ class WarmupTest(ABC):
     def find_likely_minimum(self, state: AutoWUState) -> float | None:
         """Return the likely position of the loss minimum; None if it is unknown.
 
-        The position ranges from 0 (start of the warmup) to 1 (latest run of the test).
+        The position ranges from 0 (start of the warmup) to 1 (step of the latest test).
         """
 
     @abstractmethod

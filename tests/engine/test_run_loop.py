@@ -116,7 +116,7 @@ def test_run_that_is_over_trains_nothing_and_logs_it(tmp_path, caplog):
         again = start(tmp_path, max_duration="1ep")
         assert train(again) == []
     assert again.global_steps == STEPS_PER_EPOCH  # the last steps were saved
-    assert "nothing to train" in caplog.text
+    assert "nothing left to train" in caplog.text
 
 
 BEST = {"metric": "val_loss", "mode": "min"}
@@ -178,7 +178,8 @@ def test_run_stops_early_when_the_metric_does_not_improve(tmp_path, caplog):
     section = {"checkpoint": {"every": 1, "best": BEST | {"patience": 2}}, "max_duration": "10ba"}
     with caplog.at_level(logging.INFO):
         assert report_losses(start(tmp_path, **section), [3.0, 2.0, 2.5, 2.2, 1.0]) == 4
-    assert "val_loss has not improved in 2 reports; the best value is 2, at step 2" in caplog.text
+    message = "val_loss has not improved in the last 2 reported values; the best value is 2"
+    assert f"{message}, at step 2" in caplog.text
     resumed = start(tmp_path, **section)
     assert resumed.run_is_over
     assert train(resumed) == []

@@ -115,7 +115,7 @@ def test_plot_length_is_that_of_the_run():
     assert len(values) == 30
     with pytest.raises(ValueError, match="requires the length of the run"):
         plot(decay)
-    with pytest.raises(ValueError, match="`steps` must be from 1 to 100,000"):
+    with pytest.raises(ValueError, match="steps to plot must be between 1 and 100,000"):
         plot(LinearLR(), steps=10**6)
     with pytest.raises(ValueError, match="requires at least one schedule"):
         plot()

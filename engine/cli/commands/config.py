@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the file, a default or a derived value)."
     )
     parser.add_argument(
-        "file", metavar="FILE", help="path of a ds_config.json, or - for standard input"
+        "file", metavar="FILE", help='path of a ds_config.json, or "-" for standard input'
     )
     parser.add_argument(
         "--world-size",

@@ -287,7 +287,8 @@ def _launch_by_slurm(args: argparse.Namespace, request: LaunchRequest, out: Text
         secrets = [name for name in request.env if is_secret(name)]
         if secrets:
             print(
-                f"The job script contains {', '.join(secrets)}, so only you can read it.",
+                f"The job script contains secret values ({', '.join(secrets)}). Only you have "
+                "permission to read the script.",
                 file=out,
             )
         return OK

@@ -103,8 +103,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     _add_rank_options(_Group(parser, "ranks"))
     _add_launcher_options(_Group(parser, "launcher"))
     script = _Group(parser, "script")
-    script.add("-m", "--module", action="store_true", help="SCRIPT is a module name")
-    script.add("--no-python", action="store_true", help="SCRIPT is a command, not a Python file")
+    module_help = "run SCRIPT as a module, like `python -m`"
+    script.add("-m", "--module", action="store_true", help=module_help)
+    command_help = "run SCRIPT as a command, not as a Python file"
+    script.add("--no-python", action="store_true", help=command_help)
     script.add(
         "--pass-local-rank",
         action="store_true",

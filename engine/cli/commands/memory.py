@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "GPU is needed."
     )
     parser.add_argument(
-        "file", metavar="FILE", help="path of a ds_config.json, or - for standard input"
+        "file", metavar="FILE", help='path of a ds_config.json, or "-" for standard input'
     )
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument(

@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=parse_positive_int,
         metavar="N",
         help="number of steps to plot (default: the length of the run, or of the schedule if the "
-        'length of the run is unknown). N also replaces an "auto" total_num_steps (default: '
-        "engine.max_duration, or 1000 if engine.max_duration is not set)",
+        'length of the run is unknown). If total_num_steps is "auto", it is set to N. Without '
+        "--steps, it is set to engine.max_duration, or to 1000 if engine.max_duration is not set",
     )
     parser.add_argument(
         "--steps-per-epoch",
@@ -62,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--csv",
         metavar="FILE",
-        help="CSV file to write, with the columns step,lr,momentum,… and one row per step; - for "
-        "standard output",
+        help="CSV file to write, with one row per step and the columns step, lr, momentum, … Use "
+        '"-" to write to standard output',
     )
     parser.add_argument(
         "--compare",
@@ -181,8 +181,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     data = _replay_losses(args) if args.losses else _preview_configs(args)
     if args.csv and data.steps > _MAX_ROWS:
         raise ValueError(
-            f"`--csv` can write at most {_MAX_ROWS:,} steps, got {data.steps:,}. Set `--steps` to "
-            "write only the first steps."
+            f"`--csv` can write at most {_MAX_ROWS:,} steps, got {data.steps:,}. Use `--steps N` "
+            "to write only the first N steps."
         )
     if args.csv == "-":
         _write_csv(data, out)
@@ -287,7 +287,8 @@ def _find_source(name: str) -> str:
     """Return the config path or the schedule name for a ``--compare`` argument.
 
     Raises:
-        ValueError: the name is neither a file nor a schedule, and has no suffix or colon.
+        ValueError: the argument is neither an existing file nor a known schedule, and looks like
+            neither a file name (with a suffix) nor an import path (with a colon).
     """
     if Path(name).is_file():
         return name

@@ -49,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "onecycle validate --format sarif ds_config.json other.json > problems.sarif",
     )
     parser.add_argument(
-        "files", metavar="FILE", nargs="+", help="path of a ds_config.json, or - for standard input"
+        "files",
+        metavar="FILE",
+        nargs="+",
+        help='path of a ds_config.json, or "-" for standard input',
     )
     parser.add_argument(
         "--world-size",
@@ -79,8 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fix",
         action="store_true",
-        help="fix the file: rename deprecated keys, correct types and remove trailing commas. In a "
-        "terminal, ask whether to replace a misspelled name with the suggested one",
+        help="fix the file: rename deprecated keys, convert values of the wrong type and remove "
+        "trailing commas. In a terminal, also ask whether to replace each misspelled name with the "
+        "suggested one",
     )
     parser.add_argument(
         "--yes",

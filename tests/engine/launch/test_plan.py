@@ -591,7 +591,7 @@ def test_write_sbatch_file_is_private(tmp_path):
     arguments = ("--write-sbatch", path, "--nproc", 1, "--env", "HF_TOKEN=s3cret", __file__)
     status, output = launch(*arguments)
     assert status == 0
-    assert "The job script contains HF_TOKEN, so only you can read it." in output
+    assert "contains secret values (HF_TOKEN). Only you have permission to read" in output
     assert path.stat().st_mode & 0o777 == 0o600
     assert "export HF_TOKEN=s3cret\n" in path.read_text()
     status, output = launch("--dry-run", *arguments)

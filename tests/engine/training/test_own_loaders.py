@@ -368,7 +368,7 @@ def test_own_loader_with_settings_for_a_dataset_raises():
 def test_prepare_of_a_second_loader_raises():
     trainer = start(Numbers())
     assert trainer.prepare(trainer.training_dataloader) is trainer.training_dataloader
-    with pytest.raises(MisuseError, match=r"Pass other loaders to `trainer\.evaluate`"):
+    with pytest.raises(MisuseError, match=r"Pass evaluation loaders to `trainer\.evaluate`"):
         trainer.prepare(shuffled())
 
 

@@ -233,7 +233,7 @@ def test_layer_decay_of_an_encoder_and_a_decoder_counts_through():
 
 def test_layer_decay_of_a_model_without_blocks_is_an_error_unless_wrap_names_them():
     model = SequentialBlocks("tower")
-    with pytest.raises(ValueError, match="`optimizer.layer_decay` must be 1 for a model without"):
+    with pytest.raises(ValueError, match="`optimizer.layer_decay` must be 1 if the blocks"):
         divide(model, layer_decay=0.5)
     optimizer = {"type": "SGD", "params": {"lr": 0.1}, "layer_decay": 0.5}
     config = {"train_batch_size": 4, "optimizer": optimizer, "engine": {"wrap": ["Sequential"]}}

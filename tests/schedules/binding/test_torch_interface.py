@@ -47,7 +47,7 @@ def test_last_epoch_set_back_continues_from_there():
 def test_last_epoch_below_minus_1_is_rejected():
     _, binder = make("MultiStepLR", milestones=[4])
     binder.last_epoch = -3
-    with pytest.raises(ValueError, match="`last_epoch` must be at least -1 before a step, got -3"):
+    with pytest.raises(ValueError, match="`last_epoch` must be at least -1 when .* called, got -3"):
         binder.step()
 
 

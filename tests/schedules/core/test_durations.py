@@ -44,7 +44,7 @@ def test_convert_to_steps_unscaled_duration_scales_only_a_fraction_of_the_run():
     ("duration", "message"),
     [
         ("10tok", "requires the number of tokens per sample"),
-        ("1.5ep", "must be a whole number. Only the unit dur"),
+        ("1.5ep", 'must contain a whole number. Only the unit "dur"'),
         ("10s", "got '10s'"),
         ("", "got ''"),
         ("0.5dur", 'requires the length of the run. Set "engine": {"max_duration"'),
@@ -69,7 +69,7 @@ def test_horizon_scale_ratio_not_positive_is_rejected(ratio):
     [
         (("LinearWithWarmupScheduler", {"t_warmup": "2dur"}), "t_warmup", "at most `t_max`"),
         (("MultiStepScheduler", {"milestones": ["5ep", "20ba"]}), "milestones", "got [50, 20]"),
-        (("StepScheduler", {"step_size": "0.001dur"}), "step_size", "is 0 steps in this run"),
+        (("StepScheduler", {"step_size": "0.001dur"}), "step_size", "to 0 steps in this run"),
         (("CosineAnnealingLR", {"T_max": 0}), "T_max", "at least 1, got 0"),
         (("Phases", {"lr": [{"to": 1.0, "duration": "0.001dur"}]}), "lr", "`lr[0].duration`"),
         (("Phases", {"momentum": [{"to": 1.0, "duration": 5}]}), "momentum", "`momentum[0]`"),
