@@ -54,7 +54,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def clock(function: Callable[[], object], repeats: int = 1) -> float:
-    """Return the mean CPU time of ``repeats`` calls of ``function``, in milliseconds.
+    """Return the mean CPU time of ``repeats`` calls to ``function``, in milliseconds.
 
     The time includes all threads of this process.
     """

@@ -49,12 +49,13 @@ def escape(text: str) -> str:
 class Fix:
     """An automatic fix for a config: a new name or value for a key.
 
-    The user must confirm an uncertain fix, such as the suggested spelling of an unknown key.
+    The user must confirm an unsafe fix, such as the suggested spelling of an unknown key.
     """
 
     key: str | None = None
     value: Any = None
     is_certain: bool = True
+    """Whether the fix is safe, so that no confirmation is needed."""
 
 
 @dataclass(frozen=True)

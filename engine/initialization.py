@@ -359,8 +359,9 @@ def _choose_schedule(
     entries = [group.entry for group in groups]
     if len(entries) != len(backend.optimizer.param_groups):
         raise ValueError(
-            "`optimizer.param_groups` must not contain `scheduler` for a model with DeepSpeed's "
-            "MoE layers, because DeepSpeed splits the groups. Remove `scheduler` from the groups."
+            "The groups in `optimizer.param_groups` must not set `scheduler` if the model has "
+            "DeepSpeed MoE layers, because DeepSpeed splits the param groups of such a model. "
+            "Remove `scheduler` from the groups."
         )
     own = config.optimizer.group_schedules
     return PerGroup(

@@ -1,6 +1,6 @@
-"""Provide the public names of `engine`, and the package ``schedules`` as ``onecycle.schedules``.
+"""Re-export the public API of `engine`, and the package ``schedules`` as ``onecycle.schedules``.
 
-For example, ``onecycle.initialize`` is `engine.initialize`. Names are imported on first use.
+For example, ``onecycle.initialize`` is `engine.initialize`. Names are imported lazily.
 ``__init__.pyi`` declares their types.
 
 If one of the user's files, such as an ``engine.py`` next to the training script, shadows the

@@ -9,8 +9,8 @@ Most schedules depend only on the step. Feedback schedules also depend on the lo
 [0.0, 0.05, 0.1, 0.1]
 
 Every schedule is an attribute of this package, for example ``schedules.OneCycle``. Names are
-imported on first use. Only `ScheduleBinder` and `attach` require torch. Type checkers read the
-types of all names from the generated file ``__init__.pyi``.
+imported lazily. Only `ScheduleBinder` and `attach` require torch. Type checkers read the types of
+all names from the generated file ``__init__.pyi``.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def plot(
     if not 1 <= count <= _MAX_EXACT:
         raise ValueError(
             f"The number of steps to plot must be between 1 and {_MAX_EXACT:,}, got {count:,}. Set "
-            "`steps` to choose the number."
+            "`steps` to a number in this range."
         )
     initial = complete_base(base)
     curves: dict[str, Curve] = {}

@@ -4,9 +4,10 @@
 
 BEFORE and AFTER are the directories of the checkouts. In both, the script evaluates the scheduler
 blocks of the reference files in tests/golden and of the configs in tests/corpus, and the example of
-each schedule. It evaluates each of them four times: with SGD, with AdamW, and without an optimizer
-for one and for two param groups. The script also trains with several schedules in BEFORE, saves
-checkpoints, and resumes from them in AFTER. The exit status is 1 if any value or loss differs.
+each schedule. The script evaluates each of these schedules four times: with SGD, with AdamW,
+without an optimizer for one param group, and without an optimizer for two param groups. The script
+also trains with several schedules in BEFORE, saves checkpoints, and resumes from these checkpoints
+in AFTER. The exit status is 1 if any value or loss differs.
 """
 
 from __future__ import annotations

@@ -133,10 +133,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Saved:
-    """Contents of ``layout.json``: shapes and dtypes of the weights, and shapes per param group."""
+    """Contents of ``layout.json``."""
 
     weights: dict[str, tuple[tuple[Count, ...], str]]
+    """Shape and dtype of each weight, by name."""
     groups: tuple[tuple[tuple[Count, ...], ...], ...]
+    """Shapes of the parameters in each param group."""
 
 
 def _get_shape(tensor: Any) -> list[int]:

@@ -178,7 +178,7 @@ class PyTorchBackend(DeferringBackend):
 
     @override
     def scale(self, loss: Tensor, accumulation: int, *, is_last: bool) -> Tensor:
-        del is_last  # `step` averages what no call of `backward` has averaged
+        del is_last  # `step` averages what no call to `backward` has averaged
         self._old_gradients, self._keeps_gradients = [], self._is_on_cpu
         if self._scaler is not None and loss.dtype == torch.float16:
             (self.deferred or self._scaler).limit_to_float16()

@@ -136,7 +136,7 @@ class AutomaticCheckpoints:
     def save_if_due(self, run: SteppedRun) -> None:
         """Save the checkpoints that are due after a step.
 
-        Also log a warning if the training data does not come from the run's data loader.
+        Also log a warning if the script does not use the run's data loader.
 
         The best checkpoint is due if the metric has improved. A regular checkpoint is due every
         ``engine.checkpoint.every`` steps, and when a rank has received SIGINT, SIGTERM or SIGUSR1.

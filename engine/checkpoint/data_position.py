@@ -36,7 +36,7 @@ class DataPosition:
         self._is_checked = False
 
     def set_loader(self, loader: RunLoader) -> None:
-        """Set the data loader of the run, and restore its position if a checkpoint was loaded."""
+        """Set the run's data loader, and restore the position if a checkpoint was loaded."""
         self._loader = loader
         if self._pending is not None:
             loader.load_state_dict(self._pending)
@@ -141,7 +141,7 @@ class DataPosition:
         self._is_checked = True
         if is_first and not self._loader.is_used:
             log.warning(
-                "the training data does not come from the data loader of the run; loop over the "
-                "loader that `initialize` or `trainer.prepare` returns, which splits the samples "
-                "across the ranks and resumes at the saved position"
+                "the script does not use the data loader that `initialize` or `trainer.prepare` "
+                "returned; iterate over this loader to split the samples across the ranks and to "
+                "resume at the saved position"
             )

@@ -1,6 +1,6 @@
 """Compute and verify the hashes of a checkpoint's files.
 
-The hashes detect damaged files, but not forged files: an attacker who can change a file can also
+The hashes detect accidental damage, but not tampering: an attacker who can change a file can also
 change the manifest that contains the hashes. New checkpoints use the hash function XXH3, which is
 about ten times as fast as SHA-256.
 """

@@ -31,8 +31,8 @@ def apply_fixes(
     Args:
         document: config to fix.
         problems: problems in the config. Problems without an automatic fix are skipped.
-        accept: function that receives a problem whose fix is not certain, and returns whether to
-            apply the fix.
+        accept: function that receives a problem whose fix is unsafe, and returns whether to apply
+            the fix. See `Fix`.
     """
     text = document.text
     edits = [(comma, comma + 1, "") for comma in document.trailing_commas]
@@ -56,7 +56,7 @@ def find_fix_edits(
     problems: Sequence[Problem],
     accept: Callable[[Problem], bool] = lambda problem: True,
 ) -> Iterator[FixEdit]:
-    """Yield the edit for each problem whose automatic fix is certain or accepted.
+    """Yield the edit for each problem whose automatic fix is safe or is accepted by ``accept``.
 
     The arguments are the same as those of `apply_fixes`.
     """

@@ -6,7 +6,7 @@ in SambaFlow (``--learning_rate``, ``--max_steps``, …). There is also one argu
 DeepSpeed's schedules.
 
 If the script itself defines an argument with one of these names, before or after calling these
-functions, the script's argument takes precedence. Its value does not override the config.
+functions, the script's argument is kept. The value of that argument does not override the config.
 
 `apply_assignments` implements ``--set``, an option of onecycle's commands that can set any key.
 """
@@ -129,8 +129,8 @@ class Override:
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add DeepSpeed's arguments: ``--deepspeed`` and ``--deepspeed_config``.
 
-    Pass the parsed namespace to ``initialize(args=…)``. If the script itself adds an argument with
-    one of these names, before or after this call, the script's argument is used instead.
+    Pass the parsed namespace to ``initialize(args=…)``. If the script itself defines an argument
+    with one of these names, before or after this call, the script's argument is kept.
 
     Returns:
         The parser that was passed in.
@@ -150,8 +150,8 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     """Add arguments that override values in the config, such as ``--learning_rate``.
 
     Pass the parsed namespace to ``initialize(args=…)``. Arguments that are not given on the command
-    line do not change the config. If the script defines an argument with the same name, the
-    script's argument takes precedence and does not change the config.
+    line do not change the config. If the script itself defines an argument with one of these names,
+    the script's argument is kept, and the value of that argument does not override the config.
 
     Returns:
         The parser that was passed in.

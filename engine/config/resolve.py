@@ -171,9 +171,9 @@ class Diagnostics:
 
 @dataclass(frozen=True)
 class Config(Mapping[str, Any]):
-    """A valid config with all defaults and derived values filled in.
+    """A valid config. The attributes include all defaults and derived values.
 
-    As a mapping, the config contains only the user's keys and values (``raw``).
+    Accessed as a mapping, the config contains only the keys and values that the user set (``raw``).
     """
 
     name: str

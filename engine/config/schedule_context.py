@@ -195,7 +195,7 @@ class EvaluatedSchedule:
     curves: Curves
 
     def overwrites(self, name: str) -> bool:
-        """Return whether the schedule sets a hyperparameter regardless of its initial value.
+        """Return whether the schedule overwrites a hyperparameter, ignoring the initial value.
 
         Args:
             name: hyperparameter to check, such as ``lr``.
@@ -229,8 +229,8 @@ class EvaluatedSchedule:
     def find_infinite(self) -> tuple[str, int, float] | None:
         """Return a non-finite value in the run, as ``(hyperparameter, step, value)``.
 
-        Return None if all values of the run are finite. To save time, each piece of a curve, such
-        as the warmup, is evaluated only at its first and last step.
+        Return None if no such value is found. To save time, each piece of a curve, such as the
+        warmup, is evaluated only at its first and last step.
         """
         steps = int(self.horizon.scaled_steps or self.schedule.span)
         for name, curves in self.curves.items():

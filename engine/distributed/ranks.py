@@ -161,8 +161,8 @@ def _uses_gpu(device: str) -> bool:
     if device == "cuda" and not is_available:
         raise ValueError(
             '`engine.device` is "cuda", but PyTorch finds no GPU. Check that `nvidia-smi` lists a '
-            "GPU and that PyTorch is built with CUDA (`onecycle doctor`), or remove the key to "
-            "train on the CPU."
+            "GPU, and run `onecycle doctor` to check that PyTorch is built with CUDA. To train on "
+            "the CPU, remove `engine.device`."
         )
     return is_available and device != "cpu"
 

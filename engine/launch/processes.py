@@ -71,7 +71,7 @@ class Child:
 
     @property
     def has_closed_output(self) -> bool:
-        """Whether the process has closed its output, and all output has been read."""
+        """Whether the process has closed its output and all of that output has been read."""
         return not self._outputs
 
     def poll(self) -> int | None:

@@ -49,7 +49,7 @@ class LRRangeReport:
     def max_lr(self) -> float | None:
         """The suggested maximum learning rate, refined if `refinement` is set.
 
-        The value is None if the test yields no suggestion.
+        The value is None if the range test could not suggest a learning rate.
         """
         return self.refinement.max_lr if self.refinement else self.suggestion.max_lr
 
@@ -57,7 +57,7 @@ class LRRangeReport:
     def min_lr(self) -> float | None:
         """The suggested minimum learning rate of a cycle: a tenth of `max_lr`.
 
-        The value is None if the test yields no suggestion.
+        The value is None if the range test could not suggest a learning rate.
         """
         return None if self.max_lr is None else float(f"{self.max_lr / 10:.2g}")
 
@@ -153,12 +153,12 @@ class LRRangeReport:
             known: OneCycle block from which to copy the other params; None to use their defaults.
 
         Raises:
-            ValueError: if the range test yields no suggestion.
+            ValueError: if the range test could not suggest a learning rate.
         """
         if self.max_lr is None:
             raise ValueError(
-                f"The range test yields no suggestion: {self.suggestion.reason}. Repeat the test "
-                "with more steps or a different range of learning rates."
+                f"The range test could not suggest a learning rate: {self.suggestion.reason}. "
+                "Repeat the test with more steps or a different range of learning rates."
             )
         params = dict(known.get("params", {})) if known and known["type"] == "OneCycle" else {}
         params["cycle_min_lr"], params["cycle_max_lr"] = self.min_lr, self.max_lr

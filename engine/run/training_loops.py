@@ -34,7 +34,7 @@ def train_pipeline(
 
     Args:
         batches: iterator over micro-batches; None to use those of ``loader``.
-        loader: data loader of the run. If ``batches`` and ``loader`` are None, the pipeline uses
+        loader: the run's data loader. If ``batches`` and ``loader`` are None, the pipeline uses
             the data that was passed to its ``set_dataloader`` or ``set_dataiterator``.
         run: state of the run.
     """

@@ -215,7 +215,7 @@ class TrainingRun:
         """Change the batch sizes for the following steps.
 
         Raises:
-            RuntimeError: the current batch is incomplete.
+            RuntimeError: the method is called in the middle of a batch.
         """
         if self.accumulation.micro_batches:
             raise MisuseError(
@@ -230,7 +230,7 @@ class TrainingRun:
         self.backend.set_batch_sizes(batch)
 
     def restore_counters(self, counters: Counters) -> None:
-        """Restore the counters of a checkpoint, so that the run continues at the saved step."""
+        """Restore the step counters from a checkpoint to continue at the saved step."""
         self.latest = counters
         self.length.steps_before = counters.applied_steps
         self.accumulation.restart(counters.micro_steps)
@@ -239,7 +239,7 @@ class TrainingRun:
         self.backend.zero_grad()
 
     def end_epoch(self) -> None:
-        """Discard the gradients of an incomplete batch at the end of an epoch.
+        """Discard the gradients of an unfinished batch at the end of an epoch.
 
         Raises:
             RuntimeError: in two consecutive epochs, `backward` was called but `step` was not.

@@ -75,7 +75,7 @@ class Accumulation:
 
         Args:
             micro_batches: total number of micro-batches in the run so far, to continue an
-                incomplete batch; 0 to start a new batch.
+                unfinished batch; 0 to start a new batch.
         """
         self.micro_batches = micro_batches % self.steps if self.is_managed else 0
         self.scaled_losses = 0

@@ -316,9 +316,9 @@ class GradientAverager:
         own = self._steps % _STEP_PERIOD
         if abs(float(bucket.buffer[-1]) - own) > 0.5 / self._ranks.world_size:
             raise MisuseError(
-                "The ranks have run different numbers of backward passes, so gradients of "
-                "different steps were averaged. Call `trainer.backward(loss)` the same number of "
-                "times on every rank."
+                "The ranks have run different numbers of backward passes, so gradients from "
+                "different steps were averaged together. Call `trainer.backward(loss)` the same "
+                "number of times on every rank."
             )
 
     @torch.no_grad()

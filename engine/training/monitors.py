@@ -117,7 +117,8 @@ class TensorBoardMonitor:
 
     Args:
         directory: output directory that the config specifies.
-        directories: object that adds a number to ``directory`` if an earlier run has used it.
+        directories: object that appends a number to the name of ``directory`` if an earlier run
+            has used that directory.
     """
 
     def __init__(self, directory: str, directories: RunDirectories) -> None:
@@ -163,7 +164,8 @@ class CSVMonitor:
 
     Args:
         directory: output directory that the config specifies.
-        directories: object that adds a number to ``directory`` if an earlier run has used it.
+        directories: object that appends a number to the name of ``directory`` if an earlier run
+            has used that directory.
     """
 
     def __init__(self, directory: str, directories: RunDirectories) -> None:

@@ -357,8 +357,8 @@ def _find_outermost_blocks(model: nn.Module, wrap: Sequence[str]) -> list[nn.Mod
     """Return the blocks that are not inside another block, in the order of `model.parameters()`.
 
     The blocks are the modules that `find_blocks` returns. If ``wrap`` is empty, the children of
-    some Sequential modules are also blocks. Such a module has at least two children, all of the
-    same class, and the last part of its name is in `_BLOCK_LISTS`.
+    a Sequential are also blocks under two conditions: there are at least two children, all of the
+    same class, and the last part of the Sequential's name is in `_BLOCK_LISTS`.
     """
     blocks = find_blocks(model, wrap)
     for name, module in () if wrap else model.named_modules():

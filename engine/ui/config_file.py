@@ -106,8 +106,8 @@ class ConfigFile:
             return None
         if len(data) > _MAX_BYTES:
             raise ValueError(
-                f"{self.path.name} must be at most {_MAX_BYTES:,} bytes to be edited on this "
-                "page. Use a text editor instead."
+                f"{self.path.name} is too large to edit on this page (limit: {_MAX_BYTES:,} "
+                "bytes). Use a text editor instead."
             )
         return data
 

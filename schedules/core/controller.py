@@ -87,7 +87,7 @@ class Controller(Protocol[S]):
 
     @abstractmethod
     def init(self) -> S:
-        """Return the state before the first step."""
+        """Return the initial state, before the first step."""
 
     @abstractmethod
     def update(self, state: S, loss: float | None) -> S:

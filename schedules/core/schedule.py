@@ -412,7 +412,7 @@ class Schedule(ABC, Generic[S]):
 
     @property
     def num_groups(self) -> int | None:
-        """Number of param groups if a field is a list with one number per group, otherwise None."""
+        """Number of param groups if any field is a list with one number per group, else None."""
         return next(map(len, self.lists_per_group.values()), None)
 
     @property

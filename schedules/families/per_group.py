@@ -81,7 +81,7 @@ class PerGroup(ScheduleOfParts):
         return self._build(base, lambda part, own: part.build_curves(own, horizon))
 
     def _build(self, base: Base, build: Callable[[Schedule[Any], Base], Curves]) -> Curves:
-        """Return the curves of all groups. ``build`` returns the curves of one schedule."""
+        """Return the curves of all param groups, calling ``build`` once per distinct schedule."""
         count = len(base["lr"])
         if len(self.schedulers) != count:
             raise ValueError(

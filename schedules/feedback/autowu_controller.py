@@ -43,7 +43,7 @@ class Decay:
 class AutoWUController(FeedbackController[AutoWUState]):
     """Controller of `AutoWU` for param groups with the given initial learning rates.
 
-    The first call of `update` counts as step 1, as in the code of AutoWU's authors.
+    The first call to `update` counts as step 1, as in the AutoWU authors' implementation.
 
     Args:
         test: statistical test that ends the warmup. It also holds the warmup's parameters.

@@ -54,7 +54,7 @@ class Plateau:
     cooldown: int = 0
 
     def init(self) -> PlateauState:
-        """Return the state before the first metric value."""
+        """Return the initial state, before the first metric value."""
         return PlateauState()
 
     def update(self, state: PlateauState, metric: float) -> PlateauState:

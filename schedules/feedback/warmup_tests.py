@@ -1,4 +1,4 @@
-"""Statistical tests that end AutoWU's warmup after several consecutive confident results."""
+"""Statistical tests that end AutoWU's warmup when the loss has passed its minimum."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from schedules.feedback.minimum_tests import (
 
 __all__ = ["PublishedTest", "RobustTest", "TorchSampler", "Verdict", "WarmupTest"]
 
-_PATIENCE = 3  # The published test ends the warmup after this many confident results in a row.
+_PATIENCE = 3  # The published test ends the warmup after this many positive results in a row.
 _ROBUST_TESTS = 60  # The robust test runs this many times in a warmup of maximum length.
 _SHORTEST = 90  # In a warmup with fewer steps, the robust test is rarely confident.
 
@@ -89,7 +89,8 @@ class WarmupTest(ABC):
 class PublishedTest(WarmupTest):
     """Test of whether the loss has passed its minimum, as in AutoWU's published code.
 
-    The test runs once per epoch and ends the warmup after three consecutive confident results.
+    The test runs once per epoch. The warmup ends when three consecutive runs find, with high
+    confidence, that the loss has passed its minimum.
     """
 
     dtype = np.float32
@@ -135,8 +136,9 @@ class PublishedTest(WarmupTest):
 class RobustTest(WarmupTest):
     """Test of whether the loss has passed its minimum, independent of the scale of the loss.
 
-    The test runs about sixty times if the warmup reaches its maximum length. It ends the warmup
-    after five or more consecutive confident results.
+    The test runs about sixty times if the warmup reaches its maximum length. The warmup ends when
+    enough consecutive runs (at least five) find, with high confidence, that the loss has passed its
+    minimum.
     """
 
     dtype = np.float64

@@ -291,11 +291,11 @@ def test_steps_on_data_of_another_loader_warn_once(caplog):
     own = torch.utils.data.DataLoader(build_data(), batch_size=BATCH)
     for _ in range(2):
         train_epoch(trainer, own)
-    assert caplog.text.count("does not come from the data loader of the run") == 1
+    assert caplog.text.count("the script does not use the data loader") == 1
     caplog.clear()
     trainer, loader = start()
     train_epoch(trainer, loader)
-    assert "data loader of the run" not in caplog.text
+    assert "does not use the data loader" not in caplog.text
 
 
 def test_destroy_while_an_exception_is_handled_saves_nothing(tmp_path, monkeypatch):
