@@ -105,7 +105,7 @@ class ConfigError(ValueError):
         lines = [
             escape(f"{self.name}:{problem.line}:{problem.column}: ") + str(problem)
             if problem.line
-            else escape(f"{self.name}: {problem.pointer or 'the config'}: ") + str(problem)
+            else escape(f"{self.name}: {problem.pointer and f'{problem.pointer}: '}") + str(problem)
             for problem in self.problems[:_MAX_LISTED]
         ]
         if len(self.problems) > _MAX_LISTED:

@@ -126,6 +126,18 @@ def test_pages_load_without_messages_and_fit_the_window(site, address, browser):
         ("custom data loader", "guides/data"),
         ("two machines", "guides/multi_node"),
         ("multi gpu", "guides/multi_node"),
+        ("resume on a different number of GPUs", "guides/checkpoints"),
+        ("resume different number of ranks", "guides/checkpoints"),
+        ("load a checkpoint for inference", "guides/checkpoints"),
+        ("start from scratch instead of resuming", "guides/checkpoints"),
+        ("the loss is NaN", "guides/troubleshooting"),
+        ("early stopping", "guides/evaluation"),
+        ("freeze layers", "guides/training_loops"),
+        ("unfreeze layers", "guides/training_loops"),
+        ("write my own schedule", "guides/own_schedule"),
+        ("how many steps per epoch", "guides/schedules"),
+        ("use my own DataLoader", "guides/data"),
+        ("gradient accumulation", "guides/batch_size"),
     ],
 )
 def test_search_finds_a_page(address, browser, words, page):

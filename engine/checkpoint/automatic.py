@@ -23,6 +23,7 @@ from engine.distributed.signals import Signals
 from engine.errors import MisuseError
 from engine.training.progress import Counters
 from engine.training.run_length import RunLength
+from schedules import ScheduleBinder
 
 __all__ = ["AutomaticCheckpoints"]
 
@@ -67,6 +68,7 @@ class AutomaticCheckpoints:
         self._checkpointer = checkpointer
         self._ranks = ranks
         self._signals: Signals | None = None
+        self._is_resumed = False
         self._has_trained = False  # whether this process has taken a step
         self._logged_end: int | None = None  # step at which the end of the run was logged
 
@@ -100,6 +102,7 @@ class AutomaticCheckpoints:
         )
         if is_loaded:
             checkpoint_dir, _ = self._checkpointer.load(run, directory)
+            self._is_resumed = True
             if self._ranks.rank == 0:
                 log.info("resuming from %s at step %d", checkpoint_dir, run.counters.global_steps)
         self._signals = self._signals or Signals()
@@ -144,13 +147,16 @@ class AutomaticCheckpoints:
         Raises:
             CheckpointError: if another run writes to the checkpoint directory. Only the first call
                 checks for other runs.
+            MisuseError: if the script of a resumed run could train too many epochs, because it does
+                not use the run's data loader.
             SystemExit: after the save, if a rank has received one of these signals.
         """
         directory, every = self._directory, self._plan.every
         if run.is_trial:
             return
         self._has_trained = True
-        self._checkpointer.data.check_is_used()
+        may_repeat_epochs = self._is_resumed and not run.length.is_loop_limited
+        self._checkpointer.data.check_is_used(is_required=may_repeat_epochs)
         if directory is None:
             return
         # A script that only evaluates does not need a lock, so lock after the first step.
@@ -195,11 +201,18 @@ class AutomaticCheckpoints:
         if self._ranks.rank > 0 or self._logged_end == step:
             return
         self._logged_end = step
-        event = "training ended" if self._has_trained else "the run is already over"
-        is_saved = directory is not None and self._checkpointer.is_saved(run, directory)
-        state = "being saved to" if self._checkpointer.is_saving else "in"
-        where = f"; the last checkpoint is {state} {directory}" if is_saved else ""
-        log.info("%s at step %d%s", event, step, where)
+        parts = [f"training ended at step {step}"]
+        if not self._has_trained:
+            parts = [f"the run is already over at step {step}"]
+        end = run.scheduler.length if isinstance(run.scheduler, ScheduleBinder) else None
+        if end is not None and end != run.counters.applied_steps:
+            parts.append(f"the schedule ends at step {end}")
+        if directory is not None and self._checkpointer.is_saved(run, directory):
+            state = "being saved to" if self._checkpointer.is_saving else "in"
+            parts.append(f"the last checkpoint is {state} {directory}")
+        if not self._has_trained:
+            parts.append("to start a new run, set another `engine.checkpoint.dir`")
+        log.info("%s", "; ".join(parts))
 
     def close(self, run: RunState) -> None:
         """Save a final checkpoint if the current step is unsaved, and restore signal handlers.

@@ -12,6 +12,7 @@ from typing import Any
 from engine.checkpoint.plain_values import read_values, report_damage, write_values
 from engine.config.batch_sizes import BatchSizes
 from engine.distributed.ranks import Ranks
+from engine.errors import MisuseError
 from engine.training.loader import RunLoader
 
 __all__ = ["DataPosition"]
@@ -122,10 +123,16 @@ class DataPosition:
                 loader.position = before
             raise
 
-    def check_is_used(self) -> None:
-        """Warn once if the script takes steps but does not use the run's data loader.
+    def check_is_used(self, *, is_required: bool) -> None:
+        """Check in the first step that the script uses the run's data loader.
 
         Also warn if a saved position was loaded but the run has no data loader.
+
+        Args:
+            is_required: whether to raise an error instead of a warning.
+
+        Raises:
+            MisuseError: ``is_required`` is true, and the script does not use the data loader.
         """
         is_first = self._ranks.rank == 0
         if self._pending is not None:
@@ -139,9 +146,18 @@ class DataPosition:
         if self._loader is None or self._is_checked:
             return
         self._is_checked = True
-        if is_first and not self._loader.is_used:
+        if self._loader.is_used:
+            return
+        if is_required:
+            raise MisuseError(
+                "This run continues from a checkpoint, but the script does not use the data loader "
+                "that `initialize` or `trainer.prepare` returned. A loop over other data would "
+                "train too many epochs. Iterate over this loader."
+            )
+        if is_first:
+            is_shared = self._ranks.world_size > 1
             log.warning(
                 "the script does not use the data loader that `initialize` or `trainer.prepare` "
-                "returned; iterate over this loader to split the samples across the ranks and to "
-                "resume at the saved position"
+                "returned%s; iterate over this loader, which also resumes at the saved position",
+                ", so several ranks may train on the same samples" if is_shared else "",
             )

@@ -120,7 +120,7 @@ def check_identity(checkpoint_dir: Path, saved: Identity, own: Identity) -> None
         raise CheckpointError(
             f"{checkpoint_dir} does not match this run: {'; '.join(changed)}. Use the values of "
             "the checkpoint, or set `engine.checkpoint.override` to true to resume with the values "
-            "of this run."
+            "of this run. To start a new run, set another `engine.checkpoint.dir`."
         )
 
 

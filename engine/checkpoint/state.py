@@ -248,7 +248,8 @@ def _find_extra_states(
         if f"{_MODEL}{name}" not in saved_values:
             raise CheckpointError(
                 f"{directory} does not match the model: `{name}` is missing from the checkpoint. "
-                "Use the model architecture of the saved run."
+                "Use the model architecture of the saved run, or save this run to another "
+                "directory."
             )
     return {name: saved_values[f"{_MODEL}{name}"] for name in names}
 
@@ -400,7 +401,7 @@ def check_weights(
             continue
         raise CheckpointError(
             f"{directory} does not match the model: {problem}. Use the model architecture of the "
-            "saved run."
+            "saved run, or save this run to another directory."
         )
     extra = [key for key in saved if key not in own]
     if extra and strict:

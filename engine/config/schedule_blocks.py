@@ -10,7 +10,13 @@ from typing import Any
 from engine.config.batch_sizes import DataRanks
 from engine.config.named_code import check_named_code
 from engine.config.parser import Document
-from engine.config.pointers import get_last_key, is_within, join_pointer, split_pointer
+from engine.config.pointers import (
+    get_last_key,
+    get_parent,
+    is_within,
+    join_pointer,
+    split_pointer,
+)
 from engine.config.schedule_context import list_possible_horizons
 from engine.config.schema import schedule_schema
 from engine.config.violations import MAX_SUGGESTIONS, check_against_schema
@@ -23,6 +29,8 @@ from schedules.core.registry import find, read_torch_parameters, suggest
 from schedules.core.schedule import ParameterProblem
 
 __all__ = ["build_problems", "check_scheduler", "construct_schedule"]
+
+_MIN_UNKNOWN = 2  # unknown parameters, to suggest another type; one can be a misspelling
 
 
 def check_scheduler(
@@ -47,7 +55,18 @@ def check_scheduler(
         yield document.build_problem("unknown-scheduler", f"{pointer}/type", str(error), fix=fix)
         return
     params = block.get("params", {})
-    problems = check_against_schema(document, params, schema, f"{pointer}/params")
+    problems = [*check_against_schema(document, params, schema, f"{pointer}/params")]
+    unknown = [
+        get_last_key(each.pointer)
+        for each in problems
+        if each.rule == "unknown-key" and get_parent(each.pointer) == f"{pointer}/params"
+    ]
+    if meant := _find_other_type(params, unknown):
+        message = f"{block['type']} has no parameters {', '.join(f'`{key}`' for key in unknown)}."
+        hint = f"They are parameters of {meant}. Did you mean `{meant}`?"
+        fix = Fix(value=meant, is_certain=False)
+        yield document.build_problem("unknown-key", f"{pointer}/type", message, hint, fix=fix)
+        return
     for index, problem in enumerate(problems):
         yield _suggest_schedules(problem) if index < MAX_SUGGESTIONS else problem
 
@@ -66,6 +85,24 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
         "required": [each for each, is_required in parameters.items() if is_required],
         "additionalProperties": False,
     }
+
+
+def _find_other_type(params: Mapping[str, Any], unknown: Collection[str]) -> str | None:
+    """Return the only schedule that accepts all parameters, if most of them are unknown.
+
+    Args:
+        params: parameters of the block.
+        unknown: parameters that the type of the block does not have.
+    """
+    if len(unknown) < _MIN_UNKNOWN or 2 * len(unknown) <= len(params):
+        return None
+    found = [
+        name
+        for name, cls in SCHEDULES.items()
+        if params.keys() <= read_fields(cls).keys()
+        and all(key in params for key, field in read_fields(cls).items() if field.required)
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _suggest_schedules(problem: Problem) -> Problem:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import difflib
 import errno
+import glob
 import json
 import math
 import os
@@ -148,11 +149,18 @@ def _build_unreadable_error(name: str, message: str, hint: str = "") -> ConfigEr
 
 
 def _suggest_file(path: Path) -> str:
-    """Return a hint that names JSON files in the directory where a config file was not found."""
+    """Return a hint that names JSON files near the path where a config file was not found."""
     directory = path.parent.absolute()
     if not directory.is_dir():
-        return f"Check the path: {directory} is not a directory."
+        existing = next(each for each in directory.parents if each.is_dir())
+        for place in (Path(), existing):
+            if (place / path.name).is_file():
+                return f"Did you mean {place / path.name}?"
+        return f"Check the path: the directory {directory} does not exist."
     stems = {other.stem: other.name for other in sorted(directory.glob("*.json"))}
+    below = sorted(directory.glob(f"*/{glob.escape(path.name)}"))
+    if path.stem not in stems and len(below) == 1:
+        return f"Did you mean {path.parent / below[0].relative_to(directory)}?"
     if not stems:
         return f"Check the path: {directory} contains no JSON file."
     near = difflib.get_close_matches(path.stem, stems, n=1)

@@ -24,7 +24,7 @@ from engine.config.schema import (
 from engine.errors import Fix
 from schedules import SCHEDULES
 from schedules.core.fields import read_fields
-from schedules.core.spelling import edit_distance, find_nearest, suggest_fraction
+from schedules.core.spelling import edit_distance, find_abbreviation, find_nearest, suggest_fraction
 
 __all__ = ["Suggestion", "suggest_key", "suggest_optimizer"]
 
@@ -91,7 +91,10 @@ def suggest_key(
     ]
     # A short name may differ in two letters if only one similar key accepts the value's type.
     near = (
-        find_nearest(key, fitting) or find_nearest(key, absent) or _find_unique_match(key, fitting)
+        find_nearest(key, fitting)
+        or find_nearest(key, absent)
+        or _find_unique_match(key, fitting)
+        or find_abbreviation(key, fitting)
     )
     if near:
         return Suggestion(f"Did you mean `{near}`?", near, Fix(key=near, is_certain=False))

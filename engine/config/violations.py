@@ -18,7 +18,7 @@ from engine.config.schema import is_ignored, means_default
 from engine.config.suggestions import Suggestion, suggest_key
 from engine.config.wording import quote_value, shorten
 from engine.errors import Fix, Problem
-from schedules.core.durations import PATTERN, get_unit
+from schedules.core.durations import PATTERN, get_unit, list_examples, suggest_duration
 from schedules.core.fields import describe_schema
 
 __all__ = ["MAX_SUGGESTIONS", "check_against_schema", "get_suggested_pointer"]
@@ -126,7 +126,11 @@ def _convert_error(
             message = f"`{name}` must be {describe_schema(schema)}, got {quote_value(value)}."
             takes_auto = keyword == "pattern" and error.validator_value == "^auto$"
             kind = "wrong-type" if keyword == "type" or takes_auto else "out-of-range"
-            hint, fix = _suggest_unquoting(value, schema) if kind == "wrong-type" else ("", None)
+            hint, fix = "", None
+            if kind == "wrong-type" or keyword == "pattern":
+                hint, fix = _suggest_unquoting(value, schema)
+            if not hint:
+                hint, fix = _suggest_duration(value, schema)
             hint = (
                 hint
                 or _suggest_fraction_of_run(value, schema)
@@ -144,6 +148,23 @@ def _suggest_fraction_of_run(value: Any, schema: Mapping[str, Any]) -> str:
     if not accepts_fractions or not isinstance(value, float) or not 0 < value < 1:
         return ""
     return f'Write "{value:g}dur" for a fraction of the run.'
+
+
+def _suggest_duration(value: object, schema: Mapping[str, Any]) -> tuple[str, Fix | None]:
+    """Suggest a valid duration for a string such as "200 steps", and list the units for others.
+
+    Returns:
+        A hint and an automatic fix. The hint is empty if the key does not accept durations or the
+        value is not a string; the fix is None if the value is not known to mean a duration.
+    """
+    pattern = schema.get("pattern", "")
+    if not isinstance(value, str) or not re.search(pattern, "10ep") or not pattern:
+        return "", None
+    meant = suggest_duration(value)
+    validator = jsonschema.Draft202012Validator(schema, registry=_REGISTRY)
+    if meant is not None and validator.is_valid(meant):
+        return f"Did you mean {json.dumps(meant)}?", Fix(value=meant, is_certain=False)
+    return f"Write a number of steps, such as 200, or {list_examples(pattern)}.", None
 
 
 def _suggest_plain_number(value: object, schema: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from engine.config import ConfigError, Problem, Source, load_document
 from engine.config.named_code import find_named_code
 from engine.config.param_groups import read_hyperparameters
 from engine.config.parser import Document
-from engine.config.pointers import split_pointer
+from engine.config.pointers import dotted_name, join_pointer, split_pointer
 from engine.config.rules import RuleContext
 from engine.config.schedule_blocks import build_problems
 from engine.config.schedule_context import build_base_values, build_horizon, get_train_batch_size
@@ -21,6 +21,7 @@ from engine.display.auto_values import AutoValues, replace_auto_values
 from schedules import Horizon, Schedule, ScheduleError
 from schedules.core.controller import Base, Curves, Evidence
 from schedules.core.curves import constant
+from schedules.core.durations import DurationError, get_unit
 from schedules.core.imports import imports_allowed
 from schedules.core.trace import replay
 from schedules.plots import name_columns
@@ -104,6 +105,15 @@ class Preview:
         return int(self.horizon.scaled_steps or 0) or max(1, self.schedule.span)
 
     @property
+    def num_steps(self) -> int:
+        """Number of steps in the run; if unknown, the steps that the schedule takes.
+
+        The plot of a schedule that ends has one value more, because the last step reaches it.
+        """
+        is_past_end = self.span - 1 == self.schedule.length and not self.horizon.scaled_steps
+        return self.span - 1 if is_past_end else self.span
+
+    @property
     def columns(self) -> dict[str, Any]:
         """The curves, by column name; see `schedules.plots.name_columns`."""
         return name_columns(self.curves)
@@ -164,6 +174,7 @@ def preview_document(
     allow_imports: bool = False,
     auto: AutoValues | None = None,
     examined: tuple[Sequence[Problem], RuleContext | None] | None = None,
+    epochs_hint: str = "Use `--steps-per-epoch N`.",
 ) -> Preview:
     """Validate the schedule of a parsed config, and return a preview of it.
 
@@ -176,6 +187,7 @@ def preview_document(
         auto: see `preview`.
         examined: result of `examine` for the document, to avoid a second validation. Omit this
             argument if the config contains "auto".
+        epochs_hint: how to set the number of steps per epoch, for the message of the error.
 
     Raises:
         ConfigError: see `preview`.
@@ -202,6 +214,8 @@ def preview_document(
             raise ConfigError(document.name, problems)
         message = "The `scheduler` section is missing. Add it to preview a schedule."
         raise ConfigError(document.name, [Problem("missing-key", "error", "", 0, 0, message)])
+    if steps_per_epoch is None and (problems := [*_find_epochs(context, epochs_hint)]):
+        raise ConfigError(document.name, problems)
     try:
         horizon = build_horizon(
             context.get_section("engine"),
@@ -217,8 +231,39 @@ def preview_document(
         problems = build_problems(document, error, "/scheduler/params")
         raise ConfigError(document.name, problems) from None
     except ValueError as error:
-        problem = document.build_problem("schedule", "/scheduler/params", str(error))
+        is_length = isinstance(error, DurationError)
+        pointer = "/engine/max_duration" if is_length else "/scheduler/params"
+        problem = document.build_problem("schedule", pointer, str(error))
         raise ConfigError(document.name, [problem]) from None
+
+
+def _find_epochs(context: RuleContext, hint: str) -> Iterator[Problem]:
+    """Yield an error for each duration in epochs of the run and of the schedules."""
+    durations = {"/engine/max_duration": context.get_section("engine").get("max_duration")}
+    schedules = {"/scheduler": context.schedule}
+    for group, own in context.group_schedules.items():
+        schedules[f"/optimizer/param_groups/{group}/scheduler"] = own
+    for pointer, schedule in schedules.items():
+        for name in schedule.unresolved_fields if schedule is not None else ():
+            durations[join_pointer(f"{pointer}/params", name)] = getattr(schedule, name)
+    for pointer, value in durations.items():
+        for epochs in itertools.islice(_list_epochs(value), 1):  # one problem per parameter
+            name = f"`{dotted_name(pointer)}`"
+            message = f"{name}: {quote_value(epochs)} requires the number of steps per epoch."
+            yield context.document.build_problem("schedule", pointer, message, hint)
+
+
+def _list_epochs(value: Any) -> Iterator[str]:
+    """Yield the durations in epochs in a value, also those in lists and in nested schedules."""
+    if isinstance(value, Schedule):
+        value = [getattr(value, name) for name in value.unresolved_fields]
+    elif isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from _list_epochs(each)
+    elif get_unit(value) == "ep":
+        yield value
 
 
 def _build_preview(

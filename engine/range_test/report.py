@@ -16,7 +16,7 @@ import numpy as np
 from engine.display.terminal_plots import choose_ticks
 from engine.range_test.recorder import Run
 from engine.range_test.refinement import Refinement, build_short_cycle, refine
-from engine.range_test.suggestion import EDGE, Suggestion, suggest
+from engine.range_test.suggestion import Suggestion, suggest
 from engine.range_test.sweep import spread_over_groups
 from schedules.core.extras import require_package
 from schedules.plots import STYLE
@@ -169,7 +169,12 @@ class LRRangeReport:
         return spread_over_groups({"type": "OneCycle", "params": params}, lrs)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as a JSON-compatible dict. Losses that are not finite are None."""
+        """Return the report as a JSON-compatible dict. Losses that are not finite are None.
+
+        ``suggestion["rules"]`` has the learning rate that each rule selects. ``max_lr`` is the
+        median of those in ``suggestion["confidence"]["rules"]``, and ``"agree_within_factor"`` is
+        the ratio of the largest of them to the smallest.
+        """
         suggestion = self.suggestion
         return {
             "suggestion": {
@@ -177,6 +182,11 @@ class LRRangeReport:
                 "min_lr": self.min_lr,
                 "reason": suggestion.reason,
                 "rules": dict(suggestion.rules),
+                "confidence": suggestion.band
+                and {
+                    "rules": list(suggestion.edge_rules),
+                    "agree_within_factor": suggestion.band[1] / suggestion.band[0],
+                },
                 "of_each_run": self.max_lrs,
             },
             "refinement": self.refinement and self.refinement.to_json(),
@@ -206,7 +216,9 @@ class LRRangeReport:
             return table
         if suggestion.band:
             low, high = suggestion.band
-            table.add_row(f"{', '.join(EDGE)} agree within a factor of", f"{high / low:.2g}")
+            count = len(suggestion.edge_rules)
+            shown = f"{count} rules agree within a factor of {high / low:.2g}"
+            table.add_row("confidence", shown if count > 1 else "only one rule applies")
         if self.max_lrs:
             low, high = min(self.max_lrs), max(self.max_lrs)
             runs = f"suggestions of {len(self.max_lrs)} individual runs"

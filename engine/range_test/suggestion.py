@@ -72,8 +72,13 @@ class Suggestion:
 
         A narrow band means that the rules agree. The value is None if no rule in `EDGE` applies.
         """
-        edge = [self.rules[name] for name in EDGE if name in self.rules]
+        edge = [self.rules[name] for name in self.edge_rules]
         return (min(edge), max(edge)) if edge else None
+
+    @property
+    def edge_rules(self) -> tuple[str, ...]:
+        """The rules in `EDGE` that apply. ``max_lr`` is the median of their learning rates."""
+        return tuple(name for name in EDGE if name in self.rules)
 
 
 def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = None) -> Suggestion:

@@ -41,7 +41,11 @@ def train_pipeline(
     batches = batches or (repeat_batches(loader) if loader is not None else None)
     run._check_may_step()  # noqa: SLF001  # private to the package
     run.misuse.check_step(run.scheduler, run.accumulation, is_boundary=False)
-    result = run.backend.run_pipeline(batches, trains=True)
+    run.misuse.start_step()
+    try:
+        result = run.backend.run_pipeline(batches, trains=True)
+    finally:
+        run.misuse.end_step()
     if result is None:
         return None
     loss, run.counters.applied = result
@@ -70,13 +74,13 @@ def iterate_batches(loader: RunLoader | None, run: TrainingRun) -> Iterator[Any]
         )
     if not (run.length.is_known or run.is_trial):
         scheduler = run.scheduler
-        reason = "the run has no onecycle schedule"
+        reason = "the config has no `scheduler`. Add one, or set"
         if isinstance(scheduler, ScheduleBinder):
             run.length.schedule_steps = scheduler.length
-            reason = f"the schedule {scheduler.schedule.type_name} does not end"
+            reason = f"the schedule {scheduler.schedule.type_name} does not end. Set"
         if not run.length.is_known:
             raise MisuseError(
-                f"The length of the run is unknown, because {reason}. Set `engine.max_duration`, "
+                f"The length of the run is unknown, because {reason} `engine.max_duration`, "
                 'for example to "10ep".'
             )
     if run.is_over and run.backend.ranks.rank == 0:

@@ -284,7 +284,11 @@ class TrainingRun:
         counters.micro_steps += 1
         accumulation.micro_batches += 1
         accumulation.has_gradients = not is_boundary and self.backend.has_gradients()
-        counters.applied = is_boundary and self._step_optimizer()
+        self.misuse.start_step()
+        try:
+            counters.applied = is_boundary and self._step_optimizer()
+        finally:
+            self.misuse.end_step()
         if is_boundary:
             self._finish_step()
             self.misuse.note_step(scheduler, counters.global_steps)

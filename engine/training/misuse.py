@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from typing import Any, NoReturn, Protocol
 
@@ -59,9 +60,10 @@ class MisuseChecks:
     """Checks for mistakes in the training loop.
 
     The checks run at each backward pass, at each step and at the end of each epoch. They neither
-    synchronize the device nor communicate with other ranks. They add a hook to the optimizer to
-    count its steps, and change no other object of the script. An engine and the trial runs of its
-    LR range tests share one instance of this class.
+    synchronize the device nor communicate with other ranks. They add a hook to the optimizer, and
+    change no other object of the script. The hook counts the steps, and raises `MisuseError` if the
+    script itself takes two in a row. An engine and the trial runs of its LR range tests share one
+    instance of this class.
 
     Args:
         backend: backend of the engine.
@@ -73,7 +75,7 @@ class MisuseChecks:
         self._counter = _StepCounter(backend.basic_optimizer)
         self._is_position_known = False
         self._count_at_loss: int | None = None  # of the last loss; None after a call to `step`
-        self._losses_without_step = 0  # since the last call to `step`
+        self._finalizer = weakref.finalize(self, self._counter.warn_if_untrained, backend.ranks)
         # The next four attributes are the position after the last step.
         self._count = 0
         self._scheduler: Any = None
@@ -90,8 +92,10 @@ class MisuseChecks:
         ]
 
     def release(self) -> None:
-        """Remove the step-counting hook from the optimizer."""
+        """Remove the step-counting hook from the optimizer, and check the whole run."""
+        self._check_unfrozen()
         self._counter.release()
+        self._finalizer()
 
     def restart(self) -> None:
         """Discard the recorded step counts of the optimizer and the scheduler.
@@ -101,6 +105,7 @@ class MisuseChecks:
         """
         self._is_position_known = False
         self._count_at_loss = None
+        self._counter.forget_direct_steps()
 
     def check_loss(self, loss: object, accumulation: Accumulation) -> None:
         """Check the loss that a script passes to `backward` or `scale`.
@@ -117,14 +122,11 @@ class MisuseChecks:
         check_loss(loss)
         count = self._counter.count
         if self._count_at_loss not in (None, count):
-            raise MisuseError(
-                "The script calls `optimizer.step()`. Call `trainer.step()` instead. It steps the "
-                "optimizer and the schedule."
-            )
+            _raise_direct_step()
         self._count_at_loss = count
-        self._losses_without_step += 1
+        self._counter.losses += 1
         # Without managed accumulation, the script calls `step` once per batch.
-        if self._losses_without_step == _MANY_LOSSES and accumulation.is_managed:
+        if self._counter.losses == _MANY_LOSSES and accumulation.is_managed:
             self._warn(
                 f"`trainer.backward(loss)` was called {_MANY_LOSSES} times since the last call to "
                 "`trainer.step()`. Call `trainer.step()` after each micro-batch."
@@ -165,7 +167,7 @@ class MisuseChecks:
         """
         if not self._has_optimizer:
             _raise_without_optimizer()
-        self._count_at_loss, self._losses_without_step = None, 0
+        self._count_at_loss = None
         if self._is_position_known:
             self._check_position(scheduler)
         if accumulation.has_gradients:
@@ -177,6 +179,14 @@ class MisuseChecks:
         if self._claim.rivals:
             self._check_rivals()
         self._is_position_known = False  # until this step completes
+
+    def start_step(self) -> None:
+        """Allow optimizer steps until `end_step` is called."""
+        self._counter.start_step()
+
+    def end_step(self) -> None:
+        """Attribute the following optimizer steps to the script."""
+        self._counter.is_in_step = False
 
     def note_step(self, scheduler: Any, global_steps: int) -> None:
         """Record how many steps the optimizer and the scheduler have taken.
@@ -311,7 +321,7 @@ _CLAIMS: weakref.WeakSet[_Claim] = weakref.WeakSet()
 
 
 class _StepCounter:
-    """Counter of an optimizer's steps.
+    """Counter of an optimizer's steps, and of the losses since the last call to `step`.
 
     The optimizer's step hook refers to this object and not to the engine. The hook therefore does
     not keep the engine alive.
@@ -319,12 +329,41 @@ class _StepCounter:
 
     def __init__(self, optimizer: Any) -> None:
         self.count = 0
+        self.losses = 0
+        self.is_in_step = False  # whether the engine steps the optimizer
+        self._has_stepped = False
+        self._direct_steps = 0  # of the script, since the last call to `step`
         self._handle: Any = None
         if hasattr(optimizer, "_optimizer_step_post_hooks"):  # some wrappers have no hooks
             self._handle = optimizer.register_step_post_hook(self._add)
 
+    def start_step(self) -> None:
+        self._has_stepped = self.is_in_step = True
+        self.losses = 0
+        self.forget_direct_steps()
+
+    def forget_direct_steps(self) -> None:
+        self._direct_steps = 0
+
+    def warn_if_untrained(self, ranks: Ranks) -> None:
+        """Warn if `step` was never called although there were several losses."""
+        has_failed = hasattr(sys, "last_value")
+        if self.losses > 1 and not self._has_stepped and ranks.rank == 0 and not has_failed:
+            log.warning(
+                "`trainer.backward(loss)` was called %d times, but `trainer.step()` was never "
+                "called, so the model was not trained; call `trainer.step()` after each backward "
+                "pass",
+                self.losses,
+            )
+
     def _add(self, *_: object) -> None:
         self.count += 1
+        if self.is_in_step:
+            return
+        self._direct_steps += 1
+        # A single step may create the optimizer state, as torch.distributed.checkpoint does.
+        if self._direct_steps > 1:
+            _raise_direct_step()
 
     def release(self) -> None:
         if self._handle is not None:
@@ -361,6 +400,14 @@ def _raise_without_optimizer() -> NoReturn:
         "The engine was built without an optimizer, so it cannot train the model. Pass the "
         'argument `optimizer` to `initialize`, or add "optimizer": {"type": "AdamW", "params": '
         '{"lr": 0.001}} to the config.'
+    )
+
+
+def _raise_direct_step() -> NoReturn:
+    raise MisuseError(
+        "The script calls `optimizer.step()`. Call `trainer.backward(loss)` and `trainer.step()` "
+        "instead. They average the gradients over all ranks, and step the optimizer and the "
+        "schedule."
     )
 
 

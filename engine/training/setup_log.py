@@ -87,13 +87,24 @@ def log_setup(
     return setup
 
 
+class _Formatter(logging.Formatter):
+    """Formatter that puts the level before warnings and errors only."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        is_severe = record.levelno >= logging.WARNING
+        return f"{record.levelname.lower()}: {text}" if is_severe else text
+
+
 def enable_logging() -> None:
     """Print the ``onecycle`` logger's messages of level INFO and above.
 
     If the user has already configured a handler or a level, it is kept.
     """
     if not log.hasHandlers():
-        log.addHandler(logging.StreamHandler())
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Formatter())
+        log.addHandler(handler)
     if log.level == logging.NOTSET:
         log.setLevel(logging.INFO)
 

@@ -170,6 +170,7 @@ def compute_curves(
             steps_per_epoch=steps_per_epoch,
             auto=AutoValues(total_steps=settings.steps),
             examined=examined,
+            epochs_hint="Enter the steps per epoch or the dataset size.",
         )
 
     # "auto" is replaced for the curves, so the config must be validated again.

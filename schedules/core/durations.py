@@ -9,6 +9,7 @@ converted with numbers from a `Horizon`, such as the number of steps per epoch.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -23,12 +24,30 @@ __all__ = [
     "get_unit",
     "has_data_durations",
     "is_time_string",
+    "list_examples",
+    "suggest_duration",
 ]
 
 _UNIT = "[eE][pP]|[bB][aA]|[sS][pP]|[tT][oO][kK]|[dD][uU][rR]"
 PATTERN = rf"^\s*[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?\s*({_UNIT})\s*$"
 _TIME = re.compile(r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]+)\s*")
 _WHOLE = ("ep", "ba", "sp", "tok")
+_EXAMPLES = {
+    "200ba": "steps",
+    "10ep": "epochs",
+    "4096sp": "samples",
+    "1e9tok": "tokens",
+    "0.1dur": "fraction of the run",
+}
+_WORDS = {
+    "step": "ba",
+    "batch": "ba",
+    "iter": "ba",
+    "iteration": "ba",
+    "epoch": "ep",
+    "sample": "sp",
+    "token": "tok",
+}
 
 MAX_STEPS = 2**53
 """Maximum number of steps in a run or duration. Floats represent integers up to 2**53 exactly."""
@@ -122,6 +141,30 @@ def get_unit(value: Any) -> str | None:
     """
     match = _TIME.fullmatch(value) if isinstance(value, str) else None
     return match[2].lower() if match else None
+
+
+def list_examples(pattern: str = PATTERN) -> str:
+    """Return an example of a time string for each unit that a regular expression accepts.
+
+    >>> list_examples("ep|ba")
+    '"200ba" (steps) or "10ep" (epochs)'
+    """
+    *most, last = (f'"{e}" ({unit})' for e, unit in _EXAMPLES.items() if re.search(pattern, e))
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def suggest_duration(text: str) -> int | str | None:
+    """Return the duration that a text with a unit in words means; None if there is none.
+
+    >>> suggest_duration("200 steps"), suggest_duration("10 Epochs"), suggest_duration("2 weeks")
+    (200, '10ep', None)
+    """
+    match = _TIME.fullmatch(text)
+    word = match[2].lower() if match else ""
+    unit = _WORDS.get(word) or _WORDS.get(word.removesuffix("s")) or _WORDS.get(word[:-2])
+    if match is None or unit is None or not float(match[1]).is_integer():
+        return None
+    return int(float(match[1])) if unit == "ba" else match[1] + unit
 
 
 def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
@@ -233,9 +276,10 @@ def _parse(text: str) -> tuple[float, str]:
     match = _TIME.fullmatch(text)
     unit = match[2].lower() if match else ""
     if match is None or unit not in (*_WHOLE, "dur"):
+        meant = suggest_duration(text)
+        hint = f"Use {list_examples()}." if meant is None else f"Did you mean {json.dumps(meant)}?"
         raise DurationError(
-            'A duration must be a number of steps or a string such as "10ep" or "0.1dur", got '
-            f"{text!r}. Use one of the units ep, ba, sp, tok and dur."
+            f"A duration must be a number of steps or a time string, got {text!r}. {hint}"
         )
     value = _check_length(float(match[1]), repr(text))
     if unit != "dur" and value != int(value):

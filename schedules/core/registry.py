@@ -13,7 +13,7 @@ from schedules.core.durations import Horizon
 from schedules.core.fields import accepts, describe_schema, read_fields
 from schedules.core.imports import import_attribute, require_imports
 from schedules.core.schedule import ParameterProblem, Schedule, ScheduleError
-from schedules.core.spelling import find_nearest, suggest_fraction
+from schedules.core.spelling import find_abbreviation, find_nearest, suggest_fraction
 
 __all__ = ["SCHEDULES", "build", "find", "from_config", "register", "suggest", "to_class"]
 
@@ -324,6 +324,8 @@ def _describe_unknown(cls: type[Schedule[Any]], name: str, params: Mapping[str, 
     if hint := suggest_fraction(name, params[name], absent):
         return f"{message} {hint}"
     if near := find_nearest(name, fitting) or find_nearest(name, absent):
+        return f"{message} Did you mean `{near}`?"
+    if near := find_abbreviation(name, fitting):
         return f"{message} Did you mean `{near}`?"
     owners = [other for other, known in SCHEDULES.items() if name in read_fields(known)]
     if owners:

@@ -6,11 +6,13 @@ If no known name is similar, nothing is suggested, because a wrong suggestion is
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
-__all__ = ["edit_distance", "find_nearest", "suggest_fraction"]
+__all__ = ["edit_distance", "find_abbreviation", "find_nearest", "suggest_fraction"]
 
 _WARMUP_FRACTIONS = {"warmup_fraction", "warmup_proportion", "warmup_ratio"}
+_MIN_ABBREVIATION = 3
+"""Minimum number of letters in an abbreviation of a word."""
 _WARMUPS = ("warmup_num_steps", "warmup_steps", "lr_warmup_steps", "t_warmup", "warmup")
 
 
@@ -44,6 +46,38 @@ def find_nearest(name: str, known: Collection[str]) -> str | None:
         return folded[close[0]]
     longer = [other for other in folded if "_" in low and other.partition("_")[2] == low]
     return folded[longer[0]] if len(longer) == 1 else None
+
+
+def find_abbreviation(name: str, known: Collection[str]) -> str | None:
+    """Return the known name that abbreviates ``name`` or is abbreviated by it; None if not unique.
+
+    The words of both names are compared in order. In each pair, one word must be the start of the
+    other one. A plural "s" is ignored.
+
+    >>> find_abbreviation("directory", ["dir", "every"])
+    'dir'
+    >>> find_abbreviation("max_iter", ["max_iterations", "max_lr"])
+    'max_iterations'
+    >>> find_abbreviation("fp16_opt_level", ["fp16"])
+    """
+    words = _split_words(name)
+    found = [other for other in known if _abbreviates(words, _split_words(other))]
+    return found[0] if len(found) == 1 else None
+
+
+def _abbreviates(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Return whether each word is the start of the word at the same position, or the reverse."""
+    if len(one) != len(other):
+        return False
+    pairs = [sorted(pair, key=len) for pair in zip(one, other, strict=True)]
+    return all(
+        long == short or (long.startswith(short) and len(short) >= _MIN_ABBREVIATION)
+        for short, long in pairs
+    )
+
+
+def _split_words(name: str) -> list[str]:
+    return [word.removesuffix("s") for word in name.lower().split("_")]
 
 
 def suggest_fraction(name: str, value: object, known: Collection[str]) -> str | None:

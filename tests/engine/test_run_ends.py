@@ -298,6 +298,34 @@ def test_steps_on_data_of_another_loader_warn_once(caplog):
     assert "does not use the data loader" not in caplog.text
 
 
+def test_resumed_run_on_data_of_another_loader_raises_if_it_could_train_too_long(tmp_path):
+    trainer, loader = start(tmp_path)
+    train_epoch(trainer, loader)
+    own = torch.utils.data.DataLoader(build_data(), batch_size=BATCH)
+    trainer, _ = start(tmp_path)
+    with pytest.raises(MisuseError, match="Iterate over this loader"):
+        train_epoch(trainer, own)
+    trainer, _ = start(tmp_path)
+    for _ in range(trainer.epoch, 2):
+        train_epoch(trainer, own)
+
+
+def test_log_tells_where_the_schedule_ends_if_the_run_ends_elsewhere(tmp_path, caplog):
+    params = {"warmup_max_lr": 0.1, "warmup_num_steps": 1, "total_num_steps": 40}
+    config = {
+        "train_batch_size": BATCH,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
+        "scheduler": {"type": "WarmupDecayLR", "params": params},
+        "engine": {"checkpoint": {"dir": str(tmp_path), "every": 3}},
+    }
+    trainer, _, loader, _ = engine.initialize(
+        config=config, model=torch.nn.Linear(2, 1), training_data=build_data()
+    )
+    train_epoch(trainer, loader)
+    trainer.destroy()
+    assert f"training ended at step {STEPS_PER_EPOCH}; the schedule ends at step 40" in caplog.text
+
+
 def test_destroy_while_an_exception_is_handled_saves_nothing(tmp_path, monkeypatch):
     monkeypatch.delattr(sys, "last_value", raising=False)
     trainer, loader = start(tmp_path)

@@ -57,10 +57,12 @@ def test_batches_end_with_the_schedule_if_the_run_has_no_length():
     assert trainer.get_lr() == [0.01]
 
 
-@pytest.mark.parametrize("scheduler", [None, {"type": "WarmupLR"}])
-def test_batches_without_a_length_are_an_error(scheduler):
+@pytest.mark.parametrize(
+    ("scheduler", "cause"), [(None, "`scheduler`"), ({"type": "WarmupLR"}, "WarmupLR")]
+)
+def test_batches_without_a_length_are_an_error(scheduler, cause):
     trainer = start(scheduler=scheduler)
-    with pytest.raises(MisuseError, match=r"length of the run is unknown.*`engine.max_duration`"):
+    with pytest.raises(MisuseError, match=f"{cause}.*`engine.max_duration`"):
         trainer.batches()
 
 

@@ -274,7 +274,8 @@ def _preview_configs(args: argparse.Namespace) -> _PlotData:
         )
     changed = f" with {', '.join(args.set)}" if args.set else ""
     title = " and ".join((f"{first.title} of {args.file}{changed}", *compared))
-    summary = f"{steps} steps of {first.schedule.type_name}"
+    drawn = max((first, *others.values()), key=lambda each: each.span)
+    summary = f"{args.steps or drawn.num_steps} steps of {first.schedule.type_name}"
     autos = {
         path: each.auto_values
         for path, each in {**others, args.file: first}.items()

@@ -16,6 +16,7 @@ from engine.config.batch_sizes import (
     derive_batch_sizes,
 )
 from engine.config.rules.context import Rule, RuleContext
+from engine.config.wording import count_noun
 from engine.errors import Problem
 
 __all__ = ["RULES"]
@@ -40,6 +41,8 @@ def _check_batch_sizes(context: RuleContext) -> Iterator[Problem]:
         pointer = f"/{error.key}" if error.key else ""
         yield context.error("batch-sizes", pointer, str(error), error.hint)
         return
+    if context.world_size is None and ranks.tensor_parallel == 1:
+        yield from _check_possible_ranks(context, given)
     if train not in {None, sizes.train}:
         message = (
             f"`train_batch_size` is {train}, but a batch has only {sizes.train} samples. The value "
@@ -47,6 +50,20 @@ def _check_batch_sizes(context: RuleContext) -> Iterator[Problem]:
         )
         hint = f"Set it to {sizes.train}."
         yield context.note("batch-sizes", "/train_batch_size", message, hint)
+
+
+def _check_possible_ranks(context: RuleContext, given: Mapping[str, int]) -> Iterator[Problem]:
+    """Yield a note if the batch sizes are valid for only one number of ranks."""
+    key, *others = (key for key in BATCH_KEYS if key in given)
+    per_rank = math.prod(given[other] for other in others)
+    if key != BATCH_KEYS[0] or not others or (len(others) == 1 and given[key] != per_rank):
+        return
+    is_parallel = bool(count_ranks_per_model(context.config))
+    ranks = count_noun(given[key] // per_rank, "data-parallel rank" if is_parallel else "rank")
+    factors = " x ".join(f"`{other}` ({given[other]})" for other in others)
+    message = f"The batch sizes require {ranks}: `{key}` ({given[key]}) = {factors} x {ranks}."
+    hint = f"For any other number of ranks, remove `{key}`."
+    yield context.note("batch-sizes", f"/{key}", message, hint)
 
 
 def _build_unfitting_problem(

@@ -4,6 +4,7 @@ import csv
 import importlib.metadata
 import io
 import json
+from pathlib import Path
 
 import pytest
 
@@ -103,6 +104,52 @@ def test_plot_writes_an_image(tutorial, tmp_path, monkeypatch):
     status, _, err = run("plot", tutorial, "-o", "/proc/none/x.png")
     assert status == USAGE
     assert err.startswith("onecycle: ")
+
+
+def test_plot_summary_counts_the_steps_of_the_schedule(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2, "cycle_first_step_size": 30}
+    Path("c.json").write_text(json.dumps({"scheduler": {"type": "OneCycle", "params": params}}))
+    assert run("plot", "c.json")[1] == "c.png: 60 steps of OneCycle\n"
+    assert run("plot", "c.json", "--compare", "StepLR")[1] == "c.png: 60 steps of OneCycle\n"
+    assert run("plot", "c.json", "--steps", 61)[1] == "c.png: 61 steps of OneCycle\n"
+    assert len(run("plot", "c.json", "--csv", "-")[1].splitlines()) == 62  # steps 0 to 60
+
+
+@pytest.mark.parametrize(
+    ("config", "pointer"),
+    [
+        ({"engine": {"max_duration": "2ep"}}, "engine.max_duration"),
+        ({"scheduler": {"type": "StepLR", "params": {"step_size": "1ep"}}}, "step_size"),
+        (
+            {
+                "scheduler": {
+                    "type": "SequentialLR",
+                    "params": {
+                        "schedulers": [
+                            {"type": "StepLR", "params": {"step_size": 5}},
+                            {"type": "StepLR", "params": {"step_size": "1ep"}},
+                        ],
+                        "milestones": [5],
+                    },
+                }
+            },
+            "schedulers",
+        ),
+    ],
+)
+def test_plot_epochs_of_unknown_length_name_the_option(tmp_path, config, pointer):
+    path = tmp_path / "c.json"
+    scheduler = {"type": "StepLR", "params": {"step_size": 5}}
+    path.write_text(json.dumps({"scheduler": scheduler} | config, indent=1))
+    status, out, _ = run("plot", path, "-t")
+    assert status == INVALID
+    out = " ".join(out.split())
+    assert "`--steps-per-epoch N`" in out
+    assert "initialize" not in out
+    line = int(out.split(":")[1])
+    assert f'"{pointer.rpartition(".")[2]}"' in path.read_text().splitlines()[line - 1]
+    assert run("plot", path, "-t", "--steps-per-epoch", 20)[0] == OK
 
 
 def test_plot_terminal_names_the_phases(tutorial):
@@ -317,7 +364,7 @@ def test_plot_duration_in_epochs_without_epoch_length_reports_the_fix(tmp_path):
     status, out, _ = run("plot", path)
     assert status == INVALID
     assert "`engine.max_duration`" in out
-    assert "'10ep'" in out
+    assert '"10ep"' in out
     assert "--steps-per-epoch" in out
 
 

@@ -92,4 +92,25 @@ def test_sizes_are_valid_without_a_world_size_if_some_number_of_ranks_fits(
 ):
     config = dict(zip(BATCH_KEYS, (train, micro, accumulation), strict=True))
     fits = any(not check(load_document(config), ranks) for ranks in range(1, 25))
-    assert (check(load_document(config), None) == []) == fits
+    assert all(each.severity == "note" for each in check(load_document(config), None)) == fits
+
+
+@pytest.mark.parametrize(
+    ("sizes", "needed"),
+    [
+        ((32, 4, 2), 4),
+        ((32, 32, None), 1),
+        ((32, None, 32), 1),
+        ((32, 16, None), None),
+        ((32, None, None), None),
+        ((None, 4, 2), None),
+    ],
+)
+def test_sizes_that_fit_one_world_size_are_noted_without_a_world_size(sizes, needed):
+    config = {key: size for key, size in zip(BATCH_KEYS, sizes, strict=True) if size}
+    problems = check(load_document(config), None)
+    assert [(each.rule, each.severity) for each in problems] == [
+        ("batch-sizes", "note") for _ in [needed] if needed
+    ]
+    assert all(str(needed) in each.message for each in problems)
+    assert check(load_document(config), needed or 1) == []

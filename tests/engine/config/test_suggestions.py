@@ -10,7 +10,7 @@ from engine.config.validate import check
 from schedules import SCHEDULES, ScheduleError, from_config
 from schedules.core.fields import read_fields
 from schedules.core.registry import _OTHER_NAMES
-from schedules.core.spelling import find_nearest
+from schedules.core.spelling import find_abbreviation, find_nearest
 
 
 def suggest_in_validate(name, key, value):
@@ -38,6 +38,7 @@ def suggest_in_constructor(name, key, value):
         ("OneCycle", "max_lr", "cycle_max_lr"),
         ("OneCycle", "cycle_mx_lr", "cycle_max_lr"),
         ("StepLR", "gama", "gamma"),
+        ("LinearLR", "total_iterations", "total_iters"),
         ("StepLR", "patience_of_job", ""),
         ("WarmupCosineLR", "warmup_ratio", ""),
     ],
@@ -73,6 +74,20 @@ def test_nearest_returns_one_name_or_none(name, known, expected):
     assert find_nearest(name, known) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "known", "expected"),
+    [
+        ("directory", ["dir", "every"], "dir"),
+        ("accumulation_steps", ["accum_steps", "accum_dtype"], "accum_steps"),
+        ("accum", ["accumulate", "accumulation"], None),
+        ("zero_optimization_stage", ["zero_optimization"], None),
+        ("b_size", ["batch_size"], None),
+    ],
+)
+def test_find_abbreviation_returns_a_unique_match_or_none(name, known, expected):
+    assert find_abbreviation(name, known) == expected
+
+
 def find_hint(config):
     """Return the pointer and the hint of the only error or warning of a config."""
     problems = check(parse(json.dumps({"train_batch_size": 8, **config}), "f"), None)
@@ -98,6 +113,26 @@ def test_unknown_optimizer_suggests_the_one_of_which_it_is_an_implementation(nam
     assert (pointer, hint) == ("/optimizer/type", f"Did you mean `{meant}`?")
 
 
+@pytest.mark.parametrize(
+    ("value", "meant"), [("200 steps", "200"), ("10 epochs", '"10ep"'), ("5 Batches", "5")]
+)
+def test_duration_with_a_unit_in_words_suggests_the_value(value, meant):
+    schedule = {"type": "StepLR", "params": {"step_size": value}}
+    for config in ({"engine": {"max_duration": value}}, {"scheduler": schedule}):
+        assert find_hint(config)[1] == f"Did you mean {meant}?"
+    with pytest.raises(ScheduleError, match=f"Did you mean {meant}"):
+        from_config(schedule)
+
+
+def test_duration_with_an_unknown_unit_lists_the_units():
+    schedule = {"type": "StepLR", "params": {"step_size": "2 weeks"}}
+    for unit in ("200ba", "10ep", "4096sp", "1e9tok"):
+        assert f'"{unit}"' in find_hint({"engine": {"max_duration": "2 weeks"}})[1]
+        assert f'"{unit}"' in find_hint({"scheduler": schedule})[1]
+    assert "dur" not in find_hint({"engine": {"max_duration": "2 weeks"}})[1].lower()
+    assert find_hint({"engine": {"max_duration": "5"}})[1] == "Write 5 without quotes."
+
+
 def test_unknown_optimizer_without_a_counterpart_has_no_suggestion():
     assert "initialize(optimizer=" in find_hint({"optimizer": {"type": "Shampoo"}})[1]
 
@@ -121,6 +156,18 @@ def test_unknown_schedule_suggests_the_counterpart(name, meant):
     assert message.endswith(f"Did you mean `{meant}`?")
     with pytest.raises(ValueError, match=f"Did you mean `{meant}`"):
         from_config({"type": name})
+
+
+def test_params_of_another_schedule_are_one_error_that_suggests_it():
+    params = {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2, "cycle_first_step_size": 30}
+    for name in ("OneCycleLR", "WarmupLR"):
+        pointer, hint = find_hint({"scheduler": {"type": name, "params": params}})
+        assert pointer == "/scheduler/type"
+        assert hint.endswith("Did you mean `OneCycle`?")
+    pointer, _ = find_hint(
+        {"scheduler": {"type": "StepLR", "params": {"step_size": 5, "T_max": 9}}}
+    )
+    assert pointer == "/scheduler/params/T_max"
 
 
 def test_names_of_other_libraries_stand_for_known_schedules():
@@ -160,6 +207,11 @@ def test_names_of_other_libraries_stand_for_known_schedules():
             {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0.03}}},
             "/scheduler/params/warmup_num_steps",
             'Write "0.03dur" for a fraction of the run.',
+        ),
+        (
+            {"engine": {"checkpoint": {"directory": "run"}}},
+            "/engine/checkpoint/directory",
+            "Did you mean `dir`?",
         ),
         ({"bf16": True}, "/bf16", 'Write {"enabled": true}.'),
         (

@@ -3,6 +3,7 @@
 import copy
 import json
 import types
+from pathlib import Path
 
 import pytest
 
@@ -279,8 +280,22 @@ def test_validate_missing_file_suggests_a_similar_name(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"contains ds_config\.json, other\.json"):
         validate(tmp_path / "train.json")
-    with pytest.raises(ConfigError, match="is not a directory"):
-        validate(tmp_path / "nowhere" / "ds_config.json")
+    with pytest.raises(ConfigError, match="nowhere does not exist"):
+        validate(tmp_path / "nowhere" / "train.json")
+
+
+def test_validate_missing_directory_suggests_the_file_of_the_same_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("ds_config.json")
+    path.write_text("{}")
+    for missing in ("configs/ds_config.json", tmp_path / "configs" / "ds_config.json"):
+        with pytest.raises(ConfigError) as error:
+            validate(missing)
+        assert str(error.value) == f"{missing}: File not found. Did you mean ds_config.json?"
+    Path("configs").mkdir()
+    path.rename("configs/ds_config.json")
+    with pytest.raises(ConfigError, match=r"Did you mean configs/ds_config\.json"):
+        validate("ds_config.json")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The report of an LR range test: the reason why there is no suggestion."""
 
+import math
+
 import pytest
 
 from engine.range_test.recorder import Run
@@ -34,3 +36,25 @@ def test_report_of_a_schedule_in_a_config_names_the_last_step():
         "The script ended at a learning rate of 2.99e-05; let it train for more steps, or increase "
         "`lr_range_test_step_rate`"
     )
+
+
+def test_report_states_how_closely_the_rules_agree():
+    lrs = [10 ** (-6 + step / 40) for step in range(240)]
+    losses = [2 - math.tanh(3 * (step / 120 - 1)) + 4 * (step > 200) for step in range(240)]
+    report = LRRangeReport((Run(lrs, losses, [None] * 240, facts={"steps": 240}, end="steps"),))
+    found = report.to_json()["suggestion"]
+    confidence = found["confidence"]
+    assert confidence["rules"] == ["end of descent", "minimum", "divergence / 10"]
+    selected = [found["rules"][name] for name in confidence["rules"]]
+    factor = confidence["agree_within_factor"]
+    assert factor == max(selected) / min(selected)
+    (row, *_), (value, *_) = (
+        [cell for cell in column.cells if "confidence" in cell or "factor" in cell]
+        for column in report.table().columns
+    )
+    assert row == "confidence"
+    assert value == f"3 rules agree within a factor of {factor:.2g}"
+
+
+def test_report_without_a_suggestion_has_no_confidence():
+    assert build_report(60, 60, "steps").to_json()["suggestion"]["confidence"] is None

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import logging
+import sys
 
 import pytest
 import torch
@@ -113,8 +115,35 @@ def test_optimizer_step_in_place_of_the_trainers_raises_at_the_next_loss():
     trainer = build_engine(scheduler=WARMUP)
     backward(trainer)
     trainer.optimizer.step()
-    with pytest.raises(MisuseError, match=r"Call `trainer\.step\(\)` instead"):
+    with pytest.raises(MisuseError, match=r"and `trainer\.step\(\)` instead"):
         backward(trainer)
+
+
+@pytest.mark.parametrize("uses_engine", [True, False])
+def test_loop_that_steps_only_the_optimizer_raises(uses_engine):
+    model = torch.nn.Linear(2, 1)
+    trainer, loader = start(model, training_data=dataset(8))
+    forward = trainer if uses_engine else model
+    with pytest.raises(MisuseError, match=r"Call `trainer\.backward\(loss\)` and"):
+        for (x,) in loader:
+            forward(x).mean().backward()
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+    assert trainer.global_steps == 0
+
+
+@pytest.mark.parametrize(("losses", "steps", "warns"), [(1, 0, 0), (3, 1, 0), (3, 0, 1)])
+def test_loop_without_a_step_warns_when_the_engine_is_freed(
+    losses, steps, warns, caplog, monkeypatch
+):
+    monkeypatch.delattr(sys, "last_value", raising=False)  # set by pytest if a test has failed
+    trainer, _ = start(torch.nn.Linear(2, 1))
+    train(trainer, steps)
+    for _ in range(losses):
+        backward(trainer)
+    del trainer
+    gc.collect()
+    assert caplog.text.count("was never called") == warns
 
 
 def test_many_losses_without_a_step_warn_once(caplog):

@@ -60,7 +60,9 @@ def test_schedule_invalid_item_is_named(name, params, message):
 
 def test_schedule_duration_of_0_steps_in_a_short_run_is_named():
     schedule = schedules.WarmupDecayLR(warmup_num_steps="0.03dur", total_num_steps="1dur")
-    with pytest.raises(ScheduleError, match=r"`warmup_num_steps`: '0.03dur' is 0 steps in this"):
+    with pytest.raises(
+        ScheduleError, match=r"`warmup_num_steps`: '0.03dur' converts to 0 steps in this"
+    ):
         schedule.resolve(Horizon(total_steps=20))
 
 
