@@ -32,7 +32,7 @@ from engine.backends.deepspeed_checkpoint import (
 from engine.backends.deepspeed_config import build_deepspeed_config
 from engine.backends.deepspeed_import import import_for_config
 from engine.backends.deepspeed_layout import Layout
-from engine.backends.deepspeed_optimizer import prepare_optimizer
+from engine.backends.deepspeed_optimizer import prepare_optimizer, update_muon_momentum
 from engine.backends.deepspeed_order import BackwardOrder
 from engine.backends.deepspeed_structure import check_structure, read_weights
 from engine.checkpoint.deepspeed_files import DeepSpeedFiles, SavedTensor
@@ -130,6 +130,8 @@ class DeepSpeedBackend(Backend):
 
     @override
     def prepare_backward(self, *, is_last: bool) -> None:
+        if self._trains:
+            update_muon_momentum(self.engine.optimizer)
         if self._trains and self._is_managed:
             self.engine.set_gradient_accumulation_boundary(is_last)
 

@@ -13,7 +13,7 @@ from engine.training.arguments import check_are_in_model
 from engine.training.gradient_averaging import find_sparse_weights
 from engine.training.optimizers import OptimizerFactory, build_optimizer, is_buildable
 
-__all__ = ["prepare_optimizer"]
+__all__ = ["prepare_optimizer", "update_muon_momentum"]
 
 
 def prepare_optimizer(
@@ -62,3 +62,27 @@ def prepare_optimizer(
     trained = optimizer.param_groups if isinstance(optimizer, Optimizer) else groups
     check_are_in_model(model, trained, "DeepSpeed")
     return optimizer, parameters, trained
+
+
+def update_muon_momentum(optimizer: Any) -> None:
+    """Let Muon at ZeRO stage 3 use the current momentum of its param groups.
+
+    DeepSpeed reads the momentum only when it builds the optimizer, so a schedule of the momentum
+    would have no effect.
+
+    Args:
+        optimizer: DeepSpeed's optimizer. Other optimizers than Muon at stage 3 are ignored.
+
+    Raises:
+        ValueError: the param groups have different momenta, which DeepSpeed does not support.
+    """
+    if getattr(optimizer, "muon_beta", None) is None:
+        return
+    groups = optimizer.param_groups
+    momenta = sorted({group["momentum"] for group in groups if group.get("use_muon")})
+    if len(momenta) > 1:
+        raise ValueError(
+            "With Muon and ZeRO stage 3, all param groups must have the same momentum, got "
+            f"{' and '.join(map(str, momenta))}. Use one momentum schedule for all of them."
+        )
+    optimizer.muon_beta = momenta[0]

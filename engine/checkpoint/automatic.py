@@ -210,7 +210,7 @@ class AutomaticCheckpoints:
         if directory is not None and self._checkpointer.is_saved(run, directory):
             state = "being saved to" if self._checkpointer.is_saving else "in"
             parts.append(f"the last checkpoint is {state} {directory}")
-        if not self._has_trained:
+        if directory is not None and not self._has_trained:
             parts.append("to start a new run, set another `engine.checkpoint.dir`")
         log.info("%s", "; ".join(parts))
 

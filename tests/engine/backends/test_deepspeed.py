@@ -1,9 +1,12 @@
 """DeepSpeed: the ways to run a backward pass, steps with NaN, and loops that raise."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import engine
+from engine.backends.deepspeed_optimizer import update_muon_momentum
 from engine.errors import MisuseError
 from tests.testing import replicas
 from tests.testing.distributed import run_distributed_test
@@ -140,3 +143,14 @@ def initialize_inside_zero_init():
 
 def test_initialize_inside_zero_init_suspends_the_context():
     run_distributed_test(initialize_inside_zero_init, 2)
+
+
+def test_momentum_schedule_reaches_muon_at_stage_3():
+    muon, other = {"use_muon": True, "momentum": 0.5}, {"use_muon": False, "betas": (0.9, 0.95)}
+    optimizer = SimpleNamespace(muon_beta=0.9, param_groups=[muon, other, dict(muon)])
+    update_muon_momentum(optimizer)
+    assert optimizer.muon_beta == 0.5
+    muon["momentum"] = 0.6
+    with pytest.raises(ValueError, match=r"the same momentum, got 0\.5 and 0\.6"):
+        update_muon_momentum(optimizer)
+    update_muon_momentum(SimpleNamespace(param_groups=[other]))  # as of Adam
