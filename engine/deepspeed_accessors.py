@@ -244,6 +244,7 @@ class DeepSpeedAccessors(nn.Module):
     @property
     def global_samples(self) -> int:
         """The number of samples in all optimizer steps so far, summed over all ranks."""
+        self._run.length.is_position_known = True
         return self._run.latest.global_samples
 
     @property
@@ -254,6 +255,7 @@ class DeepSpeedAccessors(nn.Module):
     @property
     def micro_steps(self) -> int:
         """The number of micro-batches processed so far."""
+        self._run.length.is_position_known = True
         return self._run.latest.micro_steps
 
     @micro_steps.setter

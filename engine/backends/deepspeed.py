@@ -130,8 +130,6 @@ class DeepSpeedBackend(Backend):
 
     @override
     def prepare_backward(self, *, is_last: bool) -> None:
-        if self._trains:
-            update_muon_momentum(self.engine.optimizer)
         if self._trains and self._is_managed:
             self.engine.set_gradient_accumulation_boundary(is_last)
 
@@ -178,6 +176,7 @@ class DeepSpeedBackend(Backend):
             return False
         if self._is_managed:
             self.engine.set_gradient_accumulation_boundary(is_boundary=True)
+        update_muon_momentum(self.engine.optimizer)
         self.engine.step()
         applied: bool = self.engine.was_step_applied()
         if scaler and scaler.get_scale() < before:

@@ -67,16 +67,17 @@ def prepare_optimizer(
 def update_muon_momentum(optimizer: Any) -> None:
     """Let Muon at ZeRO stage 3 use the current momentum of its param groups.
 
-    DeepSpeed reads the momentum only when it builds the optimizer, so a schedule of the momentum
-    would have no effect.
+    Without offloading, DeepSpeed reads the momentum only when it builds the optimizer, so a
+    momentum schedule would have no effect.
 
     Args:
-        optimizer: DeepSpeed's optimizer. Other optimizers than Muon at stage 3 are ignored.
+        optimizer: DeepSpeed's optimizer. It is ignored unless it is Muon at stage 3 without
+            offloading.
 
     Raises:
         ValueError: the param groups have different momenta, which DeepSpeed does not support.
     """
-    if getattr(optimizer, "muon_beta", None) is None:
+    if getattr(optimizer, "muon_beta", None) is None or optimizer.offload_optimizer:
         return
     groups = optimizer.param_groups
     momenta = sorted({group["momentum"] for group in groups if group.get("use_muon")})

@@ -17,6 +17,7 @@ from engine.checkpoint.collectives import call_on_rank_0, find_missing_ranks
 from engine.checkpoint.manager import Checkpointer
 from engine.checkpoint.run_interface import RunState
 from engine.config import CheckpointPlan
+from engine.config.wording import count_noun
 from engine.distributed.environment import INTERRUPTED, SAVED_AND_ENDED
 from engine.distributed.ranks import Ranks
 from engine.distributed.signals import Signals
@@ -206,7 +207,9 @@ class AutomaticCheckpoints:
             parts = [f"the run is already over at step {step}"]
         end = run.scheduler.length if isinstance(run.scheduler, ScheduleBinder) else None
         if end is not None and end != run.counters.applied_steps:
-            parts.append(f"the schedule ends at step {end}")
+            left = end - run.counters.applied_steps
+            steps = count_noun(abs(left), "step")
+            parts.append(f"the schedule ends {steps} {'later' if left > 0 else 'earlier'}")
         if directory is not None and self._checkpointer.is_saved(run, directory):
             state = "being saved to" if self._checkpointer.is_saving else "in"
             parts.append(f"the last checkpoint is {state} {directory}")

@@ -62,7 +62,7 @@ def prepare_schedule_state(
     *,
     override: bool,
 ) -> dict[str, Any] | None:
-    """Return the saved state of the scheduler, and check that the scheduler can load this state.
+    """Check that the scheduler can load the saved state, and return the state to load.
 
     Args:
         scheduler: scheduler of this run.

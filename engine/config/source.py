@@ -152,11 +152,11 @@ def _suggest_file(path: Path) -> str:
     """Return a hint that names JSON files near the path where a config file was not found."""
     directory = path.parent.absolute()
     if not directory.is_dir():
-        existing = next(each for each in directory.parents if each.is_dir())
+        existing = next((each for each in directory.parents if each.is_dir()), Path())
         for place in (Path(), existing):
             if (place / path.name).is_file():
                 return f"Did you mean {place / path.name}?"
-        return f"Check the path: the directory {directory} does not exist."
+        return f"Check the path: there is no directory {directory}."
     stems = {other.stem: other.name for other in sorted(directory.glob("*.json"))}
     below = sorted(directory.glob(f"*/{glob.escape(path.name)}"))
     if path.stem not in stems and len(below) == 1:

@@ -158,7 +158,7 @@ def _suggest_duration(value: object, schema: Mapping[str, Any]) -> tuple[str, Fi
         value is not a string; the fix is None if the value is not known to mean a duration.
     """
     pattern = schema.get("pattern", "")
-    if not isinstance(value, str) or not re.search(pattern, "10ep") or not pattern:
+    if not isinstance(value, str) or not pattern or not re.search(pattern, "10ep"):
         return "", None
     meant = suggest_duration(value)
     validator = jsonschema.Draft202012Validator(schema, registry=_REGISTRY)

@@ -171,9 +171,9 @@ class LRRangeReport:
     def to_json(self) -> dict[str, Any]:
         """Return the report as a JSON-compatible dict. Losses that are not finite are None.
 
-        ``suggestion["rules"]`` has the learning rate that each rule selects. ``max_lr`` is the
-        median of those in ``suggestion["confidence"]["rules"]``, and ``"agree_within_factor"`` is
-        the ratio of the largest of them to the smallest.
+        ``suggestion["rules"]`` has the learning rate that each rule selects. For the rules in
+        ``suggestion["confidence"]["rules"]``, ``"agree_within_factor"`` is the ratio of the largest
+        learning rate to the smallest.
         """
         suggestion = self.suggestion
         return {

@@ -41,13 +41,12 @@ def train_pipeline(
     batches = batches or (repeat_batches(loader) if loader is not None else None)
     run._check_may_step()  # noqa: SLF001  # private to the package
     run.misuse.check_step(run.scheduler, run.accumulation, is_boundary=False)
-    run.misuse.start_step()
-    try:
+    with run.misuse.engine_step:
         result = run.backend.run_pipeline(batches, trains=True)
-    finally:
-        run.misuse.end_step()
     if result is None:
         return None
+    if loader is not None:  # the middle stages of a pipeline do not read the data
+        loader.is_used = True
     loss, run.counters.applied = result
     run.counters.micro_steps += run.accumulation.steps
     run.add_loss(loss.detach())
@@ -75,6 +74,8 @@ def iterate_batches(loader: RunLoader | None, run: TrainingRun) -> Iterator[Any]
     if not (run.length.is_known or run.is_trial):
         scheduler = run.scheduler
         reason = "the config has no `scheduler`. Add one, or set"
+        if scheduler is not None:
+            reason = f"the scheduler {type(scheduler).__name__} has no known end. Set"
         if isinstance(scheduler, ScheduleBinder):
             run.length.schedule_steps = scheduler.length
             reason = f"the schedule {scheduler.schedule.type_name} does not end. Set"

@@ -284,11 +284,8 @@ class TrainingRun:
         counters.micro_steps += 1
         accumulation.micro_batches += 1
         accumulation.has_gradients = not is_boundary and self.backend.has_gradients()
-        self.misuse.start_step()
-        try:
+        with self.misuse.engine_step:
             counters.applied = is_boundary and self._step_optimizer()
-        finally:
-            self.misuse.end_step()
         if is_boundary:
             self._finish_step()
             self.misuse.note_step(scheduler, counters.global_steps)

@@ -7,7 +7,7 @@ import sys
 import weakref
 from typing import Any, NoReturn, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -62,8 +62,8 @@ class MisuseChecks:
     The checks run at each backward pass, at each step and at the end of each epoch. They neither
     synchronize the device nor communicate with other ranks. They add a hook to the optimizer, and
     change no other object of the script. The hook counts the steps, and raises `MisuseError` if the
-    script itself takes two in a row. An engine and the trial runs of its LR range tests share one
-    instance of this class.
+    script itself takes two steps between two calls to the engine's `step`. An engine and the trial
+    runs of its LR range tests share one instance of this class.
 
     Args:
         backend: backend of the engine.
@@ -72,10 +72,11 @@ class MisuseChecks:
     def __init__(self, backend: CheckedBackend) -> None:
         self._backend = backend
         self._has_optimizer = not has_no_optimizer(backend.basic_optimizer)
-        self._counter = _StepCounter(backend.basic_optimizer)
+        self.engine_step = self._counter = _StepCounter(backend.basic_optimizer)
+        """Context manager in which optimizer steps belong to the engine and not to the script."""
         self._is_position_known = False
         self._count_at_loss: int | None = None  # of the last loss; None after a call to `step`
-        self._finalizer = weakref.finalize(self, self._counter.warn_if_untrained, backend.ranks)
+        self._finalizer = weakref.finalize(self, self._counter.release, backend.ranks)
         # The next four attributes are the position after the last step.
         self._count = 0
         self._scheduler: Any = None
@@ -92,9 +93,7 @@ class MisuseChecks:
         ]
 
     def release(self) -> None:
-        """Remove the step-counting hook from the optimizer, and check the whole run."""
-        self._check_unfrozen()
-        self._counter.release()
+        """Remove the step-counting hook from the optimizer, and warn if `step` was never called."""
         self._finalizer()
 
     def restart(self) -> None:
@@ -105,7 +104,7 @@ class MisuseChecks:
         """
         self._is_position_known = False
         self._count_at_loss = None
-        self._counter.forget_direct_steps()
+        self._counter.direct_steps = 0
 
     def check_loss(self, loss: object, accumulation: Accumulation) -> None:
         """Check the loss that a script passes to `backward` or `scale`.
@@ -127,6 +126,7 @@ class MisuseChecks:
         self._counter.losses += 1
         # Without managed accumulation, the script calls `step` once per batch.
         if self._counter.losses == _MANY_LOSSES and accumulation.is_managed:
+            self._counter.has_warned = True
             self._warn(
                 f"`trainer.backward(loss)` was called {_MANY_LOSSES} times since the last call to "
                 "`trainer.step()`. Call `trainer.step()` after each micro-batch."
@@ -180,14 +180,6 @@ class MisuseChecks:
             self._check_rivals()
         self._is_position_known = False  # until this step completes
 
-    def start_step(self) -> None:
-        """Allow optimizer steps until `end_step` is called."""
-        self._counter.start_step()
-
-    def end_step(self) -> None:
-        """Attribute the following optimizer steps to the script."""
-        self._counter.is_in_step = False
-
     def note_step(self, scheduler: Any, global_steps: int) -> None:
         """Record how many steps the optimizer and the scheduler have taken.
 
@@ -235,6 +227,7 @@ class MisuseChecks:
             "`trainer.step()` was not, so the model was not trained. Call `trainer.step()` after "
             "each backward pass."
         )
+        self._counter.has_warned |= is_idle
         if self._idle_epochs > 1:
             raise MisuseError(text)
         # A script may train on the whole dataset at once, and call `step` after the first epoch.
@@ -324,31 +317,36 @@ class _StepCounter:
     """Counter of an optimizer's steps, and of the losses since the last call to `step`.
 
     The optimizer's step hook refers to this object and not to the engine. The hook therefore does
-    not keep the engine alive.
+    not keep the engine alive. As a context manager, this object marks the steps of an engine.
     """
+
+    _engines_in_step = 0  # of all engines, because two engines may share an optimizer
 
     def __init__(self, optimizer: Any) -> None:
         self.count = 0
         self.losses = 0
-        self.is_in_step = False  # whether the engine steps the optimizer
+        self.direct_steps = 0  # of the script, since the last call to `step`
+        self.has_warned = False  # of losses without a step
         self._has_stepped = False
-        self._direct_steps = 0  # of the script, since the last call to `step`
         self._handle: Any = None
         if hasattr(optimizer, "_optimizer_step_post_hooks"):  # some wrappers have no hooks
             self._handle = optimizer.register_step_post_hook(self._add)
 
-    def start_step(self) -> None:
-        self._has_stepped = self.is_in_step = True
-        self.losses = 0
-        self.forget_direct_steps()
+    def __enter__(self) -> None:
+        self._has_stepped = True
+        self.losses = self.direct_steps = 0
+        _StepCounter._engines_in_step += 1
 
-    def forget_direct_steps(self) -> None:
-        self._direct_steps = 0
+    def __exit__(self, *_: object) -> None:
+        _StepCounter._engines_in_step -= 1
 
-    def warn_if_untrained(self, ranks: Ranks) -> None:
-        """Warn if `step` was never called although there were several losses."""
-        has_failed = hasattr(sys, "last_value")
-        if self.losses > 1 and not self._has_stepped and ranks.rank == 0 and not has_failed:
+    def release(self, ranks: Ranks) -> None:
+        """Remove the hook, and warn if `step` was never called although there were losses."""
+        if self._handle is not None:
+            self._handle.remove()
+        is_untrained = self.losses > 1 and not self._has_stepped and not self.has_warned
+        has_failed = sys.exc_info()[0] is not None or hasattr(sys, "last_value")
+        if is_untrained and ranks.rank == 0 and not has_failed:
             log.warning(
                 "`trainer.backward(loss)` was called %d times, but `trainer.step()` was never "
                 "called, so the model was not trained; call `trainer.step()` after each backward "
@@ -356,18 +354,26 @@ class _StepCounter:
                 self.losses,
             )
 
-    def _add(self, *_: object) -> None:
+    def _add(self, optimizer: Optimizer, *_: object) -> None:
         self.count += 1
-        if self.is_in_step:
+        if _StepCounter._engines_in_step or not _changes_weights(optimizer):
             return
-        self._direct_steps += 1
-        # A single step may create the optimizer state, as torch.distributed.checkpoint does.
-        if self._direct_steps > 1:
+        self.direct_steps += 1
+        # `check_step` reports a single step, and knows whether the engine takes steps, too.
+        if self.direct_steps > 1:
             _raise_direct_step()
 
-    def release(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
+
+def _changes_weights(optimizer: Optimizer) -> bool:
+    """Return whether a step can change weights.
+
+    torch.distributed.checkpoint takes steps with a learning rate of 0, and some scripts take a step
+    without gradients, to create the optimizer state.
+    """
+    groups = optimizer.param_groups
+    # Reading a tensor would wait for the device.
+    can_change = any(isinstance(group["lr"], Tensor) or group["lr"] for group in groups)
+    return can_change and any(p.grad is not None for group in groups for p in group["params"])
 
 
 def _find_trained(backend: CheckedBackend) -> set[Any]:

@@ -161,7 +161,11 @@ def suggest_duration(text: str) -> int | str | None:
     """
     match = _TIME.fullmatch(text)
     word = match[2].lower() if match else ""
-    unit = _WORDS.get(word) or _WORDS.get(word.removesuffix("s")) or _WORDS.get(word[:-2])
+    unit = (
+        _WORDS.get(word)
+        or _WORDS.get(word.removesuffix("s"))
+        or _WORDS.get(word.removesuffix("es"))
+    )
     if match is None or unit is None or not float(match[1]).is_integer():
         return None
     return int(float(match[1])) if unit == "ba" else match[1] + unit

@@ -323,9 +323,8 @@ def _describe_unknown(cls: type[Schedule[Any]], name: str, params: Mapping[str, 
     fitting = [other for other, field in absent.items() if accepts(field.schema, params[name])]
     if hint := suggest_fraction(name, params[name], absent):
         return f"{message} {hint}"
-    if near := find_nearest(name, fitting) or find_nearest(name, absent):
-        return f"{message} Did you mean `{near}`?"
-    if near := find_abbreviation(name, fitting):
+    near = find_nearest(name, fitting) or find_nearest(name, absent)
+    if near := near or find_abbreviation(name, fitting):
         return f"{message} Did you mean `{near}`?"
     owners = [other for other, known in SCHEDULES.items() if name in read_fields(known)]
     if owners:

@@ -41,7 +41,7 @@ def _check_batch_sizes(context: RuleContext) -> Iterator[Problem]:
         pointer = f"/{error.key}" if error.key else ""
         yield context.error("batch-sizes", pointer, str(error), error.hint)
         return
-    if context.world_size is None and ranks.tensor_parallel == 1:
+    if context.world_size is None:
         yield from _check_possible_ranks(context, given)
     if train not in {None, sizes.train}:
         message = (
@@ -54,12 +54,14 @@ def _check_batch_sizes(context: RuleContext) -> Iterator[Problem]:
 
 def _check_possible_ranks(context: RuleContext, given: Mapping[str, int]) -> Iterator[Problem]:
     """Yield a note if the batch sizes are valid for only one number of ranks."""
+    per_model = count_ranks_per_model(context.config)
+    if "tensor_parallel.autotp_size" in per_model:  # it does not divide the samples of a batch
+        return
     key, *others = (key for key in BATCH_KEYS if key in given)
     per_rank = math.prod(given[other] for other in others)
     if key != BATCH_KEYS[0] or not others or (len(others) == 1 and given[key] != per_rank):
         return
-    is_parallel = bool(count_ranks_per_model(context.config))
-    ranks = count_noun(given[key] // per_rank, "data-parallel rank" if is_parallel else "rank")
+    ranks = count_noun(given[key] // per_rank, "data-parallel rank" if per_model else "rank")
     factors = " x ".join(f"`{other}` ({given[other]})" for other in others)
     message = f"The batch sizes require {ranks}: `{key}` ({given[key]}) = {factors} x {ranks}."
     hint = f"For any other number of ranks, remove `{key}`."

@@ -147,7 +147,9 @@ def test_initialize_inside_zero_init_suspends_the_context():
 
 def test_momentum_schedule_reaches_muon_at_stage_3():
     muon, other = {"use_muon": True, "momentum": 0.5}, {"use_muon": False, "betas": (0.9, 0.95)}
-    optimizer = SimpleNamespace(muon_beta=0.9, param_groups=[muon, other, dict(muon)])
+    optimizer = SimpleNamespace(
+        muon_beta=0.9, param_groups=[muon, other, dict(muon)], offload_optimizer=False
+    )
     update_muon_momentum(optimizer)
     assert optimizer.muon_beta == 0.5
     muon["momentum"] = 0.6

@@ -132,6 +132,35 @@ def test_loop_that_steps_only_the_optimizer_raises(uses_engine):
     assert trainer.global_steps == 0
 
 
+def test_optimizer_steps_that_do_not_train_are_allowed():
+    trainer, _ = start(torch.nn.Linear(2, 1))
+    for _ in range(3):
+        trainer.optimizer.step()  # without gradients
+    backward(trainer)
+    (group,) = trainer.optimizer.param_groups
+    lr, group["lr"] = group["lr"], 0.0
+    for _ in range(3):
+        trainer.optimizer.step()  # as in torch.distributed.checkpoint
+    group["lr"] = lr
+    with pytest.raises(MisuseError, match="optimizer.step"):
+        for _ in range(2):
+            trainer.optimizer.step()
+
+
+def test_second_engine_and_plain_loop_may_reuse_the_optimizer_of_a_first_engine():
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first, _ = start(model, optimizer=optimizer)
+    train(first, 2)
+    second, _ = start(model, optimizer=optimizer)
+    train(second, 3)
+    del first, second
+    gc.collect()
+    for _ in range(3):
+        model(X).mean().backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize(("losses", "steps", "warns"), [(1, 0, 0), (3, 1, 0), (3, 0, 1)])
 def test_loop_without_a_step_warns_when_the_engine_is_freed(
     losses, steps, warns, caplog, monkeypatch
