@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,8 +20,6 @@ from engine.training.rng import preserve_rng_state
 from schedules import ScheduleBinder
 
 __all__ = ["evaluate_batch", "iterate_batches", "preserve_state", "train_pipeline"]
-
-log = logging.getLogger("onecycle")
 
 
 def train_pipeline(
@@ -84,11 +81,7 @@ def iterate_batches(loader: RunLoader | None, run: TrainingRun) -> Iterator[Any]
                 f"The length of the run is unknown, because {reason} `engine.max_duration`, "
                 'for example to "10ep".'
             )
-    if run.is_over and run.backend.ranks.rank == 0:
-        log.info(
-            "the run already ended at step %d; nothing left to train", run.counters.global_steps
-        )
-    return _iterate_epochs(loader, run)
+    return iter(loader) if run.is_over else _iterate_epochs(loader, run)
 
 
 def _iterate_epochs(loader: RunLoader, run: TrainingRun) -> Iterator[Any]:

@@ -371,8 +371,9 @@ def _changes_weights(optimizer: Optimizer) -> bool:
     without gradients, to create the optimizer state.
     """
     groups = optimizer.param_groups
+    lrs = (group.get("lr") for group in groups)
     # Reading a tensor would wait for the device.
-    can_change = any(isinstance(group["lr"], Tensor) or group["lr"] for group in groups)
+    can_change = any(isinstance(lr, Tensor) or lr != 0 for lr in lrs)
     return can_change and any(p.grad is not None for group in groups for p in group["params"])
 
 

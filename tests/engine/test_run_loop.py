@@ -118,7 +118,7 @@ def test_run_that_is_over_trains_nothing_and_logs_it(tmp_path, caplog):
         again = start(tmp_path, max_duration="1ep")
         assert train(again) == []
     assert again.global_steps == STEPS_PER_EPOCH  # the last steps were saved
-    assert "nothing left to train" in caplog.text
+    assert f"the run is already over at step {STEPS_PER_EPOCH}" in caplog.text
 
 
 BEST = {"metric": "val_loss", "mode": "min"}
