@@ -262,7 +262,7 @@ def test_deepspeed_scheduler_classes_accept_positional_arguments():
     assert cycle.get_lr() == [0.1]
     decay = lr_schedules.WarmupDecayLR(optimizer, 10, 0.0, 0.2, 4, "linear")
     assert (decay.schedule.total_num_steps, decay.schedule.warmup_num_steps) == (10, 4)
-    with pytest.raises(TypeError, match="twice"):
+    with pytest.raises(TypeError, match="multiple values for one argument"):
         lr_schedules.OneCycle(optimizer, 0.1, cycle_min_lr=0.1)
 
 

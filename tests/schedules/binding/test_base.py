@@ -78,7 +78,7 @@ def test_attach_base_replaces_the_values_of_the_param_groups():
     ("base", "message"),
     [
         ([0.1, 0.2], r"`base\['lr'\]` must be .* \(1\), got a list of length 2"),
-        ({"LR": 0.1}, "got 'LR'"),
+        ({"LR": 0.1}, "may contain only the keys lr, .* contains 'LR'"),
     ],
 )
 def test_attach_invalid_base_is_rejected(base, message):

@@ -108,9 +108,7 @@ def test_binder_group_added_to_a_mapping_is_an_error_that_names_its_index():
     optimizer = build("a", "b")
     binder = attach({"a": LINEAR, "b": CYCLE}, optimizer)
     optimizer.add_param_group({"params": weights()})
-    with pytest.raises(
-        ValueError, match=r"Param group 2 was added .* per param group \(3\), got 2"
-    ):
+    with pytest.raises(ValueError, match=r"Param group 2 was added .* param groups \(3\), got 2"):
         binder.step()
 
 
