@@ -4,12 +4,12 @@
 
 AutoWU regularly tests whether the loss has passed its minimum. If it has, AutoWU ends the warmup.
 The script prints the median CPU time of onecycle's two tests, "reference" and "robust", for
-different numbers of losses, and the speedup over the published code. One test by the published code
-takes 176 ms for 70 losses and 230 ms for 1,000 or more (measured with gpytorch 1.15.2, torch 2.13.0
+different numbers of losses, and the speedup over the published code. One test takes the published
+code 176 ms for 70 losses and 230 ms for 1,000 or more (measured with gpytorch 1.15.2, torch 2.13.0
 and one thread on an idle machine).
 
-The script also replays recorded warmups with the test "reference", and prints how many of them end
-at the same step as with the published code.
+The script also replays recorded warmups with the "reference" test, and prints how many of them end
+at the same step as in the published code.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ Work = Callable[[Path], object]
 
 
 def build_engine(backend: str, stage: int) -> engine.Engine:
-    """Train a model of 42 million parameters (0.5 GB of state) for one step; return its engine."""
+    """Train a 42-million-parameter model (0.5 GB of state) for one step, and return its engine."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
     config = {

@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument(
         "--only",
         metavar="TEXT",
-        help="print only the second table, and only the faults whose names contain TEXT",
+        help="print only the second table, limited to faults whose names contain TEXT",
     )
     args = parser.parse_args()
     if args.as_rank:

@@ -385,12 +385,12 @@ class Contender:
             self._connection.send(message)
 
     def receive(self, deadline: float) -> Any:
-        """Return the answer to the most recent message; None if the contender has failed.
+        """Return the answer to the most recent message, or None if the contender has failed.
 
-        A contender that has not answered by the deadline is killed.
+        If the contender does not answer by the deadline, it is killed.
 
         Args:
-            deadline: when to stop waiting, as a value of `time.monotonic()`.
+            deadline: time at which to stop waiting, from `time.monotonic`.
         """
         if self.error is not None:
             return None

@@ -11,7 +11,7 @@ means linear cost, and 2 means quadratic cost.
   has one tensor of one element. "plain step" is a step with PyTorch's optimizer but without the
   engine.
 - parameters: the same times, and the peak resident memory, for a model with 100 tensors in one
-  param group. A second table measures only the schedule, for models on the meta device with up to
+  param group. A second table covers only the schedule, for models on the meta device with up to
   1e9 parameters.
 - config: the time of a call to `validate` on a config with many param groups, schedule phases,
   unknown keys or comments.

@@ -66,7 +66,7 @@ CASES = (
 
 
 class Run:
-    """The processes launched by one start or restart of a training run."""
+    """The processes of a single launch of a training run, one process per rank."""
 
     def __init__(self, case: Case, directory: Path, training_steps: int, start: int = 0) -> None:
         with socket.socket() as free:

@@ -2,12 +2,13 @@
 
     python benchmarks/launch_faults.py [--only TEXT]
 
-Faults on hosts: the two hosts are network namespaces of this machine, each with its own sshd
-(tests/testing/lab.sh; requires root). The ranks only wait; for the fault "a rank ends with 7",
-one of them exits.
+To inject faults into hosts, the script starts one rank on each of two hosts, which are network
+namespaces of this machine, each with its own sshd (tests/testing/lab.sh; requires root). The ranks
+wait and do not train. For the fault "a rank ends with 7", one rank exits with status 7.
 
-Faults on ranks: two ranks train on this machine. Either one rank fails while the other waits for it
-in a collective (tests/testing/failing_rank.py), or the ranks or the launcher receive SIGINT.
+To inject faults into ranks, the script trains with two ranks on this machine. Either one rank fails
+while the other waits for it in a collective (tests/testing/failing_rank.py), or the ranks or the
+launcher receive SIGINT.
 
 The tables show the launcher's message and exit status, the time in seconds from the fault to the
 launcher's exit, and how many of the job's processes are left afterward.
@@ -168,7 +169,7 @@ def count_processes(mark: str) -> int:
     """Return how many processes of a launch are still running.
 
     Args:
-        mark: unique value of the environment variable `MARK` in the processes of the launch.
+        mark: value of the environment variable `MARK` that identifies the launch's processes.
     """
     count = 0
     for path in Path("/proc").glob("[0-9]*/environ"):

@@ -18,8 +18,8 @@ The second table shows wall-clock seconds, memory and counts:
 
 - preflight: both rounds of the preflight check; each round includes the delay;
 - corrected: preflight, minus the stubs' CPU time divided by the number of cores;
-- first output, all outputs: from the start of the launcher until it has printed a line from one
-  host or from every host;
+- first output: from the start of the launcher until it has printed a line from one host;
+- all outputs: from the start of the launcher until it has printed a line from every host;
 - notice: from the failure of a host until the launcher stops another host;
 - exit: from the failure until the launcher has exited;
 - MiB, threads, files, processes: the launcher's peak resident set size, and its peak numbers of
@@ -74,7 +74,7 @@ def build_hostfile(count: int) -> str:
 
 
 def measure_part(part: str, directory: Path) -> dict[str, float]:
-    """Return the wall-clock and CPU seconds of one part of a launch.
+    """Measure the wall-clock time and the CPU times of one part of a launch, in seconds.
 
     ``part`` is "plan" (build the launch plan) or "preflight" (run the preflight check).
     """

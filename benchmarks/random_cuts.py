@@ -8,7 +8,7 @@ samples, learning rate and hash of the weights are compared with those of an uni
 runs use one or two ranks and one of four training loops:
 
 - ``batches`` iterates over ``trainer.batches()``;
-- ``workers`` does the same, with the script's own data loader, which has two workers;
+- ``workers`` does the same, with a custom data loader that has two workers;
 - ``epochs`` loops over the remaining epochs;
 - ``script`` saves and loads checkpoints itself.
 

@@ -62,9 +62,9 @@ def repeat_step(step: Step) -> Callable[[int], None]:
 
 
 def build_contenders(groups: int) -> dict[str, Callable[[int], None]]:
-    """Map each scheduler's name to a function that runs it for a given number of steps.
+    """Return a dict that maps scheduler names to functions that run a given number of steps.
 
-    The bare loop is included as the baseline.
+    The dict includes the bare loop as the baseline.
     """
     from deepspeed.runtime.lr_schedules import OneCycle
 

@@ -1,10 +1,10 @@
-"""Compare the CPU time of a training step on two ranks in onecycle, raw PyTorch and DeepSpeed.
+"""Compare the CPU time of a training step in onecycle, raw PyTorch and DeepSpeed on two ranks.
 
     torchrun --standalone --nproc_per_node 2 benchmarks/training_speed_ranks.py
 
-The contenders run single-threaded and take turns. For each one, the script prints the median CPU
-time per training step on rank 0, and its median ratio to "one flat all-reduce": a raw PyTorch loop
-that uses fused AdamW and a single all-reduce of all gradients.
+The contenders run single-threaded and take turns. For each contender, the script prints the median
+CPU time per training step on rank 0, and the median ratio of this time to that of "one flat
+all-reduce", a raw PyTorch loop that uses fused AdamW and a single all-reduce of all gradients.
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ class DeepSpeedAccessors(nn.Module):
         return batch.train, batch.micro, batch.accumulation
 
     def get_type(self) -> list[Any]:
-        """Return the value of the key ``type`` in each param group; 0.0 if the key is missing."""
+        """Return the value of ``type`` in each param group, or 0.0 for a group without this key."""
         return [group.get("type", 0.0) for group in self._backend.optimizer.param_groups]
 
     def get_lr(self) -> list[float]:
@@ -204,7 +204,7 @@ class DeepSpeedAccessors(nn.Module):
         return read_lr(self._run.settled_backend.optimizer)
 
     def get_mom(self) -> list[float | tuple[float, ...]] | None:
-        """Return the momentum of each param group, or all betas for Adam.
+        """Return the momentum of each param group (for Adam, all betas of the group).
 
         The result is None if the optimizer has no momentum. The value for a group without momentum
         is 0.
@@ -212,7 +212,7 @@ class DeepSpeedAccessors(nn.Module):
         return read_momenta(self._run.settled_backend.optimizer)
 
     def get_momentum(self) -> list[float] | None:
-        """Return the momentum of each param group, or the first beta for Adam.
+        """Return the momentum of each param group (for Adam, the first beta of the group).
 
         The result is None if the optimizer has no momentum. The value for a group without momentum
         is 0.

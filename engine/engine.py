@@ -345,7 +345,7 @@ class Engine(DeepSpeedAccessors):
             save_dir: directory that holds the run's checkpoints; created if missing.
             tag: name or number of this checkpoint; default: ``global_stepN`` after N steps.
             client_state: your own numbers, strings and tensors, which `load_checkpoint` returns.
-            save_latest: whether `load_checkpoint` without a tag can find this checkpoint.
+            save_latest: whether `load_checkpoint` may choose this checkpoint if no tag is passed.
             exclude_frozen_parameters: whether to leave out parameters that do not require
                 gradients, such as the base model in LoRA. When the checkpoint is loaded, these
                 parameters keep their values.

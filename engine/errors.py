@@ -90,7 +90,7 @@ class ConfigError(ValueError):
     The class derives from `ValueError`.
 
     Args:
-        name: name of the config, such as its path, for the message.
+        name: name of the config in the message, such as its path.
         problems: all problems in the config.
         message: message of the exception; by default, a list of the first 100 problems.
     """

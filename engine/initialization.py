@@ -314,7 +314,7 @@ def _prefer_arguments(
 
 
 def _check_inference(config: Config, lr_scheduler: object) -> None:
-    """For a run without an optimizer, raise an error if a schedule or ZeRO stage needs one."""
+    """Raise an error if a run without an optimizer has a schedule or ZeRO stage that needs one."""
     need = None
     if config.schedule is not None or lr_scheduler is not None:
         need = f"{config.name} has a schedule" if config.schedule else "`lr_scheduler` is passed"
@@ -375,7 +375,7 @@ def _choose_schedule(
 def _warn_of_data(training_data: object, config: Config, run: TrainingRun) -> None:
     """Log the warnings that depend on the size of the training data.
 
-    Validation does not know this size.
+    The size is unknown when the config is validated.
     """
     _warn_of_repeated_samples(training_data, config)
     _warn_of_schedule_end(run, config)
@@ -396,7 +396,7 @@ def _warn_of_repeated_samples(training_data: object, config: Config) -> None:
 
 
 def _warn_of_schedule_end(run: TrainingRun, config: Config) -> None:
-    """Log a warning if a run whose length is in epochs ends long before its schedule.
+    """Log a warning if a run whose length is in epochs ends before its schedule does.
 
     A length in any other unit is known before launch, so validation reports the problem.
     """

@@ -32,7 +32,7 @@ _Lines = tuple[float, float, list[tuple[float, float, float, float]]]
 
 
 class Slot:
-    """Place in a param group where a hyperparameter is stored.
+    """Location of a hyperparameter in a param group.
 
     Args:
         key: key in the dict of the param group, such as "lr".
@@ -125,7 +125,7 @@ def find_slots(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
 
 
 def read_momenta(optimizer: Optimizer) -> list[float | tuple[float, ...]] | None:
-    """Return the momentum or the betas of each group; None if no group has either.
+    """Return the momentum or the betas of each group, or None if no group has either.
 
     If only some groups have momentum or betas, the value for the other groups is 0.
     """
@@ -146,7 +146,7 @@ def read_lr(optimizer: Optimizer) -> list[float]:
 
 
 def read_momentum(optimizer: Optimizer) -> list[float] | None:
-    """Return the momentum or the first beta of each group; None if no group has either.
+    """Return the momentum or the first beta of each group, or None if no group has either.
 
     If only some groups have momentum or betas, the value for the other groups is 0.
     """
@@ -302,7 +302,7 @@ class RangeWriter:
         the betas.
 
         Returns:
-            The shared tuple. None if the betas differ or the schedule does not set them.
+            The shared tuple, or None if the betas differ or the schedule does not set them.
         """
         keys = {slot.key for slot in self._slots.get("momentum", ())}
         if keys != {"betas"} or len(set(self._pieces["momentum"])) > 1:

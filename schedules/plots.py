@@ -194,7 +194,7 @@ def keep_positive(values: Iterable[float]) -> list[float]:
 
 
 def is_log_panel(panel: str, columns: Iterable[Sequence[float]]) -> bool:
-    """Return whether a panel shows learning rates, at least one of which is positive.
+    """Return whether a panel shows at least one positive learning rate.
 
     Only such a panel can have a logarithmic axis.
     """
@@ -217,9 +217,9 @@ def is_sweep(values: Sequence[float]) -> bool:
 def trace_line(
     steps: Sequence[int], values: Sequence[float]
 ) -> tuple[Sequence[int], Sequence[float]]:
-    """Return the x and y coordinates of a line that joins plateaus by vertical edges.
+    """Return the x and y coordinates of a line that connects plateaus with vertical edges.
 
-    A plateau is a value that is held for several steps. Other values are joined by straight lines.
+    A plateau is a value that is constant for several steps. Straight lines connect other values.
 
     >>> trace_line([0, 1, 2, 3], [0.1, 0.1, 0.2, 0.2])
     ([0, 1, 2, 2, 3], [0.1, 0.1, 0.1, 0.2, 0.2])

@@ -182,7 +182,9 @@ def _list_names(nav: Any) -> Iterator[str]:
 
 
 def build_site(directory: Path) -> Path:
-    """Delete a directory if it exists, build the site there, and return the path of the HTML files.
+    """Build the site in a directory, and return the path of the HTML files.
+
+    If the directory exists, it is deleted first.
 
     Raises:
         SiteError: a page is not in the nav of mkdocs.yml, or Zensical reports a problem, such as a

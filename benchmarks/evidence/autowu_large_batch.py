@@ -15,7 +15,7 @@ sizes of 256, 1,024 and 4,096. The methods are
   that minimum; no hyperparameter is tuned;
 - AutoWU 1/4: the same, with a warmup of at most a quarter of the run instead of half.
 
-The batch size of 256 is not run with "scaled", which would equal "fixed", nor with "refined" and
+At batch size 256, the script skips "scaled", which would equal "fixed". It also skips "refined" and
 "AutoWU 1/4", which are meant to improve on 1Cycle and AutoWU for large batches.
 """
 

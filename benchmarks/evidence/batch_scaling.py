@@ -53,10 +53,10 @@ def set_batch(config: Config, size: int, lr: float) -> Config:
 
 
 def train_to_target(config: Config, task: Task, seed: int) -> Row:
-    """Train a model until it reaches the target accuracy or the run ends, and return a row.
+    """Train a model until it reaches the target accuracy or the run ends, and return the results.
 
-    In the row, ``"samples"`` is the number of training samples processed before the first
-    evaluation that reached the target; None if the target was not reached.
+    In the results, ``"samples"`` is the number of training samples processed before the first
+    evaluation that reached the target, or None if the target was not reached.
     """
     size = config["train_batch_size"]
     row = train(

@@ -148,7 +148,7 @@ class Experiment:
             task: model and data.
 
         Returns:
-            A row with the config's scheduler block, in which the suggested bounds are set.
+            A row with the config's scheduler block, updated with the suggested bounds.
 
         Raises:
             RuntimeError: the LR range test could not suggest a learning rate.
@@ -194,7 +194,7 @@ class Results:
             self._discarded, self.rows = self.rows, {}
 
     def get(self, key: str, run: Callable[[], Row]) -> Row:
-        """Return the stored row for a key. If there is none, call ``run`` and store the result."""
+        """Return the row for a key. If it is not stored yet, call ``run`` and store the result."""
         if key not in self.rows:
             started, cpu = time.monotonic(), time.process_time()
             row = run() | {"seconds": round(time.process_time() - cpu, 1)}

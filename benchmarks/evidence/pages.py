@@ -18,7 +18,7 @@ START, END = "<!-- Written by the command above. -->\n", "<!-- End of the result
 
 
 def write_page(experiment: Experiment, *tables: str) -> None:
-    """Write the tables into the experiment's page, in place of those from an earlier call.
+    """Write the tables to the experiment's page, and replace the tables of an earlier call.
 
     A line above the tables names the dataset, seeds, machine, versions, date and CPU time. If the
     page does not exist, it is created with only this line and the tables.

@@ -22,7 +22,7 @@ __all__ = ["build", "find_data_shard", "find_deepspeed_need"]
 
 
 def find_deepspeed_need(model: nn.Module, **arguments: Any) -> str | None:
-    """Return which argument or model feature requires DeepSpeed, or None if none does.
+    """Return a description of an argument or model feature that requires DeepSpeed, or None.
 
     Each of ``arguments`` requires DeepSpeed if it is not None. If all are None, the model is
     checked for modules and parameters that require DeepSpeed, such as MoE layers.
@@ -56,8 +56,8 @@ def build(
         mesh_param: shape of the device mesh; DeepSpeed only.
 
     Raises:
-        ValueError: the model, parameters, optimizer and config are incompatible, or the config
-            selects the PyTorch backend, but the model or an argument requires DeepSpeed.
+        ValueError: the model, parameters, optimizer and config are incompatible, or the model or
+            an argument requires DeepSpeed but the config selects the PyTorch backend.
         ImportError: the config selects DeepSpeed, but DeepSpeed is not installed.
     """
     check_stages(model, config)

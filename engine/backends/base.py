@@ -49,7 +49,7 @@ def compute_norm(gradients: list[Tensor]) -> float:
 def get_gradient(parameter: Tensor) -> Tensor:
     """Return a parameter's gradient; if the gradient is sparse, return its stored values.
 
-    Changing the returned tensor changes the gradient. The parameter must have a gradient.
+    The returned tensor shares memory with the gradient. The parameter must have a gradient.
     """
     assert parameter.grad is not None
     if not parameter.grad.is_sparse:
@@ -159,7 +159,7 @@ class Backend(ABC):
             trains: whether to take an optimizer step.
 
         Returns:
-            The mean loss, and whether a step was applied; None if the model is not a pipeline.
+            A tuple (mean loss, whether a step was applied), or None if the model is not a pipeline.
         """
         del batches, trains
         return None
@@ -265,7 +265,7 @@ class Backend(ABC):
 
         Args:
             snapshot: return value of `snapshot`, possibly read from a checkpoint.
-            only_check: whether to only check that the snapshot fits this run, without restoring it.
+            only_check: if true, check that the snapshot fits this run, but do not restore it.
 
         Raises:
             ValueError: ``only_check`` is true, and a value in the snapshot is missing or has the
@@ -274,7 +274,7 @@ class Backend(ABC):
 
     @abstractmethod
     def describe(self) -> tuple[str, str]:
-        """Describe the parallelism and the precision for the log, in one string each."""
+        """Return descriptions of the parallelism and the precision, for the log."""
 
     def get_attribute(self, name: str) -> Any:
         """Return an attribute that the training engine does not define itself.

@@ -1,7 +1,7 @@
-"""Find the lock files of C++ extension builds, including stale locks of killed processes.
+"""Find the lock files of C++ extension builds, including stale locks left by killed processes.
 
-DeepSpeed compiles its ops with `torch.utils.cpp_extension`. During a build, the build directory of
-the op contains the file ``lock``. While the file exists, every run that needs the op waits
+DeepSpeed compiles its ops with `torch.utils.cpp_extension`. During a build, the op's build
+directory contains a file named ``lock``. While the file exists, every run that needs the op waits
 silently. The locks of `torch.compile` need no check, because the operating system releases them
 when the process that holds them exits.
 """

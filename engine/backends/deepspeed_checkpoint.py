@@ -79,7 +79,7 @@ def refuse_pickled_code() -> Iterator[None]:
     no setting to change this argument.
 
     Raises:
-        CheckpointError: a file contains an object of another class.
+        CheckpointError: a file contains an object of any other class.
     """
     allowed, original = import_classes(), torch.load
 
@@ -125,7 +125,7 @@ def describe_for_conversion(engine: Any) -> dict[str, Any]:
 
 
 def check_sharding(files: DeepSpeedFiles, zero_stage: int, world_size: int) -> None:
-    """Check that the saved optimizer states are sharded as in this run.
+    """Check that the saved optimizer states are sharded in the same way as in this run.
 
     Args:
         files: files of the checkpoint.

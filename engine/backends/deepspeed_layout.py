@@ -118,7 +118,7 @@ class Layout:
             )
 
     def _read_weights(self, *, frozen: bool) -> dict[str, Tensor]:
-        """Return a meta tensor with the unsharded shape of each weight, by name.
+        """Return meta tensors with the unsharded shapes of the weights, keyed by weight name.
 
         Args:
             frozen: whether to include frozen parameters.

@@ -83,7 +83,7 @@ _ONLY_DEEPSPEED = frozenset(
 
 
 def find_attribute(backend: Backend, config: Config, name: str) -> Any:
-    """Return an attribute of the backend or the model, or a setting by its DeepSpeed name.
+    """Return the setting with a given DeepSpeed name, or an attribute of the backend or the model.
 
     The engine calls this function for names that neither the engine nor ``nn.Module`` defines.
 

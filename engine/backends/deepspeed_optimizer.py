@@ -22,7 +22,7 @@ def prepare_optimizer(
     config: Config,
     parameters: list[Any] | None,
 ) -> tuple[Optimizer | OptimizerFactory | None, list[Any] | None, list[Any]]:
-    """Build the config's optimizer if PyTorch has it, and give MoE experts their own param groups.
+    """Build the optimizer if PyTorch provides it, and put MoE experts into their own param groups.
 
     Args:
         model: the user's module.
@@ -65,14 +65,14 @@ def prepare_optimizer(
 
 
 def update_muon_momentum(optimizer: Any) -> None:
-    """Let Muon at ZeRO stage 3 use the current momentum of its param groups.
+    """Make Muon at ZeRO stage 3 use the current momentum of its param groups.
 
     Without offloading, DeepSpeed reads the momentum only when it builds the optimizer, so a
     momentum schedule would have no effect.
 
     Args:
-        optimizer: DeepSpeed's optimizer. It is ignored unless it is Muon at stage 3 without
-            offloading.
+        optimizer: DeepSpeed's optimizer. The function does nothing unless the optimizer is Muon
+            at stage 3 without offloading.
 
     Raises:
         ValueError: the param groups have different momenta, which DeepSpeed does not support.

@@ -1,4 +1,4 @@
-"""Reject orders of forward and backward passes that DeepSpeed does not support."""
+"""Reject sequences of forward and backward passes that DeepSpeed does not support."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class BackwardOrder:
 
     DeepSpeed 0.19 silently loses gradients or computes wrong gradients in these cases:
 
-    - With ZeRO stage 1 or 2, a step has another backward pass after the one that is marked as its
-      last. DeepSpeed averages the gradients in the marked pass, so the gradients of later passes
-      are wrong.
+    - With ZeRO stage 1 or 2, `backward` is called again after the backward pass that is marked as
+      the last of the step. DeepSpeed averages the gradients in the marked pass, so the gradients of
+      later passes are wrong.
     - With ZeRO stage 3, two forward passes are followed by two backward passes. DeepSpeed releases
       the parameters after the first backward pass, so the gradients of the second pass are wrong.
     - With master weights at any stage, a parameter is unfrozen after the engine is built. DeepSpeed

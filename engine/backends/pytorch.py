@@ -137,10 +137,7 @@ class PyTorchBackend(DeferringBackend):
         return build_optimizer(self._config.optimizer, parameters, may_fuse=may_fuse)
 
     def _build_averager(self) -> GradientAverager | None:
-        """Build the object that averages gradients across ranks.
-
-        Return None if the model averages its gradients itself, as with FSDP.
-        """
+        """Build a gradient averager, or return None if FSDP averages the gradients."""
         return GradientAverager(self.model, self.optimizer, self.ranks)
 
     def _may_defer(self) -> bool:

@@ -54,8 +54,8 @@ class SteppedRun(RunState, Protocol):
 class AutomaticCheckpoints:
     """Manager that saves and loads the checkpoints of a run automatically.
 
-    If one rank calls a method, all other ranks must call it, too. If ``engine.checkpoint.dir`` is
-    not set, no checkpoints are saved or loaded.
+    Call each method on every rank. If ``engine.checkpoint.dir`` is not set, no checkpoints are
+    saved or loaded.
 
     Args:
         plan: the config's ``engine.checkpoint`` section.

@@ -49,7 +49,7 @@ class DataPosition:
         return state and {key: value for key, value in state.items() if key != "loader"}
 
     def save(self, directory: Path) -> None:
-        """Save the state dict of this rank's data loader, if the loader has one."""
+        """Save the state dict of this rank's data loader, if the loader supports state dicts."""
         state = {} if self._loader is None else self._loader.state_dict()
         if "loader" in state:
             write_values(self._get_path(directory), state["loader"])
@@ -124,12 +124,12 @@ class DataPosition:
             raise
 
     def check_is_used(self, *, is_required: bool) -> None:
-        """Check in the first step that the script uses the run's data loader.
+        """On the first step, check that the script uses the run's data loader.
 
         Also warn if a saved position was loaded but the run has no data loader.
 
         Args:
-            is_required: whether to raise an error instead of a warning.
+            is_required: whether to raise an error instead of logging a warning.
 
         Raises:
             MisuseError: ``is_required`` is true, and the script does not use the data loader.

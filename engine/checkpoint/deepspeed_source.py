@@ -86,8 +86,8 @@ class DeepSpeedSource:
 def has_states_for(optimizer: Optimizer, files: DeepSpeedFiles, model: nn.Module) -> bool:
     """Return whether ``optimizer`` can load the optimizer state in a checkpoint.
 
-    It can if the saved optimizer was of the same kind and `_KINDS` contains this kind. Adam and
-    AdamW count as the same kind.
+    The saved optimizer must be of the same kind as ``optimizer``, and `_KINDS` must contain this
+    kind. Adam and AdamW count as the same kind.
     """
     states = files.find_optimizer_states(list_group_names(model, optimizer)).values()
     groups = files.find_param_groups()

@@ -23,8 +23,8 @@ def copy_to_host(value: Any, old: Any = None) -> Any:
 
     Args:
         value: nested containers of tensors; other values are copied with `copy.deepcopy`.
-        old: an earlier result for a value of the same structure. Its tensors are overwritten and
-            returned where their class, shape and dtype match.
+        old: an earlier result for a value with the same structure. A tensor in ``old`` is
+            overwritten and reused if its class, shape and dtype match.
 
     >>> weights = {"w": torch.ones(2)}
     >>> first = copy_to_host(weights)

@@ -151,7 +151,7 @@ class Checkpointer:
         return max(0, self._saved.get(directory.resolve(), (0, -1))[0])
 
     def _collect(self, run: RunState, client_state: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the state to save, without the state of the model and the optimizer.
+        """Return the state to save, except the states of the model and the optimizer.
 
         Gradients are not saved. A save in the middle of a step therefore stores the counters and
         the data position from the start of the step. A resumed run processes the micro-batches of

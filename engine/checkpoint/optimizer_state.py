@@ -169,7 +169,7 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[
     """Load a state returned by `get_optimizer_state` into an optimizer.
 
     Raises:
-        Exception: if the optimizer does not accept the state. The optimizer is then unchanged.
+        Exception: if the optimizer rejects the state. In this case, the optimizer is unchanged.
     """
     indices = {name: index for index, (name, _) in enumerate(_name_parameters(model, optimizer))}
     groups = []

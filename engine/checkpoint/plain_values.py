@@ -214,7 +214,7 @@ def read_as(kind: Any, path: Path) -> Any:
 def report_damage(path: Path) -> Iterator[None]:
     """Convert any exception in a ``with`` block to a CheckpointError.
 
-    The error says that the file is damaged or missing. A block that fails must leave the state of
+    The error reports the file as damaged or missing. A block that fails must leave the state of
     the run unchanged.
 
     Args:

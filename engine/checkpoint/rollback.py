@@ -30,12 +30,12 @@ class RestorableBackend(Protocol):
     def snapshot(self, reuse: Any = None) -> Any:
         """Return a copy of the state of the model, the optimizer and the loss scaler.
 
-        The memory of ``reuse``, an earlier snapshot, may be overwritten.
+        To save memory, the copy may overwrite ``reuse``, an earlier snapshot.
         """
         ...
 
     def restore(self, snapshot: Any, *, only_check: bool = False) -> None:
-        """Restore a snapshot; with ``only_check=True``, only check that it fits this run."""
+        """Restore a snapshot, or if ``only_check`` is true, only check that it fits this run."""
         ...
 
 
@@ -71,14 +71,14 @@ class Rollback:
             )
 
     def save(self, checkpoint_dir: Path) -> None:
-        """Write this rank's snapshot, if there is one, to a checkpoint."""
+        """Write this rank's snapshot, if any, to a checkpoint."""
         if self.snapshot is not None:
             write_values(checkpoint_dir / f"rollback.{self._ranks.rank}.pt", self.snapshot)
 
     def read(self, checkpoint_dir: Path) -> Any:
-        """Return this rank's snapshot from a checkpoint, or None if the checkpoint lacks one.
+        """Return this rank's snapshot from a checkpoint, or None if there is none.
 
-        Snapshots that were saved with a different world size are ignored.
+        If the snapshots were saved with a different world size, log a warning and return None.
 
         Raises:
             CheckpointError: if the snapshot is damaged.

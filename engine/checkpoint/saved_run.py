@@ -34,7 +34,7 @@ class _Position:
 class _Batch:
     """Batch sizes of a run.
 
-    Only old versions of onecycle saved ``world_size`` with the batch sizes.
+    ``world_size`` is set only in checkpoints of old versions of onecycle.
     """
 
     train: Size

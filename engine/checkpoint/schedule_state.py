@@ -33,12 +33,12 @@ def convert_deepspeed_state(
 
     Args:
         checkpoint_dir: directory of the checkpoint, for the error message.
-        saved: state of the scheduler in the checkpoint; None if there is none.
+        saved: scheduler state in the checkpoint; None if the checkpoint does not contain one.
         scheduler: scheduler of this run.
 
     Returns:
-        The state, or None if the scheduler is a built-in schedule that cannot load it. If None, the
-        schedule continues at the current step of the run.
+        The state, or None if the scheduler is a built-in schedule that cannot load it. In that
+        case, the schedule continues at the current step of the run.
 
     Raises:
         CheckpointError: if the training script created the scheduler, and the checkpoint does not

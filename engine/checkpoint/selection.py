@@ -92,7 +92,7 @@ class CheckpointSelector:
     def _find_foreign(self, directory: Path, tag: str | None) -> Path | None:
         """Return the path of the DeepSpeed checkpoint to load.
 
-        Return None if a onecycle checkpoint must be loaded instead.
+        Return None to load a onecycle checkpoint instead.
         """
         pointer = directory / storage.LATEST_UNIVERSAL
         universal = _follow(pointer) if self._loads_universal and tag is None else None
@@ -122,7 +122,9 @@ class CheckpointSelector:
 
 
 def find_foreign(directory: Path, tag: str | None) -> Path | None:
-    """Return the path of a checkpoint if DeepSpeed wrote it without onecycle; otherwise None.
+    """Return the path of a checkpoint that DeepSpeed wrote without onecycle.
+
+    Return None if there is no such checkpoint, or if onecycle wrote the checkpoint.
 
     Args:
         directory: directory that holds the checkpoints.

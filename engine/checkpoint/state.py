@@ -108,8 +108,8 @@ def write_async(
         model: model to save.
         optimizer: optimizer of the model.
         group: process group that is used only for saving; None for a single process.
-        buffers: copies from the previous save, whose memory is reused; empty for the first save.
-            This function adds the new copies.
+        buffers: dict in which this function stores the copies, so that the next save can reuse
+            their memory. Pass an empty dict to the first save.
         frozen: whether to include frozen parameters.
 
     Returns:
@@ -152,7 +152,8 @@ def read(
             False, tensors without a counterpart are ignored.
         frozen: whether the checkpoint must contain the frozen parameters. If False, frozen
             parameters that are missing from the checkpoint keep their current values.
-        source: contents of the checkpoint; None for the files that `write` wrote to ``directory``.
+        source: contents of the checkpoint; None to read the files that `write` wrote to
+            ``directory``.
 
     Raises:
         CheckpointError: if the checkpoint is incomplete or damaged, or does not match the model
@@ -215,7 +216,7 @@ def _find_saved_weights(
 def _read_optimizer(
     directory: Path, model: nn.Module, optimizer: Optimizer, source: Source
 ) -> dict[str, Any]:
-    """Read the optimizer state and the optimized parameters that are not in the model."""
+    """Read the optimizer state, and the optimizer's parameters that are not in the model."""
     with report_damage(directory / VALUES):
         saved = {**source.values, **source.tensors}
         own = build_empty_state(directory, model, optimizer, saved)

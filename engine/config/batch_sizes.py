@@ -193,7 +193,7 @@ def _derive(given: Mapping[str, int], ranks: DataRanks) -> BatchSizes:
     train, micro, accumulation = (given.get(key) for key in BATCH_KEYS)
     if train is None and micro is None:
         raise BatchError(
-            "", f"`{TRAIN}` or `{MICRO}` must be set.", f'Add, for example, "{TRAIN}": 32.'
+            "", f"`{TRAIN}` or `{MICRO}` must be set.", f'For example, add "{TRAIN}": 32.'
         )
     if train is None:
         assert micro is not None

@@ -61,7 +61,9 @@ def find_named_code(block: Any, pointer: str = "/scheduler") -> Iterator[NamedCo
 
 
 def find_optimizer_code(block: Any) -> list[NamedCode]:
-    """Return ``optimizer.type`` as a one-item list if it is an import path, and ``[]`` otherwise.
+    """Return a list that contains ``optimizer.type`` if it is an import path.
+
+    Otherwise, return an empty list.
 
     >>> [code.name for code in find_optimizer_code({"type": "my_module:MyOptimizer"})]
     ['my_module:MyOptimizer']

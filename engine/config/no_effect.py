@@ -15,10 +15,10 @@ _TABLE: Mapping[str, Mapping[str, Mapping[str, Any]]] = schemas.read("no_effect.
 
 
 def find_reason_for_no_effect(member: Member, backend: str, stage: int | None = None) -> str | None:
-    """Return why a key or section does not affect the results, or None if it can affect them.
+    """Return the reason why a key or section does not affect the results, or None if it can.
 
     Args:
-        member: key of a config, with its value.
+        member: key or section of a config, with its value.
         backend: "torch" or "deepspeed".
         stage: ZeRO stage; None to return a reason only if it applies to every stage.
 
@@ -47,10 +47,9 @@ def _is_listed(member: Member, values: Any) -> bool:
 
     Args:
         member: key or section of a config, with its value.
-        values: for a key, the list of its values that do not affect the results. For a section, a
-            dict that maps keys of the section to such lists; the section does not affect the
-            results if each of these keys has a value from its list. None if no value affects the
-            results.
+        values: for a key, a list of values that do not affect the results. For a section, a dict
+            that maps keys of the section to such lists; the section does not affect the results if
+            the value of each of these keys is in its list. If None, no value affects the results.
     """
     if values is None:
         return True

@@ -75,7 +75,7 @@ def build_optimizer_block(
 
 
 def _as_floats(value: Any, schema: Mapping[str, Any]) -> Any:
-    """Convert an integer, or each integer in a list, to a float where the schema allows floats.
+    """Convert an integer, or each integer in a list, to a float if the schema allows floats.
 
     PyTorch rejects betas that mix an integer and a float, such as ``(0, 0.999)``.
     """

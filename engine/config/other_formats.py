@@ -47,7 +47,9 @@ def recognize_yaml(text: str) -> tuple[str, str] | None:
 
 
 def recognize_keys(keys: Collection[str]) -> tuple[str, str] | None:
-    """Return an error message and a hint for the keys of an Accelerate config; None for other keys.
+    """Return an error message and a hint for an Accelerate config.
+
+    Return None if the keys are not those of an Accelerate config.
 
     Args:
         keys: top-level keys of the config.

@@ -152,7 +152,7 @@ def check_param_groups(document: Document, optimizer: str, entries: Any) -> Iter
     if len(entries) > _MAX_GROUPS:
         message = f"`{dotted_name(POINTER)}` must have at most {_MAX_GROUPS} entries, "
         yield document.build_problem(
-            "param-groups", POINTER, f"{message}got {len(entries):,}.", "Merge some of them."
+            "param-groups", POINTER, f"{message}got {len(entries):,}.", "Merge some entries."
         )
         return
     yield from check_against_schema(document, entries, build_group_schema(optimizer), POINTER)

@@ -107,9 +107,9 @@ class Document:
         Args:
             rule: ID of the rule that found the problem.
             pointer: JSON pointer of the key.
-            message: what is wrong.
-            hint: how to fix it.
-            at_key: whether to report the position of the key instead of the value's position.
+            message: description of the problem.
+            hint: how to fix the problem.
+            at_key: whether to report the key's position instead of the value's.
             severity: "error", "warning" or "note".
             fix: automatic fix, or None.
             suggestion: key that the user probably meant, or the JSON pointer of a missing key.
@@ -221,7 +221,7 @@ class _Parser:
             raise _BrokenSyntaxError(
                 self.at,
                 "The config must be a JSON object, got an empty file.",
-                'Write, for example, {"train_batch_size": 32}.',
+                'Add a JSON object, such as {"train_batch_size": 32}.',
             )
         value = self._value("", self.find_location(self.at), depth=0)
         self._space()
@@ -264,7 +264,7 @@ class _Parser:
                         below,
                         *key_location,
                         f"Duplicate key `{key}`. The key is already set on line {first}.",
-                        "Remove one of the two. JSON parsers disagree about which value to use.",
+                        "Remove one of the keys. JSON parsers disagree about which value to use.",
                     )
                 )
             self._space()

@@ -60,7 +60,7 @@ def trace_origins(context: RuleContext) -> Iterator[Entry]:
 
 
 def _get_weight_decay(document: Document, backend: str) -> float:
-    """Return the default weight decay of the config's optimizer on a backend."""
+    """Return the default weight decay of the config's optimizer for a backend."""
     block = document.value["optimizer"]
     name = optimizer_name(block["type"])
     assert name is not None

@@ -88,7 +88,7 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
 
 
 def _find_other_type(params: Mapping[str, Any], unknown: Collection[str]) -> str | None:
-    """Return the only schedule that accepts all parameters, if most of them are unknown.
+    """Return the only schedule that accepts all parameters, if the block's type lacks most of them.
 
     Args:
         params: parameters of the block.

@@ -108,9 +108,9 @@ def list_possible_horizons(
 ) -> list[Horizon]:
     """Return the possible horizons of a run.
 
-    There are several if a duration is in epochs, samples or tokens, and the number of steps per
-    epoch or samples per step is unknown. A caller should reject a config only if the config is
-    invalid for every one of these horizons.
+    There are several horizons if a duration is in epochs, samples or tokens, and the number of
+    steps per epoch or samples per step is unknown. A caller should reject a config only if the
+    config is invalid for every one of these horizons.
 
     Args:
         schedule: schedule whose durations will be converted to steps.
@@ -163,8 +163,8 @@ def build_base_values(
 
     Args:
         config: config without "auto" values.
-        schedule: schedule of the config. If it has lists with one value per param group, their
-            length is the number of groups. If it has none, there is one group.
+        schedule: schedule of the config. If it contains lists with one value per param group, the
+            number of groups is their length. Otherwise, there is one group.
         group: hyperparameters of a param group, which override those of the optimizer.
     """
     block = config.get("optimizer", {"type": "Adam"})
@@ -195,7 +195,7 @@ class EvaluatedSchedule:
     curves: Curves
 
     def overwrites(self, name: str) -> bool:
-        """Return whether the schedule overwrites a hyperparameter, ignoring the initial value.
+        """Return whether the schedule sets a hyperparameter regardless of its initial value.
 
         Args:
             name: hyperparameter to check, such as ``lr``.
@@ -227,9 +227,9 @@ class EvaluatedSchedule:
         return {}
 
     def find_infinite(self) -> tuple[str, int, float] | None:
-        """Return a non-finite value in the run, as ``(hyperparameter, step, value)``.
+        """Find a non-finite hyperparameter, and return ``(hyperparameter, step, value)``.
 
-        Return None if no such value is found. To save time, each piece of a curve, such as the
+        If no such value is found, return None. To save time, each piece of a curve, such as the
         warmup, is evaluated only at its first and last step.
         """
         steps = int(self.horizon.scaled_steps or self.schedule.span)

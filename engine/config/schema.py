@@ -165,7 +165,7 @@ def walk(
 def _find_replaced_keys(value: Mapping[str, Any], properties: Mapping[str, Any]) -> set[str | None]:
     """Return the current names of the keys that an object sets under an alias or deprecated name.
 
-    The set can also contain None and sentences such as "Remove the key.", which match no key.
+    The set can also contain None and sentences such as "Remove the key.", which are not keys.
     """
     given = [properties[key] for key in value if key in properties]
     return {schema.get(word) for schema in given for word in ("x-alias-of", "x-instead")}

@@ -149,7 +149,7 @@ def _build_unreadable_error(name: str, message: str, hint: str = "") -> ConfigEr
 
 
 def _suggest_file(path: Path) -> str:
-    """Return a hint that names JSON files near the path where a config file was not found."""
+    """Return a hint for the path of a missing config file, such as a similar path that exists."""
     directory = path.parent.absolute()
     if not directory.is_dir():
         existing = next((each for each in directory.parents if each.is_dir()), Path())

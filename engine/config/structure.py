@@ -65,7 +65,7 @@ def check_structure(
     """Check each value of a config against its schema, and construct the config's schedule.
 
     Args:
-        document: parsed config; its value must be an object.
+        document: parsed config; its top-level value must be a JSON object.
         world_size: number of ranks; None if unknown.
         count_ranks: function that takes the config and the world size, and returns the number of
             data-parallel ranks.

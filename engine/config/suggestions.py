@@ -135,7 +135,7 @@ def _find_params(pointer: str, block: Mapping[str, Any]) -> Collection[str]:
 
 
 def _find_unique_match(name: str, known: Collection[str]) -> str | None:
-    """Return the known name similar to ``name``, or None if there is not exactly one.
+    """Return the only known name similar to ``name``, or None if there are none or several.
 
     Two names are similar if their edit distance is at most 2 and they have the same first or last
     letter.

@@ -1,4 +1,4 @@
-"""Set or remove values in the text of a config, and preserve comments, whitespace and key order.
+"""Set or remove values in the text of a config without changing comments, whitespace or key order.
 
 A new key is added at the end of its object and indented like its siblings.
 """

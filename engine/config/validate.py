@@ -100,8 +100,8 @@ def examine(
             be valid for at least one number of ranks.
         steps_per_epoch: number of optimizer steps per epoch, used to validate durations in epochs.
             If None, these durations must be valid for at least one number of steps per epoch.
-        reject_auto: whether to report "auto" as an error where only an integration, such as the
-            Hugging Face Trainer, can replace it. Set this when no integration is used.
+        reject_auto: whether to report an error for each "auto" that only an integration, such as
+            the Hugging Face Trainer, can replace. Set this if no integration is used.
         needs_deepspeed: name of the model feature or `initialize` argument that requires
             DeepSpeed; None if there is none.
         count_ranks: function that takes the config and the world size, and returns the number of

@@ -143,7 +143,7 @@ def _convert_error(
 
 
 def _suggest_fraction_of_run(value: Any, schema: Mapping[str, Any]) -> str:
-    """Return a hint if a value was probably meant as a fraction of the run, or "" if not."""
+    """Return a hint if a value was probably meant as a fraction of the run; otherwise ""."""
     accepts_fractions = "[dD][uU][rR]" in schema.get("pattern", "")
     if not accepts_fractions or not isinstance(value, float) or not 0 < value < 1:
         return ""
@@ -151,11 +151,12 @@ def _suggest_fraction_of_run(value: Any, schema: Mapping[str, Any]) -> str:
 
 
 def _suggest_duration(value: object, schema: Mapping[str, Any]) -> tuple[str, Fix | None]:
-    """Suggest a valid duration for a string such as "200 steps", and list the units for others.
+    """Suggest a valid duration to replace an invalid string such as "200 steps".
 
     Returns:
-        A hint and an automatic fix. The hint is empty if the key does not accept durations or the
-        value is not a string; the fix is None if the value is not known to mean a duration.
+        A hint and an automatic fix. If the string's meaning is unclear, the hint lists examples of
+        valid durations, and the fix is None. If the value is not a string or the key does not
+        accept durations, the hint is empty and the fix is None.
     """
     pattern = schema.get("pattern", "")
     if not isinstance(value, str) or not pattern or not re.search(pattern, "10ep"):

@@ -143,7 +143,7 @@ def format_page(cls: type[Schedule[Any]], width: int | None = None) -> Iterator[
 
 
 def _fit_paragraph(paragraph: str, width: int | None) -> Iterator[str]:
-    """Yield the lines of a docstring paragraph, wrapped unless it is an indented formula."""
+    """Yield the lines of a docstring paragraph. Wrap them unless they are an indented formula."""
     lines = paragraph.splitlines()
     is_formula = any(line.startswith(" ") for line in lines)
     if width is None or is_formula or all(len(line) <= width for line in lines):

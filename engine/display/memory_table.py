@@ -51,8 +51,8 @@ def format_bytes(size: float) -> str:
 class EstimateTable(NamedTuple):
     """A table of memory estimates.
 
-    All columns after the second contain sizes, except a last column without a name. The column
-    without a name marks the row with the config's ZeRO stage.
+    The columns after the second contain sizes. If the last column has no name, it does not contain
+    sizes but marks the row with the config's ZeRO stage.
     """
 
     title: str
@@ -168,7 +168,7 @@ def _describe_offload(settings: MemorySettings) -> str:
 
 
 def list_notes(settings: MemorySettings) -> Iterator[str]:
-    """Yield notes on what an estimate assumes and which memory it leaves out."""
+    """Yield notes on the assumptions of an estimate and the memory that it excludes."""
     if not settings.has_optimizer:
         yield "The config has no optimizer, so AdamW is assumed."
     elif not has_known_states(settings.optimizer.type):

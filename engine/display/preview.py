@@ -106,9 +106,10 @@ class Preview:
 
     @property
     def num_steps(self) -> int:
-        """Number of steps in the run; if unknown, the steps that the schedule takes.
+        """Number of steps in the run; if unknown, the number of steps in the default plot.
 
-        The plot of a schedule that ends has one value more, because the last step reaches it.
+        A plot that stops at the end of the schedule has one point more: it also shows the value
+        after the last step.
         """
         is_past_end = self.span - 1 == self.schedule.length and not self.horizon.scaled_steps
         return self.span - 1 if is_past_end else self.span
@@ -187,7 +188,7 @@ def preview_document(
         auto: see `preview`.
         examined: result of `examine` for the document, to avoid a second validation. Omit this
             argument if the config contains "auto".
-        epochs_hint: how to set the number of steps per epoch, for the message of the error.
+        epochs_hint: how to set the number of steps per epoch, for the error message.
 
     Raises:
         ConfigError: see `preview`.
@@ -238,7 +239,7 @@ def preview_document(
 
 
 def _find_epochs(context: RuleContext, hint: str) -> Iterator[Problem]:
-    """Yield an error for each duration in epochs of the run and of the schedules."""
+    """Yield an error for each setting that contains a duration in epochs."""
     durations = {"/engine/max_duration": context.get_section("engine").get("max_duration")}
     schedules = {"/scheduler": context.schedule}
     for group, own in context.group_schedules.items():
@@ -254,7 +255,7 @@ def _find_epochs(context: RuleContext, hint: str) -> Iterator[Problem]:
 
 
 def _list_epochs(value: Any) -> Iterator[str]:
-    """Yield the durations in epochs in a value, also those in lists and in nested schedules."""
+    """Yield each duration in epochs in a value, which may be a list, a dict or a schedule."""
     if isinstance(value, Schedule):
         value = [getattr(value, name) for name in value.unresolved_fields]
     elif isinstance(value, Mapping):
@@ -285,7 +286,7 @@ def _build_curves(
 ) -> tuple[Base, Curves, tuple[str, ...]]:
     """Return the initial hyperparameters, the curves and the names of the param groups.
 
-    The last group has the parameters that no entry of ``optimizer.param_groups`` selects.
+    The last group contains the parameters that no entry of ``optimizer.param_groups`` selects.
     """
     config = context.config
     entries = context.get_section("optimizer").get("param_groups", [])

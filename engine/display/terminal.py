@@ -37,7 +37,7 @@ def get_width(stream: IO[str]) -> int | None:
 def wrap(text: str, width: int | None, indent: int = _INDENT) -> list[str]:
     """Wrap a paragraph at word boundaries.
 
-    Words that are too long, such as paths, stay whole, so that they can be copied.
+    Words that are longer than a line, such as paths, are not split, so that they can be copied.
 
     Args:
         text: paragraph without line breaks.

@@ -229,7 +229,7 @@ def _start_process_group(device: torch.device, **settings: Any) -> None:
 
 
 def read_timeout() -> timedelta | None:
-    """Return the timeout for collectives from ``ONECYCLE_TIMEOUT``; None for PyTorch's default."""
+    """Read the timeout for collectives from ``ONECYCLE_TIMEOUT``; return None if it is not set."""
     seconds = os.environ.get(TIMEOUT)
     return timedelta(seconds=int(seconds)) if seconds else None
 
@@ -402,7 +402,7 @@ def _list_ranks(ranks: Collection[int]) -> str:
 
 
 def _is_communication_error(error: BaseException | None) -> bool:
-    """Return whether an exception, or one that caused it, comes from a collective operation."""
+    """Return whether an exception or any of its causes comes from a collective operation."""
     while error is not None:
         # Gloo raises RuntimeError with its source file in the message.
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):

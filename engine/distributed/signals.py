@@ -40,9 +40,9 @@ class Signals:
     each step, and `restore_handlers` to stop recording.
 
     After a first SIGINT (Ctrl-C) or SIGTERM, another SIGINT raises KeyboardInterrupt, and another
-    SIGTERM kills the process. A script that does not reach the next step, for example during a long
-    evaluation, can thus be stopped. If no step has finished in the past minute, even the first
-    SIGINT raises KeyboardInterrupt. SIGUSR1 does not count as a first signal, because it only
+    SIGTERM kills the process. The user can therefore stop a script that does not reach the next
+    step, for example during a long evaluation. If no step has finished in the past minute, even the
+    first SIGINT raises KeyboardInterrupt. SIGUSR1 does not count as a first signal, because it only
     announces that the job will end soon.
 
     An instance that is created outside the main thread records nothing, because Python allows

@@ -59,7 +59,7 @@ class _Commands:
         return not self._inputs or self._silence > _MAX_SILENCE
 
     def read(self) -> set[bytes]:
-        """Wait up to 0.1 seconds for commands, and return the complete ones."""
+        """Wait up to 0.1 seconds for input, and return the commands that are complete."""
         before = time.monotonic()
         ready, _, _ = select.select(self._inputs, [], [], 0.1)
         # Do not count the time during which this host was suspended.

@@ -27,7 +27,7 @@ class Failure:
 
 
 def format_failure(failure: Failure) -> str:
-    """Return a failure as one output line that `parse_failure` can read."""
+    """Format a failure as one output line that `parse_failure` can read."""
     return FAILURE_PREFIX + json.dumps(asdict(failure))
 
 

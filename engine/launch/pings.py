@@ -46,7 +46,7 @@ class Pinger:
         """Start sending pings to a pipe. Pings stop when the reader of the pipe exits.
 
         Args:
-            descriptor: file descriptor of the pipe. The caller may close the descriptor afterwards.
+            descriptor: file descriptor of the pipe. The caller may close the descriptor afterward.
         """
         with contextlib.suppress(OSError):  # the process was killed; the agents end their jobs
             socket.send_fds(self._socket, [b"."], [descriptor])

@@ -212,7 +212,7 @@ def _check_request(request: LaunchRequest, min_nodes: int) -> None:
     if request.store is not None and not request.max_restarts:
         raise LaunchError(
             "`--rejoin` requires `--max-restarts`, because all ranks restart when a host is lost "
-            "and when it returns. Add, for example, `--max-restarts 3`."
+            "and when it returns. For example, add `--max-restarts 3`."
         )
 
 
@@ -333,7 +333,7 @@ def format_assignments(env: Mapping[str, str], *, hide_secrets: bool) -> list[st
     Args:
         env: environment variables.
         hide_secrets: whether to omit the values of variables whose names suggest a secret. The
-            shell then uses the current value of each such variable, and fails if one is not set.
+            shell then uses its own values of these variables, and fails if any of them is not set.
 
     >>> format_assignments({"A": "b c", "HF_TOKEN": "hf_123"}, hide_secrets=True)
     ["A='b c'", 'HF_TOKEN="${HF_TOKEN:?}"']

@@ -172,7 +172,7 @@ class Children:
         except BlockingIOError:
             raise LaunchError(
                 f"Cannot start the process for {name}, because the process limit has been reached. "
-                "Raise it with `ulimit -u`, or launch on fewer hosts."
+                "Raise the limit with `ulimit -u`, or launch on fewer hosts."
             ) from None
 
     def wait(self, timeout: float) -> list[tuple[Child, bytes]]:

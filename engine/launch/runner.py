@@ -242,7 +242,7 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
 
 
 def report_outcome(outcome: Outcome) -> int:
-    """Print why the launch failed, if it did, and return the exit status."""
+    """If the launch failed, report the failure on standard error. Return the exit status."""
     for line in outcome.last_lines:
         print(line, file=sys.stderr)
     if outcome.reason:

@@ -63,8 +63,8 @@ def build_sbatch(
     """Return the text of an sbatch script that launches a job.
 
     Args:
-        request: what to launch, and how. Slurm chooses the hosts, so the request's host names are
-            ignored.
+        request: description of the job. Its host names are ignored, because Slurm chooses the
+            hosts.
         options: ``#SBATCH`` options as a mapping from long name to value (empty for a flag). The
             options override the defaults. With the option ``requeue``, the job is requeued if
             SIGTERM or SIGUSR1 terminates the job, for example on preemption.

@@ -66,7 +66,7 @@ def count_state_elements(
         params: hyperparameters of the optimizer, including defaults.
         shape: shape of the parameter.
         has_adam: whether Muon uses Adam for parameters that are not matrices, as in DeepSpeed.
-            Other optimizers ignore this argument.
+            This argument has no effect for other optimizers.
 
     >>> count_state_elements("SGD", {"momentum": 0.9}, (4, 5))
     20

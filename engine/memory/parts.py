@@ -1,4 +1,4 @@
-"""Types for the memory estimate: the sizes of parameters, and the memory for model states."""
+"""Define types for the sizes of parameters and model states in a memory estimate."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class ParameterSize:
 class Part(NamedTuple):
     """A part of the model states, such as the gradients.
 
-    The fields ``forward``, ``backward`` and ``step`` are its size in bytes at each point in
-    `MOMENTS`.
+    The fields ``forward``, ``backward`` and ``step`` are the part's sizes in bytes at the
+    points in `MOMENTS`.
     """
 
     name: str

@@ -45,7 +45,7 @@ class Run:
 
     @property
     def curve(self) -> tuple[list[float], list[float]]:
-        """The learning rates and, for each of them, the loss of the next recorded step.
+        """The learning rate of each recorded step but the last, and the loss of the step after it.
 
         A step computes the loss before it updates the parameters, so its learning rate first
         affects the loss of the next step.
@@ -88,8 +88,8 @@ class Recorder:
 
     Args:
         steps: number of steps in the sweep; None for no limit. In that case, at most 20,000
-            recorded steps are kept in memory: whenever there are more, every second one is removed,
-            and the interval between recorded steps doubles.
+            recorded steps are kept in memory: whenever there are more, every second recorded step
+            is removed, and the interval between recorded steps doubles.
         divergence: maximum ratio of the smoothed loss to its previous minimum; a larger ratio ends
             the sweep.
         path: path of the record file; None on ranks other than 0.
@@ -118,11 +118,11 @@ class Recorder:
             self._write(self.run.facts)
 
     def record(self, lr: float, momentum: float | None, loss: float, *, applied: bool) -> None:
-        """Record a step. End the run if all steps are recorded or the loss has diverged.
+        """Record a step. Mark the run as over if all steps are recorded or the loss has diverged.
 
         Args:
             lr: learning rate of the step.
-            momentum: momentum of the step; None if the optimizer has none.
+            momentum: momentum of the step; None if the optimizer has no momentum.
             loss: mean loss over the batch and all ranks.
             applied: whether the optimizer step was applied. A skipped step is recorded only if its
                 loss is not finite.

@@ -147,8 +147,8 @@ def refine(
     """Find the best maximum learning rate with short 1Cycle runs, and return the results.
 
     The search starts with five maximum learning rates, each twice the previous one. While the best
-    one is at an end of the tried range, the search extends the range at that end by a factor of 2.
-    The search tries no value below `around` / 64 or above `around` x 64.
+    value is at an end of the tried range, the search extends the range at that end by a factor of
+    2. The search does not try values below `around` / 64 or above `around` x 64.
 
     Args:
         train: function ``train(max_lr, repeat)`` that trains for one cycle of `steps` steps and

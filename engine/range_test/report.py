@@ -171,9 +171,9 @@ class LRRangeReport:
     def to_json(self) -> dict[str, Any]:
         """Return the report as a JSON-compatible dict. Losses that are not finite are None.
 
-        ``suggestion["rules"]`` has the learning rate that each rule selects. For the rules in
-        ``suggestion["confidence"]["rules"]``, ``"agree_within_factor"`` is the ratio of the largest
-        learning rate to the smallest.
+        ``suggestion["rules"]`` maps each rule to the learning rate that it selects. In
+        ``suggestion["confidence"]``, ``"agree_within_factor"`` is the ratio of the largest to the
+        smallest learning rate that the rules in ``"rules"`` select.
         """
         suggestion = self.suggestion
         return {
@@ -311,7 +311,7 @@ class LRRangeReport:
         return str(drawn if color else plotext.uncolorize(drawn))
 
     def write(self, directory: Path) -> Sequence[Path]:
-        """Write ``lr_range.png`` and ``report.json`` to a directory. Return their paths."""
+        """Write ``lr_range.png`` and ``report.json`` to a directory, and return their paths."""
         directory.mkdir(parents=True, exist_ok=True)
         picture, data = directory / "lr_range.png", directory / "report.json"
         data.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")

@@ -197,7 +197,7 @@ def smooth(x: Array, y: Array) -> SmoothedCurve:
 
 
 def _reduce_points(x: Array, y: Array) -> tuple[Array, Array]:
-    """Average losses with the same learning rate.
+    """Average the losses recorded at the same learning rate.
 
     If more than 400 points remain, also average neighboring points.
     """

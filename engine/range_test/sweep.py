@@ -38,8 +38,8 @@ class Sweep:
         config: path of the config to use instead of the script's config.
         seed_offset: number to add to the config's seed and to torch's initial seed, so that
             repeated sweeps differ.
-        engine: N to test the Nth engine that the script creates. If None, the script must create
-            only one engine.
+        engine: number of the engine to test, counted from 1 in the order in which the script
+            creates its engines. If None, the script must create only one engine.
 
     Raises:
         ValueError: if `min_lr` is not positive, `max_lr` is not finite or not above `min_lr`,
@@ -62,7 +62,7 @@ class Sweep:
         if not 0 < self.min_lr < self.max_lr < math.inf:
             raise ValueError(
                 "`min_lr` and `max_lr` must be finite with 0 < `min_lr` < `max_lr`, got "
-                f"{self.min_lr:g} and {self.max_lr:g}. Use, for example, 1e-6 and 10."
+                f"{self.min_lr:g} and {self.max_lr:g}. Use values such as 1e-6 and 10."
             )
         if self.steps < 2:
             raise ValueError(

@@ -79,7 +79,7 @@ class TrainingRun:
     ) -> TrainingRun:
         """Build a run that starts at step 0.
 
-        For the trial run of an LR range test, pass the main run's ``misuse`` checks.
+        For the trial run of an LR range test, pass the checks of the main run as ``misuse``.
         """
         is_first = backend.ranks.rank == 0
         monitors = monitors or Monitors()

@@ -47,7 +47,7 @@ def call_on_batches(model: Callable[..., Any], batches: Iterator[Any], count: in
         if batch is None:
             raise ValueError(
                 f"`data_iter` must yield {count} micro-batches per step, got {index}. Pass an "
-                "endless iterator, or stop training at the end of an epoch."
+                "infinite iterator, or stop training at the end of an epoch."
             )
         yield call_model(model, batch)
 

@@ -20,7 +20,7 @@ __all__ = ["DeferredStep", "StepResult", "can_skip_on_device", "compute_norm_on_
 
 
 def can_skip_on_device(optimizer: Optimizer, device: torch.device) -> bool:
-    """Return whether a tensor on ``device`` can tell the optimizer's kernels to skip a step.
+    """Return whether a tensor on ``device`` can make the optimizer's kernels skip a step.
 
     The result is true only if the optimizer uses PyTorch's fused kernels and all parameters are on
     ``device``.
@@ -97,7 +97,7 @@ class StepResult:
 
 
 class DeferredStep:
-    """Runner that starts optimizer steps and later reads whether the device skipped them.
+    """Runner that enqueues optimizer steps, and checks later whether the device skipped them.
 
     The backward pass leaves unclipped gradients in ``.grad``, multiplied by a factor ``scale``. The
     fused kernel divides them by
@@ -182,7 +182,7 @@ class DeferredStep:
             self._event.record()
 
     def _find_divisor(self, norm: Tensor, scale: float) -> Tensor | None:
-        """Return the divisor of the gradients; None if there is neither clipping nor scaling."""
+        """Return the value by which to divide the gradients, or None if they stay unchanged."""
         if self._clipping > 0:
             divisor = torch.clamp((norm + 1e-6) / self._clipping, min=1.0) * scale
             return divisor.float()

@@ -235,7 +235,7 @@ def _copy_loader(
     num_workers: int,
     generator: torch.Generator | None,
 ) -> DataLoader[Any]:
-    """Copy a data loader, but replace its batches with the given lists of sample indices."""
+    """Copy a data loader, but use the given lists of sample indices as its batches."""
     return DataLoader(
         loader.dataset,
         batch_sampler=batches,
@@ -255,7 +255,7 @@ def _to_bytes(tensor: Tensor) -> Tensor:
 
 
 def _read_result(result: Any, samples: int | None) -> list[_Row]:
-    """Check what the user's function returned for a batch, and return one row per metric.
+    """Check the result of the user's function for a batch, and return a `_Row` per metric.
 
     Tensors stay on their device.
     """

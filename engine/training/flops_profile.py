@@ -69,7 +69,7 @@ def profile_modules(model: nn.Module, device: torch.device) -> Iterator[list[Mod
 
 
 def _add_up_containers(profiles: Sequence[ModuleProfile]) -> None:
-    """Add up the children's costs for each module that is never called, such as a ModuleList."""
+    """Set the cost of each uncalled module, such as a ModuleList, to the sum over its children."""
     for container in reversed(profiles):
         if container.calls == 0 and container.name:
             members = [each for each in profiles if each.name.rpartition(".")[0] == container.name]
@@ -157,7 +157,7 @@ def _format_module(profile: ModuleProfile, model: ModuleProfile) -> str:
 
 
 def _format_number(value: float) -> str:
-    """Format a number with an SI prefix, ready to be followed by a unit.
+    """Format a number with an SI prefix, so that a unit can be appended.
 
     >>> _format_number(1234567), _format_number(0.00012), _format_number(0)
     ('1.23 M', '120 µ', '0 ')

@@ -182,7 +182,7 @@ class GradientAverager:
     def _update_buckets(self, *, keeps_frozen: bool = False) -> None:
         """Rebuild the buckets if parameters were added, frozen or unfrozen.
 
-        With ``keeps_frozen``, newly frozen parameters stay in the buckets.
+        If ``keeps_frozen`` is true, newly frozen parameters stay in the buckets.
         """
         trained = self._trained()
         if keeps_frozen:
@@ -245,7 +245,7 @@ class GradientAverager:
 
     @torch.no_grad()
     def _copy(self, bucket: _Bucket, index: int) -> bool:
-        """Copy a gradient, divided by the world size, to the buffer of the bucket.
+        """Copy a gradient, divided by the world size, into the bucket's buffer.
 
         For a parameter without a gradient, copy zeros. Return whether the parameter has a gradient.
         """
@@ -325,9 +325,10 @@ class GradientAverager:
     def _check_steps_match(self) -> None:
         """Check that all ranks have finished the same number of steps.
 
-        The step numbers are compared by all-reducing the first bucket. If a rank is still averaging
-        gradients, it all-reduces a buffer of the same size, so the check completes and detects the
-        difference. With a different collective operation, the check would hang.
+        To compare the step numbers, all-reduce the buffer of the first bucket, which also holds the
+        step number. A rank that is still averaging gradients all-reduces a buffer of the same size,
+        so the two calls match, and the check detects the difference. Any other collective operation
+        would hang.
         """
         for bucket in self._buckets[:1]:
             bucket.buffer.zero_()

@@ -129,8 +129,8 @@ class RunLoader:
     def load_state_dict(self, state: Mapping[str, Any], *, resumes: bool = True) -> None:
         """Load a saved position, so that the next loop over the data continues from it.
 
-        If ``resumes`` is false or the position is the end of an epoch, the loop starts a new epoch
-        instead.
+        If ``resumes`` is false or the position is at the end of an epoch, the loop starts a new
+        epoch instead.
         """
         self._epoch, self._requested = state["epoch"], state["given"]
         self._endless = None

@@ -317,7 +317,8 @@ class _StepCounter:
     """Counter of an optimizer's steps, and of the losses since the last call to `step`.
 
     The optimizer's step hook refers to this object and not to the engine. The hook therefore does
-    not keep the engine alive. As a context manager, this object marks the steps of an engine.
+    not keep the engine alive. Each engine uses its counter as a context manager around its own
+    optimizer steps, so that the hook does not report them as steps of the script.
     """
 
     _engines_in_step = 0  # of all engines, because two engines may share an optimizer
@@ -341,7 +342,7 @@ class _StepCounter:
         _StepCounter._engines_in_step -= 1
 
     def release(self, ranks: Ranks) -> None:
-        """Remove the hook, and warn if `step` was never called although there were losses."""
+        """Remove the hook, and warn if the script passed losses but never called `step`."""
         if self._handle is not None:
             self._handle.remove()
         is_untrained = self.losses > 1 and not self._has_stepped and not self.has_warned
@@ -367,8 +368,8 @@ class _StepCounter:
 def _changes_weights(optimizer: Optimizer) -> bool:
     """Return whether a step can change weights.
 
-    torch.distributed.checkpoint takes steps with a learning rate of 0, and some scripts take a step
-    without gradients, to create the optimizer state.
+    Some steps only create the optimizer state: torch.distributed.checkpoint takes steps with a
+    learning rate of 0, and some scripts take a step without gradients.
     """
     groups = optimizer.param_groups
     lrs = (group.get("lr") for group in groups)
@@ -414,7 +415,7 @@ def _raise_direct_step() -> NoReturn:
     raise MisuseError(
         "The script calls `optimizer.step()`. Call `trainer.backward(loss)` and `trainer.step()` "
         "instead. They average the gradients over all ranks, and step the optimizer and the "
-        "schedule."
+        "scheduler."
     )
 
 

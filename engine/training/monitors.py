@@ -197,7 +197,7 @@ class CSVMonitor:
             partial.replace(path)
 
     def close(self) -> None:
-        """Do nothing: no file stays open between steps."""
+        """Do nothing, because no file stays open between steps."""
 
 
 class WandbMonitor:
@@ -273,17 +273,17 @@ class Monitors:
             monitor.write_events(each_event)
 
     def note_setup(self, setup: Mapping[str, str]) -> None:
-        """Show the training setup in the report of the run."""
+        """Add the training setup to the run report."""
         if self._report is not None:
             self._report.note_setup(setup)
 
     def note_checkpoint(self, tag: str, step: int) -> None:
-        """Show a checkpoint in the report of the run."""
+        """Add a checkpoint to the run report."""
         if self._report is not None:
             self._report.note_checkpoint(tag, step)
 
     def note_decision(self, evidence: Evidence) -> None:
-        """Show the decision of a feedback schedule in the report of the run."""
+        """Add a feedback schedule's decision to the run report."""
         if self._report is not None:
             self._report.note_decision(evidence)
 

@@ -199,7 +199,7 @@ def check_shapes(
 
     Args:
         model: module to train.
-        block: the config's optimizer; None if the script passes its own.
+        block: optimizer block of the config; None if the script passes an optimizer.
         parameters: parameters or param groups to train. Defaults to all parameters that require
             gradients.
 

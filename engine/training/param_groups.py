@@ -194,7 +194,7 @@ def _check_are_named(
             raise ValueError(
                 "`model_parameters` must contain only parameters of `model`, got a parameter of "
                 f"shape {tuple(parameter.shape)} that is not in the model. Register it in the "
-                "model: the config assigns parameters to groups by name, and this one has no name."
+                "model, because the config assigns parameters to groups by name."
             )
 
 

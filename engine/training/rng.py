@@ -19,7 +19,7 @@ __all__ = ["check_rng_state", "get_rng_state", "preserve_rng_state", "seed_rng",
 
 
 def get_rng_state() -> dict[str, Any]:
-    """Return the RNG states of Python, NumPy, PyTorch and, once CUDA is in use, this rank's GPU."""
+    """Return the RNG states of Python, NumPy, PyTorch and, if CUDA is initialized, the GPU."""
     name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  # scripts use the global generator
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -45,7 +45,7 @@ class _RngState:
 
 
 def check_rng_state(state: Any) -> None:
-    """Raise an error if `set_rng_state` would reject a state. No RNG state is changed.
+    """Check that `set_rng_state` accepts a state, and leave the current RNG states unchanged.
 
     Raises:
         Exception: the state has the wrong format, or a generator rejects its saved state.

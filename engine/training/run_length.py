@@ -104,7 +104,7 @@ class RunLength:
 
     @property
     def is_loop_limited(self) -> bool:
-        """Whether a loop over epochs trains the right number of epochs in a resumed run.
+        """Whether a loop over epochs trains the correct number of epochs in a resumed run.
 
         If False, a loop such as ``for epoch in range(n)`` can start at epoch 0 again and train
         ``n`` more epochs.

@@ -118,7 +118,7 @@ class RunReport:
         self._exit_hook: Any = None
 
     def write_events(self, events: Iterable[Event]) -> None:
-        """Record the metrics of a step, and write the report from time to time."""
+        """Record the metrics of a step, and write the report if the next write is due."""
         found = {event.name.removeprefix(_PREFIX): event for event in events}
         if _STEP in found:
             self._step = int(found.pop(_STEP).value)

@@ -94,4 +94,4 @@ class ScheduleDriver:
         except Exception as error:  # noqa: BLE001  # a failed plot must not stop training
             log.warning("training continues, but the plot %s could not be saved: %s", path, error)
         else:
-            log.info("saved a plot of the data behind the schedule's decision to %s", path)
+            log.info("saved %s, a plot of the data behind the schedule's decision", path)

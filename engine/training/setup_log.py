@@ -88,7 +88,7 @@ def log_setup(
 
 
 class _Formatter(logging.Formatter):
-    """Formatter that puts the level before warnings and errors only."""
+    """Formatter that prefixes warnings and errors with their level."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -99,7 +99,7 @@ class _Formatter(logging.Formatter):
 def enable_logging() -> None:
     """Print the ``onecycle`` logger's messages of level INFO and above.
 
-    If the user has already configured a handler or a level, it is kept.
+    This function does not replace a handler or a level that the user has configured.
     """
     if not log.hasHandlers():
         handler = logging.StreamHandler()

@@ -1,4 +1,4 @@
-"""Local web pages, one to edit a config and one to show runs.
+"""Local web pages: a config editor and a page that shows runs.
 
 All logic for configs is in Python: the config page sends the text in the editor to the local
 server, and displays the reply.

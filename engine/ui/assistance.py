@@ -39,8 +39,8 @@ def complete(text: str, offset: int) -> dict[str, Any]:
         offset: position of the cursor, in UTF-16 code units.
 
     Returns:
-        A dict with the range to replace (``from`` and ``to``) and the ``options``. An option has a
-        label, the text to insert, a short note and help.
+        A dict with the range to replace (``from`` and ``to``) and the ``options``. Each option
+        has a label, the text to insert, a short note and help.
     """
     cursor = locate(text, from_utf16(text, offset))
     options = []

@@ -44,7 +44,7 @@ class ConfigFile:
     line endings and byte order mark, so that lines that the user has not edited do not change.
 
     Args:
-        path: path of the file; the file may be missing.
+        path: path of the file, which need not exist.
         template: text to show if the file does not exist.
     """
 

@@ -126,7 +126,7 @@ def _read_text(body: Mapping[str, Any]) -> str:
 def _read_offset(body: Mapping[str, Any]) -> int:
     offset = body.get("offset")
     if type(offset) is not int or offset < 0:
-        raise ValueError("`offset` must be a non-negative whole number.")
+        raise ValueError("`offset` must be a whole number >= 0.")
     return offset
 
 

@@ -58,7 +58,7 @@ class CurveSet:
     steps: int
 
     def select_steps(self, window: tuple[int, int] | None) -> NDArray[np.float64]:
-        """Return the steps to draw: all steps in a range, or a sample if the range is long.
+        """Return the steps to draw: all steps in a range, or evenly spaced steps if it is long.
 
         Args:
             window: first and last step of the range; None for all steps of the run.

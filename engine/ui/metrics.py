@@ -43,7 +43,7 @@ _EMPTY = Series(np.empty(0), np.empty(0))
 
 
 def find_metric_name(name: str) -> str:
-    """Return a metric's name without the prefix ``Train/Samples/``, and with "_" for each "/".
+    """Return a metric's name without the prefix ``Train/Samples/``, with each "/" replaced by "_".
 
     >>> find_metric_name("Train/Samples/lr"), find_metric_name("Validation/loss")
     ('lr', 'Validation_loss')
@@ -132,7 +132,7 @@ class _CSVFile:
 
 
 def _parse_rows(data: bytes) -> Numbers:
-    """Parse complete CSV rows, skipping those that do not contain exactly two numbers."""
+    """Parse complete CSV rows, skipping rows that do not contain exactly two numbers."""
     numbers = _parse_numbers(data.replace(b"\r", b"").rstrip(b"\n").replace(b"\n", b","))
     if numbers is None or len(numbers) != 2 * data.count(b"\n"):
         rows = [row for line in data.splitlines() if (row := _parse_row(line)) is not None]
@@ -156,7 +156,7 @@ def _parse_row(line: bytes) -> tuple[float, float] | None:
 
 
 class CSVMetrics(MetricSource):
-    """The CSV files that ``csv_monitor`` writes to a directory: one per metric."""
+    """The CSV files that ``csv_monitor`` writes to a directory, one per metric."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -192,7 +192,7 @@ class EventMetrics(MetricSource):
         self._series: dict[str, Series] = {}
 
     def update(self) -> float:
-        """Read all new events, and return 1.0, the fraction of all data that has been read."""
+        """Read all new events, and return the fraction of the data read so far: always 1.0."""
         self._accumulator.Reload()
         self._series = dict(self._read())
         return 1.0

@@ -49,7 +49,7 @@ def build_response(reply: Mapping[str, Any] | Numbers | Download) -> Response:
 
 
 def _encode(reply: Numbers) -> bytes:
-    """Return a reply as bytes: the length of the JSON text, the text, and the numbers.
+    """Encode a reply as bytes: the length of the JSON text, the text, and the numbers.
 
     The text is padded so that the offset of the numbers is a multiple of 8 bytes.
     """

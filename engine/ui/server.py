@@ -86,8 +86,8 @@ class Application:
         except (ValueError, OSError, MissingExtraError) as error:
             return _build_error(422, str(error))
         except Exception:  # the page shows the error and remains usable
-            log.exception("the request %s failed", path)
-            return _build_error(500, "Internal error. The terminal shows the details.")
+            log.exception("request %s failed", path)
+            return _build_error(500, "Internal error. See the terminal for details.")
         return _build_error(404, "Not found.")
 
     def _act(self, request: Request, name: str) -> Response:

@@ -49,9 +49,9 @@ def load() -> Images:
             return Images(train, test, f"Fashion-MNIST from {directory}")
     if named:
         raise FileNotFoundError(
-            f"FASHION_MNIST_DIR must contain the four files of Fashion-MNIST, such as "
-            f"train-images-idx3-ubyte(.gz), but {named} does not. Set it to another directory, or "
-            "unset it to train on scikit-learn's digits."
+            f"FASHION_MNIST_DIR is {named}, but this directory does not contain all four files of "
+            "Fashion-MNIST, such as train-images-idx3-ubyte(.gz). Set the variable to another "
+            "directory, or unset it to train on scikit-learn's digits."
         )
     return _load_digits()
 

@@ -26,8 +26,8 @@ class Attachment:
     """The schedules that are attached to one optimizer, and the latest values that they wrote.
 
     This object exists as long as the optimizer does, even if a schedule is deleted. When another
-    schedule is attached, this object tells whether the current learning rate was set by an earlier
-    schedule or by the training script.
+    schedule is attached, this object determines whether an earlier schedule or the training script
+    set the current learning rate.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class Attachment:
         Returns:
             The initial values, and the reason why they are uncertain (None if they are certain).
             They are uncertain if it is unknown whether a schedule or the training script set the
-            current value, for example after loading the optimizer's state, or if a scheduler of
+            current value, for example after loading the optimizer's state, or if a scheduler from
             another library has changed the value.
         """
         values, doubt = [], None
@@ -107,8 +107,8 @@ def check_not_chained() -> None:
 
     PyTorch's schedulers multiply the current learning rate by a factor, so several of them can be
     applied one after another. Schedules of this package replace the current learning rate, so the
-    factors of the other schedulers would be lost. A schedule is not told that it is in a
-    ``ChainedScheduler``, so this function searches the call stack.
+    factors of the other schedulers would be lost. A schedule has no reference to the
+    ``ChainedScheduler`` that contains it, so this function searches the call stack.
 
     Raises:
         ValueError: a ``ChainedScheduler`` with several schedulers is in the call stack.

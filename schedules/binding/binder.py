@@ -145,7 +145,7 @@ class ScheduleBinder(TorchInterface):
         return {name: find_slots(name, self.optimizer) for name in self.schedule.hyperparameters}
 
     def _read_base(self, given: Base) -> Base:
-        """Return ``given``, completed with initial hyperparameters from the param groups."""
+        """Return ``given``, with missing initial hyperparameters read from the param groups."""
         groups, base = self.optimizer.param_groups, dict(given)
         slots = {"lr": find_slots("lr", self.optimizer), **self._slots}
         for name in slots.keys() - given.keys():
@@ -200,7 +200,7 @@ class ScheduleBinder(TorchInterface):
             self._step_slowly(loss, metric)
 
     def _step_slowly(self, loss: Tensor | float | None, metric: Tensor | float | None) -> None:
-        """Advance the schedule when `step` cannot use its fast path, as in the first call."""
+        """Advance the schedule without the fast path of `step`, for example on the first call."""
         self._prepare_use()
         if not self._has_stepped:
             check_not_chained()
@@ -276,7 +276,7 @@ class ScheduleBinder(TorchInterface):
             log.info(text, name, *decision[:3], confidence)
 
     def _is_unchanged_since(self, before: Any) -> bool:
-        """Return whether all hyperparameters are known to be the same as in state ``before``."""
+        """Return whether all hyperparameters equal those of state ``before``; False if unknown."""
         del before
         return False
 

@@ -194,7 +194,9 @@ def read_base(state: Mapping[str, Any]) -> Base:
 def read_state(
     state_dict: Mapping[str, Any], schedule: Schedule[Any], base: Base, horizon: Horizon | None
 ) -> Any:
-    """Return the saved state of a feedback schedule's controller; None for any other schedule.
+    """Return the saved state of a feedback schedule's controller.
+
+    For a schedule without feedback, return None.
 
     Args:
         state_dict: state that `ScheduleBinder.state_dict` returned.

@@ -95,7 +95,7 @@ class TorchInterface(LRScheduler):
 
     @property
     def base_lrs(self) -> list[float | Tensor]:
-        """Initial learning rate of each param group. To change one, assign a new list."""
+        """Initial learning rate of each param group. To change a value, assign a new list."""
         return self._base_lrs
 
     @base_lrs.setter

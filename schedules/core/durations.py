@@ -154,7 +154,7 @@ def list_examples(pattern: str = PATTERN) -> str:
 
 
 def suggest_duration(text: str) -> int | str | None:
-    """Return the duration that a text with a unit in words means; None if there is none.
+    """Suggest a valid duration for a text such as "200 steps"; return None if there is none.
 
     >>> suggest_duration("200 steps"), suggest_duration("10 Epochs"), suggest_duration("2 weeks")
     (200, '10ep', None)
@@ -181,8 +181,8 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
     Args:
         duration: number of steps, or a time string.
         horizon: length of the run and the other numbers needed for the conversion.
-        scaled: whether ``horizon.scale_ratio`` applies to the duration. It always applies to a
-            fraction of the run (``dur``).
+        scaled: whether to multiply the duration by ``horizon.scale_ratio``. A fraction of the run
+            (``dur``) is always scaled.
 
     Raises:
         DurationError: the time string is invalid, a number that its unit requires is not set in
@@ -302,8 +302,8 @@ def _check_length(length: float, name: str) -> float:
 def _to_steps(scaled: float, configured: float | None = None) -> float:
     """Convert a scaled duration to an int, or to `FractionalSteps` if it is not a whole number.
 
-    If the duration before scaling, ``configured``, is a whole number, truncate the result to an
-    int instead.
+    If ``configured``, the duration before scaling, is a whole number, always truncate the scaled
+    duration to an int.
     """
     _check_length(scaled, "A duration")
     if configured is not None and float(configured).is_integer():

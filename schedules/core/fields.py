@@ -271,7 +271,8 @@ class Field:
     def convert(self, value: Any) -> Any:
         """Validate a value from a config, and convert it to the field's type.
 
-        A list becomes a tuple. In an integer field, a whole float such as 1e3 becomes an int.
+        A list becomes a tuple. In an integer field, a float without a fractional part, such as 1e3,
+        becomes an int.
 
         Raises:
             ValueError: the value is invalid for this field.

@@ -27,7 +27,7 @@ round, and a learning rate in a tensor may have single precision."""
 
 
 def are_equal(base: tuple[float, ...]) -> bool:
-    """Return whether all param groups have the same initial value, apart from rounding.
+    """Return whether all param groups have the same initial value, up to rounding errors.
 
     >>> are_equal((0.1, 0.10000000149011612))  # the second is 0.1 in 32 bits
     True

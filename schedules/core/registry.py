@@ -151,7 +151,7 @@ def _check_class(cls: type[Schedule[Any]]) -> None:
         )
     if undocumented:
         raise ValueError(
-            f"Each field of `{name}` must have a docstring below it. Add one to: "
+            f"Each field of `{name}` must have a docstring below it. Add a docstring to: "
             f"{', '.join(undocumented)}."
         )
     read_fields(cls)
@@ -304,7 +304,8 @@ def to_class(path: str, found: Any) -> type[Schedule[Any]]:
             function that maps the step to a learning rate factor.
 
     Raises:
-        ValueError: ``found`` is none of these, or a class that cannot be used as a schedule.
+        ValueError: ``found`` is not one of these objects, or is a class that cannot be used as a
+            schedule.
     """
     if isinstance(found, type) and issubclass(found, Schedule):
         _check_class(found)

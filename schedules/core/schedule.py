@@ -275,8 +275,8 @@ class Schedule(ABC, Generic[S]):
     def find_problems(self) -> Iterator[ParameterProblem]:
         """Yield a problem for each conflict between fields.
 
-        The constructor calls this method after it has validated each field. If a duration is still
-        a time string, `resolve` calls this method instead.
+        The constructor calls this method after it has validated each field. If a duration is a
+        time string, this method is called only after `resolve` has converted it to steps.
         """
         yield from ()
 

@@ -19,9 +19,9 @@ _WARMUPS = ("warmup_num_steps", "warmup_steps", "lr_warmup_steps", "t_warmup", "
 def find_nearest(name: str, known: Collection[str]) -> str | None:
     """Return the known name with the most similar spelling; None if there is no match.
 
-    If no spelling is similar and ``name`` contains an underscore, look for known names that are
-    ``name`` with one more word in front, such as ``warmup_num_steps`` for ``num_steps``. If there
-    is exactly one such name, return it.
+    If no spelling is similar and ``name`` contains an underscore, look for known names that add one
+    word before ``name``, such as ``warmup_num_steps`` for ``num_steps``. If there is exactly one
+    such name, return it.
 
     >>> find_nearest("stge", ["stage", "type"])
     'stage'
@@ -49,10 +49,11 @@ def find_nearest(name: str, known: Collection[str]) -> str | None:
 
 
 def find_abbreviation(name: str, known: Collection[str]) -> str | None:
-    """Return the known name that abbreviates ``name`` or is abbreviated by it; None if not unique.
+    """Return the only known name that abbreviates ``name``, or that ``name`` abbreviates.
 
-    The words of both names are compared in order. In each pair, one word must be the start of the
-    other one. A plural "s" is ignored.
+    Return None if no known name or more than one known name matches. The words of both names are
+    compared in order. In each pair, one word must be the start of the other. A plural "s" is
+    ignored.
 
     >>> find_abbreviation("directory", ["dir", "every"])
     'dir'
@@ -66,7 +67,7 @@ def find_abbreviation(name: str, known: Collection[str]) -> str | None:
 
 
 def _abbreviates(one: Sequence[str], other: Sequence[str]) -> bool:
-    """Return whether each word is the start of the word at the same position, or the reverse."""
+    """Return whether, at each position, one of the two words is the start of the other."""
     if len(one) != len(other):
         return False
     pairs = [sorted(pair, key=len) for pair in zip(one, other, strict=True)]

@@ -156,8 +156,8 @@ class SequentialLR(
 
     Each schedule counts its steps from its own start. By default, it starts from the initial values
     of the param group. With ``from_previous``, it starts from the values that the previous
-    schedule has reached. While a schedule is active, hyperparameters that it does not set stay at
-    the values from which it started.
+    schedule has reached. While a schedule is active, hyperparameters that it does not set keep
+    these starting values.
 
     >>> blocks = [
     ...     {"type": "PolynomialLR", "params": {"total_iters": 4}},

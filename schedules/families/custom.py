@@ -7,8 +7,8 @@ The attribute can be one of the following:
 - a function that builds such a scheduler for an optimizer, such as
   ``transformers:get_linear_schedule_with_warmup``. Its first parameter must be named ``optimizer``.
 
-In the config, ``params`` sets the parameters of the function or of the class's constructor, except
-the first one.
+In the config, ``params`` can set all parameters of the function or of the class's constructor
+except the first, which is the step or the optimizer.
 
 A PyTorch scheduler runs on a dummy optimizer, and its values are recorded, so that the schedule can
 be previewed and resumed. There are two limitations:
@@ -234,8 +234,8 @@ class WrappedScheduler(Schedule[int]):
 
         The names are found by running the scheduler on a dummy optimizer. The dummy optimizer has
         one param group per item of the longest list among the scheduler's arguments. If the
-        scheduler raises an error, the lengths of the shorter lists are tried as the number of
-        groups, and finally 1.
+        scheduler raises an error, it is run again with one param group per item of the next shorter
+        list, and finally with a single param group.
         """
         lists = {len(value) for value in self.params().values() if isinstance(value, list)}
         errors = []
@@ -395,7 +395,7 @@ class FunctionSchedule(LearningRateSchedule):
 
 
 def _named_parameters(function: Any) -> list[inspect.Parameter]:
-    """Return the parameters that a function accepts by name, without its first parameter."""
+    """Return the parameters that a function accepts by name, except its first parameter."""
     try:
         parameters = _parameters(function)
     except (TypeError, ValueError):  # without a signature, such as some functions in C

@@ -1,7 +1,7 @@
 """DeepSpeed's schedules: OneCycle, LRRangeTest, WarmupLR, WarmupDecayLR and WarmupCosineLR.
 
-Parameters, defaults and curves match deepspeed/runtime/lr_schedules.py in DeepSpeed 0.19. The
-docstrings describe the exceptions, and docs/decisions/0003-deepspeed-schedules.md explains them.
+Parameters, defaults and curves match deepspeed/runtime/lr_schedules.py in DeepSpeed 0.19, except
+for the differences in the docstrings. docs/decisions/0003-deepspeed-schedules.md explains them.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class OneCycle(
         momentum(k) = cycle_max_mom - (cycle_max_mom - cycle_min_mom) * s(k)  k <= T
                       cycle_max_mom / (1 + decay_mom_rate * n)                k > T
 
-    The peak is exactly ``cycle_max_lr``, at k = first. Unlike in DeepSpeed, momentum starts at
-    ``cycle_max_mom`` and decays after the cycle. In DeepSpeed, momentum starts at
+    The learning rate peaks at exactly ``cycle_max_lr``, at k = first. Unlike in DeepSpeed, momentum
+    starts at ``cycle_max_mom`` and decays after the cycle. In DeepSpeed, momentum starts at
     ``cycle_min_mom``, grows after the cycle, and exceeds 1 in long runs. DeepSpeed also sets beta2
     to 0.99.
 

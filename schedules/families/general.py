@@ -227,7 +227,7 @@ class Phases(
             if phase.get("shape") in _NEVER_ZERO and 0 in (start, value):
                 raise ValueError(
                     f"A phase of `{name}` with the shape {phase['shape']} must not start or end at "
-                    f"0, but a phase goes from {start:g} to {value:g} in a param group whose "
+                    f"0, but one goes from {start:g} to {value:g} in a param group whose "
                     f"initial {name} is {own:g}. Use a small positive value instead of 0."
                 )
             if name == "momentum" and max(start, value) >= 1:

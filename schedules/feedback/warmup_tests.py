@@ -87,7 +87,7 @@ class WarmupTest(ABC):
 
 
 class PublishedTest(WarmupTest):
-    """Test of whether the loss has passed its minimum, as in AutoWU's published code.
+    """Test that checks whether the loss has passed its minimum, as in AutoWU's published code.
 
     The test runs once per epoch. The warmup ends when three consecutive runs find, with high
     confidence, that the loss has passed its minimum.
@@ -134,7 +134,7 @@ class PublishedTest(WarmupTest):
 
 
 class RobustTest(WarmupTest):
-    """Test of whether the loss has passed its minimum, independent of the scale of the loss.
+    """Test that checks whether the loss has passed its minimum, regardless of the loss's scale.
 
     The test runs about sixty times if the warmup reaches its maximum length. The warmup ends when
     enough consecutive runs (at least five) find, with high confidence, that the loss has passed its

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="with export: file to write (default: TAG.safetensors in the current directory)",
+        help="output file of export (default: TAG.safetensors in the current directory)",
     )
 
 

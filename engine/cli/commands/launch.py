@@ -210,7 +210,7 @@ def _build_hosts(args: argparse.Namespace, nnodes: int | None) -> tuple[Host, ..
     count = nnodes or 1
     if count > 1 and not _is_slurm(args):
         raise LaunchError(
-            "`--nnodes` above 1 requires `--hostfile`, `--slurm` or `--write-sbatch`, got "
+            "Without `--hostfile`, `--slurm` or `--write-sbatch`, `--nnodes` must be 1, got "
             f"{count}. Add one of these options. Alternatively, start the script with srun, or "
             "start torchrun on every host."
         )

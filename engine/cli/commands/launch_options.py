@@ -59,7 +59,7 @@ _ALWAYS_TRUE = ("--no-local-rank", "--force-multi")
 
 
 class _Unsupported(argparse.Action):
-    """An argparse action that prints what to do about an unsupported option, and exits."""
+    """An argparse action that prints advice on an unsupported option, and exits."""
 
     def __call__(self, parser: argparse.ArgumentParser, *arguments: object) -> NoReturn:
         parser.exit(USAGE, f"onecycle: `{arguments[-1]}` {self.const}\n")

@@ -119,9 +119,9 @@ def _add_repetition_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="after the sweep, refine the suggested maximum learning rate with short 1Cycle runs "
         "of --steps steps. The first five runs use 1/4, 1/2, 1, 2 and 4 times the suggestion. If "
-        "the smallest or the largest of these gives the lowest final loss, more runs follow. The "
-        "refined suggestion is computed from the final losses. With --refine, the test takes five "
-        "to ten times as long",
+        "the smallest or the largest value gives the lowest final loss, more runs extend the range "
+        "at that end. The refined suggestion is computed from the final losses. With --refine, the "
+        "test takes five to ten times as long",
     )
     parser.add_argument(
         "--training-steps",

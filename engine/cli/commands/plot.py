@@ -288,8 +288,8 @@ def _find_source(name: str) -> str:
     """Return the config path or the schedule name for a ``--compare`` argument.
 
     Raises:
-        ValueError: the argument is neither an existing file nor a known schedule, and looks like
-            neither a file name (with a suffix) nor an import path (with a colon).
+        ValueError: the argument is not an existing file, a known schedule, a file name with a
+            suffix, or an import path with a colon.
     """
     if Path(name).is_file():
         return name

@@ -172,15 +172,15 @@ class RuleContext:
         return False
 
     def error(self, rule: str, pointer: str, message: str, hint: str = "", **more: Any) -> Problem:
-        """Build an error: a problem that prevents the run from starting."""
+        """Build an error for a problem that prevents the run from starting."""
         return self.document.build_problem(rule, pointer, message, hint, **more)
 
     def warning(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Build a warning: a likely mistake that does not prevent the run from starting."""
+        """Build a warning about a likely mistake that does not prevent the run from starting."""
         return self.document.build_problem(rule, pointer, message, hint, severity="warning")
 
     def note(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Build a note: a report of an unusual setting that may be intentional."""
+        """Build a note about an unusual setting that may be intentional."""
         return self.document.build_problem(rule, pointer, message, hint, severity="note")
 
 

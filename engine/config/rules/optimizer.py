@@ -84,7 +84,8 @@ def _check_etas(context: RuleContext) -> Iterator[Problem]:
 def _check_sharding(context: RuleContext) -> Iterator[Problem]:
     """Yield an error for ZeRO with a PyTorch optimizer that does not support sharded parameters.
 
-    If the world size is unknown, yield a warning instead, because a single rank shards nothing.
+    If the world size is unknown, yield a warning instead, because with a single rank, nothing is
+    sharded.
     """
     name = optimizer_name(context.get_section("optimizer").get("type", ""))
     is_sharded = context.backend.name == "torch" and context.stage and context.world_size != 1

@@ -215,7 +215,7 @@ def _get_onecycle_default(name: str) -> Any:
 
 
 def _format_first_step_size(cycle: Mapping[str, Any]) -> str:
-    """Return the value of ``cycle_first_step_size`` as JSON. If it is not set, use its default."""
+    """Return ``cycle_first_step_size``, or its default if it is not set, as JSON text."""
     return json.dumps(
         cycle.get("cycle_first_step_size", _get_onecycle_default("cycle_first_step_size"))
     )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import engine
+from engine.backends.deepspeed_import import import_deepspeed
 from engine.backends.deepspeed_optimizer import update_muon_momentum
 from engine.errors import MisuseError
 from tests.testing import replicas
@@ -117,8 +118,7 @@ def test_deepspeed_step_after_misuse_raises():
 
 
 def initialize_inside_zero_init():
-    import deepspeed
-
+    deepspeed = import_deepspeed()
     deepspeed.init_distributed("gloo", verbose=False)
     config = build_config(
         bf16={"enabled": True},

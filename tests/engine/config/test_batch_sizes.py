@@ -41,8 +41,8 @@ def test_derive_batch_sizes_undetermined_accumulation_is_one(given_sizes, world_
 @pytest.mark.parametrize(
     ("given_sizes", "world_size", "key", "message", "hint"),
     [
-        ({}, 1, "", "must be set", 'Add, for example, "train_batch_size": 32.'),
-        ({ACCUMULATION: 2}, 1, "", "must be set", 'Add, for example, "train_batch_size": 32.'),
+        ({}, 1, "", "must be set", 'For example, add "train_batch_size": 32.'),
+        ({ACCUMULATION: 2}, 1, "", "must be set", 'For example, add "train_batch_size": 32.'),
         (
             {TRAIN: 32, MICRO: 5},
             2,

@@ -140,7 +140,7 @@ def _schedule_class(**namespace: Any) -> type:
     [
         (type("OneCycle", (Schedule,), {}), "named `OneCycle` already exists"),
         (_schedule_class(), "must be a frozen, keyword-only dataclass"),
-        (Undescribed, "docstring below it. Add one to: x"),
+        (Undescribed, "docstring below it. Add a docstring to: x"),
     ],
 )
 def test_register_invalid_class_is_rejected(cls, message):

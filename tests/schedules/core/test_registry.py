@@ -44,7 +44,7 @@ def test_register_class_without_readable_source_accepts_it(module):
 def test_from_config_class_without_field_description_is_rejected(tmp_path, monkeypatch):
     (tmp_path / "undescribed_level.py").write_text(CLASS)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="docstring below it. Add one to: value"):
+    with pytest.raises(ValueError, match="docstring below it. Add a docstring to: value"):
         from_config({"type": "undescribed_level:Level"})
 
 
