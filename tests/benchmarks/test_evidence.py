@@ -47,6 +47,7 @@ def test_evidence_command_trains_and_writes_results(command, tmp_path):
     assert stored.with_suffix(".png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_evidence_is_redrawn_without_training_and_keeps_the_text_of_its_page(tmp_path):
     (command,) = (each for each in GROUPS["evidence"] if "scale_schedule" in each)
     assert "cosine 2.0 0: " in run_smoke(command, tmp_path)

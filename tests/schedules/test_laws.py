@@ -38,7 +38,7 @@ every_schedule_without_feedback = pytest.mark.parametrize(
     ids=lambda cls: cls.type_name,
 )
 drawing = settings(
-    max_examples=settings.default.max_examples // 4,
+    max_examples=settings.default.max_examples // 6,
     deadline=None,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
 )

@@ -6,8 +6,10 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from schedules import Horizon, Schedule, ScheduleError
+from schedules.core.durations import convert_to_steps
 from schedules.core.fields import Field, read_fields
 from schedules.families.general import SHAPES
+from schedules.families.megatron import OptimizerParamScheduler
 from schedules.families.pytorch import OneCycleLR
 
 TUTORIAL = {
@@ -37,6 +39,7 @@ ORDERED = (
     ("warmup_steps", "max_update"),
     ("warmup_num_steps", "total_num_steps"),
     ("lr_warmup_steps", "lr_decay_steps"),
+    ("init_lr", "max_lr"),
     ("min_lr", "max_lr"),
     ("start_wd", "end_wd"),
 )
@@ -100,6 +103,10 @@ def block(type_name: str, params: dict[str, Any]) -> dict[str, Any]:
     return {"type": type_name, "params": params}
 
 
+def _count_steps(value: float | str) -> float:
+    return convert_to_steps(value, HORIZON, scaled=False) if isinstance(value, str) else value
+
+
 @st.composite
 def instances(draw: st.DrawFn, cls: type[Schedule[Any]], multiple: int = 1) -> Schedule[Any]:
     """Draw a schedule with valid fields; durations in steps are multiples of ``multiple``."""
@@ -112,11 +119,15 @@ def instances(draw: st.DrawFn, cls: type[Schedule[Any]], multiple: int = 1) -> S
     if cls is OneCycleLR:
         params = {"total_steps": params.get("total_steps") or 60} | params
         params = {name: params[name] for name in params if "epoch" not in name}
+    if cls is OptimizerParamScheduler:  # without these, most draws would be invalid
+        if params.get("lr_decay_style") != "WSD":
+            params.pop("wsd_decay_steps", None)
+        if not params.get("end_wd"):
+            params.pop("wd_incr_steps", None)
     for low, high in ORDERED:
-        if low in params and high in params:
-            ends = params[low], params[high]
-            if all(isinstance(end, int | float) for end in ends):
-                params[low], params[high] = sorted(ends)
+        ends = [params[name] for name in (low, high) if params.get(name) is not None]
+        if len(ends) == 2 and all(isinstance(end, int | float | str) for end in ends):
+            params[low], params[high] = sorted(ends, key=_count_steps)
     try:
         schedule = cls(**params)
         schedule.resolve(HORIZON)
