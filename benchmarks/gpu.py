@@ -390,7 +390,7 @@ class Contender:
         If the contender does not answer by the deadline, it is killed.
 
         Args:
-            deadline: time at which to stop waiting, from `time.monotonic`.
+            deadline: time at which to stop waiting, on the clock of `time.monotonic`.
         """
         if self.error is not None:
             return None

@@ -396,7 +396,7 @@ def _warn_of_repeated_samples(training_data: object, config: Config) -> None:
 
 
 def _warn_of_schedule_end(run: TrainingRun, config: Config) -> None:
-    """Log a warning if a run whose length is in epochs ends before its schedule does.
+    """Log a warning if a schedule is over 2% longer than a run whose length is in epochs.
 
     A length in any other unit is known before launch, so validation reports the problem.
     """

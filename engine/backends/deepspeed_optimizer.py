@@ -22,7 +22,7 @@ def prepare_optimizer(
     config: Config,
     parameters: list[Any] | None,
 ) -> tuple[Optimizer | OptimizerFactory | None, list[Any] | None, list[Any]]:
-    """Build the optimizer if PyTorch provides it, and put MoE experts into their own param groups.
+    """Build the config's optimizer if PyTorch has it, and put MoE experts in separate param groups.
 
     Args:
         model: the user's module.

@@ -92,7 +92,7 @@ class CheckpointSelector:
     def _find_foreign(self, directory: Path, tag: str | None) -> Path | None:
         """Return the path of the DeepSpeed checkpoint to load.
 
-        Return None to load a onecycle checkpoint instead.
+        Return None if a onecycle checkpoint should be loaded instead.
         """
         pointer = directory / storage.LATEST_UNIVERSAL
         universal = _follow(pointer) if self._loads_universal and tag is None else None

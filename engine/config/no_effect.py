@@ -15,7 +15,7 @@ _TABLE: Mapping[str, Mapping[str, Mapping[str, Any]]] = schemas.read("no_effect.
 
 
 def find_reason_for_no_effect(member: Member, backend: str, stage: int | None = None) -> str | None:
-    """Return the reason why a key or section does not affect the results, or None if it can.
+    """Return the reason why a key or section cannot affect the results, or None if it can.
 
     Args:
         member: key or section of a config, with its value.

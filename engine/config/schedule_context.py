@@ -195,7 +195,7 @@ class EvaluatedSchedule:
     curves: Curves
 
     def overwrites(self, name: str) -> bool:
-        """Return whether the schedule sets a hyperparameter regardless of its initial value.
+        """Return whether the schedule sets a hyperparameter independently of its initial value.
 
         Args:
             name: hyperparameter to check, such as ``lr``.
@@ -227,7 +227,7 @@ class EvaluatedSchedule:
         return {}
 
     def find_infinite(self) -> tuple[str, int, float] | None:
-        """Find a non-finite hyperparameter, and return ``(hyperparameter, step, value)``.
+        """Find a non-finite value in the run, and return ``(hyperparameter, step, value)``.
 
         If no such value is found, return None. To save time, each piece of a curve, such as the
         warmup, is evaluated only at its first and last step.

@@ -154,9 +154,9 @@ def _suggest_duration(value: object, schema: Mapping[str, Any]) -> tuple[str, Fi
     """Suggest a valid duration to replace an invalid string such as "200 steps".
 
     Returns:
-        A hint and an automatic fix. If the string's meaning is unclear, the hint lists examples of
-        valid durations, and the fix is None. If the value is not a string or the key does not
-        accept durations, the hint is empty and the fix is None.
+        A hint and an automatic fix. If there is no valid duration to suggest, the hint lists
+        examples of valid durations, and the fix is None. If the value is not a string or the key
+        does not accept durations, the hint is empty and the fix is None.
     """
     pattern = schema.get("pattern", "")
     if not isinstance(value, str) or not pattern or not re.search(pattern, "10ep"):

@@ -45,7 +45,7 @@ class Run:
 
     @property
     def curve(self) -> tuple[list[float], list[float]]:
-        """The learning rate of each recorded step but the last, and the loss of the step after it.
+        """The learning rates of all recorded steps but the last, and all losses but the first.
 
         A step computes the loss before it updates the parameters, so its learning rate first
         affects the loss of the next step.

@@ -19,7 +19,7 @@ __all__ = ["check_rng_state", "get_rng_state", "preserve_rng_state", "seed_rng",
 
 
 def get_rng_state() -> dict[str, Any]:
-    """Return the RNG states of Python, NumPy, PyTorch and, if CUDA is initialized, the GPU."""
+    """Return the RNG states of Python, NumPy, PyTorch and, if CUDA is in use, this rank's GPU."""
     name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  # scripts use the global generator
     state: dict[str, Any] = {
         "python": random.getstate(),

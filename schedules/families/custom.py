@@ -7,8 +7,8 @@ The attribute can be one of the following:
 - a function that builds such a scheduler for an optimizer, such as
   ``transformers:get_linear_schedule_with_warmup``. Its first parameter must be named ``optimizer``.
 
-In the config, ``params`` can set all parameters of the function or of the class's constructor
-except the first, which is the step or the optimizer.
+In the config, ``params`` can set the parameters of the function or of the class's constructor,
+except the first (the step or the optimizer) and a scheduler's ``last_epoch`` and ``verbose``.
 
 A PyTorch scheduler runs on a dummy optimizer, and its values are recorded, so that the schedule can
 be previewed and resumed. There are two limitations:

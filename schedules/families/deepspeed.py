@@ -1,7 +1,7 @@
 """DeepSpeed's schedules: OneCycle, LRRangeTest, WarmupLR, WarmupDecayLR and WarmupCosineLR.
 
 Parameters, defaults and curves match deepspeed/runtime/lr_schedules.py in DeepSpeed 0.19, except
-for the differences in the docstrings. docs/decisions/0003-deepspeed-schedules.md explains them.
+as the docstrings state. docs/decisions/0003-deepspeed-schedules.md explains the differences.
 """
 
 from __future__ import annotations
