@@ -296,7 +296,7 @@ def main() -> None:
         "--steps",
         type=int,
         default=20_000,
-        help='number of training steps per run in the part "steps" (default: 20000)',
+        help='number of training steps per run in the "steps" part (default: 20000)',
     )
     parser.add_argument(
         "--largest",

@@ -2,9 +2,9 @@
 
     python benchmarks/launch_faults.py [--only TEXT]
 
-To inject faults into hosts, the script starts one rank on each of two hosts, which are network
-namespaces of this machine, each with its own sshd (tests/testing/lab.sh; requires root). The ranks
-wait and do not train. For the fault "a rank ends with 7", one rank exits with status 7.
+To inject faults into hosts, the script simulates two hosts with network namespaces on this machine,
+each with its own sshd (tests/testing/lab.sh; requires root), and starts one rank on each host. The
+ranks wait and do not train. For the fault "a rank ends with 7", one rank exits with status 7.
 
 To inject faults into ranks, the script trains with two ranks on this machine. Either one rank fails
 while the other waits for it in a collective (tests/testing/failing_rank.py), or the ranks or the

@@ -2,9 +2,9 @@
 
 ``python -m`` puts the working directory first on ``sys.path``. If a project has its own
 ``engine.py``, ``python -m engine.launch.agent`` would import that file. Python's option ``-P``
-prevents this, but with ``-P``, Python does not find an uninstalled checkout of onecycle in the
-working directory. ``python -m onecycle.isolated engine.launch.agent`` ignores the project's
-``engine.py`` and finds the uninstalled checkout.
+prevents this, but with ``-P``, Python also ignores a checkout of onecycle in the working directory
+that is not installed. ``python -m onecycle.isolated engine.launch.agent`` ignores the project's
+``engine.py`` and finds the checkout.
 """
 
 from __future__ import annotations

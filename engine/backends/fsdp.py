@@ -250,7 +250,7 @@ def shard(
         device: device of this rank.
 
     Returns:
-        The sharded parameters to train, in the structure of ``parameters``.
+        The sharded parameters to train, with the same structure as ``parameters``.
 
     Raises:
         ValueError: a parameter does not belong to the model, a class in ``engine.wrap`` does not

@@ -119,7 +119,7 @@ class AutomaticCheckpoints:
             first_epoch: epoch at which the loop starts.
 
         Raises:
-            MisuseError: the loop of a resumed run could train too many epochs.
+            MisuseError: the loop of a resumed run could train for too many epochs.
         """
         may_be_resumed = self._directory is not None and self._plan.resume == "auto"
         if run.is_trial or run.length.is_loop_limited:
@@ -127,7 +127,7 @@ class AutomaticCheckpoints:
         if first_epoch > 0:
             raise MisuseError(
                 "This run continues from a checkpoint, and the length of the run is unknown. A "
-                "loop such as `for epoch in range(n)` would train too many epochs. Loop over "
+                "loop such as `for epoch in range(n)` would train for too many epochs. Loop over "
                 "`range(trainer.epoch, n)`, or set `engine.max_duration`."
             )
         if may_be_resumed and self._ranks.rank == 0:
@@ -148,8 +148,8 @@ class AutomaticCheckpoints:
         Raises:
             CheckpointError: if another run writes to the checkpoint directory. Only the first call
                 checks for other runs.
-            MisuseError: if the script of a resumed run could train too many epochs, because it does
-                not use the run's data loader.
+            MisuseError: if the script of a resumed run does not use the run's data loader, so that
+                it could train for too many epochs.
             SystemExit: after the save, if a rank has received one of these signals.
         """
         directory, every = self._directory, self._plan.every

@@ -152,7 +152,7 @@ class DataPosition:
             raise MisuseError(
                 "This run continues from a checkpoint, but the script does not use the data loader "
                 "that `initialize` or `trainer.prepare` returned. A loop over other data would "
-                "train too many epochs. Iterate over this loader."
+                "train for too many epochs. Iterate over this loader."
             )
         if is_first:
             is_shared = self._ranks.world_size > 1

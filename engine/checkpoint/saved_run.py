@@ -34,7 +34,7 @@ class _Position:
 class _Batch:
     """Batch sizes of a run.
 
-    ``world_size`` is set only in checkpoints of old versions of onecycle.
+    ``world_size`` is set only in checkpoints from old versions of onecycle.
     """
 
     train: Size

@@ -51,8 +51,8 @@ def format_bytes(size: float) -> str:
 class EstimateTable(NamedTuple):
     """A table of memory estimates.
 
-    The columns after the second contain sizes. If the last column has no name, it does not contain
-    sizes but marks the row with the config's ZeRO stage.
+    The first two columns describe an estimate, and the named columns after them contain sizes. A
+    last column without a name marks the row that matches the config's ZeRO stage.
     """
 
     title: str

@@ -80,7 +80,7 @@ def read_settings(context: RuleContext, world_size: int) -> MemorySettings:
     """Return the config settings that determine how much memory the model states need.
 
     Args:
-        context: valid values of the config, and values derived from them.
+        context: validated config values, and values derived from them.
         world_size: number of ranks.
 
     Raises:

@@ -21,7 +21,7 @@ def describe_memory(
     """Return the memory estimates of ``onecycle memory`` for the config page.
 
     Args:
-        context: valid values of the config; None if the config is not a JSON object.
+        context: validated config values; None if the config is not a JSON object.
         problems: problems of the config.
         settings: run settings that the user entered. Without a world size, one rank is assumed.
 

@@ -226,6 +226,6 @@ class PlateauController(FeedbackController[_State]):
         if len(restored.lrs) != len(self._lrs):
             raise ValueError(
                 f"`state.lrs` must have {len(self._lrs)} items, one per param group, got "
-                f"{len(restored.lrs)}. Use a checkpoint of a run with the same param groups."
+                f"{len(restored.lrs)}. Use a checkpoint from a run with the same param groups."
             )
         return restored
