@@ -27,7 +27,7 @@ _ANY_PARAMS: Mapping[str, Any] = {}
 
 
 def find_optimizer_schema(document: Document, name: str) -> Mapping[str, Any] | Problem:
-    """Return the JSON schema of an optimizer's ``params``, or a `Problem` with ``optimizer.type``.
+    """Return the JSON schema of an optimizer's ``params``, or a `Problem` if the type is invalid.
 
     If ``name`` is an import path and imports are allowed (see `imports_allowed`), import the class
     and return a schema with the names, but not the types, of its constructor's arguments. If

@@ -35,7 +35,7 @@ __all__ = ["Structure", "check_structure"]
 class Structure:
     """Result of checking each value of a config against its schema.
 
-    This result is the input of the rules that check combinations of values.
+    This result is the input to the rules that check combinations of values.
     """
 
     problems: Sequence[Problem]

@@ -11,7 +11,7 @@ __all__ = ["unwrap_compiled"]
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:
-    """Remove the wrapper of `torch.compile`, and compile the wrapped module in place instead.
+    """Remove the wrapper that `torch.compile` adds, and compile the wrapped module in place.
 
     The wrapper adds ``_orig_mod.`` to the keys of the state dict, so an uncompiled model could not
     load the wrapper's checkpoints. A model that is not wrapped is returned unchanged.

@@ -58,7 +58,7 @@ def _profile_once(
 ) -> None:
     """Profile the first forward pass after ``settings["profile_step"]`` steps.
 
-    Forward passes with gradients disabled, such as those of an evaluation, are not profiled.
+    Forward passes with gradients disabled, such as those in an evaluation, are not profiled.
     """
     forward = backend.forward
 

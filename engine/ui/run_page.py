@@ -160,7 +160,7 @@ class RunPage:
         return Numbers(header, arrays)
 
     def _find_decision(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Return AutoWU's decision to end the warmup of the requested run."""
+        """Return the event in which AutoWU decided to end the warmup of the selected run."""
         for run in self._runs:
             if run.name == body.get("run"):
                 checkpoints = run.list_checkpoints()

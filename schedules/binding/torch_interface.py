@@ -219,7 +219,7 @@ def _read_loss(loss: Tensor | float) -> float:
     """Convert a loss or a metric to a float.
 
     Raises:
-        ValueError: the loss is a tensor that does not have exactly one element.
+        ValueError: the value is a tensor that does not have exactly one element.
     """
     if isinstance(loss, Tensor) and loss.numel() != 1:
         raise ValueError(

@@ -38,7 +38,7 @@ Curves = Mapping[str, tuple[Curve, ...]]
 
 
 class Decision(NamedTuple):
-    """A change that a feedback schedule made to the learning rate, and its reason."""
+    """A learning-rate change made by a feedback schedule, with the reason for it."""
 
     step: int
     """Number of optimizer steps before the change."""
