@@ -414,7 +414,7 @@ def test_failing_rank_ends_the_job_within_seconds(tmp_path, backend, kind, statu
 def test_rank_that_ends_early_is_named_by_the_rank_that_waits_for_it(tmp_path, backend):
     done = launch_failing_rank(tmp_path, "end", backend)
     assert done.returncode == 1
-    assert "[localhost:r0] Rank 1 had already exited when this rank failed." in done.stderr
+    assert "[localhost:r0] error: Rank 1 had already exited when this rank failed." in done.stderr
 
 
 @pytest.mark.slow
@@ -422,7 +422,7 @@ def test_rank_that_ends_early_is_named_by_the_rank_that_waits_for_it(tmp_path, b
 def test_rank_that_hangs_is_named_by_the_rank_that_waits_for_it(tmp_path, backend):
     done = launch_failing_rank(tmp_path, "hang", backend, "--timeout", "5")
     assert done.returncode == 1
-    assert "[localhost:r0] Rank 1 did not join the collective operation" in done.stderr
+    assert "[localhost:r0] error: Rank 1 did not join the collective operation" in done.stderr
 
 
 def launch_failing_rank(tmp_path, kind, backend, *options):
