@@ -8,7 +8,7 @@ sizes of 256, 1,024 and 4,096. The methods are
 
 - fixed: the same constant learning rate for all batch sizes (the best of three at batch size 256);
 - scaled: the learning rate of "fixed" times batch size / 256;
-- cosine: warmup to the learning rate of "scaled" over a tenth of the run, then cosine decay to 0;
+- cosine: warmup to the learning rate of "scaled" in the first epoch, then cosine decay to 0;
 - 1Cycle: OneCycle between the bounds that an LR range test suggests for the batch size;
 - refined: the same, but short 1Cycle runs refine the maximum, as with ``lr-test --refine``;
 - AutoWU: AutoWU with its robust test for a minimum of the loss, and with rollback to the weights at
