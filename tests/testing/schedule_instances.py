@@ -122,7 +122,7 @@ def instances(draw: st.DrawFn, cls: type[Schedule[Any]], multiple: int = 1) -> S
     if cls is OptimizerParamScheduler:  # without these, most draws would be invalid
         if params.get("lr_decay_style") != "WSD":
             params.pop("wsd_decay_steps", None)
-        if not params.get("end_wd"):
+        if params.get("start_wd") is None and params.get("end_wd") is None:
             params.pop("wd_incr_steps", None)
     for low, high in ORDERED:
         ends = [params[name] for name in (low, high) if params.get(name) is not None]
