@@ -131,11 +131,18 @@ def _list_keys_without_effect() -> Iterator[str]:
 def _format_values(row: Mapping[str, Any]) -> str:
     values = row.get("values", "any")
     if isinstance(values, dict):
-        given = [f"`{key}`: {_format_list(each)}" for key, each in values.items()]
-        return "; ".join(given)
+        return "; ".join(_format_section(values))
     text = values if values == "any" else _format_list(values)
     stages = ", ".join(map(str, row.get("stages", ())))
     return f"{text}, in ZeRO stage {stages}" if stages else text
+
+
+def _format_section(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for key, each in values.items():
+        if isinstance(each, dict):
+            yield from _format_section(each, f"{path}{key}.")
+        else:
+            yield f"`{path}{key}`: {_format_list(each)}"
 
 
 def _format_list(values: Sequence[Any]) -> str:

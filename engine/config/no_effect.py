@@ -7,7 +7,7 @@ from typing import Any
 
 import schemas
 from engine.config.pointers import get_parent, join_pointer
-from engine.config.schema import Member
+from engine.config.schema import Member, resolve_reference
 
 __all__ = ["find_reason_for_no_effect"]
 
@@ -48,19 +48,28 @@ def _is_listed(member: Member, values: Any) -> bool:
     Args:
         member: key or section of a config, with its value.
         values: for a key, a list of values that do not affect the results. For a section, a dict
-            that maps keys of the section to such lists; the section does not affect the results if
-            the value of each of these keys is in its list. If None, no value affects the results.
+            that maps keys of the section to such lists, or nested sections to such dicts; the
+            section does not affect the results if the value of each of these keys is in its list.
+            If None, no value affects the results.
     """
     if values is None:
         return True
     if isinstance(values, Mapping):
-        properties = member.schema.get("properties", {})
-        given = member.value if isinstance(member.value, Mapping) else {}
-        return all(
-            _contains(listed, given.get(key, properties.get(key, {}).get("default", listed[0])))
-            for key, listed in values.items()
-        )
+        return _are_listed(member.value, member.schema, values)
     return _contains(values, member.value)
+
+
+def _are_listed(section: Any, schema: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Return whether the keys of a section, and of its own sections, have values in the lists."""
+    given = section if isinstance(section, Mapping) else {}
+    for key, listed in values.items():
+        of_key = resolve_reference(schema.get("properties", {}).get(key, {}))
+        if isinstance(listed, Mapping):
+            if not _are_listed(given.get(key), of_key, listed):
+                return False
+        elif not _contains(listed, given.get(key, of_key.get("default", listed[0]))):
+            return False
+    return True
 
 
 def _contains(values: list[Any], value: Any) -> bool:

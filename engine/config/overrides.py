@@ -351,13 +351,32 @@ def _replace_values(document: Document, value: Any, changes: Sequence[Override])
     """
     origins = {change.pointer: change.argument for change in changes}
     below = tuple(f"{pointer}/" for pointer in origins)
-    origins = {**document.arguments, **origins}
+    added = {
+        parent: change.argument
+        for change in changes
+        for parent in _list_added_sections(document.value, change.pointer)
+    }
+    origins = {**document.arguments, **added, **origins}
     locations = {
         pointer: location
         for pointer, location in document.locations.items()
         if not pointer.startswith(below)
     }
     return replace(document, value=value, locations=locations, arguments=origins)
+
+
+def _list_added_sections(config: dict[str, Any], pointer: str) -> Iterator[str]:
+    """Yield the JSON pointers of the sections that `_set_value` adds to a config for a value."""
+    around: Any = config
+    section = ""
+    for key in split_pointer(pointer)[:-1]:
+        section = join_pointer(section, key)
+        if isinstance(around, list):
+            around = _get_item(around, key)
+        elif isinstance(around, dict):
+            around = around.get(key)
+        if around is None:
+            yield section
 
 
 def _find_values_to_set(

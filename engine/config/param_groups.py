@@ -29,8 +29,8 @@ __all__ = [
 POINTER = "/optimizer/param_groups"
 _MAX_GROUPS = 200
 _MAX_LENGTH = 500  # characters of a pattern
-_NOT_PER_GROUP = {"initial_accumulator_value"}
-"""Hyperparameters that an optimizer reads in its constructor, once for all param groups."""
+_NOT_PER_GROUP = {"initial_accumulator_value", "foreach", "fused", "capturable"}
+"""Params that apply to all param groups of an optimizer."""
 _SPLITS_GROUPS_ITSELF = "Muon"
 
 

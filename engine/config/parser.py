@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from json import JSONDecoder
 from typing import Any, NoReturn
 
-from engine.config.other_formats import recognize_yaml
+from engine.config.other_formats import recognize_text
 from engine.config.pointers import get_parent, join_pointer, split_pointer
 from engine.errors import Fix, Problem
 
@@ -214,8 +214,8 @@ class _Parser:
         return line, at - self._line_starts[line - 1] + 1
 
     def document(self) -> Any:
-        if yaml := recognize_yaml(self.text):
-            raise _BrokenSyntaxError(0, *yaml)
+        if other := recognize_text(self.text):
+            raise _BrokenSyntaxError(0, *other)
         self._space()
         if self.at == len(self.text):
             raise _BrokenSyntaxError(

@@ -360,7 +360,7 @@ def _resolve(
         batch=derive_batch_sizes(
             {key: value[key] for key in BATCH_KEYS if key in value}, context.data_ranks or 1
         ),
-        gradient_clipping=value["gradient_clipping"],
+        gradient_clipping=_find_clipping(value),
         precision="fp16" if enabled else "bf16" if bf16["enabled"] else "fp32",
         loss_scaling=LossScaling(**{key: fp16[key] for key in _LOSS_SCALING}) if enabled else None,
         optimizer=build_optimizer_block(
@@ -386,6 +386,15 @@ def _resolve(
         monitors={name: value[name] for name in ("tensorboard", "csv_monitor", "wandb")},
         run={key: engine[key] for key in _RUN if key in engine},
     )
+
+
+def _find_clipping(value: Mapping[str, Any]) -> float:
+    """Return the maximum norm of the gradients, or 0 if they are not clipped."""
+    zero = value["zero_optimization"]
+    if isinstance(zero, Mapping) and zero.get("compute_grad_norm") is False:
+        return 0.0  # clipping requires the norm; the validator rejects an explicit maximum
+    clipping: float = value["gradient_clipping"]
+    return clipping
 
 
 def drop_group_schedules(config: Config) -> Config:

@@ -39,6 +39,9 @@ IGNORED_PREFIXES = ("x-", "//", "_")
 """Prefixes of ignored keys. Such keys hold comments or disabled settings."""
 OPTIMIZERS: Mapping[str, dict[str, Any]] = schemas.read("optimizers.json")["$defs"]
 
+_ZERO = "/zero_optimization"
+_WITH_AUTO = {_ZERO, f"{_ZERO}/offload_param", f"{_ZERO}/offload_optimizer"}
+"""Sections in which DeepSpeed reads "auto" as the default."""
 ABSENT: Any = object()
 """Placeholder for the value of an absent key that has no default."""
 SECTION: Mapping[str, Any] = {}
@@ -201,13 +204,14 @@ def get_member_schema(
 def means_default(pointer: str, value: Any) -> bool:
     """Return whether a value is "auto" and stands for the key's default.
 
-    In DeepSpeed, "auto" stands for the default in every key of ``zero_optimization``. This function
-    makes an exception for ``stage``, because the default would disable ZeRO.
+    In DeepSpeed, "auto" stands for the default in every key of ``zero_optimization`` and of its
+    offload sections. This function makes an exception for ``stage``, because the default would
+    disable ZeRO.
 
     >>> means_default("/zero_optimization/reduce_bucket_size", "auto")
     True
     """
-    is_in_zero = get_parent(pointer) == "/zero_optimization"
+    is_in_zero = get_parent(pointer) in _WITH_AUTO
     return value == "auto" and is_in_zero and pointer != "/zero_optimization/stage"
 
 

@@ -66,7 +66,7 @@ def load_document(config: Source) -> Document:
             "Save the file as UTF-8.",
         ) from None
     except FileNotFoundError:
-        raise _build_unreadable_error(name, "File not found.", _suggest_file(path)) from None
+        raise _build_unreadable_error(name, *_describe_missing_file(path)) from None
     except OSError as error:
         raise _build_unreadable_error(
             name, f"The config cannot be read: {error.strerror}."
@@ -148,6 +148,15 @@ def _build_unreadable_error(name: str, message: str, hint: str = "") -> ConfigEr
     return ConfigError(name, [Problem("unreadable", "error", "", 0, 0, message, hint)])
 
 
+def _describe_missing_file(path: Path) -> tuple[str, str]:
+    """Return an error message and a hint for a path that does not lead to a file."""
+    for link in (path, *path.parents):
+        if link.is_symlink() and not link.exists():
+            message = f"{link} is a symbolic link to {link.resolve()}, which does not exist."
+            return message, "Create the target of the link, or pass the path of another config."
+    return "File not found.", _suggest_file(path)
+
+
 def _suggest_file(path: Path) -> str:
     """Return a hint for the path of a missing config file, such as a similar path that exists."""
     directory = path.parent.absolute()
@@ -157,7 +166,8 @@ def _suggest_file(path: Path) -> str:
             if (place / path.name).is_file():
                 return f"Did you mean {place / path.name}?"
         return f"Check the path: there is no directory {directory}."
-    stems = {other.stem: other.name for other in sorted(directory.glob("*.json"))}
+    files = sorted(other for other in directory.glob("*.json") if other.exists())
+    stems = {other.stem: other.name for other in files}
     below = sorted(directory.glob(f"*/{glob.escape(path.name)}"))
     if path.stem not in stems and len(below) == 1:
         return f"Did you mean {path.parent / below[0].relative_to(directory)}?"

@@ -81,7 +81,7 @@ def check_structure(
         block = config.get(key)
         if isinstance(block, dict) and "type" in block and f"/{key}/params" not in invalid:
             problems += [each for each in check_block(document, block) if each not in problems]
-    problems += _find_deprecated(document)
+    problems += _check_names(document)
     if not invalid & {"/engine", "/engine/max_duration", "/engine/scale_schedule_ratio"}:
         problems += _check_run_length(document, config, ranks, steps_per_epoch)
     unresolved = {
@@ -118,18 +118,28 @@ def _get_error_pointers(problems: Sequence[Problem]) -> set[str]:
     } - {""}
 
 
-def _find_deprecated(document: Document) -> Iterator[Problem]:
-    """Yield the problems with deprecated keys in the config.
+def _check_names(document: Document) -> Iterator[Problem]:
+    """Yield the problems with deprecated keys and aliases in the config.
 
-    A deprecated key yields a note if its replacement is not set. A section that contains both the
-    deprecated key and its replacement yields an error, because DeepSpeed rejects such a config.
+    A deprecated key yields a note if its replacement is not set. A section that contains two names
+    of the same key yields an error, because DeepSpeed rejects such a config.
     """
     for member in walk(document.value, schemas.read(SCHEMA)):
+        name, parent = get_last_key(member.pointer), get_parent(member.pointer)
+        siblings = document.get_value(parent)
+        other = member.schema.get("x-alias-of")
+        if other in siblings and "auto" not in (member.value, siblings[other]):
+            yield document.build_problem(
+                "duplicate-key",
+                member.pointer,
+                f"`{name}` must not be set together with `{other}`, because both are names of the "
+                "same key.",
+                "Remove one of the two keys.",
+                at_key=True,
+            )
         if not member.schema.get("deprecated"):
             continue
-        instead, name = member.schema.get("x-instead", ""), get_last_key(member.pointer)
-        parent = get_parent(member.pointer)
-        siblings = document.get_value(parent)
+        instead = member.schema.get("x-instead", "")
         # DeepSpeed checks this in the sections, but not for the keys at the top.
         replacement = instead.split(".")[0]
         values = (member.value, siblings.get(replacement, "auto"))

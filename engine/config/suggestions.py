@@ -7,6 +7,7 @@ the sections in which the unknown key is valid.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from schedules import SCHEDULES
 from schedules.core.fields import read_fields
 from schedules.core.spelling import edit_distance, find_abbreviation, find_nearest, suggest_fraction
 
-__all__ = ["Suggestion", "suggest_key", "suggest_optimizer"]
+__all__ = ["Suggestion", "suggest_key", "suggest_optimizer", "wrap_in_section"]
 
 _IMPLEMENTATIONS = (
     "deepspeed",
@@ -51,8 +52,8 @@ class Suggestion(NamedTuple):
 
     ``hint`` is the sentence to show to the user, or an empty string. ``meant`` is the valid key
     that replaces the unknown key in the same section, or an empty string if none is known. ``fix``
-    renames the unknown key to ``meant``. The user must confirm the fix unless the unknown key is
-    an alias of ``meant``.
+    renames the unknown key to ``meant``, and is None if ``meant`` does not accept the value. The
+    user must confirm the fix unless the unknown key is an alias of ``meant``.
     """
 
     hint: str
@@ -77,18 +78,21 @@ def suggest_key(
     """
     usable = [name for name, schema in known.items() if "x-removed" not in schema]
     absent = [name for name in usable if name not in present]
-    meant = _ALIASES.get(pointer, {}).get(key)
+    value = present[key]
+    if found := _find_named_section(value, known, absent):
+        return found
+    meant = _ALIASES.get(pointer, {}).get(key, "")
     if meant in absent:
-        return Suggestion(f"Use `{meant}` instead.", meant, Fix(key=meant))
-    if meant and meant.startswith("/"):
+        return _suggest_alias(meant, value, resolve_reference(known[meant]))
+    if meant.startswith("/"):
         return Suggestion(f"Use `{meant}` instead.")
-    if hint := suggest_fraction(key, present[key], absent):
+    if " " in meant:  # a sentence, because the value must change, too
+        return Suggestion(meant)
+    if hint := _suggest_nesting(pointer, key) or suggest_fraction(key, value, absent):
         return Suggestion(hint)
     if key in _find_params(pointer, present):
         return Suggestion(f"Move it to `{pointer}/params`.")
-    fitting = [
-        name for name in absent if _accepts_type(present[key], resolve_reference(known[name]))
-    ]
+    fitting = [name for name in absent if _accepts_type(value, resolve_reference(known[name]))]
     # A short name may differ in two letters if only one similar key accepts the value's type.
     near = (
         find_nearest(key, fitting)
@@ -97,7 +101,8 @@ def suggest_key(
         or find_abbreviation(key, fitting)
     )
     if near:
-        return Suggestion(f"Did you mean `{near}`?", near, Fix(key=near, is_certain=False))
+        fix = Fix(key=near, is_certain=False) if near in fitting else None
+        return Suggestion(f"Did you mean `{near}`?", near, fix)
     sections = [each for each in _map_keys_to_sections().get(key, ()) if each != pointer]
     if 0 < len(sections) <= 3:
         where = " or ".join(f"`{each}`" if each else "the top level" for each in sections)
@@ -105,6 +110,24 @@ def suggest_key(
     if near := find_nearest(key, [name for name in usable if name in present]):
         return Suggestion(f"Remove the key if you meant `{near}`, which is already set.")
     return Suggestion("")
+
+
+def wrap_in_section(value: object, schema: Mapping[str, Any]) -> str:
+    """Return a section, as JSON, that sets the key that a single value was probably meant for.
+
+    A boolean is the value of ``enabled``, a number that of ``stage``, and the name of an optimizer
+    or a schedule that of ``type``. Return an empty string if the section lacks this key.
+
+    >>> wrap_in_section(2, {"properties": {"stage": {"type": "integer"}}})
+    '{"stage": 2}'
+    """
+    kinds = {bool: "enabled", int: "stage", str: "type"}
+    key = kinds.get(type(value))
+    if key == "type":
+        value = suggest_optimizer(str(value))
+    if key not in schema.get("properties", {}) or value is None:
+        return ""
+    return json.dumps({key: value})
 
 
 def suggest_optimizer(name: str) -> str | None:
@@ -117,10 +140,43 @@ def suggest_optimizer(name: str) -> str | None:
     >>> suggest_optimizer("SGDD"), suggest_optimizer("Shampoo")
     ('SGD', None)
     """
+    name = name.rpartition(".")[2]  # without the module in "torch.optim.AdamW"
     bare = name.lower()
     for part in _IMPLEMENTATIONS:
         bare = bare.replace(part, "")
     return optimizer_name(bare.strip("_-")) or find_nearest(name, OPTIMIZERS)
+
+
+def _suggest_alias(meant: str, value: object, schema: Mapping[str, Any]) -> Suggestion:
+    """Suggest the equivalent of a key from another tool.
+
+    The suggestion contains a fix only if the value of the key need not change.
+    """
+    if _accepts_type(value, schema):
+        return Suggestion(f"Use `{meant}` instead.", meant, Fix(key=meant))
+    section = wrap_in_section(value, schema)
+    written = f'"{meant}": {section}' if section else f"`{meant}`"
+    return Suggestion(f"Use {written} instead.", meant)
+
+
+def _find_named_section(
+    value: object, known: Mapping[str, Any], absent: Collection[str]
+) -> Suggestion | None:
+    """Suggest the section that a value names, as in ``"mixed_precision": "bf16"``."""
+    if not isinstance(value, str) or value not in absent:
+        return None
+    section = wrap_in_section(True, resolve_reference(known[value]))
+    return Suggestion(f'Use "{value}": {section} instead.', value) if section else None
+
+
+def _suggest_nesting(pointer: str, key: str) -> str:
+    """Return a hint if an unknown key is a path, such as "fp16.enabled"; otherwise ""."""
+    parts = key.replace("/", ".").split(".")
+    *sections, name = parts
+    wanted = pointer + "".join(f"/{part}" for part in sections)
+    if not sections or wanted not in _map_keys_to_sections().get(name, ()):
+        return ""
+    return f"Move it to `{wanted}`, as `{name}`."
 
 
 def _find_params(pointer: str, block: Mapping[str, Any]) -> Collection[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from engine.config.batch_sizes import RankCounter, count_data_ranks
-from engine.config.booleans import convert_numbers_to_booleans
+from engine.config.deepspeed_values import convert_numbers_to_booleans, drop_nulls
 from engine.config.other_formats import recognize_keys
 from engine.config.parser import Document
 from engine.config.pointers import dotted_name
@@ -149,12 +149,13 @@ def _examine_values(
         return [document.build_problem("wrong-type", "", message)], None
     if other := recognize_keys(document.value):
         return [document.build_problem("other-format", "", *other)], None
+    document, dropped = drop_nulls(document)
     document, converted = convert_numbers_to_booleans(document)
     structure = check_structure(document, world_size, count_ranks, steps_per_epoch)
     context = RuleContext(document, structure, world_size, needs_deepspeed)
     autos = _find_unresolved(context) if reject_auto else ()
     from_rules = (problem for rule in RULES for problem in rule(context))
-    return [*converted, *structure.problems, *autos, *from_rules], context
+    return [*dropped, *converted, *structure.problems, *autos, *from_rules], context
 
 
 def _find_unresolved(context: RuleContext) -> Iterator[Problem]:

@@ -15,7 +15,7 @@ import schemas
 from engine.config.parser import Document
 from engine.config.pointers import dotted_name, get_parent, join_pointer
 from engine.config.schema import is_ignored, means_default
-from engine.config.suggestions import Suggestion, suggest_key
+from engine.config.suggestions import Suggestion, suggest_key, wrap_in_section
 from engine.config.wording import quote_value, shorten
 from engine.errors import Fix, Problem
 from schedules.core.durations import PATTERN, get_unit, list_examples, suggest_duration
@@ -26,7 +26,6 @@ __all__ = ["MAX_SUGGESTIONS", "check_against_schema", "get_suggested_pointer"]
 _RANGE = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems"}
 MAX_SUGGESTIONS = 100
 """Maximum number of problems to find suggestions for. More would take too long."""
-_BOOLEANS = ("true", "false")
 _NO_SUGGESTION = Suggestion("")
 _REGISTRY: Registry[Any] = Registry(
     retrieve=lambda uri: Resource.from_contents(schemas.read(uri))  # type: ignore[call-arg]  # mypy does not know that attrs renames the field
@@ -178,10 +177,9 @@ def _suggest_plain_number(value: object, schema: Mapping[str, Any]) -> str:
 
 
 def _suggest_section(value: object, schema: Mapping[str, Any]) -> str:
-    """Return a hint if a value is a boolean but must be a section with the key ``enabled``."""
-    shown = json.dumps(value) if isinstance(value, bool) else value
-    takes_enabled = "enabled" in schema.get("properties", {})
-    return f'Write {{"enabled": {shown}}}.' if takes_enabled and shown in _BOOLEANS else ""
+    """Return a hint if a single value was given instead of a section; otherwise ""."""
+    section = wrap_in_section({"true": True, "false": False}.get(str(value), value), schema)
+    return f"Write {section}." if section else ""
 
 
 def _suggest_unquoting(value: Any, schema: Mapping[str, Any]) -> tuple[str, Fix | None]:

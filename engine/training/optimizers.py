@@ -82,14 +82,15 @@ def build_optimizer(
     }
     if params.pop("adam_w_mode", False) and name == "Adam":
         name = "AdamW"
-    may_fuse &= not params.pop("torch_adam", False)
+    is_chosen = any(params.get(key) is not None for key in ("fused", "foreach"))
+    may_fuse &= not params.pop("torch_adam", False) and not is_chosen
     # The momentum buffers of fused SGD start at zero, which is wrong with dampening.
     has_dampening = any(isinstance(group, dict) and group.get("dampening") for group in groups)
     may_fuse &= not (params.get("dampening") or has_dampening)
     if name in _FUSED_OPTIMIZERS and may_fuse and _has_fused_kernel(name, groups):
         params["fused"] = True
     optimizer = _construct(getattr(torch.optim, name), groups, _convert(params))
-    if name == "SGD" and "fused" in params:
+    if name == "SGD" and params.get("fused"):
         optimizer.register_step_pre_hook(_start_momenta)
     return optimizer
 

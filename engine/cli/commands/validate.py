@@ -26,9 +26,12 @@ from engine.config.wording import count_noun
 from engine.display.problem_reports import FORMATS, Report
 from engine.display.terminal import get_width, supports_color
 from engine.distributed.environment import INVALID, OK, USAGE
-from engine.errors import escape
+from engine.errors import Fix, escape
 
 __all__ = ["add_arguments", "run"]
+
+_MAX_FIX_ROUNDS = 10
+"""Maximum number of times that ``--fix`` checks a config again for more fixes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,29 +147,38 @@ def _apply_fixes(
     """
     name = document.name
     can_ask = not args.diff and sys.stdin.isatty() and out.isatty()
-    refused = []
+    refused: list[tuple[str, Fix | None]] = []
+    fixed, remaining = document, problems
 
     def accept(problem: Problem) -> bool:
-        is_accepted = args.yes or (can_ask and _ask(document, problem, out))
+        answered = (problem.pointer, problem.fix)
+        if answered in refused:
+            return False
+        is_accepted = args.yes or (can_ask and _ask(fixed, problem, out))
         if not is_accepted:
-            refused.append(problem)
+            refused.append(answered)
         return is_accepted
 
-    text = apply_fixes(document, problems, accept)
+    # A renamed key or a new type can reveal problems with other fixes.
+    for _ in range(_MAX_FIX_ROUNDS):
+        text = apply_fixes(fixed, remaining, accept)
+        if text == fixed.text:
+            break
+        fixed = parse(fixed.encode_text(text).decode(), name)
+        remaining = _check(fixed, args)
     if refused and not can_ask and args.format == "text":
         suggestions = count_noun(len(refused), "suggested name")
         print(
             f"{name}: {suggestions} not applied. Use `--yes` to accept every suggestion.", file=out
         )
-    if text == document.text:
+    if fixed is document:
         return document, problems
     if args.diff:
-        before, after = document.text.splitlines(keepends=True), text.splitlines(keepends=True)
+        before, after = (each.text.splitlines(keepends=True) for each in (document, fixed))
         out.writelines(difflib.unified_diff(before, after, name, f"{name} (fixed)"))
         return document, problems
-    Path(name).write_bytes(document.encode_text(text))
-    document = parse(document.encode_text(text).decode(), name)
-    return document, _check(document, args)
+    Path(name).write_bytes(fixed.encode_text(fixed.text))
+    return fixed, remaining
 
 
 def _ask(document: Document, problem: Problem, out: TextIO) -> bool:

@@ -23,10 +23,13 @@ __all__ = ["RULES"]
 
 
 def _check_batch_sizes(context: RuleContext) -> Iterator[Problem]:
-    if {f"/{key}" for key in BATCH_KEYS} & set(context.unresolved):
+    autos = [key for key in BATCH_KEYS if context.document.value.get(key) == "auto"]
+    if {f"/{key}" for key in BATCH_KEYS if key not in autos} & set(context.unresolved):
         return
     given = {key: context.config[key] for key in BATCH_KEYS if key in context.config}
     train, *others = (given.get(key) for key in BATCH_KEYS)
+    if train is None and {BATCH_KEYS[0], BATCH_KEYS[1]} & set(autos):
+        return  # an integration can choose a fitting train batch size
     ranks = context.data_ranks
     if ranks is None:
         product = math.prod(other for other in others if other)
@@ -41,9 +44,9 @@ def _check_batch_sizes(context: RuleContext) -> Iterator[Problem]:
         pointer = f"/{error.key}" if error.key else ""
         yield context.error("batch-sizes", pointer, str(error), error.hint)
         return
-    if context.world_size is None:
+    if context.world_size is None and not autos:
         yield from _check_possible_ranks(context, given)
-    if train not in {None, sizes.train}:
+    if train not in {None, sizes.train} and not autos:
         message = (
             f"`train_batch_size` is {train}, but a batch has only {sizes.train} samples. The value "
             f"counts each sample {ranks.tensor_parallel} times, once per tensor-parallel rank."

@@ -1,6 +1,6 @@
-"""Rule for ``engine.dataloader``.
+"""Rules for the data: ``engine.dataloader`` and ``data_efficiency``.
 
-If ``num_workers`` is 0, it rejects settings that require workers.
+They report settings that require workers although there are none, and missing keys.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from engine.errors import Problem
 __all__ = ["RULES"]
 
 _POINTER = "/engine/dataloader"
+_SAMPLING = "/data_efficiency/data_sampling"
 
 
 def _check_workers(context: RuleContext) -> Iterator[Problem]:
@@ -28,4 +29,18 @@ def _check_workers(context: RuleContext) -> Iterator[Problem]:
             yield context.error("dataloader-without-workers", f"{_POINTER}/{key}", message, hint)
 
 
-RULES: tuple[Rule, ...] = (_check_workers,)
+def _check_data_efficiency(context: RuleContext) -> Iterator[Problem]:
+    sampling = context.get_section("data_efficiency").get("data_sampling", {})
+    for name, key, example in (
+        ("curriculum_learning", "curriculum_metrics", "an object that describes each metric"),
+        ("dynamic_batching", "max_tokens", "a number of tokens per micro-batch"),
+    ):
+        pointer = f"{_SAMPLING}/{name}"
+        section = sampling.get(name, {})
+        if section.get("enabled") is True and context.is_absent(f"{pointer}/{key}"):
+            message = f"`{name}.{key}` must be set if `{name}.enabled` is true."
+            hint = f'Add "{key}": {example}.'
+            yield context.error("missing-key", pointer, message, hint)
+
+
+RULES: tuple[Rule, ...] = (_check_workers, _check_data_efficiency)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from engine.config.master_weights import find_cpu_adam_key
 from engine.config.rules.context import Rule, RuleContext
 from engine.config.schema import OPTIMIZERS, is_import_path, optimizer_name
 from engine.config.wording import quote_value
@@ -16,6 +17,7 @@ from engine.errors import Problem
 __all__ = ["RULES"]
 
 _NOT_SHARDED = {"Adafactor", "Rprop"}
+_OF_TORCH = ("maximize", "foreach", "fused", "capturable")
 
 
 def _check_hyperparameters(context: RuleContext) -> Iterator[Problem]:
@@ -68,6 +70,32 @@ def _check_nesterov(context: RuleContext) -> Iterator[Problem]:
         yield context.error("optimizer-params", f"{pointer}/dampening", message, hint)
 
 
+def _check_implementation(context: RuleContext) -> Iterator[Problem]:
+    """Yield an error for arguments of PyTorch's optimizers that the implementation rejects."""
+    params = context.get_section("optimizer").get("params", {})
+    given = [key for key in _OF_TORCH if params.get(key)]
+    if not given:
+        return
+    pointer = "/optimizer/params/fused"
+    of_deepspeed = find_cpu_adam_key(context.config) or (
+        "torch_adam" if params.get("torch_adam") is False else None
+    )
+    if context.backend.name == "deepspeed" and of_deepspeed:
+        message = (
+            f"`{given[0]}` requires PyTorch's implementation of the optimizer, but "
+            f"`{of_deepspeed}` selects DeepSpeed's."
+        )
+        hint = f"Remove `{given[0]}`."
+        yield context.error("optimizer-params", f"/optimizer/params/{given[0]}", message, hint)
+    elif params.get("fused") and params.get("foreach"):
+        message = "`fused` and `foreach` must not both be true."
+        yield context.error("optimizer-params", pointer, message, "Remove one of the two keys.")
+    elif params.get("fused") and params.get("dampening"):
+        message = "PyTorch's fused SGD computes wrong first steps with `dampening`."
+        hint = "Remove `fused`."
+        yield context.error("optimizer-params", pointer, message, hint)
+
+
 def _check_etas(context: RuleContext) -> Iterator[Problem]:
     etas = context.get_section("optimizer").get("params", {}).get("etas")
     if any(each.startswith("/optimizer/params/etas") for each in context.unresolved):
@@ -101,6 +129,7 @@ RULES: tuple[Rule, ...] = (
     _check_hyperparameters,
     _check_adam_w_mode,
     _check_nesterov,
+    _check_implementation,
     _check_etas,
     _check_sharding,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engine.config.backend_choice import find_offload_device
-from engine.config.master_weights import find_cpu_adam_key
+from engine.config.master_weights import find_bf16_name, find_cpu_adam_key
 from engine.config.rules.context import Rule, RuleContext
 from engine.config.schema import optimizer_name
 from engine.config.wording import quote_value
@@ -23,7 +23,7 @@ _FLOAT16 = {"fp16", "float16", "half", "torch.float16"}
 _FLOAT32 = {"fp32", "float32", "float", "torch.float32"}
 _OPTIMIZER = "/optimizer"
 _OFFLOAD = "/zero_optimization/offload_optimizer"
-_OR_STATES = ', or "bf16_optimizer_states": true to `bf16`'
+_OR_STATES = ', or "bf16_optimizer_states": true to the same section as this key'
 
 
 def _check_single_precision(context: RuleContext) -> Iterator[Problem]:
@@ -65,7 +65,7 @@ def _check_cpu_adam(context: RuleContext) -> Iterator[Problem]:
     if is_known and find_offload_device(context.config, "offload_optimizer") == "none":
         message = f"`{key}` requires the optimizer to be offloaded to the CPU."
         hint = f'Add "offload_optimizer": {{"device": "cpu"}} to `zero_optimization`{_OR_STATES}.'
-        if key.startswith("fp16"):
+        if not key.startswith("bf"):
             hint = 'Add "offload_optimizer": {"device": "cpu"} to `zero_optimization`.'
         yield context.error("precision", pointer, message, hint)
     elif is_known and (name not in {"Adam", "AdamW"} or block.get("params", {}).get("torch_adam")):
@@ -76,20 +76,21 @@ def _check_cpu_adam(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_master_weights(context: RuleContext) -> Iterator[Problem]:
+    bf16_name = find_bf16_name(context.config)
     for name, key in (
         ("fp16", "fp16_master_weights_and_grads"),
-        ("bf16", "bf16_master_weights_and_grads"),
-        ("bf16", "bf16_optimizer_states"),
+        (bf16_name, "bf16_master_weights_and_grads"),
+        (bf16_name, "bf16_optimizer_states"),
     ):
         if context.get_section(name).get(key) is True and context.stage == 0:
             message = f"`{name}.{key}` requires ZeRO stage 1, 2 or 3, but the stage is 0."
             hint = 'Set "zero_optimization": {"stage": 1}, or remove the key.'
             yield context.error("precision", f"/{name}/{key}", message, hint)
-    bf16 = context.get_section("bf16")
+    bf16 = context.get_section(bf16_name)
     if bf16.get("bf16_optimizer_states") is True and not bf16.get("bf16_master_weights_and_grads"):
-        message = "`bf16.bf16_optimizer_states` requires `bf16_master_weights_and_grads`."
+        message = f"`{bf16_name}.bf16_optimizer_states` requires `bf16_master_weights_and_grads`."
         hint = 'Add "bf16_master_weights_and_grads": true, or remove the key.'
-        yield context.error("precision", "/bf16/bf16_optimizer_states", message, hint)
+        yield context.error("precision", f"/{bf16_name}/bf16_optimizer_states", message, hint)
 
 
 def _check_accumulation_dtype(context: RuleContext) -> Iterator[Problem]:
@@ -114,6 +115,9 @@ def _check_min_loss_scale(context: RuleContext) -> Iterator[Problem]:
     if context.get_section("fp16").get("min_loss_scale") == 0:
         message = "`fp16.min_loss_scale` is 0, so the loss scale has no minimum."
         hint = "Set the key to 1. The run then ends if gradients overflow at a loss scale of 1."
+        if context.backend.name == "deepspeed":
+            message = "`fp16.min_loss_scale` is 0, which DeepSpeed rejects. The run uses 1."
+            hint = "Set the key to 1."
         yield context.note("no-minimum-loss-scale", "/fp16/min_loss_scale", message, hint)
 
 

@@ -7,12 +7,14 @@ the length of the run.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from engine.config.param_groups import find_group_schedulers
 from engine.config.rules.context import Rule, RuleContext
+from engine.config.schedule_context import EvaluatedSchedule
 from engine.errors import Problem
 from schedules import SCHEDULES
 from schedules.core.fields import read_fields
@@ -23,6 +25,7 @@ _PARAMS = "/scheduler/params"
 _DEEPSPEED_PEAK = 0.001
 _TOKENS = re.compile(r"\d\s*tok\b", re.IGNORECASE)
 _NEAR = 0.02  # fraction of the run; smaller differences between the two ends are ignored
+_MAX_PIECES = 5000
 _NEAR_ZERO = 0.01  # fraction of the peak; learning rates below it count as zero
 
 
@@ -74,7 +77,7 @@ def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
     own = _as_number(params.get("lr"))
     if own is not None and evaluated.overwrites("lr"):
         low, high = evaluated.get_range("lr")
-        if not low <= own <= high:
+        if not low <= own <= high and own not in _list_bounds(evaluated):
             message = (
                 f"`lr` ({own:g}) is never used, because the schedule sets learning rates from "
                 f"{low:g} to {high:g}."
@@ -97,6 +100,22 @@ def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
             yield context.note("unused-betas", pointer, message, hint)
 
 
+def _list_bounds(evaluated: EvaluatedSchedule) -> set[float]:
+    """Return the learning rates at the start of each piece of the curve, even between two steps.
+
+    For example, the peak of OneCycleLR is between two steps if ``pct_start * total_steps`` is not a
+    whole number.
+    """
+    curve, bounds, step = evaluated.curves["lr"][0], set(), 0.0
+    for _ in range(_MAX_PIECES):
+        piece = curve.piece(step)
+        bounds.add(piece.formula(piece.start))
+        step = max(piece.end, math.nextafter(step, math.inf))
+        if step > evaluated.schedule.span:
+            break
+    return bounds
+
+
 def _check_end(context: RuleContext) -> Iterator[Problem]:
     """Yield a problem if the schedule is noticeably shorter or longer than the run.
 
@@ -106,7 +125,8 @@ def _check_end(context: RuleContext) -> Iterator[Problem]:
     if evaluated is None or evaluated.horizon.scaled_steps is None or evaluated.end is None:
         return
     pointer, total, end = "/engine/max_duration", int(evaluated.horizon.scaled_steps), evaluated.end
-    if abs(end - total) <= _NEAR * total:
+    # The last step of the run is step `total - 1`, which can already have the final value.
+    if end == total - 1 or abs(end - total) <= _NEAR * total:
         return
     curve = evaluated.curves["lr"][0]
     last, peak = curve(end), evaluated.get_range("lr")[1]

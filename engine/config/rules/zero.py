@@ -143,6 +143,23 @@ def _check_elastic_checkpoint(context: RuleContext) -> Iterator[Problem]:
     yield context.error("elastic-checkpoint", pointer, message, f"Remove the key{alternative}.")
 
 
+def _check_gradient_norm(context: RuleContext) -> Iterator[Problem]:
+    zero = context.get_section("zero_optimization")
+    if zero.get("compute_grad_norm") is not False or context.stage is None:
+        return
+    is_offloaded = find_offload_device(context.config, "offload_optimizer") != "none"
+    clipping = context.config.get("gradient_clipping") or 0
+    for is_invalid, what, hint in (
+        (context.stage not in {1, 2}, f"ZeRO stage {context.stage}", "Remove the key."),
+        (clipping > 0, "gradient clipping", 'Set "gradient_clipping" to 0, or remove the key.'),
+        (is_offloaded, "`offload_optimizer`", "Remove one of the two keys."),
+        (zero.get("zenflow") is not None, "`zenflow`", "Remove one of the two keys."),
+    ):
+        if is_invalid:
+            message = f"`compute_grad_norm` must be true with {what}, got false."
+            yield context.error("gradient-norm", f"{_ZERO}/compute_grad_norm", message, hint)
+
+
 RULES: tuple[Rule, ...] = (
     _check_stage,
     _check_offload,
@@ -151,4 +168,5 @@ RULES: tuple[Rule, ...] = (
     _check_gradient_reduction,
     _check_untested_optimizer,
     _check_elastic_checkpoint,
+    _check_gradient_norm,
 )

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from engine.cli.main import main
 from engine.config.parser import parse
 from engine.config.validate import check
+from engine.display.terminal import count_columns
 from tests.testing.corpus import CLEAN, path_of
 
 TEN_MISTAKES = """{
@@ -125,6 +126,12 @@ def test_validate_fix_does_not_overwrite_an_existing_key(file):
     path = file(text)
     assert run("validate", "--fix", path)[0] == 1
     assert path.read_text() == text
+
+
+def test_validate_fix_also_fixes_what_a_first_fix_reveals(file):
+    path = file('{"train_batch_size": 8, "optimizer": {"type": "Adam", "params": {"wd": "0.1"}}}')
+    assert run("validate", "--fix", path)[0] == 0
+    assert '"params": {"weight_decay": 0.1}' in path.read_text()
 
 
 MISSPELLED = """{
@@ -389,3 +396,33 @@ def test_plot_reports_a_group_schedule_at_its_own_key(file):
     line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if '"1ep"' in text)
     status, out = run("plot", path, "-t")
     assert f"{path}:{line}:" in out
+
+
+def test_validate_quotes_a_long_line_of_wide_characters_within_its_width(file):
+    path = file('{"_c": "' + "語" * 200 + '", "gradient_cliping": 1}')
+    _, out = run("validate", path)
+    *_, source, caret, _ = out.splitlines()
+    before = source[2:].partition('"gradient_cliping"')[0]
+    assert caret.index("^") == 2 + count_columns(before)
+    assert count_columns(source) <= 102
+
+
+def test_validate_set_of_an_unknown_section_names_the_option(file):
+    path = file('{"train_batch_size": 8}')
+    _, out = run("validate", path, "--set", "a.b.c=1")
+    problem, summary = out.splitlines()
+    assert problem.startswith(
+        f"{path}: error[unknown-key]: Unknown key `a`. The value was set by --set."
+    )
+    assert summary == f"{path}: 1 error"
+
+
+@pytest.mark.parametrize("name", ["link.json", "directory/c.json"])
+def test_validate_dangling_link_names_its_target(tmp_path, name):
+    (tmp_path / "link.json").symlink_to("none.json")
+    (tmp_path / "directory").symlink_to("none.json")
+    status, out = run("validate", tmp_path / name)
+    assert status == 2
+    assert f"is a symbolic link to {tmp_path / 'none.json'}, which does not exist." in out
+    assert "Did you mean" not in out
+    assert "Did you mean" not in run("validate", tmp_path / "other.json")[1]

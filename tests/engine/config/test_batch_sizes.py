@@ -76,6 +76,8 @@ def test_derive_batch_sizes_inconsistent_sizes_raises_with_the_fix(
         ((4, 1, 16), "(1) x `gradient_accumulation_steps` (16) = 16", "16"),
         ((6, 4, None), "`train_micro_batch_size_per_gpu` (4)", "4 or 8"),
         ((4, None, 16), "`gradient_accumulation_steps` (16)", "16"),
+        ((7, "auto", 2), "`gradient_accumulation_steps` (2)", "6 or 8"),
+        ((4, 8, "auto"), "`train_micro_batch_size_per_gpu` (8)", "8"),
     ],
 )
 def test_sizes_that_fit_no_world_size_are_an_error_that_says_so(sizes, factors, near):
@@ -84,6 +86,23 @@ def test_sizes_that_fit_no_world_size_are_an_error_that_says_so(sizes, factors, 
     assert problem.pointer == "/train_batch_size"
     assert f"{factors} for any number of ranks, got {sizes[0]}." in problem.message
     assert problem.hint.startswith(f"Set `train_batch_size` to {near}, ")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "is_valid"),
+    [
+        (("auto", 4, 2), True),
+        ((8, "auto", "auto"), True),
+        ((8, 4, "auto"), True),
+        ((None, "auto", "auto"), True),
+        ((None, None, "auto"), False),
+    ],
+)
+def test_auto_leaves_open_only_what_an_integration_can_fill_in(sizes, is_valid):
+    config = {key: size for key, size in zip(BATCH_KEYS, sizes, strict=True) if size}
+    assert [each.rule for each in check(load_document(config), None)] == (
+        [] if is_valid else ["batch-sizes"]
+    )
 
 
 @given(st.integers(1, 24), st.integers(1, 4), st.integers(1, 4))

@@ -93,7 +93,62 @@ EXPONENTIAL_FROM_0 = {
     "params": {"weight_decay": [{"shape": "exponential", "to": 0.1, "duration": 5}]},
 }
 
+NO_NORM = {"stage": 2, "compute_grad_norm": False}
+NORM = [("gradient-norm", "error", "/zero_optimization/compute_grad_norm")]
+SAMPLING = "/data_efficiency/data_sampling"
+
 PAIRS = [
+    (zero_config(**NO_NORM), []),
+    (zero_config(**NO_NORM) | {"gradient_clipping": 0}, []),
+    (zero_config(**NO_NORM) | {"gradient_clipping": 1.0}, NORM),
+    (zero_config(**NO_NORM | {"stage": 3}), NORM),
+    (zero_config(**NO_NORM, offload_optimizer={"device": "cpu"}), NORM),
+    (
+        zero_config(stage=3, prefetch_bucket_size=10, stage3_prefetch_bucket_size=10),
+        [("duplicate-key", "error", "/zero_optimization/prefetch_bucket_size")],
+    ),
+    (
+        zero_config(stage=3, prefetch_bucket_size="auto", stage3_prefetch_bucket_size=10),
+        [("unsupported-auto", "warning", "/zero_optimization/prefetch_bucket_size")],
+    ),
+    (
+        zero_config(stage=3, offload_param={"device": "cpu", "pin_memory": "auto"}),
+        [("unsupported-auto", "warning", f"{OFFLOAD}/pin_memory")],
+    ),
+    (
+        {
+            "train_batch_size": 8,
+            "data_efficiency": {
+                "data_sampling": {
+                    "curriculum_learning": {"enabled": True},
+                    "dynamic_batching": {"enabled": True},
+                }
+            },
+        },
+        [
+            ("missing-key", "error", f"{SAMPLING}/curriculum_learning"),
+            ("missing-key", "error", f"{SAMPLING}/dynamic_batching"),
+        ],
+    ),
+    (
+        {"train_batch_size": 8, "bfloat16": {"enabled": True, "bf16_optimizer_states": True}},
+        [
+            ("deprecated-key", "note", "/bfloat16"),
+            ("precision", "error", "/bfloat16/bf16_optimizer_states"),
+            ("precision", "error", "/bfloat16/bf16_optimizer_states"),
+        ],
+    ),
+    (optimizer_config("SGD", maximize=True, foreach=False), []),
+    (optimizer_config("AdamW", fused=True, torch_adam=True), []),
+    (
+        optimizer_config("AdamW", fused=True, foreach=True),
+        [("optimizer-params", "error", "/optimizer/params/fused")],
+    ),
+    (
+        optimizer_config("AdamW", fused=True, torch_adam=False)
+        | {"engine": {"backend": "deepspeed"}},
+        [("optimizer-params", "error", "/optimizer/params/fused")],
+    ),
     (zero_config(stage=3, offload_param={"device": "cpu"}), []),
     (zero_config(stage=2, offload_param={"device": "none"}), []),
     (
@@ -202,6 +257,18 @@ PAIRS = [
             ("PolyScheduler", {"base_lr": 0.1, "final_lr": 0.01, "max_update": 9}),
         )
     ),
+    # The peak of these cycles is between two steps, or before the first one.
+    *(
+        (config, [])
+        for steps in (2, 5, 10, 12, 20)
+        for three_phase in ((False, True) if steps >= 10 else (False,))
+        for config in [
+            schedule_config(
+                "OneCycleLR", lr=0.1, max_lr=0.1, total_steps="1dur", three_phase=three_phase
+            )
+            | {"engine": {"max_duration": steps}}
+        ]
+    ),
     (schedule_config("CosineAnnealingLR", lr=0.5, T_max=10), []),
     (
         {
@@ -223,6 +290,11 @@ PAIRS = [
         [("end-of-schedule", "note", "/engine/max_duration")],
     ),
     *((config_with_length(length, T_max=100), []) for length in (99, 100, "10ep")),
+    (config_with_length(11, T_max=10), []),  # the last step has the final value
+    (
+        config_with_length(12, T_max=10),
+        [("end-of-schedule", "warning", "/engine/max_duration")],
+    ),
     (config_with_length(1000, T_max="1dur"), []),
     (
         schedule_config("OneCycle", **CYCLE, decay_lr_rate=0.1),

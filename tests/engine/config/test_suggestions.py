@@ -105,6 +105,8 @@ def find_hint(config):
         ("adamw_torch_fused", "AdamW"),
         ("paged_adamw_8bit", "AdamW"),
         ("FusedLamb", "Lamb"),
+        ("torch.optim.AdamW", "AdamW"),
+        ("bitsandbytes.optim.Lion8bit", "Lion"),
         ("AdmW", "AdamW"),
     ],
 )
@@ -147,6 +149,9 @@ def test_unknown_optimizer_without_a_counterpart_has_no_suggestion():
         ("constant_with_warmup", "ConstantWithWarmupScheduler"),
         ("inverse_sqrt", "InverseSquareRoot"),
         ("polynomial", "polynomial_decay_schedule_with_warmup"),
+        ("cosine_warmup", "cosine_schedule_with_warmup"),
+        ("CosineLR", "CosineAnnealingLR"),
+        ("torch.optim.lr_scheduler.StepLR", "StepLR"),
         ("OneCycel", "OneCycle"),
     ],
 )
@@ -233,3 +238,28 @@ def test_names_of_other_libraries_stand_for_known_schedules():
 )
 def test_misplaced_or_foreign_key_is_one_error_with_the_key_to_use(config, pointer, hint):
     assert find_hint(config) == (pointer, hint)
+
+
+@pytest.mark.parametrize(
+    ("config", "hint"),
+    [
+        ({"mixed_precision": "bf16"}, 'Use "bf16": {"enabled": true} instead.'),
+        ({"mixed_precision": True}, 'Use "fp16": {"enabled": true} instead.'),
+        ({"half": True}, 'Use "fp16": {"enabled": true} instead.'),
+        ({"zero": 2}, 'Use "zero_optimization": {"stage": 2} instead.'),
+        ({"optim": "adamw_torch"}, 'Use "optimizer": {"type": "AdamW"} instead.'),
+        ({"gradient_checkpointing": True}, "Use `activation_checkpointing` instead."),
+        ({"zero_stage": 2}, "Use `/zero_optimization/stage` instead."),
+        ({"zero_optimization.stage": 2}, "Move it to `/zero_optimization`, as `stage`."),
+        ({"fp16": {"init_scale": 16}}, "Use `initial_scale_power` instead, the exponent"),
+        ({"optimizer": {"type": "Adam", "params": {"beta1": 0.8}}}, "Use `betas` instead"),
+        ({"optimizer": "AdamW"}, 'Write {"type": "AdamW"}.'),
+        ({"zero_optimization": 2}, 'Write {"stage": 2}.'),
+        ({"bf16": True}, 'Write {"enabled": true}.'),
+    ],
+)
+def test_key_whose_value_must_change_gets_a_hint_but_no_fix(config, hint):
+    document = parse(json.dumps({"train_batch_size": 8, **config}), "f")
+    (problem,) = check(document, None)
+    assert problem.hint.startswith(hint)
+    assert problem.fix is None

@@ -39,6 +39,10 @@ def weights():
             {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "nesterov": True}},
             (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
         ),
+        (
+            {"type": "SGD", "params": {"lr": 0.1, "maximize": True}},
+            (torch.optim.SGD, {"lr": 0.1, "maximize": True}),
+        ),
         ({"type": "RMSprop", "params": {"alpha": 0.9}}, (torch.optim.RMSprop, {"alpha": 0.9})),
         ({"type": "Adagrad"}, (torch.optim.Adagrad, {})),
         ({"type": "NAdam"}, (torch.optim.NAdam, {})),
@@ -104,6 +108,19 @@ def test_build_optimizer_is_fused_unless_torch_adam_is_set():
     assert build({"type": "AdamW"}, weights()).defaults["fused"] is True
     plain = build({"type": "AdamW", "params": {"torch_adam": True}}, weights())
     assert plain.defaults["fused"] is None
+
+
+@pytest.mark.parametrize(
+    ("params", "fused", "foreach"),
+    [
+        ({"fused": False}, False, None),
+        ({"foreach": True}, None, True),
+        ({"torch_adam": True, "fused": True}, True, None),
+    ],
+)
+def test_build_optimizer_uses_the_implementation_that_the_config_selects(params, fused, foreach):
+    defaults = build({"type": "AdamW", "params": params}, weights()).defaults
+    assert (defaults["fused"], defaults["foreach"]) == (fused, foreach)
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD"])

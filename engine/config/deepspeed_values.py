@@ -1,4 +1,4 @@
-"""Convert 0 and 1 to booleans, as DeepSpeed does."""
+"""Convert values as DeepSpeed reads them: 0 and 1 as booleans, and null as an absent key."""
 
 from __future__ import annotations
 
@@ -7,19 +7,56 @@ from dataclasses import replace
 from typing import Any
 
 import schemas
+from engine.config.batch_sizes import BATCH_KEYS
 from engine.config.parser import Document
-from engine.config.pointers import dotted_name, join_pointer
+from engine.config.pointers import dotted_name, join_pointer, remove_keys
 from engine.config.schema import SCHEMA, walk
 from engine.errors import Fix, Problem
 from schedules.core.descriptions import read_index
 
-__all__ = ["convert_numbers_to_booleans"]
+__all__ = ["convert_numbers_to_booleans", "drop_nulls"]
 
 _OWN_SECTION = "/engine/"
 _OWN_KEYS = {"/optimizer/no_decay"}
 _PARAMS = "/scheduler/params/"
 _OWN_PARAMS = {"/scheduler/params/relative"}
 """Parameters that onecycle adds to DeepSpeed's schedules."""
+
+_ABSENT_IF_NULL = {
+    **{f"/{key}": f"/{key}" for key in (*BATCH_KEYS, "bf16", "dataloader_drop_last")},
+    "/optimizer/params": "/optimizer/params",
+    "/scheduler/type": "/scheduler",
+}
+"""JSON pointers of keys that may be null in DeepSpeed, and of the keys that are then absent."""
+
+
+def drop_nulls(document: Document) -> tuple[Document, list[Problem]]:
+    """Remove the keys that are null if DeepSpeed treats them as absent.
+
+    Args:
+        document: parsed config; it is not modified.
+
+    Returns:
+        A pair ``(document, problems)``: the document without these keys, and one problem of
+        severity "note" per key.
+    """
+    nulls = {
+        _ABSENT_IF_NULL[member.pointer]: member.pointer
+        for member in walk(document.value, schemas.read(SCHEMA))
+        if member.value is None and member.pointer in _ABSENT_IF_NULL
+    }
+    problems = [
+        document.build_problem(
+            "null-as-absent",
+            pointer,
+            f"`{dotted_name(pointer)}` is null, so DeepSpeed treats `{dotted_name(absent)}` as "
+            "absent.",
+            f"Remove `{dotted_name(absent)}`.",
+            severity="note",
+        )
+        for absent, pointer in nulls.items()
+    ]
+    return replace(document, value=remove_keys(document.value, nulls)), problems
 
 
 def convert_numbers_to_booleans(document: Document) -> tuple[Document, list[Problem]]:
@@ -69,7 +106,7 @@ def _is_read_by_deepspeed(pointer: str, config: Mapping[str, Any]) -> bool:
 def _is_boolean(schema: Mapping[str, Any]) -> bool:
     kinds = schema.get("type", ())
     names = {kinds} if isinstance(kinds, str) else set(kinds)
-    return "boolean" in names and not names & {"integer", "number"}
+    return "boolean" in names and not names & {"integer", "number", "object"}
 
 
 def _replace_values(value: Any, new: Mapping[str, Any], pointer: str = "") -> Any:

@@ -1,4 +1,4 @@
-"""Test that 0 and 1 are read as booleans where DeepSpeed does so, and only there."""
+"""Test that 0, 1 and null are read as in DeepSpeed where it accepts them, and only there."""
 
 import pytest
 
@@ -67,3 +67,28 @@ def test_fix_replaces_the_number():
     document = parse('{"train_batch_size": 8, "bf16": {"enabled": 1, "x-note": 1}}', "f")
     text = apply_fixes(document, check(document, None), accept=lambda _: False)
     assert text == '{"train_batch_size": 8, "bf16": {"enabled": true, "x-note": 1}}'
+
+
+def test_null_in_a_key_that_deepspeed_treats_as_absent_is_a_note():
+    config = {
+        "gradient_accumulation_steps": None,
+        "bf16": None,
+        "optimizer": {"type": "AdamW", "params": None},
+        "scheduler": {"type": None},
+    }
+    pointers = ["/bf16", "/gradient_accumulation_steps", "/optimizer/params", "/scheduler/type"]
+    found = find_problems(config)
+    assert sorted(found) == [("null-as-absent", "note", pointer) for pointer in pointers]
+    resolved = load_config({"train_batch_size": 8, **config})
+    assert resolved.batch.accumulation == 1
+    assert resolved.schedule is None
+    assert resolved.raw == {"train_batch_size": 8, "optimizer": {"type": "AdamW"}}
+
+
+@pytest.mark.parametrize("config", [{"fp16": None}, {"optimizer": None}, {"engine": None}])
+def test_null_in_another_key_is_an_error(config):
+    assert [each[:2] for each in find_problems(config)] == [ERROR]
+
+
+def test_number_in_zero_optimization_is_an_error():
+    assert [each[:2] for each in find_problems({"zero_optimization": 1})] == [ERROR]
