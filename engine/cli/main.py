@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gc
+import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from engine.cli.import_path import current_directory_on_path
 from engine.cli.parser import build_command_parser, build_parser, find_command, import_command
-from engine.display.terminal import get_width, wrap
-from engine.distributed.environment import INVALID, OK, USAGE
+from engine.display.terminal import count_columns, get_width, wrap
+from engine.distributed.environment import INTERRUPTED, INVALID, OK, USAGE
 from schedules.core.extras import MissingExtraError
 
 __all__ = ["main"]
+
+_REPLACE = "onecycle.replace"
+"""Name of the error handler that replaces characters that the encoding lacks."""
+_STRICT = {"strict", "surrogateescape"}
+"""Error handlers that raise an error for a character that the encoding lacks."""
 
 
 def main(
@@ -34,10 +41,43 @@ def main(
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        return _run(sys.argv[1:] if arguments is None else arguments, out, err)
+        with _replace_unencodable(out), _replace_unencodable(err):
+            return _run(sys.argv[1:] if arguments is None else arguments, out, err)
+    except KeyboardInterrupt:
+        print("onecycle: interrupted", file=err)
+        return INTERRUPTED
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _replace_unencodable(stream: TextIO) -> Iterator[None]:
+    """Write "?" for characters that a stream cannot encode, instead of raising an error.
+
+    A stream whose error handler was set to a more lenient one, such as "backslashreplace", is not
+    changed.
+    """
+    if not isinstance(stream, io.TextIOWrapper) or stream.errors not in _STRICT:
+        yield
+        return
+    errors = stream.errors
+    stream.reconfigure(errors=_REPLACE)
+    try:
+        yield
+    finally:
+        # `reconfigure` flushes the stream, which may be closed or have lost its reader.
+        with contextlib.suppress(OSError, ValueError):
+            stream.reconfigure(errors=errors)
+
+
+def _replace_character(error: UnicodeError) -> tuple[str, int]:
+    """Return one "?" per terminal column, so that charts, tables and carets stay aligned."""
+    assert isinstance(error, UnicodeEncodeError)
+    return "?" * count_columns(error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(_REPLACE, _replace_character)
 
 
 def _run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:

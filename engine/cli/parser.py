@@ -34,7 +34,7 @@ place of ``-``.
 
 _EPILOG = """\
 exit status: 0 success; 1 invalid config or checkpoint; 2 usage error, or a file cannot be read or
-written. For the statuses of lr-test and launch, see their --help.
+written; 130 interrupted by Ctrl-C. For the statuses of lr-test and launch, see their --help.
 
 examples:
   onecycle validate ds_config.json --world-size 8

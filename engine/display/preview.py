@@ -14,7 +14,12 @@ from engine.config.parser import Document
 from engine.config.pointers import dotted_name, join_pointer, split_pointer
 from engine.config.rules import RuleContext
 from engine.config.schedule_blocks import build_problems
-from engine.config.schedule_context import build_base_values, build_horizon, get_train_batch_size
+from engine.config.schedule_context import (
+    EvaluatedSchedule,
+    build_base_values,
+    build_horizon,
+    get_train_batch_size,
+)
 from engine.config.validate import examine
 from engine.config.wording import quote_value
 from engine.display.auto_values import AutoValues, replace_auto_values
@@ -85,10 +90,11 @@ class Preview:
         return columns, done.evidence
 
     def check_length(self, steps: int) -> None:
-        """Check that the values of the first ``steps`` steps can be computed quickly.
+        """Check that the values of the first ``steps`` steps are finite and quick to compute.
 
         Raises:
-            ValueError: the schedule is a PyTorch scheduler, and the number of steps is too large.
+            ValueError: the schedule is a PyTorch scheduler and the number of steps is too large, or
+                a value is not finite.
         """
         from schedules.families.custom import WrappedScheduler
 
@@ -97,6 +103,16 @@ class Preview:
                 f"The PyTorch scheduler {self.schedule.type_name} can be plotted for at most "
                 f"{_MAX_RUN_STEPS:,} steps, got {steps:,}. Set a smaller number of steps, for "
                 "example `--steps 1000`."
+            )
+        # The config was checked for its own length, which can be unknown or smaller than `steps`.
+        last = Horizon(max(1, steps - 1))  # `find_infinite` also checks the step after the run
+        evaluated = EvaluatedSchedule(self.configured, self.schedule, last, self.base, self.curves)
+        if infinite := evaluated.find_infinite():
+            name, step, value = infinite
+            raise ValueError(
+                f"The schedule of {self.name} sets `{name}` to {value} at step {step}. The value "
+                "must be finite. Lower the learning rates and growth factors, or set a smaller "
+                "number of steps."
             )
 
     @property

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from engine.config import ConfigError, Problem
 from engine.config.parser import Document
-from engine.display.terminal import get_width, wrap
+from engine.display.terminal import count_columns, get_width, truncate, wrap
 from engine.errors import escape
 
 __all__ = ["FORMATS", "Report", "write_error"]
@@ -67,12 +67,16 @@ def _quote_line(line: str, column: int, width: int | None) -> Iterator[str]:
     """Yield a line of the config and a marker below the column of a problem."""
     size = _WIDTH if width is None else min(_WIDTH, width - 2)
     source = line.replace("\t", " ")
-    start = max(0, column - size // 2) if len(source) > size else 0
+    start = 0
+    if len(source) > size or count_columns(source) > size:
+        start = max(0, column - size // 2)
+        while count_columns(source[start : column - 1]) >= max(1, size // 2):
+            start += 1  # wide characters leave space for fewer of them
     excerpt = source[start : start + size]
     # GitHub executes a line of a log that starts with "::", also after spaces.
     margin = "| " if excerpt.lstrip().startswith(("::", "##")) else "  "
-    before = len(escape(excerpt[: column - 1 - start]))
-    yield f"{margin}{escape(excerpt)[: max(size, before + 1)]}"
+    before = count_columns(escape(excerpt[: column - 1 - start]))
+    yield f"{margin}{truncate(escape(excerpt), max(size, before + 1))}"
     yield f"{margin}{' ' * before}^"
 
 

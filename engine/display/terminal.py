@@ -5,15 +5,50 @@ from __future__ import annotations
 import os
 import shutil
 import textwrap
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
-__all__ = ["format_rows", "get_width", "supports_color", "wrap"]
+__all__ = ["count_columns", "format_rows", "get_width", "supports_color", "truncate", "wrap"]
 
 _GAP = 2
 _INDENT = 4
 _LEAST = 32
 """Minimum width of a wrapped cell. If less space is left, the cell starts on a new line."""
+
+_FILLER = "\0"  # does not occur in printed text
+
+
+def count_columns(text: str) -> int:
+    """Return the number of terminal columns that a text without control characters needs.
+
+    East Asian characters need two columns, and combining characters need none.
+
+    >>> count_columns("abc"), count_columns("日本"), count_columns("e\\u0301")
+    (3, 4, 1)
+    """
+    return len(text) if text.isascii() else sum(map(_get_columns, text))
+
+
+def _get_columns(character: str) -> int:
+    if unicodedata.category(character) in {"Mn", "Me"}:
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in {"W", "F"} else 1
+
+
+def truncate(text: str, width: int) -> str:
+    """Return the longest prefix of a text that fits in a number of terminal columns.
+
+    >>> truncate("日本語", 5)
+    '日本'
+    """
+    if text.isascii():
+        return text[:width]
+    for index, character in enumerate(text):
+        width -= _get_columns(character)
+        if width < 0:
+            return text[:index]
+    return text
 
 
 def supports_color(stream: IO[str]) -> bool:
@@ -47,15 +82,18 @@ def wrap(text: str, width: int | None, indent: int = _INDENT) -> list[str]:
     >>> wrap("one two three", 8, indent=2)
     ['one two', '  three']
     """
-    if width is None or len(text) <= width:
+    if width is None or count_columns(text) <= width:
         return [text]
-    return textwrap.wrap(
-        text,
+    # `textwrap` counts characters, so a filler stands for the second column of a wide character.
+    widened = "".join(each + _FILLER * (_get_columns(each) - 1) for each in text)
+    lines = textwrap.wrap(
+        widened,
         width,
         subsequent_indent=" " * indent,
         break_long_words=False,
         break_on_hyphens=False,
-    ) or [""]
+    )
+    return [line.replace(_FILLER, "") for line in lines] or [""]
 
 
 def format_rows(
@@ -78,9 +116,13 @@ def format_rows(
     """
     table = [tuple(row) for row in rows]
     columns = zip(*(row[:-1] for row in table), strict=True)
-    widths = [min(max(map(len, column)), widest or max(map(len, column))) for column in columns]
+    longest = [max(map(count_columns, column)) for column in columns]
+    widths = [min(size, widest or size) for size in longest]
     for *cells, last in table:
-        padded = [cell.ljust(size + _GAP) for cell, size in zip(cells, widths, strict=True)]
+        padded = [
+            cell + " " * (size + _GAP - count_columns(cell))
+            for cell, size in zip(cells, widths, strict=True)
+        ]
         head = " " * indent + "".join(
             cell if cell.endswith(" ") else f"{cell}  " for cell in padded
         )
@@ -88,11 +130,11 @@ def format_rows(
 
 
 def _append_cell(head: str, last: str, width: int | None, indent: int) -> Iterator[str]:
-    if width is None or len(head) + len(last) <= width:
+    start = count_columns(head)
+    if width is None or start + count_columns(last) <= width:
         yield f"{head}{last}".rstrip()
         return
-    start = len(head)
-    if width - start < min(_LEAST, len(last)):
+    if width - start < min(_LEAST, count_columns(last)):
         yield head.rstrip()
         start = indent + _INDENT
         head = " " * start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,16 @@ from schedules.plots import (
 
 __all__ = ["choose_ticks", "draw_on_terminal"]
 
-_MAX_PLOTTED = 1e200
+_MAX_PLOTTED = 1e300
+"""Largest absolute value that is passed to plotext, which overflows near the largest float."""
+_LARGE_UNIT = 1e8
+"""Unit of a panel that contains values larger than `_MAX_PLOTTED`."""
 _COLORS = ("blue+", "green+", "red+", "cyan+", "magenta+", "yellow", "white", "gray")
 """Names of plotext colors, in the order in which a plot uses them."""
 _LEAST_ROWS = 3
 _FRAME = 2  # the lines above and below the curve
 _COLUMNS_PER_TICK = 12
+_MAX_DIGITS = 17  # enough to tell any two floats apart
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,17 @@ class _Panel:
 
     title: str
     columns: Mapping[str, Sequence[float]]
+    """The values to draw, in multiples of ``unit``; NaN for values that cannot be drawn."""
     phases: Mapping[int, str]
     is_log: bool
+    unit: float
 
     @property
     def values(self) -> list[float]:
-        """All values that the panel shows."""
-        return [value for column in self.columns.values() for value in column if _is_shown(value)]
+        """All values that the panel shows, in multiples of ``unit``."""
+        return [
+            value for column in self.columns.values() for value in column if not math.isnan(value)
+        ]
 
 
 def draw_on_terminal(
@@ -87,7 +96,9 @@ def draw_on_terminal(
     # One line per panel is its title, one below the last panel has the steps, one is the prompt.
     taken = len(head) + len(panels) + sum(map(len, notes)) + len(footer) + 2
     rows = max(_LEAST_ROWS, (height - taken) // len(panels) - _FRAME)
-    labels = [choose_ticks(panel.values, rows, is_log=panel.is_log) for panel in panels]
+    labels = [
+        choose_ticks(panel.values, rows, is_log=panel.is_log, unit=panel.unit) for panel in panels
+    ]
     margin = max((len(label) for ticks in labels for label in ticks.values()), default=0)
     styles = choose_styles(columns, sources)
     text = head
@@ -116,19 +127,19 @@ def _build_panels(
 ) -> Iterator[_Panel]:
     for name, names in group_by_panel(columns).items():
         is_log = log and is_log_panel(name, (columns[each] for each in names))
-        # plotext fails on infinite values and overflows on values near the largest float.
+        # plotext fails on infinite values.
         shown = {
-            each: [value if _is_shown(value) else math.nan for value in columns[each]]
+            each: [value if math.isfinite(value) else math.nan for value in columns[each]]
             for each in names
         }
+        is_large = any(abs(value) > _MAX_PLOTTED for each in shown.values() for value in each)
+        unit = _LARGE_UNIT if is_large else 1.0
+        if is_large:
+            shown = {each: [value / unit for value in values] for each, values in shown.items()}
         if is_log:
             shown = {each: keep_positive(values) for each, values in shown.items()}
         phases = find_phases(curves, names, steps[-1] + 1)
-        yield _Panel(LABELS.get(name, name), shown, phases, is_log)
-
-
-def _is_shown(value: float) -> bool:
-    return abs(value) < _MAX_PLOTTED
+        yield _Panel(LABELS.get(name, name), shown, phases, is_log, unit)
 
 
 def _describe_phases(phases: Mapping[int, str], width: int) -> list[str]:
@@ -182,16 +193,19 @@ def _import_plotext() -> Any:
     return plotext
 
 
-def choose_ticks(values: Sequence[float], most: int, *, is_log: bool = False) -> dict[float, str]:
+def choose_ticks(
+    values: Sequence[float], most: int, *, is_log: bool = False, unit: float = 1.0
+) -> dict[float, str]:
     """Choose values to label on an axis: the smallest, the largest, and round values in between.
 
     Args:
         values: values on the axis.
         most: maximum number of labels, at least 2.
         is_log: whether the axis is logarithmic.
+        unit: factor by which the labels are larger than ``values``.
 
     Returns:
-        The label of each chosen value, in ascending order.
+        The label of each chosen value, in ascending order. The labels of different values differ.
 
     >>> list(choose_ticks(range(4050), 6).values())
     ['0', '1,000', '2,000', '3,000', '4,049']
@@ -211,7 +225,9 @@ def choose_ticks(values: Sequence[float], most: int, *, is_log: bool = False) ->
         if margin <= scale(value) - scale(low) and margin <= scale(high) - scale(value)
     ]
     chosen = sorted({low, high, *inner[: max(0, most - 2)]})
-    return {value: _format_tick(value) for value in chosen}
+    largest = sys.float_info.max  # rounding can make the product infinite
+    labels = _format_ticks([max(-largest, min(largest, value * unit)) for value in chosen])
+    return dict(zip(chosen, labels, strict=True))
 
 
 def _list_round_values(low: float, high: float, most: int) -> list[float]:
@@ -230,7 +246,17 @@ def _list_powers(low: float, high: float) -> list[float]:
     return [10.0**exponent for exponent in range(first, last + 1)]
 
 
-def _format_tick(value: float) -> str:
+def _format_ticks(values: Sequence[float]) -> list[str]:
+    """Format values with at least 3 digits, and with as many as make different values differ."""
+    labels: list[str] = []
+    for digits in range(3, _MAX_DIGITS + 1):
+        labels = [_format_tick(value, digits) for value in values]
+        if len({float(label.replace(",", "")) for label in labels}) == len(set(values)):
+            break
+    return labels
+
+
+def _format_tick(value: float, digits: int) -> str:
     if value == int(value) and abs(value) < 10**9:
         return f"{int(value):,}"
-    return f"{value:.3g}"
+    return f"{value:.{digits}g}"

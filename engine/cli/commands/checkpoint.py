@@ -18,6 +18,8 @@ from engine.errors import CheckpointError, escape
 
 __all__ = ["add_arguments", "run"]
 
+_HINT = "Pass the checkpoint directory of a run."
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``onecycle checkpoint`` to a parser."""
@@ -124,7 +126,7 @@ def _has_checkpoint_file(directory: Path) -> bool:
 
 
 def _show(args: argparse.Namespace, out: TextIO) -> int:
-    path, manifest = storage.find(args.dir, args.tag)
+    path, manifest = storage.find(args.dir, args.tag, _HINT)
     fields = {**vars(manifest), "path": str(path), "size": manifest.size}
     print(json.dumps(fields, indent=2), file=out)
     return OK
@@ -134,7 +136,7 @@ def _export(args: argparse.Namespace, out: TextIO) -> int:
     from engine.checkpoint.selection import find_foreign
     from engine.checkpoint.state import export
 
-    path = find_foreign(args.dir, args.tag) or storage.find(args.dir, args.tag)[0]
+    path = find_foreign(args.dir, args.tag) or storage.find(args.dir, args.tag, _HINT)[0]
     output = args.output or Path(f"{path.name}.safetensors")
     if not output.parent.is_dir():
         raise FileNotFoundError(

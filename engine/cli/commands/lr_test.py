@@ -82,7 +82,7 @@ def _add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=parse_positive_int,
         default=250,
-        help="number of steps in the sweep (default: 250)",
+        help="number of steps in the sweep, at least 21 (default: 250)",
     )
     parser.add_argument(
         "--shape",
@@ -185,8 +185,14 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
     from engine.range_test.refinement import check_training_steps
     from engine.range_test.report import LRRangeReport
+    from engine.range_test.suggestion import MIN_POINTS
     from engine.range_test.sweep import Sweep
 
+    if args.steps <= MIN_POINTS:
+        raise ValueError(
+            f"`--steps` must be >= {MIN_POINTS + 1}, got {args.steps}. A suggestion requires "
+            f"{MIN_POINTS} losses after the first step. Use more steps, for example 250."
+        )
     require_package("matplotlib", "`onecycle lr-test`")
     require_package("plotext", "`onecycle lr-test`")
     command = _build_command(args)

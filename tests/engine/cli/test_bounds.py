@@ -203,3 +203,14 @@ def test_fuzzed_config_gives_problems_or_a_result(seed, mutations):
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert set(TARGETS) >= {"parse", "validate", "load", "config", "plot"}
+
+
+@pytest.mark.parametrize("output", [["-t"], ["--csv", "-"], ["-o", "c.png"]])
+def test_plot_values_that_overflow_are_an_error(tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "c.json"
+    path.write_text('{"scheduler": {"type": "ExponentialLR", "params": {"gamma": 1.5}}}')
+    status, out, err = run("plot", path, "--steps", 2000, *output)
+    assert (status, out) == (2, "")
+    assert f"The schedule of {path} sets `lr` to inf at step 1999." in err
+    assert run("plot", path, "--steps", 1000, *output)[0] == 0

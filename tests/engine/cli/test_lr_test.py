@@ -281,6 +281,7 @@ def test_lr_test_script_without_initialize_prints_the_reason(directory):
     [
         ([], "No script was given"),
         (["--min", "1", "--max", "0.5", "--", "train.py"], "`min_lr`"),
+        (["--steps", "20", "--", "train.py"], "`--steps` must be >= 21, got 20."),
         (["--training-steps", "9", "--", "train.py"], "`training_steps`"),
         (["--", "missing.py"], "missing.py: script not found"),
     ],

@@ -461,3 +461,11 @@ def test_plot_losses_with_other_schedule_exits_with_2(tutorial, tmp_path):
     assert (status, out) == (USAGE, "")
     assert "OneCycle" in err
     assert "--losses" in err
+
+
+@pytest.mark.parametrize("action", ["show", "export"])
+def test_checkpoint_of_a_directory_without_one_does_not_mention_resuming(tmp_path, action):
+    status, _, err = run("checkpoint", action, tmp_path)
+    assert status == USAGE
+    assert "contains no complete checkpoint. Pass the checkpoint directory of a run." in err
+    assert "resume" not in err

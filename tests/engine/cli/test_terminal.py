@@ -13,7 +13,7 @@ import pytest
 from engine.cli.main import main
 from engine.cli.parser import COMMANDS, build_command_parser, build_parser
 from engine.config.rules.pages import RULEBOOK
-from engine.display.terminal import format_rows
+from engine.display.terminal import format_rows, wrap
 from engine.display.terminal_plots import choose_ticks, draw_on_terminal
 from schedules import SCHEDULES
 from tests.testing.schedule_instances import TUTORIAL
@@ -116,6 +116,32 @@ def test_ticks_of_a_constant_and_of_a_logarithmic_axis():
         *("3e-06", "1e-05", "0.0001", "0.001", "0.02"),
     ]
     assert choose_ticks([], 5) == {}
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(1e-4, 1e-4 + 2e-15), (0.9, 0.9001), (1000, 1000.4), (1e12, 1e12 + 5)]
+)
+def test_ticks_of_a_narrow_range_have_different_labels(low, high):
+    ticks = choose_ticks([low, high], 8)
+    shown = [float(label.replace(",", "")) for label in ticks.values()]
+    assert len(shown) > 2
+    assert shown == sorted(set(shown))
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_terminal_plot_of_values_near_the_largest_float_has_labels(log):
+    values = [sys.float_info.max / 4, sys.float_info.max]
+    drawn = draw_on_terminal({"lr": values}, "title", log=log)
+    assert "1.8e+308┤" in drawn
+    assert "4.49e+307┤" in drawn
+
+
+def test_widths_count_terminal_columns():
+    assert list(format_rows([("日本", "a"), ("e\u0301", "b")], None)) == [
+        "日本  a",
+        "e\u0301     b",
+    ]
+    assert wrap("日本 日本 日本", 9, indent=0) == ["日本 日本", "日本"]
 
 
 def test_table_puts_a_cell_that_does_not_fit_below_the_others():
