@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -10,10 +11,11 @@ from weakref import WeakKeyDictionary
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler
 
+from schedules.binding.writers import Change
 from schedules.core.controller import Values
 from schedules.param_groups import Group, Slot
 
-__all__ = ["Attachment", "check_not_chained", "describe_other_writer"]
+__all__ = ["Attachment", "KnownGroups", "check_not_chained", "describe_change"]
 
 
 class _Writer(Protocol):
@@ -102,6 +104,67 @@ class Attachment:
             yield from values().get(name, ())[index : index + 1]
 
 
+class KnownGroups:
+    """The param groups that a schedule is bound to, in order.
+
+    Args:
+        optimizer: optimizer of the param groups.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._note(optimizer)
+
+    def _note(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._dicts = list(optimizer.param_groups)
+        self._lists = [
+            group["params"] for group in self._dicts
+        ]  # keeps their ids from being reused
+        self._groups = [_identify(group) for group in self._dicts]
+
+    def check(self, optimizer: Optimizer) -> bool:
+        """Check that no param group was removed or moved. Groups may have been added at the end.
+
+        Loading an optimizer's state replaces the dicts of all groups, but keeps their parameters.
+
+        Returns:
+            Whether ``optimizer`` is still the same object. A script can assign another optimizer to
+            a scheduler.
+
+        Raises:
+            ValueError: a param group was removed or moved.
+        """
+        groups, known = optimizer.param_groups, self._groups
+        is_same = optimizer is self._optimizer
+        if is_same and len(groups) == len(known) and all(map(operator.is_, groups, self._dicts)):
+            return True
+        if len(groups) < len(known):
+            raise ValueError(
+                f"The optimizer had {len(known)} param groups when the schedule was attached, but "
+                f"has {len(groups)} now. Attach the schedule again after removing param groups."
+            )
+        pairs = zip(known, map(_identify, groups), strict=False)
+        moved = next((at for at, (old, new) in enumerate(pairs) if not old & new), None)
+        if moved is not None and set().union(*known) & set().union(*map(_identify, groups)):
+            raise ValueError(
+                f"Param group {moved} of the optimizer is not the group that the schedule was "
+                "attached to, so param groups were removed or reordered. Attach the schedule again "
+                "after removing or reordering param groups."
+            )
+        if moved is not None or not is_same:
+            self._note(optimizer)
+        return is_same
+
+
+def _identify(group: Group) -> set[int]:
+    """Return the ids of a param group's dict, of its parameter list and of its first parameter.
+
+    Two groups with one of these in common are the same group.
+    """
+    params = group["params"]
+    return {id(group), id(params), *map(id, params[:1])}
+
+
 def check_not_chained() -> None:
     """Raise an error if called from PyTorch's ``ChainedScheduler`` with more than one scheduler.
 
@@ -127,17 +190,34 @@ def check_not_chained() -> None:
         frame = frame.f_back
 
 
-def describe_other_writer(hyperparameters: Collection[str], *, is_schedule: bool) -> str:
-    """Return a warning that a schedule overwrites values set by other code or another schedule."""
-    names = " and ".join(hyperparameters)
-    text = f"Other code has changed {names}, but the schedule overwrites the new values."
+def describe_change(
+    change: Change, new: float, hyperparameters: Collection[str], *, is_schedule: bool
+) -> str:
+    """Return a warning that a schedule has overwritten a value set by other code.
+
+    Args:
+        change: value that the schedule has overwritten.
+        new: value that the schedule has written.
+        hyperparameters: names of the hyperparameters that the schedule sets.
+        is_schedule: whether the other code is a schedule of this package.
+    """
+    fix = (
+        "To multiply schedules, use `schedules.ChainedScheduler`. To run one after the other, use "
+        "`schedules.SequentialLR`."
+    )
     if is_schedule:
-        text = f"Two schedules set {names} of the same optimizer, and each overwrites the values "
-        text += "of the other."
+        names = " and ".join(hyperparameters)
+        return (
+            f"Two schedules set {names} of the same optimizer, and each overwrites the values of "
+            f"the other. {fix} To set a different schedule for each param group, pass a dict to "
+            "`attach`."
+        )
     return (
-        f"{text} To multiply schedules, use `schedules.ChainedScheduler`. To run one after the "
-        "other, use `schedules.SequentialLR`. To set a different schedule for each param group, "
-        "pass a dict to `attach`."
+        f"Other code set `{change.slot.label}` of param group {change.group_index} to "
+        f"{change.value:g}, but the schedule replaced it with {new:g}. A schedule computes its "
+        "values from the initial values, not from the current ones. To start from a new value, "
+        f"attach a schedule after setting it. {fix} To reduce the learning rate when a metric "
+        "stops improving, use only `schedules.ReduceLROnPlateau`, which has `warmup_steps`."
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from schedules.binding.attachment import Attachment, check_not_chained, describe_other_writer
+from schedules.binding.attachment import (
+    Attachment,
+    KnownGroups,
+    check_not_chained,
+    describe_change,
+)
 from schedules.binding.first_step import FirstStep
 from schedules.binding.group_keys import bind_to_groups
 from schedules.binding.saved_state import (
     BaseValues,
-    build_identity,
     check_origin,
     check_state,
     complete_base,
@@ -24,17 +27,12 @@ from schedules.binding.saved_state import (
     read_state,
 )
 from schedules.binding.torch_interface import BaseLRs, TorchInterface
+from schedules.binding.writers import Change, RangeWriter, ValueWriter, Writer
 from schedules.core.controller import Base, Controller, Decision, Evidence, OpenLoop
 from schedules.core.durations import Horizon
 from schedules.core.schedule import Schedule
 from schedules.feedback.base import FeedbackController
-from schedules.param_groups import (
-    Group,
-    RangeWriter,
-    Slot,
-    find_slots,
-    write_values,
-)
+from schedules.param_groups import Group, Slot, find_slots
 
 if TYPE_CHECKING:
     from typing import Self
@@ -139,6 +137,7 @@ class ScheduleBinder(TorchInterface):
         self._slots = self._find_slots()
         self._attachment = Attachment.of(self.optimizer)
         self._writer = self._doubt = None
+        self._written: Writer | None = None
         self._is_overtaken = self._has_stepped = self._has_warned = False
 
     def _find_slots(self) -> dict[str, tuple[Slot, ...]]:
@@ -161,6 +160,7 @@ class ScheduleBinder(TorchInterface):
         self.controller = self._build_controller(base)
         self._base = base
         self._base_lrs = BaseLRs(base["lr"])
+        self._known_groups = KnownGroups(self.optimizer)
         for name, values in base.items():
             for group, value in zip(self.optimizer.param_groups, values, strict=True):
                 group[f"initial_{name}"] = value
@@ -180,8 +180,8 @@ class ScheduleBinder(TorchInterface):
         Raises:
             ValueError: the schedule needs a loss but none is passed, the loss is not a single
                 number, or a loss is passed to a schedule that does not use it. The error is also
-                raised if a param group was removed, if the schedule has no values for an added
-                group, or if the optimizer's state was loaded without the schedule's state.
+                raised if a param group was removed or moved, if the schedule has no values for an
+                added group, or if the optimizer's state was loaded without the schedule's state.
         """
         writer = self._writer
         step = self.last_epoch + 1
@@ -205,9 +205,9 @@ class ScheduleBinder(TorchInterface):
         if not self._has_stepped:
             check_not_chained()
         self._check_base()
-        self._first_step.check()
-        if self._is_overtaken == self._has_stepped and not self._has_warned:
-            self._warn_of_other_writer()
+        self._first_step.check(self._stack_level)
+        self._include_added_groups()
+        change, is_schedule = self._find_change(), self._is_overtaken
         if self.schedule.feedback is not None:
             self._step_with_feedback(loss, metric)
         elif loss is None:
@@ -220,6 +220,8 @@ class ScheduleBinder(TorchInterface):
                 "saved state."
             )
         self._has_stepped = True
+        if change is not None:
+            self._warn_of(change, is_schedule=is_schedule)
 
     def _check_base(self) -> None:
         if self._doubt is not None:
@@ -239,15 +241,24 @@ class ScheduleBinder(TorchInterface):
             for slot, group, value in zip(self._slots[name], groups, values, strict=False)
         )
 
-    def _warn_of_other_writer(self) -> None:
-        # The values of this step are not written yet if a script has set `last_epoch`.
-        is_written = self._has_stepped or self.last_epoch == self._position
-        groups = self.optimizer.param_groups
-        is_same = len(groups) >= len(self._base["lr"]) and self._attachment.has_last_group(groups)
-        if is_written and is_same and not self._holds_own_values():
+    def _find_change(self) -> Change | None:
+        """Return a value that other code has changed and that this schedule will overwrite."""
+        # Schedules that run one after the other are attached before the first of them steps.
+        is_waiting = self._is_overtaken and not self._has_stepped
+        if self._written is None or is_waiting or self._has_warned:
+            return None
+        change = self._written.find_change(self.optimizer.param_groups)
+        # A script that sets `last_epoch` can also write the values of that step.
+        is_open = isinstance(self.controller, OpenLoop)
+        return None if change and is_open and self._holds_own_values() else change
+
+    def _warn_of(self, change: Change, *, is_schedule: bool) -> None:
+        group = self.optimizer.param_groups[change.group_index]
+        if not change.slot.holds(group, change.value):
             self._has_warned = True
-            text = describe_other_writer(self._slots, is_schedule=self._is_overtaken)
-            warnings.warn(text, stacklevel=4)
+            new = change.slot.read(group)
+            text = describe_change(change, new, self._slots, is_schedule=is_schedule)
+            warnings.warn(text, stacklevel=self._stack_level)
 
     def note_other_writer(self) -> None:
         """Record that another schedule has set a hyperparameter that this schedule also sets."""
@@ -257,7 +268,6 @@ class ScheduleBinder(TorchInterface):
         self, loss: Tensor | float | None, metric: Tensor | float | None
     ) -> None:
         self._check_position()
-        self._include_added_groups()
         uses_metric = self.schedule.feedback == "metric" and metric is not None
         received = self._take_loss(metric if uses_metric else loss)
         before = self.state
@@ -291,21 +301,18 @@ class ScheduleBinder(TorchInterface):
                     f"{self.last_epoch - 1}. To restart the schedule, set `last_epoch` to -1."
                 )
             curves = self.controller.curves
-            self._writer = RangeWriter(groups, self._slots, curves, self.last_epoch)
-            self._attachment.record(self, groups, self._writer.values)
-            return
-        values = self.controller.values(self._state)
-        write_values(groups, self._slots, values)
-        self._attachment.record(self, groups, lambda: values)
+            written: Writer = RangeWriter(groups, self._slots, curves, self.last_epoch)
+        else:
+            written = ValueWriter(groups, self._slots, self.controller.values(self._state))
+        self._writer = written if isinstance(written, RangeWriter) else None
+        self._written = written
+        self._attachment.record(self, groups, written.values)
 
     def _include_added_groups(self) -> Sequence[Group]:
         """Bind the schedule to newly added param groups, and return all param groups."""
         groups, known = self.optimizer.param_groups, len(self._base["lr"])
-        if len(groups) < known:
-            raise ValueError(
-                f"The optimizer had {known} param groups when the schedule was attached, but has "
-                f"{len(groups)} now. Attach the schedule again after removing param groups."
-            )
+        if not self._known_groups.check(self.optimizer):
+            self._written = None  # the values of a newly assigned optimizer are not a change
         if len(groups) > known:
             slots = self._find_slots()
             added = {
@@ -328,6 +335,7 @@ class ScheduleBinder(TorchInterface):
         self._state, self._position = state, step
         self.last_epoch, self._losses = step, ()
         # PyTorch's SequentialLR saves -1 as the step of a schedule that has not started.
+        self._written = None
         if step >= 0 and write:
             self.write()
         self._writer = None  # so that the first step is checked
@@ -351,25 +359,6 @@ class ScheduleBinder(TorchInterface):
     def just_decided(self) -> bool:
         """Whether the feedback schedule made a decision in the latest call to `step`."""
         return self.decision is not None and self.decision.step == self.last_epoch
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Type and parameters of the schedule, with durations in steps.
-
-        By default, `load_state_dict` accepts only states with the same type and parameters.
-        A duration such as "1dur" depends on the length of the run, so durations are compared in
-        steps.
-        """
-        return build_identity(self.schedule, self._horizon)
-
-    @property
-    def length(self) -> int | None:
-        """Number of steps after which the schedule ends; None if it never ends."""
-        length = self.schedule.resolve(self._horizon).length
-        ratio = self._horizon.scale_ratio if self._horizon is not None else 1.0
-        if length is None or not self.schedule.has_rate_per_step:
-            return length
-        return math.ceil(length * ratio)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a dict with the schedule's type, parameters, initial values, step and state.
@@ -438,12 +427,14 @@ class ScheduleBinder(TorchInterface):
     def __getstate__(self) -> dict[str, Any]:
         # Formulas are closures, which cannot be pickled. `__setstate__` rebuilds them.
         rebuilt = {"controller", "_writer", "_slots", "_first_step", "_attachment", "before_use"}
+        rebuilt |= {"_written", "_known_groups"}
         return {name: value for name, value in vars(self).items() if name not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._prepare()
         self._doubt = state["_doubt"]
+        self._known_groups = KnownGroups(self.optimizer)
         self.controller = self._build_controller(self._base)
         self._first_step = FirstStep(None)
         values = self._read_values()

@@ -28,15 +28,19 @@ class FirstStep:
     def _note(self, *_: object) -> None:
         self._is_taken = True
 
-    def check(self) -> None:
-        """Warn if the optimizer has not taken a step yet. Only the first call can warn."""
+    def check(self, stack_level: int) -> None:
+        """Warn if the optimizer has not taken a step yet. Only the first call can warn.
+
+        Args:
+            stack_level: level of the warning, as in `warnings.warn`.
+        """
         is_taken = self._is_taken
         self.cancel()
         if not is_taken:
             warnings.warn(
                 "`scheduler.step()` was called before the first `optimizer.step()`, so the first "
                 "value of the schedule is not used. Call `optimizer.step()` first.",
-                stacklevel=4,
+                stacklevel=stack_level,
             )
 
     def cancel(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from schedules.binding.binder import ScheduleBinder
+from schedules.binding.writers import Change
 from schedules.core.controller import Base
 from schedules.feedback.base import FeedbackController
 from schedules.param_groups import read_lr
@@ -30,10 +31,12 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
     """
 
     _has_received = False
+    _stack_level = 5
 
     def step(  # type: ignore[override]
         self,
         metrics: Tensor | float | None = None,
+        epoch: None = None,
         *,
         metric: Tensor | float | None = None,
         loss: Tensor | float | None = None,
@@ -42,9 +45,16 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
 
         Args:
             metrics: value of the metric, a number or a scalar tensor; None if there is no value.
+            epoch: deprecated argument of PyTorch's schedulers, which is not supported.
             metric: alias of ``metrics``.
             loss: alias of ``metrics``.
         """
+        if epoch is not None:
+            raise ValueError(
+                f"step() must be called without an epoch, got `epoch` {epoch}. Omit the argument: "
+                "each call advances the schedule by one step. To go to another step, call "
+                "load_state_dict() with a saved state."
+            )
         received = next((each for each in (metrics, metric, loss) if each is not None), None)
         super().step(received)
         self._has_received |= received is not None
@@ -60,6 +70,14 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
         """State of the schedule, updated with the optimizer's current learning rates."""
         assert isinstance(self.controller, FeedbackController)
         return self.controller.continue_from(self._state, {"lr": tuple(read_lr(self.optimizer))})
+
+    def _find_change(self) -> Change | None:
+        change = super()._find_change()
+        if change is None:
+            return None
+        # After the warmup, the schedule multiplies the current values instead of replacing them.
+        warmup = getattr(self.schedule.resolve(self._horizon), "warmup_steps", 0)
+        return change if self._state.step < warmup else None
 
     def _is_unchanged_since(self, before: Any) -> bool:
         return self.controller.values(before) == self.controller.values(self._state)
@@ -100,6 +118,29 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
         return math.inf if self.mode == "min" else -math.inf
 
 
-# PyTorch's class has these parameters as attributes. Here they can be read, but not changed.
+def _build_parameter(name: str) -> property:
+    """Return the property for a parameter that PyTorch's class has as an attribute."""
+
+    def reject(binder: MetricBinder, value: object) -> None:
+        raise AttributeError(
+            f"`{name}` of an attached {binder.schedule.type_name} cannot be set, got {value}. "
+            f"Attach the schedule again with `{name}={value!r}`. To continue from the metric "
+            "values so far, then call "
+            "`new_scheduler.load_state_dict(old_scheduler.state_dict(), override=True)`."
+        )
+
+    return property(operator.attrgetter(f"schedule.{name}"), reject)
+
+
+def _reject_state(binder: MetricBinder, value: object) -> None:
+    raise AttributeError(
+        f"The state of an attached {binder.schedule.type_name} cannot be set, got {value}. To "
+        "restart the schedule from the current learning rate, attach it again. To restore an "
+        "earlier state, call load_state_dict() with a saved state."
+    )
+
+
 for _name in ("mode", "factor", "patience", "threshold", "threshold_mode", "cooldown", "eps"):
-    setattr(MetricBinder, _name, property(operator.attrgetter(f"schedule.{_name}")))
+    setattr(MetricBinder, _name, _build_parameter(_name))
+for _name in ("best", "num_bad_epochs", "cooldown_counter", "mode_worse"):
+    setattr(MetricBinder, _name, getattr(MetricBinder, _name).setter(_reject_state))

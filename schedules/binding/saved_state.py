@@ -11,7 +11,7 @@ from schedules.core.controller import DEFAULT_BASE, Base, OpenLoop
 from schedules.core.durations import MAX_STEPS, Horizon
 from schedules.core.fields import Range
 from schedules.core.per_group import PRECISION, broadcast
-from schedules.core.saved_state import OPTIONAL, describe, restore
+from schedules.core.saved_state import OPTIONAL, StateMismatchError, describe, restore
 from schedules.core.schedule import Schedule
 from schedules.feedback.base import FeedbackController
 
@@ -107,16 +107,17 @@ def check_origin(state: Mapping[str, Any], type_name: str | None = None) -> None
         type_name: required type of the schedule that saved the state; None to accept any type.
 
     Raises:
-        ValueError: the state is from another library or another schedule, or is damaged.
+        StateMismatchError: the state is from another library or another schedule.
+        ValueError: the state is damaged.
     """
     if not {"type", "params", "step", "base"} <= state.keys():
-        raise ValueError(
+        raise StateMismatchError(
             "The saved state must be from a onecycle schedule, got a state with these keys: "
             f"{', '.join(map(str, state)) or 'none'}. To continue without a saved state, set the "
             "argument `at` of `attach` to the current step."
         )
     if type_name not in (None, state["type"]):
-        raise ValueError(
+        raise StateMismatchError(
             f"The saved state of {state['type']} does not contain the past losses or metrics that "
             f"{type_name} requires. Attach the schedule without loading this state."
         )
@@ -136,8 +137,9 @@ def check_state(
         compared: names of the hyperparameters whose initial values must be equal.
 
     Raises:
-        ValueError: the state is from another library or a different schedule, has different
-            initial hyperparameters or a different number of param groups, or is damaged.
+        StateMismatchError: the state is from another library or a different schedule, or has
+            different initial hyperparameters or a different number of param groups.
+        ValueError: the state is damaged.
     """
     check_origin(state)
     missing = [name for name in ("lr", *compared) if name not in state["base"]]
@@ -147,14 +149,17 @@ def check_state(
             f"`{missing[0]}`."
         )
     saved_groups, groups = len(state["base"]["lr"]), len(base["lr"])
+    if saved_groups == 0:
+        raise ValueError("The saved state of the schedule is damaged: it has 0 param groups.")
     if saved_groups != groups:
-        raise ValueError(
+        raise StateMismatchError(
             f"The saved state has {saved_groups} param groups, but the optimizer has {groups}. "
-            "Build the optimizer with the same param groups."
+            "Build the optimizer with the same param groups, or add the missing groups with "
+            "add_param_group() before loading the state."
         )
     changed = [*_compare_schedules(state, identity), *_compare_bases(state["base"], base, compared)]
     if changed:
-        raise ValueError(
+        raise StateMismatchError(
             f"The schedule does not match the saved state: {'; '.join(changed)}. Change these "
             "values back, or call load_state_dict() with `override=True` to continue from the "
             "saved step with the current values."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from schedules.binding.saved_state import complete_base
+from schedules.binding.saved_state import build_identity, complete_base
+from schedules.binding.writers import RangeWriter
 from schedules.core.controller import Base, Controller, OpenLoop, Values
 from schedules.core.durations import Horizon
 from schedules.core.html import draw_html
 from schedules.core.schedule import Schedule
-from schedules.param_groups import RangeWriter, Slot, read_lr, read_momenta
+from schedules.param_groups import Slot, read_lr, read_momenta
 
 __all__ = ["BaseLRs", "TorchInterface"]
 
@@ -38,6 +40,8 @@ class TorchInterface(LRScheduler):
     """Function to call at the start of methods such as `get_last_lr`. The engine sets a function
     that completes a deferred step."""
     _extra_count = 0
+    _stack_level = 4
+    """Number of calls between the script's call to `step` and the warning of a method."""
     _losses: tuple[float, ...] = ()
     """Losses passed to `record_loss` since the previous call to `step`."""
     _position: int
@@ -117,6 +121,25 @@ class TorchInterface(LRScheduler):
     def _step_count(self, count: int) -> None:
         # Accelerate counts the steps in which gradients are only accumulated.
         self._extra_count = count - self.last_epoch - 1
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Type and parameters of the schedule, with durations in steps.
+
+        By default, `load_state_dict` accepts only states with the same type and parameters.
+        A duration such as "1dur" depends on the length of the run, so durations are compared in
+        steps.
+        """
+        return build_identity(self.schedule, self._horizon)
+
+    @property
+    def length(self) -> int | None:
+        """Number of steps after which the schedule ends; None if it never ends."""
+        length = self.schedule.resolve(self._horizon).length
+        ratio = self._horizon.scale_ratio if self._horizon is not None else 1.0
+        if length is None or not self.schedule.has_rate_per_step:
+            return length
+        return math.ceil(length * ratio)
 
     def __repr__(self) -> str:
         lrs = ", ".join(f"{lr:.4g}" for lr in self.get_last_lr())

@@ -177,8 +177,8 @@ def accepts(schema: Mapping[str, Any], value: Any) -> bool:
         return True
     names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
     if isinstance(value, tuple):
-        items = schema.get("items", {})
-        return "array" in names and bool(value) and all(accepts(items, item) for item in value)
+        items, is_long_enough = schema.get("items", {}), len(value) >= schema.get("minItems", 0)
+        return "array" in names and is_long_enough and all(accepts(items, each) for each in value)
     if isinstance(value, str) and "pattern" in schema:
         return re.search(schema["pattern"], value) is not None
     if isinstance(value, bool) or value is None or isinstance(value, str):
@@ -281,11 +281,8 @@ class Field:
             value = _to_plain(value)
         elif isinstance(value, list):
             value = tuple(value)
-        if (
-            "integer" in self.schema.get("type", ())
-            and isinstance(value, float)
-            and value.is_integer()
-        ):
+        is_integer = "integer" in self.schema.get("type", ())
+        if is_integer and isinstance(value, float) and value.is_integer():
             value = int(value)
         if any(isinstance(each, FractionalSteps) for each in as_tuple(value)):
             if min(as_tuple(value)) < min(_SHORTEST, self._item_schema.get("minimum", 0)):
@@ -298,6 +295,9 @@ class Field:
             convert_to_steps(value, _ANY_RUN, scaled=False)  # raises if the time string is invalid
         if not accepts(self.schema, value):
             place, schema, part = _find_invalid(self.name, self.schema, value)
+            if part == () and "array" in schema.get("type", ()):
+                kinds = describe_schema(schema).replace("a list", "a list with at least one value")
+                raise ValueError(f"`{place}` must be {kinds}, got [].")
             shown = repr(part)
             shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
             raise ValueError(f"`{place}` must be {describe_schema(schema)}, got {shown}.")
@@ -432,7 +432,7 @@ class _Annotation:
         if self.choices:
             schema["enum"] = [*self.choices, *([None] if "null" in names else [])]
         if "array" in names:
-            schema |= {"items": dict(items), "minItems": 1}
+            schema |= {"items": dict(items), "minItems": 0 if self.duration else 1}
         return schema
 
 

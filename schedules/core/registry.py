@@ -36,18 +36,38 @@ _OTHER_NAMES = {
     "constant": "ConstantScheduler",
     "constant_with_warmup": "ConstantWithWarmupScheduler",
     "cosine": "cosine_schedule_with_warmup",
+    "cosine_annealing": "CosineAnnealingLR",
     "cosine_annealing_warm_restarts": "CosineAnnealingWarmRestarts",
+    "cosine_decay": "CosineAnnealingLR",
+    "cosine_warmup": "cosine_schedule_with_warmup",
     "cosine_with_min_lr": "cosine_schedule_with_warmup",
     "cosine_with_restarts": "CosineAnnealingWarmRestarts",
     "cosine_with_warmup": "cosine_schedule_with_warmup",
+    "cosineannealing": "CosineAnnealingLR",
+    "cosinelr": "CosineAnnealingLR",
+    "cosinewarmup": "cosine_schedule_with_warmup",
+    "cyclic": "CyclicLR",
+    "exponential": "ExponentialLR",
+    "exponential_decay": "ExponentialLR",
     "inverse_sqrt": "InverseSquareRoot",
     "linear": "LinearWithWarmupScheduler",
+    "linear_warmup": "LinearWithWarmupScheduler",
     "linear_with_warmup": "LinearWithWarmupScheduler",
+    "multistep": "MultiStepLR",
+    "one_cycle": "OneCycle",
     "onecyclescheduler": "OneCycle",
+    "plateau": "ReduceLROnPlateau",
     "polynomial": "polynomial_decay_schedule_with_warmup",
     "polynomial_with_warmup": "polynomial_decay_schedule_with_warmup",
+    "reduce_lr_on_plateau": "ReduceLROnPlateau",
+    "step": "StepLR",
+    "warmup": "WarmupLR",
+    "warmup_cosine": "WarmupCosineLR",
+    "warmup_decay": "WarmupDecayLR",
+    "warmup_linear": "WarmupDecayLR",
     "warmuplinear": "WarmupDecayLR",
     "warmuplineardecaylr": "WarmupDecayLR",
+    "warmuplinearlr": "WarmupDecayLR",
     "wsd": "WarmupStableDecay",
 }
 """Maps lowercase names of schedules in other libraries to the closest built-in schedules."""
@@ -201,6 +221,7 @@ def suggest(name: str) -> str | None:
     >>> suggest("OneCicle"), suggest("1Cycle"), suggest("nonsense")
     ('OneCycle', 'OneCycle', None)
     """
+    name = name.rpartition(".")[2]  # without the module in "torch.optim.lr_scheduler.StepLR"
     return _OTHER_NAMES.get(name.lower()) or find_nearest(name, SCHEDULES)
 
 

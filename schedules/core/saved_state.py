@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union
 
 from schedules.core.fields import Range
 
-__all__ = ["OPTIONAL", "Count", "Size", "describe", "restore"]
+__all__ = ["OPTIONAL", "Count", "Size", "StateMismatchError", "describe", "restore"]
 
 Count = Annotated[int, Range(at_least=0)]
 """Type for a count of steps, samples or epochs."""
@@ -26,6 +26,10 @@ OPTIONAL = {"optional": True}
 """Metadata for dataclass fields that may be missing from states saved by earlier versions."""
 
 _WORDS = {int: "a 64-bit whole number", float: "a number", bool: "true or false", str: "a string"}
+
+
+class StateMismatchError(ValueError):
+    """Error for a saved state that is intact, but belongs to another schedule or optimizer."""
 
 
 def restore(kind: Any, value: Any, name: str) -> Any:

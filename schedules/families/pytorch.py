@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Annotated, Literal
 
-from schedules.core.combinators import join, multiply_at, pointwise, repeat, stairs
+from schedules.core.combinators import delay, join, multiply_at, pointwise, repeat, stairs
 from schedules.core.controller import Base, Curves
 from schedules.core.curves import Curve, constant, cosine, exponential, linear, polynomial
 from schedules.core.fields import (
@@ -22,8 +22,8 @@ from schedules.core.fields import (
     LearningRate,
     Milestones,
     Momentum,
-    Power,
     Range,
+    Rate,
     Steps,
     as_number,
 )
@@ -43,7 +43,6 @@ __all__ = [
     "StepLR",
 ]
 
-Gamma = Annotated[float, Range(above=0)]
 Divisor = Annotated[float, Range(above=0)]
 
 
@@ -147,7 +146,7 @@ class ExponentialLR(LearningRateSchedule, example={"gamma": 0.97}):
 
     has_rate_per_step = True
 
-    gamma: Gamma
+    gamma: Factor
     """Factor applied to the learning rate after every step."""
 
     def curve(self, lr: float) -> Curve:
@@ -167,11 +166,12 @@ class PolynomialLR(LearningRateSchedule, example={"total_iters": 80, "power": 2.
 
     total_iters: Steps = 5
     """Step at which the learning rate reaches 0."""
-    power: Power = 1.0
-    """Exponent of the polynomial."""
+    power: Rate = 1.0
+    """Exponent of the polynomial; 0 keeps the learning rate constant."""
 
     def curve(self, lr: float) -> Curve:
-        return polynomial(lr, 0.0, as_number(self.total_iters), self.power)
+        steps = as_number(self.total_iters)
+        return polynomial(lr, 0.0, steps, self.power) if self.power else constant(lr)
 
 
 @schedule_class
@@ -224,12 +224,12 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     """PyTorch's 1cycle policy: the learning rate rises to a peak, then falls below its first value.
 
     With n = ``total_steps``, the learning rate starts at ``max_lr / div_factor``, reaches
-    ``max_lr`` at step ``pct_start * n - 1``, and ends at
-    ``max_lr / div_factor / final_div_factor`` at step ``n - 1``. With ``three_phase``, the
-    learning rate falls from the peak to ``max_lr / div_factor`` as fast as it rose, and then to its
-    final value. Each phase is a cosine or a straight line. Momentum goes from ``max_momentum`` to
-    ``base_momentum`` and back. After step ``n - 1``, the values stay constant, whereas PyTorch's
-    scheduler raises an error.
+    ``max_lr`` at step ``pct_start * n - 1``, and ends at ``max_lr / div_factor / final_div_factor``
+    at step ``n - 1``. If the peak would be before step 0, the cycle starts after the peak. With
+    ``three_phase``, the learning rate falls from the peak to ``max_lr / div_factor`` as fast as it
+    rose, and then to its final value. Each phase is a cosine or a straight line. Momentum goes from
+    ``max_momentum`` to ``base_momentum`` and back. After step ``n - 1``, the values stay constant,
+    whereas PyTorch's scheduler raises an error.
 
     Source: ``OneCycleLR`` in torch/optim/lr_scheduler.py; Smith and Topin, Super-convergence,
     https://arxiv.org/abs/1708.07120.
@@ -246,7 +246,7 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     steps_per_epoch: Steps | None = None
     """Number of steps per epoch. Required if `total_steps` is null. Must be null if `total_steps`
     is set."""
-    pct_start: Annotated[float, Range(above=0, below=1)] = 0.3
+    pct_start: Annotated[float, Range(at_least=0, below=1)] = 0.3
     """Fraction of the cycle during which the learning rate rises."""
     anneal_strategy: Literal["cos", "linear"] = "cos"
     """Shape of the curve in each phase: a cosine or a straight line."""
@@ -280,7 +280,7 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
             )
             return
         ends = self._phase_ends
-        if sorted(set(ends)) != list(ends) or ends[0] <= 0:
+        if not all(start < end for _, start, end in self._phases):
             yield ParameterProblem(
                 "pct_start",
                 f"Each phase must have a positive length, but with `pct_start` "
@@ -314,13 +314,16 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
             return (climb - 1, 2 * climb - 2, steps - 1)
         return (climb - 1, steps - 1)
 
+    @property
+    def _phases(self) -> list[tuple[int, float, float]]:
+        """Index, start and end of each phase, except for phases that would end before step 0."""
+        ends = self._phase_ends
+        bounds = enumerate(zip((0.0, *ends), ends, strict=False))
+        return [(index, start, end) for index, (start, end) in bounds if end >= 0]
+
     def curves(self, base: Base) -> Curves:
-        curves = {
-            "lr": build_curve_per_group(
-                self._lr_curve,
-                broadcast_lr(self, "max_lr", base["lr"]),
-            ),
-        }
+        peaks = broadcast_lr(self, "max_lr", base["lr"])
+        curves = {"lr": build_curve_per_group(self._lr_curve, peaks)}
         if self.cycle_momentum:
             curves["momentum"] = build_curve_per_group(
                 self._momentum_curve,
@@ -332,9 +335,7 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     def _lr_curve(self, peak: float) -> Curve:
         start = peak / self.div_factor
         end = start / self.final_div_factor
-        return self._join_phases(
-            [start, peak, start, end] if self.three_phase else [start, peak, end]
-        )
+        return self._join_phases([start, peak, *([start] if self.three_phase else []), end])
 
     def _momentum_curve(self, low: float, high: float) -> Curve:
         values = [high, low, high, high] if self.three_phase else [high, low, high]
@@ -342,13 +343,12 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
 
     def _join_phases(self, values: list[float]) -> Curve:
         ramp = cosine if self.anneal_strategy == "cos" else linear
-        starts = (0.0, *self._phase_ends)
-        phases = [
-            ramp(values[at], values[at + 1], starts[at + 1] - starts[at])
-            for at in range(len(self._phase_ends))
-        ]
-        names = ("climb", "descent", "annihilation")[: len(phases)]
-        return join(phases, boundaries=self._phase_ends[:-1], names=names)
+        phases = self._phases
+        parts = [ramp(values[at], values[at + 1], end - start) for at, start, end in phases]
+        starts = [start for _, start, _ in phases]
+        parts[0] = delay(parts[0], starts[0]) if starts[0] else parts[0]
+        names = [("climb", "descent", "annihilation")[at] for at, *_ in phases]
+        return join(parts, boundaries=starts[1:], names=names)
 
 
 _AMPLITUDES = {"triangular": 1.0, "triangular2": 0.5, "exp_range": 1.0}
@@ -387,7 +387,7 @@ class CyclicLR(
     mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
     """How the amplitude changes: it stays constant ("triangular"), halves after each cycle
     ("triangular2"), or is multiplied by `gamma` after every step ("exp_range")."""
-    gamma: Gamma = 1.0
+    gamma: Factor = 1.0
     """Factor by which the amplitude is multiplied after every step if `mode` is "exp_range"."""
     cycle_momentum: bool = True
     """Whether to cycle momentum (betas[0] if the optimizer has betas) inversely to the learning

@@ -1,5 +1,6 @@
 """Each schedule with the name of a PyTorch class behaves like that class, run side by side."""
 
+import contextlib
 import io
 import itertools
 import math
@@ -35,12 +36,12 @@ CYCLE_MOMENTA = {"base_momentum": [0.7, 0.6], "max_momentum": [0.9, 0.8]}
 PARAMETERS = {
     "StepLR": product(step_size=[1, 3, 10], gamma=[0.0, 0.1, 0.7, 2.0]),
     "MultiStepLR": product(
-        milestones=[[2, 5, 9], [9, 2, 5], [1], [3, 3, 7], [30]], gamma=[0.1, 0.7]
+        milestones=[[2, 5, 9], [9, 2, 5], [1], [3, 3, 7], [30], [], [0]], gamma=[0.1, 0.7]
     ),
     "ConstantLR": product(factor=[0.1, 0.5, 1.0], total_iters=[1, 4, 40]),
     "LinearLR": product(start_factor=[0.1, 1 / 3, 1.0], end_factor=[0.0, 0.7], total_iters=[1, 8]),
-    "ExponentialLR": product(gamma=[0.1, 0.9, 1.0, 1.1]),
-    "PolynomialLR": product(total_iters=[1, 5, 40], power=[0.5, 1.0, 3.0]),
+    "ExponentialLR": product(gamma=[0.0, 0.1, 0.9, 1.0, 1.1]),
+    "PolynomialLR": product(total_iters=[1, 5, 40], power=[0, 0.5, 1.0, 3.0]),
     "CosineAnnealingLR": product(T_max=[STEPS, 60], eta_min=[0.0, 0.01]),
     "CosineAnnealingWarmRestarts": product(T_0=[1, 4, 30], T_mult=[1, 2, 3], eta_min=[0.0, 0.01]),
     "CyclicLR": [
@@ -49,7 +50,7 @@ PARAMETERS = {
             step_size_up=[1, 4],
             step_size_down=[None, 6],
             mode=["triangular", "triangular2", "exp_range"],
-            gamma=[0.9],
+            gamma=[0.9, 0.0],
             cycle_momentum=[True, False],
         )
     ],
@@ -57,7 +58,7 @@ PARAMETERS = {
         {"max_lr": [0.5, 0.9], "div_factor": 10.0, **CYCLE_MOMENTA, **each}
         for each in product(
             total_steps=[STEPS, 40],
-            pct_start=[0.3, 0.45],
+            pct_start=[0.0, 0.3, 0.45],
             anneal_strategy=["cos", "linear"],
             final_div_factor=[10.0, 1e4],
             three_phase=[True, False],
@@ -132,6 +133,29 @@ def test_class_values_per_step_equal_those_of_torch(name, params):
     assert ours.base_lrs == list(LRS)
     # In its last step, torch's OneCycleLR leaves its curve.
     assert_equal_runs(ours, theirs, STEPS - 1)
+
+
+@pytest.mark.parametrize("three_phase", [True, False])
+@pytest.mark.parametrize("strategy", ["cos", "linear"])
+@pytest.mark.parametrize("total_steps", [1, 2, 3, 4, 5])
+def test_onecycle_shorter_than_its_climb_equals_that_of_torch(total_steps, strategy, three_phase):
+    params = {"max_lr": [0.5, 0.9], "total_steps": total_steps, **CYCLE_MOMENTA}
+    params |= {"anneal_strategy": strategy, "three_phase": three_phase}
+    ours = attach("OneCycleLR", build_optimizer(), **params)
+    theirs = build_torchs("OneCycleLR", build_optimizer(), **params)
+    assert_equal_runs(ours, theirs, total_steps - 1)
+    assert read(ours) == pytest.approx(read(theirs), rel=1e-10, abs=1e-15)
+
+
+@pytest.mark.parametrize("name", ["ConstantLR", "LinearLR", "PolynomialLR"])
+def test_class_of_0_iterations_is_rejected_because_torchs_own_formulas_disagree(name):
+    theirs = build_torchs(name, build_optimizer(), total_iters=0)
+    step(theirs)
+    stepped = theirs.get_last_lr()
+    with contextlib.suppress(ZeroDivisionError):
+        assert theirs._get_closed_form_lr() != stepped
+    with pytest.raises(ValueError, match="`total_iters` must be .* at least 1, got 0"):
+        attach(name, build_optimizer(), total_iters=0)
 
 
 @pytest.mark.parametrize(

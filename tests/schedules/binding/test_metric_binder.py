@@ -134,3 +134,36 @@ def test_schedules_of_different_hyperparameters_or_one_after_the_other_do_not_wa
         for step in range(8):
             optimizer.step()
             (warmup if step < 4 else main).step()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fix"),
+    [
+        ("patience", 5, "Attach the schedule again with `patience=5`"),
+        ("mode", "max", "Attach the schedule again with `mode='max'`"),
+        ("best", 0.5, "To restart the schedule from the current learning rate, attach it again"),
+        ("num_bad_epochs", 0, "To restore an earlier state, call load_state_dict"),
+    ],
+)
+def test_attribute_of_torchs_plateau_that_a_script_sets_is_an_error_with_a_fix(name, value, fix):
+    scheduler = attach("ReduceLROnPlateau", sgd())
+    with pytest.raises(AttributeError) as error:
+        setattr(scheduler, name, value)
+    assert fix in str(error.value)
+
+
+def test_plateau_attached_again_with_the_earlier_state_continues_with_a_new_patience():
+    """This is the fix that the error of a script that sets `patience` names."""
+    old = attach("ReduceLROnPlateau", sgd(), patience=9)
+    for _ in range(3):
+        old.step(1.0)
+    new = attach("ReduceLROnPlateau", old.optimizer, patience=2)
+    new.load_state_dict(old.state_dict(), override=True)
+    new.step(1.0)
+    assert new.get_last_lr() == [pytest.approx(0.01)]
+
+
+@pytest.mark.parametrize("call", [lambda s: s.step(1.0, 3), lambda s: s.step(1.0, epoch=3)])
+def test_plateau_step_with_torchs_deprecated_epoch_is_an_error(call):
+    with pytest.raises(ValueError, match="must be called without an epoch, got `epoch` 3"):
+        call(attach("ReduceLROnPlateau", sgd()))

@@ -79,7 +79,11 @@ def test_horizon_scale_ratio_not_positive_is_rejected(ratio):
             "decay_steps",
             "`total_steps` (10)",
         ),
-        (("OneCycleLR", {"max_lr": 0.1, "total_steps": 3}), "pct_start", "`pct_start`"),
+        (
+            ("OneCycleLR", {"max_lr": 0.1, "total_steps": 10, "pct_start": 0.1}),
+            "pct_start",
+            "the phases end at steps 0, 9",
+        ),
         (("OneCycleLR", {"max_lr": 0.1}), "total_steps", "both `epochs` and `steps_per_epoch`"),
     ],
 )

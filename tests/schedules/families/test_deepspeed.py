@@ -149,7 +149,7 @@ INVALID_PARAMETERS = [
     ({"cycle_max_lr": float("nan")}, "cycle_max_lr", ["nan"]),
     ({"cycle_max_lr": float("inf")}, "cycle_max_lr", ["inf"]),
     ({"cycle_max_lr": "0.1"}, "cycle_max_lr", ["'0.1'"]),
-    ({"cycle_max_lr": []}, "cycle_max_lr", ["()"]),
+    ({"cycle_max_lr": []}, "cycle_max_lr", ["or a list with at least one value", "got []"]),
     ({"cycle_momentum": 1}, "cycle_momentum", ["true or false", "1"]),
     ({"last_batch_iteration": -2}, "last_batch_iteration", ["-1", "-2"]),
     (
