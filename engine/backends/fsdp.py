@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from engine.backends.base import DTYPES
+from engine.backends.layer_use import LayerUse
 from engine.backends.model_setup import check_has_data
 from engine.backends.pytorch import PyTorchBackend
 from engine.backends.whole_weights import accept_whole_weights
@@ -56,6 +57,7 @@ class FSDPBackend(PyTorchBackend):
     """Handles of the hooks that cast the inputs of layers."""
     _has_unreduced = False
     """Whether gradients of earlier backward passes still have to be reduced across ranks."""
+    _layer_use: LayerUse
     _frozen_16_bits: list[tuple[str, nn.Parameter]]
     """Named parameters that stay in 16 bits because they were frozen when the engine was built."""
 
@@ -84,6 +86,12 @@ class FSDPBackend(PyTorchBackend):
     @override
     def _build_averager(self) -> None:
         check_gradient_averaging(self.ranks)  # FSDP itself averages gradients
+        self._layer_use = LayerUse(self.model, self.optimizer, self.ranks)
+
+    @override
+    def _defer_steps(self) -> None:
+        super()._defer_steps()
+        self._layer_use.checks_every_step = False
 
     @override
     def _set_precision(self) -> None:
@@ -130,6 +138,7 @@ class FSDPBackend(PyTorchBackend):
                 "the gradients. Call `set_gradient_accumulation_boundary(True)` before "
                 "`trainer.backward(loss)`, and call `backward` outside of `no_sync()`."
             )
+        self._layer_use.check()
         # An evaluation after the last backward pass gathers weights, but this step changes the
         # weights.
         reshard(self.model)
@@ -191,6 +200,7 @@ class FSDPBackend(PyTorchBackend):
     def destroy(self) -> None:
         for handle in self._input_casts:
             handle.remove()
+        self._layer_use.release()
         super().destroy()
 
     @override

@@ -174,6 +174,8 @@ class AutomaticCheckpoints:
             log.warning(
                 "saved a checkpoint at step %d; exiting because a rank received %s", step, received
             )
+            assert self._signals is not None
+            self._signals.call_script_handler()
             raise SystemExit(INTERRUPTED if received == "SIGINT" else SAVED_AND_ENDED)
 
     def save_best(self, run: RunState) -> None:

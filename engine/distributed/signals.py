@@ -69,6 +69,34 @@ class Signals:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous_handlers = {}
 
+    def call_script_handler(self) -> None:
+        """Call the handler that the script had set for the signal that this process received.
+
+        The handler may raise an exception, such as SystemExit. Nothing is called if the script had
+        set no handler, or if only other ranks received a signal.
+        """
+        if self._received:
+            self._call_previous_handler(getattr(signal, _NAMES[self._received - 1]))
+
+    def _call_previous_handler(self, number: int) -> None:
+        handler = self._previous_handlers.get(number)
+        if isinstance(owner := getattr(handler, "__self__", None), Signals):  # another engine
+            owner._call_previous_handler(number)  # noqa: SLF001  # the same class
+        elif callable(handler) and handler is not signal.default_int_handler:
+            handler(number, None)
+
+    def _warn_of_replaced_handlers(self) -> None:
+        for number in self._previous_handlers:
+            if signal.getsignal(number) not in (self._record, signal.SIG_DFL):
+                name = signal.Signals(number).name
+                log.warning(
+                    "the script has replaced the run's handler for %s, so %s does not save a "
+                    "checkpoint; set the script's handler before calling `initialize`, and it is "
+                    "called after the checkpoint is saved",
+                    name,
+                    name,
+                )
+
     def _record(self, number: int, frame: FrameType | None) -> None:
         del frame
         name, now = signal.Signals(number).name, time.monotonic()
@@ -97,6 +125,8 @@ class Signals:
             is_deferred: whether to return the result of the previous call, so that the ranks do not
                 wait for each other. For a single process, this argument has no effect.
         """
+        if self._last_check < 0:  # the first call
+            self._warn_of_replaced_handlers()
         self._last_check = time.monotonic()
         received = self._received
         if ranks.world_size > 1:

@@ -18,6 +18,7 @@ from engine.checkpoint.rollback import Rollback
 from engine.config import Config
 from engine.config.batch_sizes import BatchSizes
 from engine.config.wording import count_noun
+from engine.distributed.waiting import warn_of_long_wait
 from engine.errors import MisuseError
 from engine.training.accumulation import Accumulation
 from engine.training.best_metric import BestMetric
@@ -312,7 +313,8 @@ class TrainingRun:
     def report(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Average metrics over the ranks, and report them to the log and the monitors."""
         self.settle()
-        means = {name: self.backend.mean(float(value)) for name, value in metrics.items()}
+        with warn_of_long_wait("report", self.backend.ranks):
+            means = {name: self.backend.mean(float(value)) for name, value in metrics.items()}
         self.progress.report_metrics(means, self.counters)
         if self.best is not None and self.best.name in means:
             self._driver.metric = means[self.best.name]

@@ -22,6 +22,7 @@ from torch.utils.data import (
 )
 
 from engine.distributed.ranks import Ranks
+from engine.distributed.waiting import warn_of_long_wait
 from engine.training.device_moves import map_leaves, move_to_device
 from engine.training.loader import RunLoader
 
@@ -69,6 +70,7 @@ class Evaluator:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
+        self._call = "gather"  # the call in progress, for messages
         # Of the ranks that share a model, only the first rank contributes rows.
         self._is_first_of_shard = ranks.shard is None or self._find_first_of_shard() == ranks.rank
         self._is_repeating = False  # whether to drop the results of the current batch
@@ -81,6 +83,7 @@ class Evaluator:
                 "next epoch. Pass a new `DataLoader` for the dataset."
             )
         rows: list[_Row] = []
+        self._call = "evaluate"
         try:
             for batch, is_repeated in self._iterate(loader):
                 self._is_repeating = is_repeated
@@ -89,10 +92,10 @@ class Evaluator:
                 found = _read_result(fn(moved), samples)
                 if not is_repeated:
                     rows += found
+            own = [(name, float(value), float(count)) for name, value, count in rows]
+            return _compute_means([row for part in self._gather_objects(own) for row in part])
         finally:
-            self._is_repeating = False
-        own = [(name, float(value), float(count)) for name, value, count in rows]
-        return _compute_means([row for part in self._gather_objects(own) for row in part])
+            self._is_repeating, self._call = False, "gather"
 
     def gather(self, value: Any) -> Any:
         """Return the concatenated tensors of all ranks; see `Engine.gather`."""
@@ -136,7 +139,8 @@ class Evaluator:
     def _gather_objects(self, value: Any) -> list[Any]:
         values = [value] * self._ranks.world_size
         if self._ranks.world_size > 1:
-            dist.all_gather_object(values, value, group=self._ranks.control_group)
+            with warn_of_long_wait(self._call, self._ranks):
+                dist.all_gather_object(values, value, group=self._ranks.control_group)
         return values
 
     def _find_first_of_shard(self) -> int:

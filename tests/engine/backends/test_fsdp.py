@@ -161,3 +161,47 @@ def average_16_bit_gradients():
 
 def test_gradients_of_16_bit_weights_are_averaged_in_float32_with_and_without_fsdp():
     run_distributed_test(average_16_bit_gradients, 3)
+
+
+class Branches(torch.nn.Module):
+    """A model of which each rank can use other layers."""
+
+    def __init__(self, count):
+        super().__init__()
+        torch.manual_seed(0)
+        self.branches = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(count))
+
+    def forward(self, x, order):
+        for index in order:
+            x = self.branches[index](x)
+        return x
+
+
+def train_branches(stage, orders):
+    """Train a step in which each rank calls its own sequence of layers, once per micro-batch."""
+    config = build_config(zero_optimization={"stage": stage})
+    config |= {"train_batch_size": 4 * len(orders), "gradient_accumulation_steps": len(orders)}
+    config["engine"] |= {"wrap": ["Linear"]}
+    trainer, *_ = engine.initialize(model=Branches(2), config=config)
+    for of_ranks in orders:
+        trainer.backward(trainer(torch.ones(2, 4), of_ranks[trainer.global_rank]).pow(2).mean())
+        trainer.step()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("orders", "message"),
+    [
+        ([([0], [1])], "`branches.0.weight` has a gradient on rank 0, but not on rank 1"),
+        ([([0], [1]), ([1], [0])], "call 2 is `branches.0` on rank 0, and `branches.1` on rank 1"),
+    ],
+)
+def test_ranks_that_use_different_layers_get_an_error_instead_of_mixed_parameters(
+    stage, orders, message
+):
+    with pytest.raises(engine.MisuseError, match=f"used different layers in this step: {message}"):
+        run_distributed_test(train_branches, 2, stage, orders)
+
+
+def test_ranks_that_use_the_same_layers_in_another_order_than_before_train():
+    run_distributed_test(train_branches, 2, 3, [([0, 1], [0, 1]), ([1, 0], [1, 0]), ([1], [1])])

@@ -50,3 +50,46 @@ def test_second_signal_ctrl_c_interrupts_the_process(first):
             send(signal.SIGINT)
     finally:
         received.restore_handlers()
+
+
+def test_script_handler_is_called_only_when_asked():
+    called = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: called.append(number))
+    received = Signals()
+    try:
+        send(signal.SIGTERM)
+        assert received.find_on_any_rank(ALONE) == "SIGTERM"
+        assert called == []
+        received.call_script_handler()
+        assert called == [signal.SIGTERM]
+    finally:
+        received.restore_handlers()
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_script_handler_below_another_engine_is_called():
+    called = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: called.append(number))
+    first, second = Signals(), Signals()
+    try:
+        send(signal.SIGTERM)
+        second.call_script_handler()
+        assert called == [signal.SIGTERM]
+    finally:
+        second.restore_handlers()
+        first.restore_handlers()
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_handler_that_the_script_replaces_is_a_warning(caplog):
+    received = Signals()
+    previous = received._previous_handlers[signal.SIGTERM]
+    try:
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        received.find_on_any_rank(ALONE)
+        received.find_on_any_rank(ALONE)
+        (message,) = caplog.messages
+        assert "replaced the run's handler for SIGTERM" in message
+    finally:
+        received.restore_handlers()
+        signal.signal(signal.SIGTERM, previous)
