@@ -11,17 +11,18 @@ import torch
 from torch.optim import Optimizer
 
 from engine.checkpoint.collectives import raise_on_all_ranks
-from engine.checkpoint.deepspeed_files import DeepSpeedFiles
-from engine.checkpoint.deepspeed_pickles import TRUST_FIX, import_classes
+from engine.checkpoint.deepspeed_files import DeepSpeedFiles, convert_run_state
+from engine.checkpoint.deepspeed_pickles import import_classes
 from engine.checkpoint.optimizer_state import KEPT_SETTINGS
-from engine.checkpoint.plain_values import read_values, report_damage, unpickle
+from engine.checkpoint.plain_values import TRUST_FIX, read_values, report_damage, unpickle
+from engine.checkpoint.selection import RUN_STATE
 from engine.checkpoint.structure import check_same_structure
 from engine.distributed.ranks import Ranks
 from engine.errors import CheckpointError
 
 __all__ = [
     "check_sharding",
-    "describe_for_conversion",
+    "collect_extra_entries",
     "keep_implementation",
     "read_scaler",
     "refuse_pickled_code",
@@ -108,8 +109,26 @@ def set_format(engine: Any, files: DeepSpeedFiles) -> Iterator[None]:
         yield
 
 
-def describe_for_conversion(engine: Any) -> dict[str, Any]:
-    """Return the checkpoint entry that DeepSpeed's `ds_to_universal` requires, as a dict.
+def collect_extra_entries(engine: Any, checkpoint_dir: Path, *, trusts: bool) -> dict[str, Any]:
+    """Return the entries to add to DeepSpeed's model file when a checkpoint is saved.
+
+    They contain the ``client_state`` and the state of the scheduler, so that DeepSpeed without
+    onecycle can load them, and so that `ds_to_universal` keeps them.
+
+    Args:
+        engine: DeepSpeed's engine.
+        checkpoint_dir: directory that rank 0 has written the state of the run to. A snapshot does
+            not contain this state.
+        trusts: whether the state may contain objects of any class.
+    """
+    entries = _describe_for_conversion(engine)
+    if (path := checkpoint_dir / RUN_STATE).is_file():
+        entries |= convert_run_state(read_values(path, trusts=trusts))
+    return entries
+
+
+def _describe_for_conversion(engine: Any) -> dict[str, Any]:
+    """Return the entry that DeepSpeed's `ds_to_universal` requires in the model file, as a dict.
 
     The dict is empty if DeepSpeed saves the entry itself or the model has MoE layers.
     """

@@ -53,6 +53,8 @@ class DataPosition:
         state = {} if self._loader is None else self._loader.state_dict()
         if "loader" in state:
             write_values(self._get_path(directory), state["loader"])
+        if self._loader is not None:
+            self._loader.note_save()
 
     def _get_path(self, directory: Path) -> Path:
         return directory / f"loader.{self._ranks.rank}.pt"

@@ -18,20 +18,31 @@ from engine.checkpoint.structure import check_same_structure
 from engine.errors import CheckpointError
 from schedules.core.saved_state import Count, Size, restore
 
-__all__ = ["DeepSpeedFiles", "SavedTensor", "has_deepspeed_files"]
+__all__ = [
+    "SCHEDULE_KEYS",
+    "DeepSpeedFiles",
+    "SavedTensor",
+    "convert_run_state",
+    "has_deepspeed_files",
+]
 
 _MODEL = re.compile(r"(zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<part>\d+)(_\d+)?_model_states\.pt")
 _OPTIMIZER = re.compile(r"(bf16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_\d+_optim_states\.pt")
 _UNIVERSAL = "zero"  # directory of a universal checkpoint
+_OTHER_CLIENT_STATE = "onecycle_client_state"
+"""Key in a model file for the values of ``client_state`` under keys that DeepSpeed uses itself."""
+SCHEDULE_KEYS = frozenset({"type", "params", "step"})
+"""Keys that only the state of a `ScheduleBinder` has."""
 _OWN_KEYS = frozenset(
     """
     module buffer_names optimizer param_shapes frozen_param_shapes shared_params
     frozen_param_fragments lr_scheduler data_sampler random_ltd skipped_steps global_steps
     global_samples dp_world_size mp_world_size checkpoint_parallel_dimensions ds_config ds_version
     num_experts ds_autoep_layers autoep_layers universal_checkpoint_info folding
+    onecycle_client_state
     """.split()  # noqa: SIM905  # readable at a glance, unlike a column of strings
 )
-"""DeepSpeed's own keys in a model file. All other keys are from the script's ``client_state``."""
+"""Keys in a model file that are not from the script's ``client_state``."""
 _COUNTS = {"global_steps": Count, "skipped_steps": Count, "dp_world_size": Size}
 """Types of the numbers that a model file must contain, by key."""
 
@@ -68,6 +79,29 @@ class _Piece(NamedTuple):
 def has_deepspeed_files(checkpoint_dir: Path) -> bool:
     """Return whether a directory is a checkpoint in DeepSpeed's format."""
     return any(_MODEL.fullmatch(path.name) for path in checkpoint_dir.glob("*_model_states.pt"))
+
+
+def convert_run_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert a run's scheduler state and ``client_state`` to entries of DeepSpeed's model file.
+
+    `DeepSpeedFiles.read_run_state` reads these entries, and so does DeepSpeed without onecycle.
+
+    Args:
+        state: saved state of a run on the DeepSpeed backend.
+
+    >>> convert_run_state({"lr_scheduler": None, "client_state": {"epoch": 3, "optimizer": "mine"}})
+    {'lr_scheduler': None, 'epoch': 3, 'onecycle_client_state': {'optimizer': 'mine'}}
+    """
+    scheduler, client_state = state["lr_scheduler"], state["client_state"]
+    if scheduler is not None and scheduler.keys() >= SCHEDULE_KEYS and "state" not in scheduler:
+        # Resuming needs only the step, which DeepSpeed's schedulers read under this name.
+        scheduler = {"last_batch_iteration": scheduler["step"] - 1}
+    reserved = {key: value for key, value in client_state.items() if key in _OWN_KEYS}
+    return {
+        "lr_scheduler": scheduler,
+        **{key: value for key, value in client_state.items() if key not in _OWN_KEYS},
+        **({_OTHER_CLIENT_STATE: reserved} if reserved else {}),
+    }
 
 
 class DeepSpeedFiles:
@@ -140,7 +174,10 @@ class DeepSpeedFiles:
                 "skipped_steps": saved["skipped_steps"],
             },
             "batch": {"train": batch, "accumulation": None},  # unknown
-            "client_state": {key: saved[key] for key in saved if key not in _OWN_KEYS},
+            "client_state": {
+                **{key: saved[key] for key in saved if key not in _OWN_KEYS},
+                **(saved.get(_OTHER_CLIENT_STATE) or {}),
+            },
         }
 
     def find_weights(self, groups: Sequence[Sequence[str]] = ()) -> dict[str, Any]:
@@ -363,7 +400,7 @@ def _check_header(model: Any) -> None:
     for key, kind in _COUNTS.items():
         restore(kind, model[key], key)
     restore(Count | None, model.get("global_samples"), "global_samples")
-    for key in ("module", "optimizer", "shared_params"):
+    for key in ("module", "optimizer", "shared_params", _OTHER_CLIENT_STATE):
         restore(dict[Any, Any] | None, model.get(key), key)
 
 

@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.plain_values import report_damage, unpickle
+from engine.checkpoint.plain_values import TRUST_FIX, report_damage, unpickle
 
-__all__ = ["TRUST_FIX", "import_classes", "read_file"]
-
-TRUST_FIX = "If you trust the checkpoint, set `engine.checkpoint.trust_pickle` to true."
+__all__ = ["import_classes", "read_file"]
 
 _CLASSES = {
     "deepspeed.runtime.fp16.loss_scaler": ["DynamicLossScaler", "LossScaler"],

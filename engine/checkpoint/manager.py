@@ -30,6 +30,8 @@ __all__ = ["Checkpointer"]
 
 log = logging.getLogger("onecycle")
 
+_TRUST = ", or set `engine.checkpoint.trust_pickle` to true to save it as it is"
+
 
 class Checkpointer:
     """Manager that saves and loads the checkpoints of a run.
@@ -73,8 +75,8 @@ class Checkpointer:
             run: state of the run to save.
             directory: directory that holds the run's checkpoints.
             tag: name of the checkpoint; default: ``global_stepN``, where N is the number of steps.
-            client_state: user data to save. It can contain numbers, strings, tensors, and lists or
-                mappings of these.
+            client_state: user data to save: plain values, tensors, and containers of these. If
+                ``engine.checkpoint.trust_pickle`` is true, objects of other classes, too.
             save_latest: whether `load` may choose this checkpoint if no tag is passed.
             frozen: whether to include frozen parameters.
             is_automatic: whether to mark this checkpoint as automatic, and to delete old automatic
@@ -90,7 +92,8 @@ class Checkpointer:
         self.wait()
         with raise_on_all_ranks(ranks):
             storage.check_tag(tag)
-            check_plain_values(dict(client_state or {}), "client_state")
+            if not self._plan.trust_pickle:
+                check_plain_values(dict(client_state or {}), "client_state", fix=_TRUST)
         self.lock(directory)
         manifest = Manifest(
             tag=tag,
@@ -187,7 +190,8 @@ class Checkpointer:
             if run.rollback is not None:
                 run.rollback.save(partial)
             if ranks.rank == 0:
-                write_values(partial / RUN_STATE, self._collect(run, client_state))
+                state, trusts = self._collect(run, client_state), self._plan.trust_pickle
+                write_values(partial / RUN_STATE, state, trusts=trusts)
         if saver is None:
             with raise_on_all_ranks(ranks):
                 self._backend.save(partial, frozen=manifest.frozen)

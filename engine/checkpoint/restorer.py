@@ -158,7 +158,8 @@ class Restorer:
             position = self._data.read(state, run.config.batch, checkpoint_dir, manifest.world_size)
         if parts.scheduler and run.scheduler is not None:
             steps = Counters(**state["counters"]) if parts.counters else run.counters
-            with report_damage(checkpoint_dir / RUN_STATE):
+            path = checkpoint_dir if selected.is_foreign else checkpoint_dir / RUN_STATE
+            with report_damage(path):
                 schedule = prepare_schedule_state(
                     run.scheduler,
                     state,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from engine.checkpoint.plain_values import read_as, report_damage
+from engine.checkpoint.plain_values import TRUST_FIX, read_values, report_damage
 from engine.training.progress import Counters
 from schedules.core.fields import Range
 from schedules.core.saved_state import OPTIONAL, Count, Size, restore
@@ -70,14 +70,19 @@ class _SavedRun:
     best: _Metric | None = field(default=None, metadata=OPTIONAL)
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """Read a run's saved state from the file ``path``, and check its structure.
+def read_run(path: Path, *, trusts: bool = False) -> dict[str, Any]:
+    """Read a run's saved state, and check its structure.
+
+    Args:
+        path: file to read.
+        trusts: whether to unpickle objects of any class from ``client_state``.
 
     Raises:
-        CheckpointError: if the file is damaged.
+        CheckpointError: if the file is damaged or contains untrusted objects.
     """
-    values: dict[str, Any] = read_as(_SavedRun, path)
+    values: dict[str, Any] = read_values(path, trusts=trusts, fix=TRUST_FIX)
     with report_damage(path):
+        restore(_SavedRun, values, path.stem)
         _check_counters(values["counters"])
     return values
 

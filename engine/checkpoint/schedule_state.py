@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from engine.checkpoint.deepspeed_files import SCHEDULE_KEYS
 from engine.checkpoint.structure import check_same_structure
 from engine.config import Config
 from engine.errors import CheckpointError
@@ -45,11 +46,20 @@ def convert_deepspeed_state(
             contain a state that this scheduler can load.
     """
     if isinstance(scheduler, ScheduleBinder):
-        return saved if saved is not None and {"type", "params", "step"} <= saved.keys() else None
-    if saved is None or saved.keys() != scheduler.state_dict().keys():
+        if saved is None or not saved.keys() >= SCHEDULE_KEYS:
+            return None
+        is_same = all(saved[key] == value for key, value in scheduler.identity.items())
+        return saved if is_same else None
+    kind = type(scheduler).__name__
+    if saved is None:
         raise CheckpointError(
-            f"{checkpoint_dir} does not contain a state that `{type(scheduler).__name__}` can "
-            "load. Use the scheduler of the saved run, or pass `load_lr_scheduler_states=False`."
+            f"{checkpoint_dir} does not contain the state of a scheduler, so `{kind}` cannot "
+            "resume. Pass `load_lr_scheduler_states=False` to keep its current state."
+        )
+    if saved.keys() != scheduler.state_dict().keys():
+        raise CheckpointError(
+            f"{checkpoint_dir} contains the state of a scheduler that is not a `{kind}`. "
+            "Use the scheduler of the saved run, or pass `load_lr_scheduler_states=False`."
         )
     return saved
 

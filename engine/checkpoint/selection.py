@@ -79,7 +79,8 @@ class CheckpointSelector:
                     f"{what}. Use a directory that all hosts share."
                 )
             if not is_foreign:
-                state = read_run(checkpoint_dir / RUN_STATE)
+                trusts = self._config.checkpoint.trust_pickle
+                state = read_run(checkpoint_dir / RUN_STATE, trusts=trusts)
         return Selected(checkpoint_dir, manifest, state, is_foreign)
 
     def _choose(self, directory: Path, tag: str | None) -> tuple[str, bool, Manifest]:

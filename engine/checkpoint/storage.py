@@ -51,6 +51,10 @@ LATEST = "latest"
 LATEST_UNIVERSAL = "latest_universal"
 """File in which DeepSpeed's `ds_to_universal` stores the tag of the universal checkpoint."""
 
+_HOW_TO_RESUME = (
+    'Use another directory, or set `engine.checkpoint.resume` to "never" to start from scratch.'
+)
+
 
 def check_tag(tag: str) -> None:
     """Check that a tag can be the name of a checkpoint.
@@ -205,13 +209,16 @@ def has_any_checkpoint(directory: Path) -> bool:
     return is_named or any(directory.glob(f"*/{MANIFEST}"))
 
 
-def find(directory: Path, tag: str | None = None) -> tuple[Path, Manifest]:
+def find(
+    directory: Path, tag: str | None = None, hint: str = _HOW_TO_RESUME
+) -> tuple[Path, Manifest]:
     """Find the checkpoint with the given tag, or the newest one, and verify its hashes.
 
     Args:
         directory: directory that holds the run's checkpoints.
         tag: name of the checkpoint. If None, damaged checkpoints are skipped, and the newest
             complete checkpoint whose manifest has ``resumable`` set is used.
+        hint: how to fix the error if no checkpoint is found and ``tag`` is None.
 
     Returns:
         The directory and the manifest of the checkpoint.
@@ -223,7 +230,7 @@ def find(directory: Path, tag: str | None = None) -> tuple[Path, Manifest]:
     complete = list_checkpoints(directory)
     names = ", ".join(checkpoint_dir.name for checkpoint_dir, _ in complete) or "none"
     if tag is None:
-        return _find_newest(directory, [each for each in complete if each[1].resumable])
+        return _find_newest(directory, [each for each in complete if each[1].resumable], hint)
     checkpoint_dir = directory / tag
     if not checkpoint_dir.is_dir():
         # The writer was killed while it replaced the tag.
@@ -243,17 +250,16 @@ def find(directory: Path, tag: str | None = None) -> tuple[Path, Manifest]:
     return checkpoint_dir, manifest
 
 
-def _find_newest(directory: Path, complete: list[tuple[Path, Manifest]]) -> tuple[Path, Manifest]:
+def _find_newest(
+    directory: Path, complete: list[tuple[Path, Manifest]], hint: str
+) -> tuple[Path, Manifest]:
     for checkpoint_dir, manifest in reversed(complete):
         problems = list(find_damage(checkpoint_dir, manifest))
         if not problems:
             return checkpoint_dir, manifest
         log.warning("skipping the damaged checkpoint %s: %s", checkpoint_dir, "; ".join(problems))
     damaged = "".join(f" {text}" for text in _describe_incomplete(directory))
-    raise FileNotFoundError(
-        f"{directory} contains no complete checkpoint to resume from.{damaged} Use another "
-        'directory, or set `engine.checkpoint.resume` to "never" to start from scratch.'
-    )
+    raise FileNotFoundError(f"{directory} contains no complete checkpoint.{damaged} {hint}")
 
 
 def _describe_incomplete(directory: Path) -> Iterator[str]:

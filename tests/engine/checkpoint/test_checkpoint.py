@@ -3,6 +3,7 @@
 import argparse
 import collections
 import datetime as dt
+import enum
 import io
 import itertools
 import json
@@ -132,6 +133,23 @@ def test_save_checkpoint_unsupported_client_state_is_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"`client_state\['hooks'\]\[0\]` must .* got `builtins"):
         trainer.save_checkpoint(tmp_path, client_state={"epoch": 1, "hooks": [print]})
     assert list(tmp_path.iterdir()) == []
+
+
+class Metric(enum.Enum):
+    """A class of the script."""
+
+    LOSS = "loss"
+
+
+def test_client_state_of_a_custom_class_needs_trust_pickle(tmp_path):
+    client_state = {"metric": Metric.LOSS}
+    with pytest.raises(ValueError, match=r"Metric`.*`engine.checkpoint.trust_pickle` to true"):
+        start()[0].save_checkpoint(tmp_path, client_state=client_state)
+    trusting = {"engine": {"checkpoint": {"trust_pickle": True}}}
+    start(**trusting)[0].save_checkpoint(tmp_path, client_state=client_state)
+    with pytest.raises(CheckpointError, match=r"`.*Metric`.*`engine.checkpoint.trust_pickle`"):
+        start()[0].load_checkpoint(tmp_path)
+    assert start(**trusting)[0].load_checkpoint(tmp_path)[1] == client_state
 
 
 def test_client_state_of_common_types_is_returned_as_it_was_saved(tmp_path):

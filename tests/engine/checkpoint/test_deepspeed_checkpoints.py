@@ -1,5 +1,6 @@
 """Checkpoints that DeepSpeed wrote are loaded, and DeepSpeed's tools read ours."""
 
+import collections
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 from engine.backends.deepspeed_import import import_deepspeed
 from engine.errors import CheckpointError
@@ -296,6 +297,53 @@ def test_checkpoint_of_the_deepspeed_backend_continues_on_torch(tmp_path):
     run_distributed_test(switch_backends, 1, tmp_path)
 
 
+def halve_every_second_step(optimizer):
+    return StepLR(optimizer, 2, 0.5)
+
+
+def load_without_files_of_onecycle(stage, directory):
+    """Load the files of DeepSpeed only, as `ds_to_universal` copies them."""
+    client_state = {"epoch": 3, "queue": collections.deque([1], 2), "optimizer": "mine", 1: 2}
+    ours = start_onecycle(build_config(stage), "deepspeed", lr_scheduler=halve_every_second_step)
+    train(ours, 0, 3)
+    ours.save_checkpoint(directory, tag="x", client_state=client_state)
+    wanted, lr = train(ours, 3, 6), ours.get_lr()
+    for name in ("manifest.json", "engine.pt", "layout.json"):
+        (directory / "x" / name).unlink()
+    plain = start_deepspeed(build_config(stage), lr_scheduler=halve_every_second_step)
+    _, loaded = plain.load_checkpoint(str(directory), tag="x")
+    assert (loaded["epoch"], loaded["queue"], loaded[1]) == (3, collections.deque([1], 2), 2)
+    assert train(plain, 3, 6) == wanted
+    for backend in ("deepspeed", "torch"):
+        trainer = start_onecycle(build_config(stage), backend, lr_scheduler=halve_every_second_step)
+        _, loaded = trainer.load_checkpoint(directory, tag="x")
+        assert loaded == client_state
+        assert loaded["queue"].maxlen == 2
+        assert train(trainer, 3, 6) == pytest.approx(wanted, rel=1e-6)
+        assert trainer.get_lr() == lr
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_deepspeed_files_of_ours_contain_client_state_and_scheduler(stage, tmp_path):
+    run_distributed_test(load_without_files_of_onecycle, 1, stage, tmp_path)
+
+
+def return_to_deepspeed(directory):
+    config = build_config(1, scheduler=ONE_CYCLE)
+    ours = start_onecycle(config, "deepspeed")
+    train(ours, 0, 3)
+    ours.save_checkpoint(directory)
+    plain = start_deepspeed(config)
+    plain.load_checkpoint(str(directory))
+    assert plain.lr_scheduler.last_batch_iteration == 2
+    assert train(plain, 3, 5) == pytest.approx(train(ours, 3, 5), rel=1e-6)
+    assert plain.get_lr() == pytest.approx(ours.get_lr())
+
+
+def test_deepspeed_continues_the_schedule_of_a_checkpoint_of_ours(tmp_path):
+    run_distributed_test(return_to_deepspeed, 1, tmp_path)
+
+
 def load_only_weights_of_an_older_tag(directory):
     trainer = start_onecycle(build_config(3), "deepspeed")
     train(trainer, 0, 1)
@@ -323,7 +371,7 @@ def save_and_convert(stage, directory):
     config = build_universal_config(stage)
     trainer = start_onecycle(config, "deepspeed")
     train(trainer, 0, 4)
-    trainer.save_checkpoint(directory)
+    trainer.save_checkpoint(directory, client_state={"epoch": 4})
     if dist.get_rank() == 0:
         source = directory / "global_step4"
         tool = ["-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(source)]
@@ -358,8 +406,9 @@ def load_universal(stage, directory):
         start_onecycle(config, "torch").load_checkpoint(directory, tag)
     universal = config | {"checkpoint": {"load_universal": True}}
     trainer = start_onecycle(universal, "deepspeed")
-    path, _ = trainer.load_checkpoint(directory)
+    path, client_state = trainer.load_checkpoint(directory)
     assert (path, trainer.global_steps) == (str(directory / tag), 4)
+    assert client_state == {"epoch": 4}
     assert trainer.get_lr()[0] == 0.01
     losses = train(trainer, 4, 6)
     trainer.save_checkpoint(directory)

@@ -308,14 +308,14 @@ def load_with_damage_on_rank_1(directory):
         trainer.load_checkpoint(directory)
     with pytest.MonkeyPatch.context() as patch:
         if trainer.global_rank == 1:
-            patch.setattr(saved_run, "read_as", fail_to_read)
+            patch.setattr(saved_run, "read_values", fail_to_read)
         with pytest.raises((CheckpointError, RuntimeError), match="engine.pt is damaged"):
             trainer.load_checkpoint(directory)
     assert all_equal(weights, copy_parameters(trainer))
     assert trainer.global_steps == 2
 
 
-def fail_to_read(kind, path):
+def fail_to_read(path, **_):
     raise CheckpointError(f"{path} is damaged")
 
 

@@ -7,6 +7,8 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 import engine
+import schedules
+from engine.checkpoint.deepspeed_files import convert_run_state
 from engine.checkpoint.schedule_state import convert_deepspeed_state, prepare_schedule_state
 from engine.errors import CheckpointError
 
@@ -55,9 +57,35 @@ def test_override_restarts_a_scheduler_whose_position_is_unknown(tmp_path, caplo
 def test_deepspeed_state_of_another_scheduler_is_rejected():
     scheduler = halve_every_second_step(torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
     assert convert_deepspeed_state(Path("x"), scheduler.state_dict(), scheduler)
-    for saved in (None, {"last_batch_iteration": 3}):
-        with pytest.raises(CheckpointError, match="a state that `StepLR` can .*_states=False"):
+    for saved, problem in [
+        (None, "x does not contain the state of a scheduler"),
+        ({"last_batch_iteration": 3}, "x contains the state of a scheduler that is not a `StepLR`"),
+    ]:
+        with pytest.raises(CheckpointError, match=f"{problem}.*_states=False"):
             convert_deepspeed_state(Path("x"), saved, scheduler)
+
+
+def attach(name, **params):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    return schedules.attach(name, optimizer, **params)
+
+
+def test_deepspeed_state_of_a_different_built_in_schedule_is_not_used():
+    saved = attach("ReduceLROnPlateau", patience=3).state_dict()
+    same, other = (attach("ReduceLROnPlateau", patience=patience) for patience in (3, 4))
+    assert convert_deepspeed_state(Path("x"), saved, same) == saved
+    assert convert_deepspeed_state(Path("x"), saved, other) is None
+
+
+def test_feedback_state_in_a_deepspeed_file_is_complete_and_other_schedules_save_the_step():
+    feedback = attach("ReduceLROnPlateau")
+    plain = attach("WarmupLR", warmup_min_lr=0.0, warmup_max_lr=0.1)
+    for scheduler, saved in [
+        (feedback, feedback.state_dict()),
+        (plain, {"last_batch_iteration": -1}),  # of DeepSpeed's schedulers before the first step
+    ]:
+        state = {"lr_scheduler": scheduler.state_dict(), "client_state": {}}
+        assert convert_run_state(state) == {"lr_scheduler": saved}
 
 
 class Adaptive(LambdaLR):
