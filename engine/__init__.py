@@ -30,21 +30,25 @@ _MODULES = {
 # Names of DeepSpeed for `import engine as deepspeed`. `dir` does not list them.
 _DEEPSPEED_NAMES = frozenset(
     """
-    DeepSpeedConfig DeepSpeedDataLoader DeepSpeedHybridEngine DeepSpeedInferenceConfig
-    DeepSpeedOptimizer DeepSpeedOptimizerCallable
-    DeepSpeedSchedulerCallable DeepSpeedTransformerConfig DeepSpeedTransformerLayer
-    DualPipeVEngine DualPipeVModule HAS_TRITON InferenceEngine OnDevice PipelineEngine
-    PipelineModule __git_branch__ __git_hash__ __version_major__ __version_minor__
-    __version_patch__ accelerator autotuning checkpointing comm compile constants
-    default_inference_config dist get_accelerator inference init_distributed init_inference io
-    linear log_dist logger model_implementations module_inject moe monitor ops pipe
-    profiling replace_transformer_layer runtime set_autotp_mode tp_model_init utils version
-    zero
+    DeepSpeedConfig DeepSpeedDataLoader DeepSpeedInferenceConfig DeepSpeedOptimizer
+    DeepSpeedOptimizerCallable DeepSpeedSchedulerCallable DeepSpeedTransformerConfig
+    DeepSpeedTransformerLayer DualPipeVModule HAS_TRITON InferenceEngine OnDevice PipelineModule
+    __git_branch__ __git_hash__ __version_major__ __version_minor__ __version_patch__ accelerator
+    autotuning checkpointing comm compile constants default_inference_config dist get_accelerator
+    inference init_distributed init_inference io linear log_dist logger model_implementations
+    module_inject moe monitor ops pipe profiling replace_transformer_layer runtime set_autotp_mode
+    tp_model_init utils version zero
     """.split()  # noqa: SIM905  # readable at a glance, unlike a column of strings
 )
 
 # Names of DeepSpeed's classes with a counterpart: what `initialize` returns and raises.
-_CLASSES = {"DeepSpeedConfigError": "ConfigError", "DeepSpeedEngine": "Engine"}
+_CLASSES = {
+    "DeepSpeedConfigError": ("engine.errors", "ConfigError"),
+    "DeepSpeedEngine": ("engine.engine", "Engine"),
+    "DeepSpeedHybridEngine": ("engine.backends.deepspeed_names", "DeepSpeedHybridEngine"),
+    "DualPipeVEngine": ("engine.backends.deepspeed_names", "DualPipeVEngine"),
+    "PipelineEngine": ("engine.backends.deepspeed_names", "PipelineEngine"),
+}
 
 __all__ = sorted([*_MODULES, "__version__"])  # noqa: PLE0605  # computed, so that each name is listed once
 
@@ -72,9 +76,9 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("onecycle")
-    name = _CLASSES.get(name, name)
-    if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
+    if name in _MODULES or name in _CLASSES:
+        module, name = _CLASSES.get(name) or (_MODULES[name], name)
+        return getattr(importlib.import_module(module), name)
     if name in _DEEPSPEED_NAMES:
         return _import_from_deepspeed(name)
     raise AttributeError(f"module 'engine' has no attribute {name!r}")

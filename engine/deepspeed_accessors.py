@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from engine.backends import deepspeed_names as names
 from engine.backends.base import Backend
-from engine.backends.deepspeed_names import find_attribute
-from engine.backends.whole_weights import collect_weights, convert_parameters, save_weights
+from engine.backends.whole_weights import collect_weights, save_weights
 from engine.config import Config
+from engine.distributed.waiting import warn_of_long_wait
 from engine.run.training_run import TrainingRun
 from engine.training.data import make_rank_loader
 from engine.training.monitors import Monitors
@@ -115,7 +116,8 @@ class DeepSpeedAccessors(nn.Module):
 
     def mean(self, value: float) -> float:
         """Return the mean of a number over all ranks. Every rank must call this method."""
-        return self._backend.mean(value)
+        with warn_of_long_wait("mean", self._backend.ranks):
+            return self._backend.mean(value)
 
     def train_batch_size(self) -> int:
         """Return the number of samples per optimizer step, summed over all ranks."""
@@ -128,6 +130,14 @@ class DeepSpeedAccessors(nn.Module):
     def gradient_accumulation_steps(self) -> int:
         """Return the number of micro-batches per optimizer step."""
         return self.config.batch.accumulation
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Return whether the next `step` completes a batch and takes an optimizer step."""
+        return self._run.accumulation.is_boundary()
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Set whether the next calls to `step` take optimizer steps. Call before `backward`."""
+        self._run.accumulation.set_boundary(is_boundary)
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Set the global batch size by changing the number of micro-batches per optimizer step.
@@ -151,44 +161,16 @@ class DeepSpeedAccessors(nn.Module):
         """Return the config's `steps_per_print`, or None if it is null or absent."""
         return self.config.progress.every
 
-    def log_level(self) -> str | None:
-        """Return the config's `log_level`, or None if it is absent."""
-        level: str | None = self.config.raw.get("log_level")
-        return level
-
-    def wall_clock_breakdown(self) -> bool:
-        """Return whether the config enables `wall_clock_breakdown`."""
-        return bool(self.config.raw.get("wall_clock_breakdown", False))
-
     def optimizer_name(self) -> str | None:
-        """Return the config's optimizer type in lowercase, or the class name of your own optimizer.
+        """Return the config's optimizer type, or the class name of your own optimizer.
 
-        The result is None if the engine has no optimizer, for example during inference.
+        As in DeepSpeed, the types Adagrad, Adam, AdamW, Lamb, Lion and Muon are in lowercase. The
+        result is None if the engine has no optimizer, for example during inference.
         """
         if self.config.optimizer is not None:
-            return self.config.optimizer.type.lower()
+            return names.read_optimizer_name(self.config)
         has_optimizer = isinstance(self.basic_optimizer, Optimizer)  # false for inference
         return type(self.basic_optimizer).__name__ if has_optimizer else None
-
-    def scheduler_name(self) -> str | None:
-        """Return the config's schedule type, or None if the config has no schedule."""
-        return self.config.schedule.type_name if self.config.schedule else None
-
-    def fp16_enabled(self) -> bool:
-        """Return whether the run uses float16."""
-        return self.config.precision == "fp16"
-
-    def bfloat16_enabled(self) -> bool:
-        """Return whether the run uses bfloat16."""
-        return self.config.precision == "bf16"
-
-    def zero_optimization(self) -> bool:
-        """Return whether the ZeRO stage is above 0."""
-        return self.config.zero_stage > 0
-
-    def zero_optimization_stage(self) -> int:
-        """Return the ZeRO stage."""
-        return self.config.zero_stage
 
     def get_batch_info(self) -> tuple[int, int, int]:
         """Return the global batch size, micro-batch size, and gradient accumulation steps."""
@@ -246,6 +228,11 @@ class DeepSpeedAccessors(nn.Module):
         """The number of samples in all optimizer steps so far, summed over all ranks."""
         self._run.length.is_position_known = True
         return self._run.latest.global_samples
+
+    @property
+    def inside_no_sync_ctxt(self) -> bool:
+        """Whether `no_sync` is active."""
+        return not self._run.accumulation.averages_gradients
 
     @property
     def skipped_steps(self) -> int:
@@ -320,9 +307,31 @@ class DeepSpeedAccessors(nn.Module):
             AttributeError: the run does not use the DeepSpeed backend.
             RuntimeError: `no_sync` is active.
         """
-        reduction = find_attribute(self._backend, self.config, "coalesce_grad_reduction")
+        reduction = names.find_attribute(self._backend, self.config, "coalesce_grad_reduction")
         with self._run.accumulation.coalesce(), reduction():
             yield
+
+    def compile(
+        self,
+        backend: str | Callable[..., Any] | None = None,
+        compile_kwargs: Mapping[str, Any] | None = None,
+        schedule: Any = None,
+        compiled_autograd_enabled: bool = False,
+    ) -> None:
+        """Compile the model in place with `torch.compile`. A second call has no effect.
+
+        Args:
+            backend: name of the compiler, or a function; default: "inductor".
+            compile_kwargs: further arguments of `torch.compile`.
+            schedule: passes of DeepCompile; requires the DeepSpeed backend.
+            compiled_autograd_enabled: whether to also compile backward passes; requires the
+                DeepSpeed backend.
+
+        Raises:
+            ValueError: an argument requires the DeepSpeed backend.
+        """
+        more = {"schedule": schedule, "compiled_autograd_enabled": compiled_autograd_enabled}
+        names.compile_model(self._backend, self.config, backend, compile_kwargs, more)
 
     def module_state_dict(
         self,
@@ -336,7 +345,11 @@ class DeepSpeedAccessors(nn.Module):
         Weights sharded by FSDP2 are gathered in host memory. Every rank must call this method. On
         the DeepSpeed backend at ZeRO stage 3, the returned tensors are empty; use
         `save_16bit_model` instead.
+
+        Raises:
+            RuntimeError: the model is a ``PipelineModule``.
         """
+        names.check_is_no_pipeline(self._backend, "module_state_dict", "module.state_dict")
         if self._is_deepspeed():
             found: dict[str, Any] = self._backend.get_attribute("module_state_dict")(
                 destination, prefix, keep_vars, exclude_frozen_parameters
@@ -371,6 +384,8 @@ class DeepSpeedAccessors(nn.Module):
         module = checkpoint.get("module")
         weights = module if isinstance(module, Mapping) else checkpoint
         if self._is_deepspeed():
+            if names.is_pipeline(self._backend) and not self.has_moe_layers:
+                weights = {"module": weights}  # DeepSpeed's pipelines remove this key twice
             self._backend.get_attribute("load_module_state_dict")(weights, strict, custom_load_fn)
         elif custom_load_fn is not None:
             custom_load_fn(src=weights, dst=self.module)
@@ -422,25 +437,9 @@ class DeepSpeedAccessors(nn.Module):
                 exclude_frozen_parameters
             )
             return found
-        if self.config.zero_stage != 3:
-            raise ValueError(
-                "`_zero3_consolidated_16bit_state_dict` requires ZeRO stage 3, but this run uses "
-                f"stage {self.config.zero_stage}. Call `module_state_dict` instead."
-            )
-        weights = collect_weights(
-            self._backend, exclude_frozen=exclude_frozen_parameters, is_on_rank_0_only=True
-        )
-        if self.global_rank != 0:
-            return None
-        convert_parameters(self._backend, weights, self.config.precision)
-        return weights
+        return names.gather_on_rank_0(self._backend, self.config, exclude_frozen_parameters)
 
     _consolidated_16bit_state_dict = _zero3_consolidated_16bit_state_dict
-
-    def empty_partition_cache(self) -> None:
-        """Release the gathered parameters that DeepSpeed caches at ZeRO stage 3."""
-        if self._is_deepspeed():
-            self._backend.get_attribute("empty_partition_cache")()
 
     def _is_deepspeed(self) -> bool:
         return self.config.backend.name == "deepspeed"

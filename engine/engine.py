@@ -8,21 +8,20 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar, cast, overload
 
-import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from engine.backends import deepspeed_names as names
 from engine.backends.base import Backend
-from engine.backends.deepspeed_names import find_attribute
 from engine.checkpoint.automatic import AutomaticCheckpoints
 from engine.checkpoint.fingerprint import Identity
 from engine.checkpoint.manager import Checkpointer
 from engine.config import Config
 from engine.deepspeed_accessors import DeepSpeedAccessors
 from engine.errors import MisuseError
-from engine.run.training_loops import evaluate_batch, iterate_batches, train_pipeline
+from engine.run import training_loops
 from engine.run.training_run import TrainingRun
-from engine.training.data import call_on_batches, count_steps_per_epoch, read_epoch, repeat_batches
+from engine.training.data import count_steps_per_epoch, read_epoch
 from engine.training.deferred_step import StepResult
 from engine.training.evaluation import Evaluator, Metrics, Scalar, evaluation_mode
 from engine.training.loader import RunLoader
@@ -79,7 +78,7 @@ class Engine(DeepSpeedAccessors):
         except AttributeError:
             if name.startswith("__") or "_backend" not in vars(self):
                 raise
-            return find_attribute(self._backend, self.config, name)
+            return names.find_attribute(self._backend, self.config, name)
 
     def prepare(self, loader: LoaderT) -> LoaderT:
         """Prepare your own data loader for training. Every rank must call this method.
@@ -167,6 +166,7 @@ class Engine(DeepSpeedAccessors):
 
     def _start_pass(self) -> bool:
         """Check accumulated gradients; return whether the next backward pass averages gradients."""
+        names.check_is_no_pipeline(self._backend, "forward` and `backward")
         accumulation = self._run.accumulation
         if accumulation.has_gradients:
             self._run.misuse.check_accumulated(accumulation)
@@ -200,6 +200,7 @@ class Engine(DeepSpeedAccessors):
                 error.
         """
         del lr_kwargs
+        names.check_is_no_pipeline(self._backend, "step")
         is_applied = self._run.step(metric)
         if self._run.accumulation.micro_batches == 0:
             self._automatic.save_if_due(self._run)
@@ -229,15 +230,7 @@ class Engine(DeepSpeedAccessors):
             RuntimeError: the run does not have training data, the length of the run is unknown, or
                 `step` was not called during an epoch.
         """
-        return iterate_batches(self.training_dataloader, self._run)
-
-    def is_gradient_accumulation_boundary(self) -> bool:
-        """Return whether the next `step` completes a batch and takes an optimizer step."""
-        return self._run.accumulation.is_boundary()
-
-    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Set whether the next calls to `step` take optimizer steps. Call before `backward`."""
-        self._run.accumulation.set_boundary(is_boundary)
+        return training_loops.iterate_batches(self.training_dataloader, self._run)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Disable gradient synchronization across ranks for backward passes inside this context.
@@ -259,20 +252,20 @@ class Engine(DeepSpeedAccessors):
         mapping is unpacked into the model's arguments. By default, ``data_iter`` cycles through the
         training data.
         """
-        if (whole := train_pipeline(data_iter, self.training_dataloader, self._run)) is not None:
-            self._automatic.save_if_due(self._run)
+        loader, run = self.training_dataloader, self._run
+        if (whole := training_loops.train_pipeline(data_iter, loader, run)) is not None:
+            self._automatic.save_if_due(run)
             return whole
-        batches = data_iter or repeat_batches(self.training_dataloader)
-        losses = []
-        for loss in call_on_batches(self, batches, self._run.accumulation.steps):
-            losses.append(self.backward(loss).detach())
-            self.step()
-        return torch.stack(losses).sum()
+        return training_loops.train_on_batches(self, data_iter, loader, run)
 
-    def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
-        """Return the mean loss of one batch of ``gradient_accumulation_steps()`` micro-batches."""
+    def eval_batch(self, data_iter: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the mean loss of one batch of ``gradient_accumulation_steps()`` micro-batches.
+
+        Pipelines also accept the other arguments of ``PipelineEngine.eval_batch``, such as
+        ``num_micro_batches`` and ``return_logits``.
+        """
         with evaluation_mode(self):
-            return evaluate_batch(self, data_iter, self._run)
+            return training_loops.evaluate_batch(self, data_iter, self._run, args, kwargs)
 
     @overload
     def evaluate(
@@ -344,7 +337,8 @@ class Engine(DeepSpeedAccessors):
         Args:
             save_dir: directory that holds the run's checkpoints; created if missing.
             tag: name or number of this checkpoint; default: ``global_stepN`` after N steps.
-            client_state: your own numbers, strings and tensors, which `load_checkpoint` returns.
+            client_state: your own values, such as numbers, strings, dates and tensors, which
+                `load_checkpoint` returns.
             save_latest: whether `load_checkpoint` may choose this checkpoint if no tag is passed.
             exclude_frozen_parameters: whether to leave out parameters that do not require
                 gradients, such as the base model in LoRA. When the checkpoint is loaded, these
@@ -373,6 +367,7 @@ class Engine(DeepSpeedAccessors):
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
     ) -> tuple[str, dict[str, Any]]:
         """Restore the state of a run from a checkpoint. Every rank must call this method.
 
@@ -388,6 +383,7 @@ class Engine(DeepSpeedAccessors):
             load_optimizer_states: whether to restore the optimizer, loss scale and RNG states.
             load_lr_scheduler_states: whether to restore the schedule.
             load_module_only: whether to restore only the model.
+            custom_load_fn: not supported; the error names `load_module_state_dict`.
 
         Returns:
             The checkpoint's path and its ``client_state``.
@@ -397,6 +393,7 @@ class Engine(DeepSpeedAccessors):
             CheckpointError: the checkpoint is damaged, or its schedule, optimizer, batch size,
                 precision or world size does not match this run. The run stays unchanged.
         """
+        names.check_load_function(custom_load_fn)
         self._run.settle()
         self._run.length.is_position_known = True
         path, client_state = self._checkpointer.load(

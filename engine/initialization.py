@@ -18,6 +18,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from engine import backends
 from engine.backends.base import Backend
+from engine.backends.deepspeed_data import (
+    connect_loader,
+    is_curriculum_enabled,
+    share_deepspeed_io,
+)
 from engine.backends.deepspeed_import import suspend_zero_init
 from engine.checkpoint.fingerprint import build_identity, read_hyperparameters
 from engine.config import Config, ConfigError, Source, load_config
@@ -26,6 +31,7 @@ from engine.config.resolve import drop_group_schedules
 from engine.display.param_groups import GroupRow
 from engine.distributed.environment import SET
 from engine.distributed.ranks import (
+    Ranks,
     check_configs_match,
     get_rank,
     get_world_size,
@@ -99,7 +105,8 @@ def initialize(
 
     Args:
         args: parsed command line; ``args.deepspeed_config`` is used if ``config`` is not passed.
-            Options added by `add_schedule_arguments` override the config; each override is logged.
+            A dict is accepted, but not read. Options added by `add_schedule_arguments` override the
+            config; each override is logged.
         model: module to train; it is moved to this rank's device.
         optimizer: your own optimizer, or a function that takes the parameters and returns an
             optimizer; default: the optimizer in the config. Without an optimizer, the engine can
@@ -168,13 +175,8 @@ def initialize(
         always_create_group=is_deepspeed, port=distributed_port, device=resolved.model.device
     )
     check_configs_match(ranks, json.dumps(resolved.raw, sort_keys=True))
-    if resolved.batch.data_ranks != ranks.world_size:
-        per_model = ranks.world_size // resolved.batch.data_ranks
-        shard = shard or (ranks.rank // per_model, resolved.batch.data_ranks)
-        ranks = replace(ranks, shard=shard)
-    loader = (
-        None if training_data is None else build_loader(training_data, resolved, ranks, collate_fn)
-    )
+    ranks = _assign_shard(ranks, resolved, shard)
+    loader = _build_loader(training_data, resolved, ranks, collate_fn)
     parameters, param_groups = divide_parameters(model, resolved, model_parameters)
     backend = backends.build(
         model,
@@ -185,6 +187,7 @@ def initialize(
         mpu=mpu,
         mesh_param=mesh_param,
     )
+    loader = connect_loader(loader, training_data, resolved, backend, collate_fn)
     check_needs_no_closure(backend.basic_optimizer)
     check_modes(backend.basic_optimizer, backend.optimizer)
     # Binding a schedule changes the param groups, so first read their hyperparameters.
@@ -196,6 +199,7 @@ def initialize(
     identity = build_identity(resolved, scheduler, settings)
     monitors = build_monitors(resolved, ranks)
     engine = Engine(resolved, backend, scheduler, loader, identity, monitors)
+    share_deepspeed_io(engine, resolved, backend)
     engine._run.is_trial = lr_test is not None  # noqa: SLF001  # private to the package
     if sweep is not None or lr_test is None:
         attach_recorder(engine, sweep)
@@ -226,9 +230,36 @@ def _get_name(optimizer: Optimizer) -> str | None:
     return None if has_no_optimizer(optimizer) else type(optimizer).__name__
 
 
+def _assign_shard(ranks: Ranks, config: Config, shard: tuple[int, int] | None) -> Ranks:
+    """Set the part of the data that this rank processes, if several ranks share a model."""
+    data_ranks = config.batch.data_ranks
+    if data_ranks == ranks.world_size:
+        return ranks
+    per_model = ranks.world_size // data_ranks
+    return replace(ranks, shard=shard or (ranks.rank // per_model, data_ranks))
+
+
+def _build_loader(
+    training_data: Any,
+    config: Config,
+    ranks: Ranks,
+    collate_fn: Callable[[list[Any]], Any] | None,
+) -> RunLoader | None:
+    """Build the data loader, unless there is no data or DeepSpeed builds the loader later."""
+    if training_data is None or is_curriculum_enabled(config):
+        return None
+    return build_loader(training_data, config, ranks, collate_fn)
+
+
 def _choose_source(args: argparse.Namespace | None, *configs: Source | None) -> Source:
     candidates = (*configs, getattr(args, "deepspeed_config", None))
     given = [config for config in candidates if config not in (None, "")]
+    if not given and isinstance(args, dict):
+        raise ValueError(
+            "`config` must be a path or a dict, got None. `args`, the first argument, is a parsed "
+            "command line, not the config. Pass the arguments by name, as in "
+            "`initialize(model=model, config=config)`."
+        )
     if not given:
         raise ValueError(
             "`config` must be a path or a dict, got None. Pass the path of your ds_config.json."

@@ -22,7 +22,7 @@ from engine.backends.base import DTYPES, Backend, compute_norm, get_gradient
 from engine.backends.build_locks import log_build_locks
 from engine.backends.deepspeed_checkpoint import (
     check_sharding,
-    describe_for_conversion,
+    collect_extra_entries,
     keep_implementation,
     read_scaler,
     refuse_pickled_code,
@@ -102,6 +102,9 @@ class DeepSpeedBackend(Backend):
         set_group_timeouts()
         self._trains = optimizer is not None or config.optimizer is not None
         self._is_managed = config.raw.get("managed_gradient_accumulation", True)
+        # ZenFlow itself decides when it applies the accumulated gradients.
+        self._has_zenflow = getattr(self.engine, "zenflow", False)
+        self._sets_boundary = self._is_managed and not self._has_zenflow
         super().__init__(
             self.engine.module,
             self.engine.optimizer if self._trains else NoOptimizer(),
@@ -130,7 +133,7 @@ class DeepSpeedBackend(Backend):
 
     @override
     def prepare_backward(self, *, is_last: bool) -> None:
-        if self._trains and self._is_managed:
+        if self._trains and self._sets_boundary:
             self.engine.set_gradient_accumulation_boundary(is_last)
 
     def _start_backward(self, *, is_last: bool) -> None:
@@ -140,7 +143,7 @@ class DeepSpeedBackend(Backend):
         pass of the step.
         """
         self._order.check(is_last=is_last and self._is_managed)
-        if self._is_managed:
+        if self._sets_boundary:
             self.engine.set_gradient_accumulation_boundary(is_last)
 
     @override
@@ -148,7 +151,9 @@ class DeepSpeedBackend(Backend):
         self, loss: Tensor, accumulation: int, *, is_last: bool, retain_graph: bool = False
     ) -> None:
         self._start_backward(is_last=is_last)
-        scaled = accumulation == self.engine.gradient_accumulation_steps()
+        interval = self.engine.gradient_accumulation_steps()
+        # With ZenFlow, this is `update_interval`, or 0 if ZenFlow chooses the interval.
+        scaled = accumulation == interval or (self._has_zenflow and interval > 0)
         loss = loss if scaled else loss / accumulation
         with self._order.explain_errors():
             self.engine.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scaled)
@@ -174,11 +179,13 @@ class DeepSpeedBackend(Backend):
         if not checks_overflow and not self._are_gradients_finite():
             self._skip_step()
             return False
-        if self._is_managed:
+        if self._sets_boundary:
             self.engine.set_gradient_accumulation_boundary(is_boundary=True)
         update_muon_momentum(self.engine.optimizer)
+        # Between two updates of all weights, ZenFlow updates only those with important gradients.
+        is_partial = self._has_zenflow and not self.engine.is_gradient_accumulation_boundary()
         self.engine.step()
-        applied: bool = self.engine.was_step_applied()
+        applied: bool = self.engine.was_step_applied() or is_partial
         if scaler and scaler.get_scale() < before:
             applied = False
             self.engine.skipped_steps += 1
@@ -272,10 +279,11 @@ class DeepSpeedBackend(Backend):
 
     @override
     def save(self, checkpoint_dir: Path, *, frozen: bool = True) -> None:
+        trusts = self._config.checkpoint.trust_pickle
         self.engine.save_checkpoint(
             str(checkpoint_dir.parent),
             tag=checkpoint_dir.name,
-            client_state=describe_for_conversion(self.engine),
+            client_state=collect_extra_entries(self.engine, checkpoint_dir, trusts=trusts),
             save_latest=False,
             exclude_frozen_parameters=not frozen,
         )

@@ -67,6 +67,8 @@ def build_deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[st
         for member in walk(own, schemas.read(SCHEMA), fill=_fill)
         if member.is_given or get_parent(member.pointer)
     )
+    if settings.get("fp16", {}).get("min_loss_scale") == 0:
+        settings["fp16"]["min_loss_scale"] = 1  # DeepSpeed 0.19 rejects 0
     sizes = (config.batch.train, config.batch.micro, config.batch.accumulation)
     settings |= dict(zip(BATCH_KEYS, sizes, strict=True))
     if "tensor_parallel" in settings:

@@ -39,8 +39,10 @@ def prepare_optimizer(
 
     Raises:
         ValueError: the ZeRO stage does not support MoE layers, or the optimizer trains a parameter
-            that is not in the model.
+            that is not in the model; or ZenFlow is enabled with gradient accumulation or the user's
+            own optimizer.
     """
+    _check_zenflow(config, optimizer)
     from deepspeed.moe.utils import configure_moe_param_groups, is_moe_param
 
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -62,6 +64,22 @@ def prepare_optimizer(
     trained = optimizer.param_groups if isinstance(optimizer, Optimizer) else groups
     check_are_in_model(model, trained, "DeepSpeed")
     return optimizer, parameters, trained
+
+
+def _check_zenflow(config: Config, optimizer: object) -> None:
+    if find_cpu_adam_key(config.raw) != "zero_optimization.zenflow":
+        return
+    if optimizer is not None:
+        raise ValueError(
+            "`optimizer` must not be passed with `zenflow`, because ZenFlow requires DeepSpeed's "
+            'CPU Adam. Add "optimizer": {"type": "AdamW", "params": {"lr": 0.001}} to the config.'
+        )
+    if config.batch.accumulation != 1:
+        raise ValueError(
+            "`gradient_accumulation_steps` must be 1 with `zenflow`, got "
+            f"{config.batch.accumulation}. ZenFlow accumulates gradients over "
+            "`zenflow.update_interval` micro-batches instead."
+        )
 
 
 def update_muon_momentum(optimizer: Any) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engine.backends.base import Backend
+from engine.backends.deepspeed_names import is_pipeline
 from engine.config.wording import count_noun
 from engine.errors import MisuseError
 from engine.run.training_run import TrainingRun
@@ -53,8 +54,51 @@ def train_pipeline(
     return loss
 
 
-def evaluate_batch(model: nn.Module, batches: Iterator[Any], run: TrainingRun) -> Tensor:
-    """Return the mean loss of the next batch, without training."""
+def train_on_batches(
+    trainer: Any, batches: Iterator[Any] | None, loader: RunLoader | None, run: TrainingRun
+) -> Tensor:
+    """Train an engine's model on the micro-batches of one step, and return their mean loss.
+
+    Args:
+        trainer: the engine, whose model returns the loss of a micro-batch.
+        batches: iterator over micro-batches; None to use those of ``loader``.
+        loader: the run's data loader; None if it has none.
+        run: state of the run.
+    """
+    losses = []
+    for loss in call_on_batches(trainer, batches or repeat_batches(loader), run.accumulation.steps):
+        losses.append(trainer.backward(loss).detach())
+        trainer.step()
+    return torch.stack(losses).sum()
+
+
+def evaluate_batch(
+    model: nn.Module,
+    batches: Iterator[Any],
+    run: TrainingRun,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Return the mean loss of the next batch, without training.
+
+    Args:
+        model: model that returns the loss of a micro-batch.
+        batches: iterator over micro-batches.
+        run: state of the run.
+        args: further positional arguments of DeepSpeed's ``PipelineEngine.eval_batch``.
+        kwargs: keyword arguments of the same method.
+
+    Raises:
+        TypeError: ``args`` or ``kwargs`` is not empty, but the model is not a pipeline.
+    """
+    if args or kwargs:
+        if not is_pipeline(run.backend):
+            names = ", ".join(f"`{name}`" for name in kwargs or {}) or f"{len(args)} more"
+            raise TypeError(
+                "Without a pipeline, `eval_batch` takes only `data_iter`, got "
+                f"{names}. Remove the argument, or train a DeepSpeed PipelineModule."
+            )
+        return run.backend.get_attribute("eval_batch")(batches, *args, **(kwargs or {}))
     if result := run.backend.run_pipeline(batches, trains=False):
         return result[0]
     losses = call_on_batches(model, batches, run.accumulation.steps)

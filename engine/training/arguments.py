@@ -28,8 +28,9 @@ def check_arguments(
     Raises:
         ValueError: an argument has the wrong type, for example a class instead of an instance.
     """
-    # A subclass of dict, such as EasyDict, may hold a parsed command line.
-    is_misplaced = isinstance(args, nn.Module | str | os.PathLike | type) or type(args) is dict
+    # A dict may hold a parsed command line, but without a model it is probably a misplaced config.
+    is_config = type(args) is dict and not isinstance(model, nn.Module)
+    is_misplaced = isinstance(args, nn.Module | str | os.PathLike | type) or is_config
     _check(
         not is_misplaced,
         f"`args`, the first argument, must be a parsed command line, got {_describe(args)}. "

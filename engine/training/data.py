@@ -142,6 +142,7 @@ def build_loader(
         "pin_memory": data.pin_memory and ranks.device.type == "cuda",  # torch warns on the CPU
     }
     if not isinstance(training_data, IterableDataset):
+        check_has_length(training_data)
         order = order_dataset(len(training_data), config)
         return build_run_loader(training_data, settings, order, config, ranks)
     if config.raw.get("engine", {}).get("dataloader", {}).get("shuffle"):
@@ -151,6 +152,18 @@ def build_loader(
         )
     settings |= {"batch_size": config.batch.micro, "drop_last": data.drop_last}
     return build_run_loader(training_data, settings, None, config, ranks)
+
+
+def check_has_length(training_data: Any) -> None:
+    """Check that a dataset is map-style: it has a length and returns the sample of an index."""
+    for name in ("__len__", "__getitem__"):
+        if not hasattr(training_data, name):
+            raise ValueError(
+                f"`training_data` must have `{name}`, got a value of type "
+                f"{type(training_data).__name__}. Pass a Dataset, a DataLoader or a list. To read "
+                "from a generator, yield the samples in the `__iter__` method of an "
+                "IterableDataset."
+            )
 
 
 def make_rank_loader(

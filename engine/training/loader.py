@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -77,6 +78,9 @@ class RunLoader:
         self.resumes = False
         """Whether the next loop over the data continues the current epoch."""
         self._endless: Iterator[Any] | None = None
+        self._is_main = ranks.rank == 0
+        self._left_epoch: str | None = None  # description of an epoch that was left early
+        self._is_saved = False  # whether a checkpoint of this run contains the position
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # `copy` and `pickle` look for special methods
@@ -133,7 +137,7 @@ class RunLoader:
         epoch instead.
         """
         self._epoch, self._requested = state["epoch"], state["given"]
-        self._endless = None
+        self._endless = self._left_epoch = None
         self._is_finished = bool(state.get("finished")) or self._has_requested_all()
         self.resumes = resumes and not self._is_finished
         if not has_state(self._batches) or not (self.resumes or self._is_finished):
@@ -178,9 +182,44 @@ class RunLoader:
             self._start(self.epoch)
         self.is_used = True
         if not self.resumes:
+            self._note_left_epoch()
             self._epoch, self._requested = self._epoch + 1, 0
         self.resumes = self._is_finished = False
         return self._count_requests(self._start_epoch())
+
+    def note_save(self) -> None:
+        """Note that a checkpoint contains the position, and warn if a resume would change the run.
+
+        Call this method for each checkpoint of the run. If the script leaves epochs early, as with
+        ``itertools.islice``, a resumed run cannot know at which batch the saved epoch ends.
+        """
+        self._is_saved = True
+        self._warn_of_left_epoch()
+
+    def _note_left_epoch(self) -> None:
+        is_complete = self._is_used_up() or self._requested >= self._count_batches()
+        if self._epoch >= 0 and not is_complete and self._left_epoch is None:
+            self._left_epoch = f"epoch {self._epoch} after {self._requested} micro-batches"
+            self._warn_of_left_epoch()
+
+    def _count_batches(self) -> float:
+        try:
+            return len(self)
+        except (TypeError, NotImplementedError):  # the length of an iterable dataset is optional
+            return math.inf
+
+    def _warn_of_left_epoch(self) -> None:
+        if not (self._left_epoch and self._is_saved and self._is_main):
+            return
+        log.warning(
+            "the script left %s and started the next one; a run that resumes from a checkpoint "
+            "continues the saved epoch to its end, or for as many micro-batches as the script "
+            "uses per epoch, so it trains on other data and may take more steps; to prevent this, "
+            "use a smaller dataset or a sampler, or set `engine.max_duration` in steps and loop "
+            "over `trainer.batches()`",
+            self._left_epoch,
+        )
+        self._is_main = False  # warn only once
 
     def iterate_forever(self) -> Iterator[Any]:
         """Return an infinite iterator that starts the next epoch whenever an epoch ends."""

@@ -31,7 +31,7 @@ X = torch.arange(8.0).view(4, 2)
 def test_engine_accessors_return_the_values_of_the_config():
     trainer = start()
     assert (trainer.global_rank, trainer.local_rank, trainer.world_size) == (0, 0, 1)
-    assert trainer.optimizer_name() == "sgd"
+    assert trainer.optimizer_name() == "SGD"
     assert trainer.scheduler_name() == "WarmupLR"
     assert (trainer.fp16_enabled(), trainer.bfloat16_enabled()) == (False, False)
     assert (trainer.gradient_clipping(), trainer.steps_per_print()) == (1.0, None)
@@ -126,16 +126,17 @@ def weights(trainer):
     return [p.detach().clone() for p in trainer.module.parameters()]
 
 
+class Loss(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.net(x).pow(2).mean()
+
+
 @pytest.mark.parametrize("way", ["scale", "loss.backward", "set_boundary", "train_batch"])
 def test_step_with_each_way_to_run_a_batch_gives_equal_parameters(way):
-    class Loss(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = torch.nn.Linear(2, 1)
-
-        def forward(self, x):
-            return self.net(x).pow(2).mean()
-
     usual, other = start(Loss), start(Loss, steps_per_print=1)
     for _ in range(3):
         for half in X.split(2):

@@ -276,6 +276,11 @@ def test_param_groups_keep_their_learning_rates():
     [
         ({"config": None}, "`config` must be a path or a dict, got None"),
         ({"model": None}, "`model` must be a torch.nn.Module, got None"),
+        (
+            {"args": CONFIG, "model": None},
+            "must be a parsed command line, got a value of type dict",
+        ),
+        ({"args": CONFIG, "config": None}, "`args`, the first argument, is a parsed command line"),
         ({"model": torch.nn.Linear}, "`model` must be a torch.nn.Module, got the class Linear"),
         (
             {"model": model().requires_grad_(False)},
@@ -295,7 +300,6 @@ def test_param_groups_keep_their_learning_rates():
             for args, of in [
                 (model(), "a value of type Sequential"),
                 (torch.nn.Linear, "the class Linear"),
-                (CONFIG, "a value of type dict"),
                 ("ds_config.json", "a value of type str"),
             ]
         ),
@@ -436,6 +440,11 @@ def test_initialize_with_args_reads_their_deepspeed_config(tmp_path):
     args = argparse.Namespace(deepspeed_config=str(path))
     trainer, *_ = engine.initialize(args, model())
     assert trainer.config.name == str(path)
+
+
+def test_initialize_with_args_in_a_dict_uses_the_config():
+    trainer, *_ = engine.initialize({"local_rank": 0}, model(), config=CONFIG)
+    assert trainer.train_batch_size() == CONFIG["train_batch_size"]
 
 
 def test_model_on_the_meta_device_is_an_error():

@@ -1,5 +1,6 @@
 """`Engine.batches`, reported metrics, the best checkpoint and early stopping."""
 
+import itertools
 import logging
 import math
 
@@ -110,6 +111,47 @@ def test_resumed_batches_are_those_of_the_whole_run(tmp_path, stop_at):
     resumed = start(tmp_path, checkpoint={"every": 1}, max_duration="2ep")
     assert first + train(resumed) == whole
     assert torch.equal(resumed.module.weight, expected.module.weight)
+
+
+def train_epochs(trainer, epochs, limit):
+    """Train on at most ``limit`` batches of each epoch."""
+    for _ in range(trainer.epoch, epochs):
+        for (x,) in itertools.islice(trainer.training_dataloader, limit):
+            trainer.backward(trainer(x).pow(2).mean())
+            trainer.step()
+    trainer.destroy()
+
+
+@pytest.mark.parametrize(
+    ("epochs", "limit", "every", "warnings"),
+    [
+        (3, 2, 1, 1),
+        (3, 2, 5, 1),  # the first checkpoint is in the last epoch
+        (1, 2, 1, 0),  # the script leaves only the last epoch
+        (3, STEPS_PER_EPOCH, 1, 0),
+        (3, None, 1, 0),
+        (3, 2, None, 0),
+    ],
+)
+def test_epochs_left_early_are_reported_if_the_run_is_saved(
+    tmp_path, caplog, epochs, limit, every, warnings
+):
+    plan = {} if every is None else {"checkpoint": {"every": every}}
+    train_epochs(start(None if every is None else tmp_path, **plan), epochs, limit)
+    text = "the script left epoch 0 after 2 micro-batches and started the next one"
+    assert caplog.text.count(text) == warnings
+    assert caplog.text.count("the script left epoch") == warnings
+
+
+def test_epochs_left_early_in_a_trial_run_are_not_reported(tmp_path, caplog):
+    trainer = start(tmp_path, max_duration="1ep")
+    loader = trainer.training_dataloader
+    state = loader.state_dict()
+    for _ in range(2):
+        next(iter(loader))
+    loader.load_state_dict(state)
+    train(trainer)
+    assert "the script left epoch" not in caplog.text
 
 
 def test_run_that_is_over_trains_nothing_and_logs_it(tmp_path, caplog):

@@ -3,7 +3,9 @@
 import math
 
 import pytest
+import torch
 
+import engine
 from tests.testing.distributed import run_distributed_test
 from tests.testing.training_loops import BF16, LOOPS, run_loops
 
@@ -119,3 +121,14 @@ def test_loop_by_hand_trains_every_weight_with_the_gradients_of_all_ranks(by_han
     assert len(set(result["losses"])) == len(result["losses"])
     pairs = zip(alone["plain loop", "by hand", 0]["weights"], result["weights"], strict=True)
     assert all(max(abs(a - b) for a, b in zip(*pair, strict=True)) > 1e-3 for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "name"),
+    [((), {"num_micro_batches": 1}, "`num_micro_batches`"), ((True,), {}, "1 more")],
+)
+def test_eval_batch_with_arguments_of_pipelines_raises(args, kwargs, name):
+    config = {"train_batch_size": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match=f"takes only `data_iter`, got {name}.*PipelineModule"):
+        trainer.eval_batch(iter([torch.ones(1, 1)]), *args, **kwargs)

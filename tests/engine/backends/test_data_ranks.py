@@ -197,6 +197,9 @@ def train_pipeline(directory):
     trainer.train_batch(iter(held_back))
     after = float(trainer.eval_batch(iter(held_back)))
     assert after < before
+    one, outputs = trainer.eval_batch(iter(held_back), True, num_micro_batches=1)
+    assert float(one) == after
+    assert (outputs is not None) == (dist.get_rank() == 1)
     trainer.load_checkpoint(directory)
     assert float(trainer.eval_batch(iter(held_back))) == before
     assert trainer.global_steps == 5

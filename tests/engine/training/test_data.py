@@ -83,6 +83,18 @@ def test_loader_of_an_iterable_dataset_keeps_its_order():
     assert [batch.tolist() for batch in loader] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ((x for x in range(8)), "must have `__len__`, got a value of type generator"),
+        (set(range(8)), "must have `__getitem__`, got a value of type set"),
+    ],
+)
+def test_loader_of_data_without_length_or_index_raises(data, message):
+    with pytest.raises(ValueError, match=message):
+        build_loader(data, load_config({"train_batch_size": 4}), ONE, None)
+
+
 def test_loader_with_collate_fn_yields_its_batches():
     data = TensorDataset(torch.arange(8))
     loader = build_loader(data, load_config({"train_batch_size": 4}), ONE, len)
