@@ -13,6 +13,7 @@ from typing import Any
 import schemas
 from engine.config import Config
 from engine.config.batch_sizes import BATCH_KEYS
+from engine.config.optimizer_types import TORCH_ARGUMENTS
 from engine.config.pointers import get_parent
 from engine.config.schema import (
     ABSENT,
@@ -78,6 +79,10 @@ def build_deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[st
         block = _drop_parked_keys(config.raw["optimizer"])
         settings["optimizer"] = {
             key: value for key, value in block.items() if key not in _GROUP_KEYS
+        }
+        params = settings["optimizer"].get("params", {})
+        settings["optimizer"]["params"] = {
+            key: value for key, value in params.items() if value or key not in TORCH_ARGUMENTS
         }
     else:
         # By default, DeepSpeed rejects offloading with an optimizer that it did not build.

@@ -1,4 +1,4 @@
-"""Check that all ranks use the same layers of a model that FSDP2 shards."""
+"""Check that all ranks train the same layers of a model that FSDP2 shards."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections import deque
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from engine.distributed.ranks import Ranks, gather_if_different
 from engine.errors import MisuseError
@@ -22,10 +23,10 @@ _CHECK_INTERVAL = 100
 
 
 class LayerUse:
-    """Record of the layers that this rank has used since its last optimizer step.
+    """Record of the layers that this rank has trained since its last optimizer step.
 
     To gather parameters and to average gradients, FSDP2 matches the calls of the ranks only by
-    their order. If ranks use different layers, it mixes up parameters of the same size in silence.
+    their order. If ranks use different layers, it silently mixes up parameters of the same size.
     The ranks compare their records in every step, or only in the first three steps and in every
     hundredth if `checks_every_step` is false.
 
@@ -45,19 +46,27 @@ class LayerUse:
 
         True by default only on the CPU, because on a GPU the comparison blocks the host.
         """
-        # A script that never steps, such as an evaluation with gradients, must not fill the memory.
+        # A script that never steps must not fill the memory.
         self._order: deque[str] = deque(maxlen=_RECORDED_CALLS)
         sharded = {name for name, each in model.named_modules() if isinstance(each, FSDPModule)}
         self._hooks = [
-            model.get_submodule(name).register_forward_pre_hook(
+            model.get_submodule(name).register_forward_hook(
                 functools.partial(self._on_forward, name)
             )
             for name in sharded
         ]
 
-    def _on_forward(self, name: str, *_: Any) -> None:
-        if torch.is_grad_enabled():
-            self._order.append(name)
+    def _on_forward(self, name: str, _module: nn.Module, _inputs: Any, outputs: Any) -> None:
+        """Record a call when its backward pass starts.
+
+        A forward pass alone may be run on one rank only, as long as no parameters are gathered.
+        """
+        if torch.compiler.is_compiling():  # the hook would split the graph
+            return
+        for leaf in tree_leaves(outputs):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(lambda _gradient: self._order.append(name))  # type: ignore[no-untyped-call]  # untyped in torch
+                return
 
     def check(self) -> None:
         """Check that all ranks have used the same layers, and forget the record.
@@ -95,9 +104,12 @@ class LayerUse:
         pairs = enumerate(zip(order, other_order, strict=False))
         call = next((i for i, (one, other) in pairs if one != other), None)
         if call is None:
-            return f"rank 0 has called {len(order)} layers, and rank {rank} {len(other_order)}"
-        other = f"`{other_order[call]}` on rank {rank}"
-        return f"call {call + 1} is `{order[call]}` on rank 0, and {other}"
+            return (
+                f"rank 0 has run {len(order)} backward passes through layers, and rank {rank} "
+                f"{len(other_order)}"
+            )
+        other = f"through `{other_order[call]}` on rank {rank}"
+        return f"backward pass {call + 1} is through `{order[call]}` on rank 0, and {other}"
 
     def release(self) -> None:
         """Remove the hooks from the model."""

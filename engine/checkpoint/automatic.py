@@ -218,6 +218,12 @@ class AutomaticCheckpoints:
         if directory is not None and not self._has_trained:
             parts.append("to start a new run, set another `engine.checkpoint.dir`")
         log.info("%s", "; ".join(parts))
+        if self._has_trained and run.best is not None and run.best.last_step < 0:
+            log.warning(
+                "no best checkpoint was saved, because `trainer.report` was never called with "
+                "`%s`, the metric of `engine.checkpoint.best`",
+                run.best.name,
+            )
 
     def close(self, run: RunState) -> None:
         """Save a final checkpoint if the current step is unsaved, and restore signal handlers.

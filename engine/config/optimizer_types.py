@@ -14,7 +14,10 @@ from engine.config.wording import quote_value
 from engine.errors import Fix, Problem
 from schedules.core.imports import are_imports_allowed, import_attribute
 
-__all__ = ["CLOSURE_FIX", "find_optimizer_schema", "needs_closure"]
+__all__ = ["CLOSURE_FIX", "TORCH_ARGUMENTS", "find_optimizer_schema", "needs_closure"]
+
+TORCH_ARGUMENTS = ("maximize", "foreach", "fused", "capturable")
+"""Arguments of PyTorch's optimizers that DeepSpeed's own optimizers do not accept."""
 
 CLOSURE_FIX = (
     "An optimizer with a closure computes the loss several times per step, but the engine computes "

@@ -25,6 +25,7 @@ from engine.config.schema import (
 from engine.errors import Fix
 from schedules import SCHEDULES
 from schedules.core.fields import read_fields
+from schedules.core.registry import suggest as suggest_schedule
 from schedules.core.spelling import edit_distance, find_abbreviation, find_nearest, suggest_fraction
 
 __all__ = ["Suggestion", "suggest_key", "suggest_optimizer", "wrap_in_section"]
@@ -121,13 +122,19 @@ def wrap_in_section(value: object, schema: Mapping[str, Any]) -> str:
     >>> wrap_in_section(2, {"properties": {"stage": {"type": "integer"}}})
     '{"stage": 2}'
     """
-    kinds = {bool: "enabled", int: "stage", str: "type"}
-    key = kinds.get(type(value))
+    key = {bool: "enabled", int: "stage", str: "type"}.get(type(value), "")
+    of_key = schema.get("properties", {}).get(key)
+    meant: Any = value
     if key == "type":
-        value = suggest_optimizer(str(value))
-    if key not in schema.get("properties", {}) or value is None:
+        suggest = suggest_schedule if schema.get("title") == "scheduler" else suggest_optimizer
+        meant = suggest(str(value))
+    if of_key is None or meant is None or not _is_in_range(meant, of_key):
         return ""
-    return json.dumps({key: value})
+    return json.dumps({key: meant})
+
+
+def _is_in_range(value: Any, schema: Mapping[str, Any]) -> bool:
+    return "maximum" not in schema or schema["minimum"] <= value <= schema["maximum"]
 
 
 def suggest_optimizer(name: str) -> str | None:

@@ -87,7 +87,10 @@ class Signals:
 
     def _warn_of_replaced_handlers(self) -> None:
         for number in self._previous_handlers:
-            if signal.getsignal(number) not in (self._record, signal.SIG_DFL):
+            handler = signal.getsignal(number)
+            is_own = isinstance(getattr(handler, "__self__", None), Signals)  # of any engine
+            # Jupyter sets Python's default handlers before each cell.
+            if not is_own and handler not in {signal.SIG_DFL, signal.default_int_handler}:
                 name = signal.Signals(number).name
                 log.warning(
                     "the script has replaced the run's handler for %s, so %s does not save a "

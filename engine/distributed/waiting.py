@@ -55,8 +55,8 @@ def _watch() -> None:
             continue
         warned = found
         log.warning(
-            "`%s` has been waiting for other ranks for %g seconds; every rank must call it, so "
-            "call it outside of any `if rank == 0` block",
+            "`%s` has been waiting for other ranks for %g seconds; if only some ranks call it, "
+            "move it outside of the `if rank == 0` block",
             found[0],
             _PATIENCE,
         )

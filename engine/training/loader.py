@@ -198,7 +198,8 @@ class RunLoader:
 
     def _note_left_epoch(self) -> None:
         is_complete = self._is_used_up() or self._requested >= self._count_batches()
-        if self._epoch >= 0 and not is_complete and self._left_epoch is None:
+        is_started = self._epoch >= 0 and self._requested > 0
+        if is_started and not is_complete and self._left_epoch is None:
             self._left_epoch = f"epoch {self._epoch} after {self._requested} micro-batches"
             self._warn_of_left_epoch()
 
@@ -212,11 +213,9 @@ class RunLoader:
         if not (self._left_epoch and self._is_saved and self._is_main):
             return
         log.warning(
-            "the script left %s and started the next one; a run that resumes from a checkpoint "
-            "continues the saved epoch to its end, or for as many micro-batches as the script "
-            "uses per epoch, so it trains on other data and may take more steps; to prevent this, "
-            "use a smaller dataset or a sampler, or set `engine.max_duration` in steps and loop "
-            "over `trainer.batches()`",
+            "the script left %s and started the next one; a resumed run cannot know where the "
+            "script leaves an epoch, so it trains on other data and may take more steps; to limit "
+            "the run, set `engine.max_duration` in steps and loop over `trainer.batches()`",
             self._left_epoch,
         )
         self._is_main = False  # warn only once

@@ -86,7 +86,13 @@ def build_optimizer(
     may_fuse &= not params.pop("torch_adam", False) and not is_chosen
     # The momentum buffers of fused SGD start at zero, which is wrong with dampening.
     has_dampening = any(isinstance(group, dict) and group.get("dampening") for group in groups)
-    may_fuse &= not (params.get("dampening") or has_dampening)
+    has_dampening |= bool(params.get("dampening"))
+    if has_dampening and params.get("fused"):
+        raise ValueError(
+            "`fused` must be false with `dampening`, because PyTorch's fused SGD computes wrong "
+            "first steps. Remove `fused` from optimizer.params."
+        )
+    may_fuse &= not has_dampening
     if name in _FUSED_OPTIMIZERS and may_fuse and _has_fused_kernel(name, groups):
         params["fused"] = True
     optimizer = _construct(getattr(torch.optim, name), groups, _convert(params))

@@ -160,6 +160,8 @@ def _read_other_names() -> dict[tuple[tuple[str, ...], str], list[str]]:
     found: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for pointer, names in schemas.read("aliases.json").items():
         for other, key in names.items():
+            if " " in key:  # a hint instead of a name, because the value must change
+                continue
             target = key if key.startswith("/") else f"{pointer}/{key}"
             *path, last = target.split("/")[1:]
             names_of_key = found.setdefault((tuple(path), last), [])

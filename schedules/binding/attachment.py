@@ -151,8 +151,7 @@ class KnownGroups:
                 "attached to, so param groups were removed or reordered. Attach the schedule again "
                 "after removing or reordering param groups."
             )
-        if moved is not None or not is_same:
-            self._note(optimizer)
+        self._note(optimizer)
         return is_same
 
 

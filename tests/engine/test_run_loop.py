@@ -194,6 +194,16 @@ def test_best_checkpoint_is_that_of_the_best_metric(tmp_path):
     assert resumed.global_steps == 7
 
 
+@pytest.mark.parametrize("metric", ["val_loss", "loss"])
+def test_metric_that_is_never_reported_is_a_warning_at_the_end(metric, tmp_path, caplog):
+    plan = {"best": {"metric": metric, "mode": "min"}}
+    trainer = start(tmp_path, checkpoint=plan, max_duration="2ba")
+    report_losses(trainer, [3.0, 2.0])
+    trainer.destroy()
+    warned = f"`trainer.report` was never called with `{metric}`" in caplog.text
+    assert warned == (metric == "loss")
+
+
 def test_largest_metric_is_the_best_if_the_mode_is_max(tmp_path):
     plan = {"best": {"metric": "val_loss", "mode": "max"}}
     report_losses(start(tmp_path, checkpoint=plan, max_duration="10ba"), [1.0, 3.0, 2.0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engine.config.master_weights import find_cpu_adam_key
+from engine.config.optimizer_types import TORCH_ARGUMENTS
 from engine.config.rules.context import Rule, RuleContext
 from engine.config.schema import OPTIMIZERS, is_import_path, optimizer_name
 from engine.config.wording import quote_value
@@ -17,7 +18,6 @@ from engine.errors import Problem
 __all__ = ["RULES"]
 
 _NOT_SHARDED = {"Adafactor", "Rprop"}
-_OF_TORCH = ("maximize", "foreach", "fused", "capturable")
 
 
 def _check_hyperparameters(context: RuleContext) -> Iterator[Problem]:
@@ -73,17 +73,17 @@ def _check_nesterov(context: RuleContext) -> Iterator[Problem]:
 def _check_implementation(context: RuleContext) -> Iterator[Problem]:
     """Yield an error for arguments of PyTorch's optimizers that the implementation rejects."""
     params = context.get_section("optimizer").get("params", {})
-    given = [key for key in _OF_TORCH if params.get(key)]
+    given = [key for key in TORCH_ARGUMENTS if params.get(key)]
     if not given:
         return
     pointer = "/optimizer/params/fused"
-    of_deepspeed = find_cpu_adam_key(context.config) or (
+    deepspeed_key = find_cpu_adam_key(context.config) or (
         "torch_adam" if params.get("torch_adam") is False else None
     )
-    if context.backend.name == "deepspeed" and of_deepspeed:
+    if context.backend.name == "deepspeed" and deepspeed_key:
         message = (
             f"`{given[0]}` requires PyTorch's implementation of the optimizer, but "
-            f"`{of_deepspeed}` selects DeepSpeed's."
+            f"`{deepspeed_key}` selects DeepSpeed's."
         )
         hint = f"Remove `{given[0]}`."
         yield context.error("optimizer-params", f"/optimizer/params/{given[0]}", message, hint)

@@ -193,7 +193,10 @@ def train_branches(stage, orders):
     ("orders", "message"),
     [
         ([([0], [1])], "`branches.0.weight` has a gradient on rank 0, but not on rank 1"),
-        ([([0], [1]), ([1], [0])], "call 2 is `branches.0` on rank 0, and `branches.1` on rank 1"),
+        (
+            [([0], [1]), ([1], [0])],
+            "backward pass 1 is through `branches.0` on rank 0, and through `branches.1` on rank 1",
+        ),
     ],
 )
 def test_ranks_that_use_different_layers_get_an_error_instead_of_mixed_parameters(
@@ -205,3 +208,18 @@ def test_ranks_that_use_different_layers_get_an_error_instead_of_mixed_parameter
 
 def test_ranks_that_use_the_same_layers_in_another_order_than_before_train():
     run_distributed_test(train_branches, 2, 3, [([0, 1], [0, 1]), ([1, 0], [1, 0]), ([1], [1])])
+
+
+def look_at_outputs_on_rank_0(stage):
+    trainer = start(zero_optimization={"stage": stage})
+    for _ in range(2):
+        loss = trainer(torch.ones(2, 6)).pow(2).mean()
+        if trainer.global_rank == 0:
+            trainer.module(torch.ones(1, 6))  # the parameters are still gathered
+        trainer.backward(loss)
+        assert trainer.step()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_forward_pass_on_one_rank_without_backward_pass_is_accepted(stage):
+    run_distributed_test(look_at_outputs_on_rank_0, 2, stage)

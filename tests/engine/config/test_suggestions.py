@@ -254,7 +254,10 @@ def test_misplaced_or_foreign_key_is_one_error_with_the_key_to_use(config, point
         ({"fp16": {"init_scale": 16}}, "Use `initial_scale_power` instead, the exponent"),
         ({"optimizer": {"type": "Adam", "params": {"beta1": 0.8}}}, "Use `betas` instead"),
         ({"optimizer": "AdamW"}, 'Write {"type": "AdamW"}.'),
+        ({"scheduler": "WarmupLR"}, 'Write {"type": "WarmupLR"}.'),
+        ({"scheduler": "Adam"}, ""),
         ({"zero_optimization": 2}, 'Write {"stage": 2}.'),
+        ({"zero_optimization": 7}, ""),
         ({"bf16": True}, 'Write {"enabled": true}.'),
     ],
 )

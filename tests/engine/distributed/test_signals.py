@@ -93,3 +93,17 @@ def test_handler_that_the_script_replaces_is_a_warning(caplog):
     finally:
         received.restore_handlers()
         signal.signal(signal.SIGTERM, previous)
+
+
+def test_handlers_of_another_engine_and_of_jupyter_are_no_warning(caplog):
+    first, second = Signals(), Signals()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        first.find_on_any_rank(ALONE)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        second.find_on_any_rank(ALONE)
+        assert caplog.messages == []
+    finally:
+        signal.signal(signal.SIGINT, before)
+        second.restore_handlers()
+        first.restore_handlers()

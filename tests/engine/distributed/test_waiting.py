@@ -1,4 +1,4 @@
-"""A call that only some ranks make is named in a warning instead of waiting in silence."""
+"""A call that only some ranks make is named in a warning."""
 
 import logging
 import time
@@ -20,12 +20,12 @@ CALLS = {
 
 
 def call_late(name, messages):
-    waiting._PATIENCE, waiting._PERIOD = 0.1, 0.02
+    waiting._PATIENCE, waiting._PERIOD = 0.5, 0.05
     config = build_config(zero_optimization={"stage": 0})
     trainer, *_ = engine.initialize(model=build_model(), config=config)
     handler = logging.FileHandler(f"{messages}{trainer.global_rank}")
     logging.getLogger("onecycle").addHandler(handler)
-    for pause in (0.5, 0.0):  # a second call that does not wait adds no warning
+    for pause in (1.5, 0.0):  # a second call that does not wait adds no warning
         time.sleep(pause * trainer.global_rank)
         CALLS[name](trainer)
 
@@ -36,4 +36,4 @@ def test_call_that_waits_for_another_rank_is_a_warning(name, tmp_path):
     of_ranks = [(tmp_path / f"log{rank}").read_text().splitlines() for rank in range(2)]
     warnings = [[line for line in lines if "waiting" in line] for lines in of_ranks]
     assert [len(lines) for lines in warnings] == [1, 0]
-    assert warnings[0][0].startswith(f"`{name}` has been waiting for other ranks for 0.1 seconds")
+    assert warnings[0][0].startswith(f"`{name}` has been waiting for other ranks for 0.5 seconds")
