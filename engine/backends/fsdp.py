@@ -57,7 +57,8 @@ class FSDPBackend(PyTorchBackend):
     """Handles of the hooks that cast the inputs of layers."""
     _has_unreduced = False
     """Whether gradients of earlier backward passes still have to be reduced across ranks."""
-    _layer_use: LayerUse
+    _layer_use: LayerUse | None = None
+    """Record of the layers that this rank has trained; None with a single rank."""
     _frozen_16_bits: list[tuple[str, nn.Parameter]]
     """Named parameters that stay in 16 bits because they were frozen when the engine was built."""
 
@@ -91,7 +92,8 @@ class FSDPBackend(PyTorchBackend):
     @override
     def _defer_steps(self) -> None:
         super()._defer_steps()
-        self._layer_use.checks_every_step = False
+        if self._layer_use is not None:
+            self._layer_use.checks_every_step = False
 
     @override
     def _set_precision(self) -> None:
@@ -138,7 +140,8 @@ class FSDPBackend(PyTorchBackend):
                 "the gradients. Call `set_gradient_accumulation_boundary(True)` before "
                 "`trainer.backward(loss)`, and call `backward` outside of `no_sync()`."
             )
-        self._layer_use.check()
+        if self._layer_use is not None:
+            self._layer_use.check()
         # An evaluation after the last backward pass gathers weights, but this step changes the
         # weights.
         reshard(self.model)
@@ -200,7 +203,8 @@ class FSDPBackend(PyTorchBackend):
     def destroy(self) -> None:
         for handle in self._input_casts:
             handle.remove()
-        self._layer_use.release()
+        if self._layer_use is not None:
+            self._layer_use.release()
         super().destroy()
 
     @override
