@@ -14,12 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 from engine.distributed.ranks import Ranks, gather_if_different
 from engine.errors import MisuseError
+from engine.training.gradient_averaging import is_check_due
 
 __all__ = ["LayerUse"]
 
 _RECORDED_CALLS = 10_000
-_CHECKED_STEPS = 3
-_CHECK_INTERVAL = 100
 
 
 class LayerUse:
@@ -78,8 +77,7 @@ class LayerUse:
         order = list(self._order)
         self._order.clear()
         self._steps += 1
-        is_due = self._steps <= _CHECKED_STEPS or self._steps % _CHECK_INTERVAL == 0
-        if not self.checks_every_step and not is_due:
+        if not self.checks_every_step and not is_check_due(self._steps):
             return
         trained = [p for group in self._optimizer.param_groups for p in group["params"]]
         used = [index for index, each in enumerate(trained) if each.grad is not None]

@@ -24,13 +24,25 @@ from engine.errors import MisuseError
 
 T = TypeVar("T", bound=Tensor)
 
-__all__ = ["GradientAverager", "broadcast", "find_sparse_weights"]
+__all__ = ["GradientAverager", "broadcast", "find_sparse_weights", "is_check_due"]
 
 _FIRST_BUCKET_BYTES = 1 << 20
 _BUCKET_BYTES = 25 << 20
 _STEP_PERIOD = 4
 _CHECKED_STEPS = 3
 _CHECK_INTERVAL = 100
+
+
+def is_check_due(steps: int) -> bool:
+    """Return whether the ranks compare their work after this many steps.
+
+    A comparison can block the host, so it is due only in the first three steps and in every
+    hundredth.
+
+    >>> [is_check_due(steps) for steps in (1, 4, 200)]
+    [True, False, True]
+    """
+    return steps <= _CHECKED_STEPS or steps % _CHECK_INTERVAL == 0
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
@@ -166,7 +178,7 @@ class GradientAverager:
         self.average()
         self._is_averaged, self._averaged = False, []  # `zero_grad` can free the gradients
         self._steps += 1
-        if self._is_check_due():
+        if is_check_due(self._steps):
             self._check_steps_match()
             self._check_gradients_match()
         self._average_buffers()
@@ -275,7 +287,7 @@ class GradientAverager:
     def _finish(self, bucket: _Bucket) -> None:
         bucket.work.wait()
         bucket.work = None
-        if self.checks_every_step or self._is_check_due():
+        if self.checks_every_step or is_check_due(self._steps):
             self._check_step(bucket)
         if bucket.is_stale:
             return  # copying the mean would discard newer gradients
@@ -308,9 +320,6 @@ class GradientAverager:
             parameter.grad is not averaged
             for parameter, averaged in zip(self._parameters, self._averaged, strict=True)
         )
-
-    def _is_check_due(self) -> bool:
-        return self._steps <= _CHECKED_STEPS or self._steps % _CHECK_INTERVAL == 0
 
     def _check_step(self, bucket: _Bucket) -> None:
         own = self._steps % _STEP_PERIOD
