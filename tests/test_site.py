@@ -119,6 +119,8 @@ def test_pages_load_without_messages_and_fit_the_window(site, address, browser):
         ("multiple nodes", "guides/multi_node"),
         ("layerwise lr decay", "guides/param_groups"),
         ("custom scheduler", "guides/own_schedule"),
+        ("custom lr scheduler", "guides/own_schedule"),
+        ("multinode", "guides/multi_node"),
         ("LR finder", "guides/learning_rate"),
         ("DeepSpeed compatibility", "drop_in"),
         ("installation", "index"),

@@ -208,8 +208,9 @@ class AutomaticCheckpoints:
         if not self._has_trained:
             parts = [f"the run is already over at step {step}"]
         end = run.scheduler.length if isinstance(run.scheduler, ScheduleBinder) else None
-        if end is not None and end != run.counters.applied_steps:
-            left = end - run.counters.applied_steps
+        # The last of n steps is step n - 1, so a schedule of n - 1 steps also fits the run.
+        left = 0 if end is None else end - run.counters.applied_steps
+        if left not in (0, -1):
             steps = count_noun(abs(left), "step")
             parts.append(f"the schedule ends {steps} {'later' if left > 0 else 'earlier'}")
         if directory is not None and self._checkpointer.is_saved(run, directory):

@@ -106,6 +106,7 @@ class Checkpointer:
             frozen=frozen,
             run=self._run_id,
             is_automatic=is_automatic,
+            best=None if run.best is None else run.best.describe(),
             created=dt.datetime.now(tz=dt.UTC).isoformat(),
         )
         try:

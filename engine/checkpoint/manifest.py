@@ -42,6 +42,9 @@ class Manifest:
     """Identifier of the run. A resumed run keeps its identifier."""
     is_automatic: bool = False
     """Whether the checkpoint was saved automatically. `prune` deletes only such checkpoints."""
+    best: Mapping[str, Any] | None = None
+    """The metric that selects the best checkpoint, with its best ``value`` so far and the ``step``
+    of this value; None if no metric is tracked or no value has been reported."""
     sequence: int = 0
     """Number that increases with each save in a directory, used to sort the checkpoints."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -128,6 +131,15 @@ def _is_mapping(value: object) -> bool:
     return isinstance(value, dict)
 
 
+def _is_best(value: object) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and isinstance(value.get("metric"), str)
+        and isinstance(value.get("value"), (int, float))
+        and _is_count(value.get("step"))
+    )
+
+
 def _are_files(value: object) -> bool:
     return isinstance(value, dict) and all(
         isinstance(entry, dict)
@@ -148,6 +160,7 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "versions": _is_mapping,
     "created": _is_text,
     "resumable": _is_flag,
+    "best": _is_best,
     "frozen": _is_flag,
     "run": _is_text,
     "is_automatic": _is_flag,

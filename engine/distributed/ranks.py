@@ -387,8 +387,9 @@ def _log_missing_ranks(error: BaseException | None) -> None:
             if missing and failed[0] == rank:
                 log.error(
                     "%s did not join the collective operation that failed. Check for a process "
-                    "that hangs or has exited without an error. If a rank only needs more time, "
-                    "for example to load data, set %s to a higher number of seconds.",
+                    "that hangs, was killed (for example because memory ran out) or has exited "
+                    "without an error. If a rank only needs more time, for example to load data, "
+                    "set %s to a higher number of seconds.",
                     _list_ranks(missing),
                     TIMEOUT,
                 )

@@ -116,11 +116,21 @@ class _Host:
 def _describe_end(host: str, returncode: int, failure: Failure | None) -> Outcome:
     status = to_exit_status(returncode)
     if failure is None:
-        return Outcome(status, f"{host} exited with status {status}", host)
+        return Outcome(status, f"{host} {_describe_status(status)}", host)
     if failure.rank is None:
         return Outcome(status, f"{host}: {failure.reason}", host)
-    reason = f"rank {failure.rank} on {host} exited with status {failure.status}"
+    reason = f"rank {failure.rank} on {host} {_describe_status(failure.status)}"
     return Outcome(failure.status, reason, f"{host}:r{failure.rank}")
+
+
+def _describe_status(status: int) -> str:
+    """Describe how a process ended, for example "exited with status 143 (SIGTERM)"."""
+    try:
+        name = signal.Signals(status - 128).name
+    except ValueError:  # no signal has this number
+        return f"exited with status {status}"
+    hint = ", the signal that Linux sends when memory runs out" if name == "SIGKILL" else ""
+    return f"exited with status {status} ({name}{hint})"
 
 
 class LaunchStateMachine:

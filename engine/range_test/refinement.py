@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ _FACTOR = 2.0  # ratio of neighboring maxima
 _REACH = 2  # number of maxima on each side of the best one to which the parabola is fitted
 _FARTHEST = 6  # largest power of `_FACTOR` by which a maximum differs from the first one
 _HORIZON = 0.32  # see Refinement.max_lr
+_HALVES = ("first", "second")
 _MOMENTUM = ("cycle_momentum", "cycle_min_mom", "cycle_max_mom")
 
 Array = NDArray[np.float64]
@@ -235,9 +237,26 @@ def build_short_cycle(block: Mapping[str, Any], max_lr: float, steps: int) -> di
     """
     params = block["params"]
     kept = {name: value for name, value in params.items() if name in _MOMENTUM}
-    first, second = (params.get(f"cycle_{half}_step_size") for half in ("first", "second"))
-    known = isinstance(first, int) and isinstance(second, int)
-    climb = min(max(1, round(steps * first / (first + second))) if known else steps // 2, steps - 1)
+    share = _compute_climb_share(*(params.get(f"cycle_{half}_step_size") for half in _HALVES))
+    climb = min(max(1, round(steps * share)), steps - 1)
     sizes = {"cycle_first_step_size": climb, "cycle_second_step_size": steps - climb}
     bounds = {"cycle_min_lr": max_lr / 10, "cycle_max_lr": max_lr}
     return {"type": "OneCycle", "params": {**kept, **bounds, **sizes}}
+
+
+def _compute_climb_share(first: object, second: object) -> float:
+    """Return the share of a cycle in which the learning rate increases; 0.5 if unknown.
+
+    >>> _compute_climb_share(300, 700), _compute_climb_share("0.3dur", "0.7dur")
+    (0.3, 0.3)
+    >>> _compute_climb_share(300, None)
+    0.5
+    """
+    fractions = re.fullmatch(r"([\d.]+)dur ([\d.]+)dur", f"{first} {second}".lower())
+    if fractions:
+        climb, descent = map(float, fractions.groups())
+    elif isinstance(first, int) and isinstance(second, int):
+        climb, descent = first, second
+    else:
+        return 0.5
+    return climb / (climb + descent)

@@ -216,9 +216,9 @@ class LRRangeReport:
             return table
         if suggestion.band:
             low, high = suggestion.band
-            count = len(suggestion.edge_rules)
-            shown = f"{count} rules agree within a factor of {high / low:.2g}"
-            table.add_row("confidence", shown if count > 1 else "only one rule applies")
+            rules = suggestion.edge_rules
+            shown = f"{', '.join(rules)}: they agree within a factor of {high / low:.2g}"
+            table.add_row("confidence", shown if len(rules) > 1 else f"only {rules[0]} applies")
         if self.max_lrs:
             low, high = min(self.max_lrs), max(self.max_lrs)
             runs = f"suggestions of {len(self.max_lrs)} individual runs"
@@ -299,13 +299,14 @@ class LRRangeReport:
         plotext.clear_figure()
         plotext.theme("pro" if color else "clear")
         plotext.plotsize(width, 15)
-        plotext.plot(smoothed.x.tolist(), smoothed.loss.tolist(), marker="braille")
+        losses = [float(f"{loss:.12g}") for loss in smoothed.loss]  # without rounding errors
+        plotext.plot(smoothed.x.tolist(), losses, marker="braille")
         if self.max_lr is not None:
             plotext.vline(math.log10(self.max_lr))
         lrs = choose_ticks((10**smoothed.x).tolist(), width // _COLUMNS_PER_TICK, is_log=True)
         plotext.xticks([math.log10(lr) for lr in lrs], list(lrs.values()))
-        losses = choose_ticks(smoothed.loss.tolist(), _LOSS_TICKS)
-        plotext.yticks(list(losses), list(losses.values()))
+        ticks = choose_ticks(losses, _LOSS_TICKS)
+        plotext.yticks(list(ticks), list(ticks.values()))
         plotext.title("loss at each learning rate")
         drawn = plotext.build()
         return str(drawn if color else plotext.uncolorize(drawn))

@@ -63,6 +63,15 @@ class BestMetric:
         """Whether the metric has not improved in the last `patience` reported values."""
         return self.patience is not None and self.misses >= self.patience
 
+    def describe(self) -> dict[str, Any] | None:
+        """Return the metric's name, its best value and the step of this value.
+
+        Return None before the first value other than NaN is reported.
+        """
+        if self.value is None:
+            return None
+        return {"metric": self.name, "value": float(self.value), "step": self.step}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state to save in a checkpoint."""
         return {

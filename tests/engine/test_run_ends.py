@@ -310,8 +310,16 @@ def test_resumed_run_on_data_of_another_loader_raises_if_it_could_train_too_long
         train_epoch(trainer, own)
 
 
-def test_log_tells_where_the_schedule_ends_if_the_run_ends_elsewhere(tmp_path, caplog):
-    params = {"warmup_max_lr": 0.1, "warmup_num_steps": 1, "total_num_steps": 40}
+@pytest.mark.parametrize(
+    ("length", "end"),
+    [
+        (40, f"; the schedule ends {40 - STEPS_PER_EPOCH} steps later"),
+        (STEPS_PER_EPOCH - 2, "; the schedule ends 2 steps earlier"),
+        (STEPS_PER_EPOCH - 1, ";"),  # as with "0.3dur" and "0.7dur", which are rounded down
+    ],
+)
+def test_log_tells_where_the_schedule_ends_if_the_run_ends_elsewhere(tmp_path, caplog, length, end):
+    params = {"warmup_max_lr": 0.1, "warmup_num_steps": 1, "total_num_steps": length}
     config = {
         "train_batch_size": BATCH,
         "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
@@ -323,10 +331,8 @@ def test_log_tells_where_the_schedule_ends_if_the_run_ends_elsewhere(tmp_path, c
     )
     train_epoch(trainer, loader)
     trainer.destroy()
-    assert (
-        f"training ended at step {STEPS_PER_EPOCH}; the schedule ends {40 - STEPS_PER_EPOCH} steps"
-        in caplog.text
-    )
+    assert f"training ended at step {STEPS_PER_EPOCH}{end}" in caplog.text
+    assert ("the schedule ends" in caplog.text) == ("the schedule ends" in end)
 
 
 def test_destroy_while_an_exception_is_handled_saves_nothing(tmp_path, monkeypatch):
@@ -405,7 +411,8 @@ def test_failing_rank_ends_the_job_within_seconds(tmp_path, backend, kind, statu
     done = launch_failing_rank(tmp_path, kind, backend)
     assert done.returncode == status
     *output, message = [line for line in done.stderr.splitlines() if line != "[localhost:r1] "]
-    assert message.endswith(f"first failure: rank 1 on localhost exited with status {status}")
+    reason = f"exited with status {status}{' (SIGINT)' if kind == 'interrupt' else ''}"
+    assert message.endswith(f"first failure: rank 1 on localhost {reason}")
     assert not last or output[-1].endswith(last)
 
 

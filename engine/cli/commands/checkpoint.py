@@ -82,9 +82,13 @@ def _list(args: argparse.Namespace, out: TextIO) -> int:
     for path, manifest in complete:
         ranks = count_noun(manifest.world_size, "rank")
         size = f"{manifest.size / 2**20:,.1f} MiB"
-        note = "" if manifest.frozen else "  without frozen parameters"
+        notes = [manifest.created[:19]]
+        if manifest.best is not None and manifest.best["step"] == manifest.step:
+            notes.append(f"best {manifest.best['metric']} so far: {manifest.best['value']:.6g}")
+        if not manifest.frozen:
+            notes.append("without frozen parameters")
         row = (path.name, f"step {manifest.step}", manifest.backend, ranks, size)
-        rows.append(tuple(map(escape, (*row, f"{manifest.created[:19]}{note}"))))
+        rows.append(tuple(map(escape, (*row, "  ".join(notes)))))
     for line in format_rows(rows, get_width(out)):
         print(line, file=out)
     return OK

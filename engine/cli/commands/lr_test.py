@@ -32,6 +32,11 @@ __all__ = ["add_arguments", "run"]
 
 _END_REASONS = {"divergence": "divergence", "steps": "step limit"}
 _LINES_OF_FAILURE = 15
+_WHOLE_RUN = {"cycle_first_step_size": "0.3dur", "cycle_second_step_size": "0.7dur"}
+_DEFAULT_SIZES = (
+    "Set `cycle_first_step_size`: by default, the learning rate increases for 2,000 steps and then "
+    "decreases for 2,000 steps."
+)
 _GRACE = 30.0  # seconds to wait after the test before the script is killed
 
 
@@ -296,11 +301,18 @@ def _read_range_test_block(args: argparse.Namespace) -> Any:
 
 
 def _read_block(path: Path, nproc: int, assignments: Sequence[str] = ()) -> dict[str, Any] | None:
+    """Return the OneCycle or LRRangeTest block of a config.
+
+    If it has neither, but sets the length of the run, return a cycle that takes the whole run.
+    """
     from engine.config import load_config
 
     config = load_config(path, world_size=nproc, assignments=assignments)
     block = config.raw.get("scheduler")
-    return None if block is None else dict(block)
+    if block is not None and block["type"] in ("OneCycle", "LRRangeTest"):
+        return dict(block)
+    has_length = config.run.get("max_duration") is not None
+    return {"type": "OneCycle", "params": dict(_WHOLE_RUN)} if has_length else None
 
 
 def _run_with_progress(
@@ -430,4 +442,6 @@ def _print_result(
             f"Wrote the OneCycle block to {args.write}. The original file is kept as {backup}.",
             markup=False,
         )
+        if "cycle_first_step_size" not in block["params"]:
+            console.print(_DEFAULT_SIZES, markup=False)
     return OK

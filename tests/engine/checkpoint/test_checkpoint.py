@@ -670,6 +670,35 @@ def test_checkpoint_command_accepts_the_directory_of_one_checkpoint(saved):
     assert path.is_file()
 
 
+def test_checkpoint_command_shows_the_best_value_of_the_metric(tmp_path):
+    config = {
+        "train_batch_size": 4,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "engine": {
+            "checkpoint": {
+                "dir": str(tmp_path),
+                "best": {"metric": "accuracy", "mode": "max"},
+            }
+        },
+    }
+    trainer, *_ = engine.initialize(model=torch.nn.Linear(2, 1), config=config)
+    for step, accuracy in enumerate([0.5, 0.912, 0.7]):
+        trainer.backward(trainer(torch.ones(4, 2)).mean())
+        trainer.step()
+        if step > 0:
+            trainer.report(accuracy=accuracy)
+        trainer.save_checkpoint(tmp_path)
+    trainer.destroy()
+    best = [
+        json.loads(run("checkpoint", "show", tmp_path / f"global_step{step}")[1])["best"]
+        for step in (1, 2, 3)
+    ]
+    assert best == [None, *2 * [{"metric": "accuracy", "value": 0.912, "step": 2}]]
+    lines = run("checkpoint", "ls", tmp_path)[1].splitlines()
+    marked = [line.split()[0] for line in lines if "best accuracy so far: 0.912" in line]
+    assert marked == ["best", "global_step2"]
+
+
 def test_checkpoint_command_lists_verifies_shows_and_exports(saved):
     status, out = run("checkpoint", "ls", saved)
     assert status == 0

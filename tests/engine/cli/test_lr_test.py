@@ -14,6 +14,11 @@ import pytest
 from engine import ConfigError
 from engine.cli.commands.lr_test import _build_command, _kill, _read_block, add_arguments
 from engine.cli.main import main
+from engine.config import load_config
+from engine.config.edits import write_scheduler
+from engine.range_test.recorder import Run
+from engine.range_test.report import LRRangeReport
+from schedules import Horizon, from_config
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "fashion_mnist"
 
@@ -112,6 +117,7 @@ def test_lr_test_write_changes_only_the_scheduler_block(directory):
     assert main(["validate", str(config)], io.StringIO(), io.StringIO()) == 0
     highest = read_report()["suggestion"]["max_lr"]
     assert f'"cycle_max_lr": {highest}' in text
+    assert "Set `cycle_first_step_size`" in out
 
 
 @pytest.mark.slow
@@ -333,6 +339,21 @@ def test_read_block_validates_the_config_for_the_number_of_ranks(tmp_path):
     assert _read_block(path, 2) is None
     with pytest.raises(ConfigError, match="`train_batch_size`"):
         _read_block(path, 1)
+
+
+@pytest.mark.parametrize("scheduler", [{}, {"scheduler": {"type": "WarmupLR"}}])
+def test_suggested_cycle_takes_the_whole_run_if_its_length_is_known(tmp_path, scheduler):
+    path = tmp_path / "ds_config.json"
+    config = {"train_batch_size": 8, "engine": {"max_duration": "10ep"}}
+    path.write_text(json.dumps(config | scheduler))
+    lrs = [10 ** (-5 + k / 25) for k in range(150)]
+    losses = [2.3 - 1.5 / (1 + (1e-3 / lr) ** 2) + (lr / 0.1) ** 2 for lr in lrs]
+    report = LRRangeReport((Run(lrs, losses, [None] * 150),))
+    write_scheduler(path, report.block(_read_block(path, 1)))
+    schedule = from_config(load_config(path).raw["scheduler"])
+    lrs = [schedule(step, horizon=Horizon(total_steps=100)) for step in range(101)]
+    assert lrs.index(report.max_lr) == 30
+    assert lrs[0] == lrs[100] == report.min_lr
 
 
 @pytest.mark.slow

@@ -137,7 +137,7 @@ def test_launch_killed_launcher_leaves_no_process(directory):
 @pytest.mark.parametrize(
     ("process", "status", "message"),
     [
-        ("engine.launch.torchrun", 137, "first failure: node1 exited with status 137"),
+        ("engine.launch.torchrun", 137, "node1 exited with status 137 (SIGKILL"),
         pytest.param(
             "engine.launch.agent", 75, "first failure: node1 was lost", marks=pytest.mark.long
         ),

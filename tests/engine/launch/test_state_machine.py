@@ -99,7 +99,8 @@ CASES = {
     "an agent killed without a report": (
         FIXED,
         [(ended("a", -9), orders("term", "bc"))],
-        STOPPING, False, 137, "a exited with status 137",
+        STOPPING, False, 137,
+        "a exited with status 137 (SIGKILL, the signal that Linux sends when memory runs out)",
     ),
     "torchrun itself fails": (
         FIXED,

@@ -1,6 +1,7 @@
 """The report of an LR range test: the reason why there is no suggestion."""
 
 import math
+import re
 
 import pytest
 
@@ -53,7 +54,16 @@ def test_report_states_how_closely_the_rules_agree():
         for column in report.table().columns
     )
     assert row == "confidence"
-    assert value == f"3 rules agree within a factor of {factor:.2g}"
+    rules = "end of descent, minimum, divergence / 10"
+    assert value == f"{rules}: they agree within a factor of {factor:.2g}"
+
+
+def test_terminal_plot_of_a_constant_loss_that_diverges_has_short_labels():
+    lrs = [10 ** (-6 + step / 40) for step in range(240)]
+    losses = [2.296875 + max(0, step - 100) / 10 for step in range(240)]
+    drawn = LRRangeReport((Run(lrs, losses, [None] * 240),)).draw_in_terminal(80)
+    labels = re.findall(r"\d\.\d+(?=┤)", drawn)
+    assert labels == ["2.3"]
 
 
 def test_report_without_a_suggestion_has_no_confidence():
