@@ -206,7 +206,7 @@ class Engine(DeepSpeedAccessors):
             self._automatic.save_if_due(self._run)
         return is_applied
 
-    def report(self, **metrics: Tensor | float) -> None:
+    def report(self, metrics: Metrics | None = None, /, **named: Scalar) -> None:
         """Report metrics, such as a validation loss, to the log and the monitors.
 
         Metrics are averaged over the ranks. Every rank must call this method. The metric named in
@@ -214,9 +214,10 @@ class Engine(DeepSpeedAccessors):
         passed to a schedule that uses a metric.
 
         Args:
-            metrics: numbers or scalar tensors by name, such as ``val_loss=0.25``.
+            metrics: numbers or scalar tensors by name, such as ``{"val/loss": 0.25}``.
+            named: more metrics, such as ``val_loss=0.25``.
         """
-        self._run.report(metrics)
+        self._run.report({**(metrics or {}), **named})
         if self._run.accumulation.micro_batches == 0:
             self._automatic.save_best(self._run)
 

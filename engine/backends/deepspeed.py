@@ -139,8 +139,7 @@ class DeepSpeedBackend(Backend):
     def _start_backward(self, *, is_last: bool) -> None:
         """Check that a backward pass is supported, and prepare DeepSpeed for the pass.
 
-        If DeepSpeed manages gradient accumulation, tell DeepSpeed whether this is the last backward
-        pass of the step.
+        If DeepSpeed manages gradient accumulation, ``is_last`` marks the last pass of a step.
         """
         self._order.check(is_last=is_last and self._is_managed)
         if self._sets_boundary:

@@ -686,7 +686,7 @@ def test_checkpoint_command_shows_the_best_value_of_the_metric(tmp_path):
         trainer.backward(trainer(torch.ones(4, 2)).mean())
         trainer.step()
         if step > 0:
-            trainer.report(accuracy=accuracy)
+            trainer.report({"accuracy": accuracy})
         trainer.save_checkpoint(tmp_path)
     trainer.destroy()
     best = [

@@ -244,7 +244,11 @@ def test_misplaced_or_foreign_key_is_one_error_with_the_key_to_use(config, point
     ("config", "hint"),
     [
         ({"mixed_precision": "bf16"}, 'Use "bf16": {"enabled": true} instead.'),
-        ({"mixed_precision": True}, 'Use "fp16": {"enabled": true} instead.'),
+        *(
+            ({key: value}, "Enable `bf16` or `fp16` instead; without them, the model is trained")
+            for key in ("mixed_precision", "precision")
+            for value in ("no", "bf16-mixed", 32, True)
+        ),
         ({"half": True}, 'Use "fp16": {"enabled": true} instead.'),
         ({"zero": 2}, 'Use "zero_optimization": {"stage": 2} instead.'),
         ({"optim": "adamw_torch"}, 'Use "optimizer": {"type": "AdamW"} instead.'),
