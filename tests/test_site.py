@@ -134,6 +134,7 @@ def test_pages_load_without_messages_and_fit_the_window(site, address, browser):
         ("start from scratch instead of resuming", "guides/checkpoints"),
         ("the loss is NaN", "guides/troubleshooting"),
         ("early stopping", "guides/evaluation"),
+        ("how do I evaluate", "guides/evaluation"),
         ("freeze layers", "guides/training_loops"),
         ("unfreeze layers", "guides/training_loops"),
         ("write my own schedule", "guides/own_schedule"),

@@ -89,6 +89,7 @@ class AutomaticCheckpoints:
         """
         directory, plan = self._directory, self._plan
         if directory is None:
+            atexit.register(_log_end_at_exit, weakref.ref(self), weakref.ref(run))
             return False
         previous = _USERS.get(str(directory.resolve()))
         if previous is not None:
@@ -106,6 +107,8 @@ class AutomaticCheckpoints:
             self._is_resumed = True
             if self._ranks.rank == 0:
                 log.info("resuming from %s at step %d", checkpoint_dir, run.counters.global_steps)
+            if run.is_over:
+                self._log_end(run)
         self._signals = self._signals or Signals()
         return is_loaded
 
@@ -207,9 +210,8 @@ class AutomaticCheckpoints:
         parts = [f"training ended at step {step}"]
         if not self._has_trained:
             parts = [f"the run is already over at step {step}"]
-        end = run.scheduler.length if isinstance(run.scheduler, ScheduleBinder) else None
+        left = _count_steps_left(run)
         # The last of n steps is step n - 1, so a schedule of n - 1 steps also fits the run.
-        left = 0 if end is None else end - run.counters.applied_steps
         if left not in (0, -1):
             steps = count_noun(abs(left), "step")
             parts.append(f"the schedule ends {steps} {'later' if left > 0 else 'earlier'}")
@@ -237,9 +239,17 @@ class AutomaticCheckpoints:
             # An exception that is being handled may have interrupted a step.
             if self._directory is not None and sys.exc_info()[0] is None:
                 self._save_unsaved(run, self._directory)
+            self.log_unfinished_schedule(run)
         finally:
             if self._signals is not None:
                 self._signals.restore_handlers()
+
+    def log_unfinished_schedule(self, run: RunState) -> None:
+        """Log the end of a run whose schedule has not ended, unless an exception was raised."""
+        has_failed = sys.exc_info()[0] is not None or hasattr(sys, "last_value")
+        is_unfinished = self._has_trained and not run.is_trial and _count_steps_left(run) > 0
+        if is_unfinished and not has_failed:
+            self._log_end(run)
 
     def _save_unsaved(self, run: RunState, directory: Path) -> None:
         if self._plan.every is None or run.is_trial or hasattr(sys, "last_value"):
@@ -301,3 +311,18 @@ class AutomaticCheckpoints:
 
     def _is_only_user(self, directory: Path) -> bool:
         return _USERS.get(str(directory.resolve()), self) is self
+
+
+def _count_steps_left(run: RunState) -> int:
+    """Return the number of steps until the schedule ends; 0 if the run has no such schedule."""
+    end = run.scheduler.length if isinstance(run.scheduler, ScheduleBinder) else None
+    return 0 if end is None else end - run.counters.applied_steps
+
+
+def _log_end_at_exit(
+    automatic: weakref.ref[AutomaticCheckpoints], run: weakref.ref[RunState]
+) -> None:
+    """Log the end of a run without checkpoints, if its engine still exists."""
+    checkpoints, state = automatic(), run()
+    if checkpoints is not None and state is not None:
+        checkpoints.log_unfinished_schedule(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.config.parser import Document
@@ -102,6 +103,11 @@ def check_named_code(
         yield check_import(document, code)
 
 
+def _list_script_directories(document: Document) -> list[str]:
+    """Return the directories in which the training script, and modules next to it, may be."""
+    return [str(Path(document.name).absolute().parent), str(Path.cwd())]
+
+
 def check_import(document: Document, code: NamedCode) -> Problem:
     """Check an import path or entry point without importing the code that it names.
 
@@ -114,7 +120,7 @@ def check_import(document: Document, code: NamedCode) -> Problem:
     message = f"`{name}` refers to {quote_value(path)}, which cannot be checked without an import."
     hint = "If you trust the config, pass --allow-imports to import and check the code."
     try:
-        if ":" in path and not check_import_path(path):
+        if ":" in path and not check_import_path(path, _list_script_directories(document)):
             severity = "warning"
             message = f"`{name}` refers to {quote_value(path)}, but its module was not found."
             hint = (

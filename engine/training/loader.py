@@ -21,6 +21,7 @@ __all__ = ["RunLoader", "has_state"]
 
 log = logging.getLogger("onecycle")
 
+_EMPTY_EPOCHS_BEFORE_WARNING = 2  # the first one is the rest of the last epoch
 _MAX_EMPTY_EPOCHS = 10_000
 """Maximum number of loops over the data that a script may start after the end of a run."""
 
@@ -269,4 +270,9 @@ class RunLoader:
                 "when `trainer.run_is_over` is true, or increase `engine.max_duration`."
             )
         self._on_end()
+        if self._empty_epochs == _EMPTY_EPOCHS_BEFORE_WARNING and self._is_main:
+            log.warning(
+                "the run is over, so this epoch has no batches; exit the loop over the epochs when "
+                "`trainer.run_is_over` is true"
+            )
         return iter(())

@@ -7,7 +7,7 @@ import sys
 import weakref
 from typing import Any, NoReturn, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -17,6 +17,7 @@ from engine.errors import MisuseError
 from engine.training.accumulation import Accumulation
 from engine.training.loss_window import check_loss
 from engine.training.optimizers import has_no_optimizer
+from engine.training.parameter_claims import EngineSteps, ParameterClaim, can_change_weights
 from schedules import ScheduleBinder
 
 __all__ = ["MisuseChecks"]
@@ -62,8 +63,9 @@ class MisuseChecks:
     The checks run at each backward pass, at each step and at the end of each epoch. They neither
     synchronize the device nor communicate with other ranks. They add a hook to the optimizer, and
     change no other object of the script. The hook counts the steps, and raises `MisuseError` if the
-    script itself takes two steps between two calls to the engine's `step`. An engine and the trial
-    runs of its LR range tests share one instance of this class.
+    script itself takes two steps between two calls to the engine's `step`. Another hook checks the
+    steps of the script's other optimizers. An engine and the trial runs of its LR range tests share
+    one instance of this class.
 
     Args:
         backend: backend of the engine.
@@ -84,7 +86,11 @@ class MisuseChecks:
         self._base_lrs: object = None
         self._micro_steps = 0  # at the end of the last epoch
         self._idle_epochs = 0
-        self._claim = _Claim(_find_trained(backend))
+        self._claim = ParameterClaim(
+            _find_trained(backend),
+            backend.basic_optimizer if self._has_optimizer else None,
+            is_main=backend.ranks.rank == 0,
+        )
         self._steps_of_rivals: int | None = None
         self._frozen = [
             (name, parameter)
@@ -95,6 +101,7 @@ class MisuseChecks:
     def release(self) -> None:
         """Remove the step-counting hook from the optimizer, and warn if `step` was never called."""
         self._finalizer()
+        self._claim.release()
 
     def restart(self) -> None:
         """Discard the recorded step counts of the optimizer and the scheduler.
@@ -291,28 +298,6 @@ class MisuseChecks:
             log.warning("%s", text)
 
 
-class _Claim:
-    """The parameters that an engine trains, and the other engines that train any of them."""
-
-    def __init__(self, parameters: set[Any]) -> None:
-        self.parameters = parameters
-        self.steps = 0
-        shares = [each for each in _CLAIMS if not each.parameters.isdisjoint(parameters)]
-        self.rivals = weakref.WeakSet(shares)
-        for rival in shares:
-            rival.rivals.add(self)
-        _CLAIMS.add(self)
-
-    def forget_rivals(self) -> None:
-        """Unlink this engine from the other engines that share parameters with it."""
-        for rival in list(self.rivals):
-            rival.rivals.discard(self)
-        self.rivals.clear()
-
-
-_CLAIMS: weakref.WeakSet[_Claim] = weakref.WeakSet()
-
-
 class _StepCounter:
     """Counter of an optimizer's steps, and of the losses since the last call to `step`.
 
@@ -320,8 +305,6 @@ class _StepCounter:
     not keep the engine alive. Each engine uses its counter as a context manager around its own
     optimizer steps, so that the hook does not report them as steps of the script.
     """
-
-    _engines_in_step = 0  # of all engines, because two engines may share an optimizer
 
     def __init__(self, optimizer: Any) -> None:
         self.count = 0
@@ -336,10 +319,10 @@ class _StepCounter:
     def __enter__(self) -> None:
         self._has_stepped = True
         self.losses = self.direct_steps = 0
-        _StepCounter._engines_in_step += 1
+        EngineSteps.active += 1
 
     def __exit__(self, *_: object) -> None:
-        _StepCounter._engines_in_step -= 1
+        EngineSteps.active -= 1
 
     def release(self, ranks: Ranks) -> None:
         """Remove the hook, and warn if the script passed losses but never called `step`."""
@@ -357,25 +340,12 @@ class _StepCounter:
 
     def _add(self, optimizer: Optimizer, *_: object) -> None:
         self.count += 1
-        if _StepCounter._engines_in_step or not _changes_weights(optimizer):
+        if EngineSteps.active or not can_change_weights(optimizer):
             return
         self.direct_steps += 1
         # `check_step` reports a single step, and knows whether the engine takes steps, too.
         if self.direct_steps > 1:
             _raise_direct_step()
-
-
-def _changes_weights(optimizer: Optimizer) -> bool:
-    """Return whether a step can change weights.
-
-    Some steps only create the optimizer state: torch.distributed.checkpoint takes steps with a
-    learning rate of 0, and some scripts take a step without gradients.
-    """
-    groups = optimizer.param_groups
-    lrs = (group.get("lr") for group in groups)
-    # Reading a tensor would wait for the device.
-    can_change = any(isinstance(lr, Tensor) or lr != 0 for lr in lrs)
-    return can_change and any(p.grad is not None for group in groups for p in group["params"])
 
 
 def _find_trained(backend: CheckedBackend) -> set[Any]:

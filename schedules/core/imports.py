@@ -12,7 +12,7 @@ import importlib.machinery
 import importlib.util
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -76,11 +76,15 @@ def require_imports(name: str) -> None:
         )
 
 
-def check_import_path(path: str) -> bool:
+def check_import_path(path: str, directories: Sequence[str] = ()) -> bool:
     """Check the syntax of an import path, and return whether the module can be found.
 
     This function imports nothing, not even the packages that contain the module. If the module
     cannot be looked up without an import, return True.
+
+    Args:
+        path: import path of the form ``module:attribute``.
+        directories: directories to search if the module is not on ``sys.path``.
 
     Raises:
         ValueError: the path does not have the form ``module:attribute``.
@@ -95,7 +99,9 @@ def check_import_path(path: str) -> bool:
         )
     package, *below = path.partition(":")[0].split(".")
     try:
-        spec = importlib.util.find_spec(package)
+        spec = importlib.util.find_spec(package) or importlib.machinery.PathFinder.find_spec(
+            package, list(directories)
+        )
         for name in below:
             if spec is None or spec.submodule_search_locations is None:
                 return False

@@ -259,6 +259,35 @@ def test_end_of_training_is_not_reported_as_saved_while_the_save_is_running(
     assert [manifest.step for _, manifest in storage.list_checkpoints(tmp_path)] == [3]
 
 
+@pytest.mark.parametrize(
+    ("length", "end", "is_logged"),
+    [(40, "", True), (40, "raise ValueError", False), (STEPS_PER_EPOCH, "", False)],
+)
+def test_script_without_checkpoints_logs_that_its_schedule_has_not_ended(length, end, is_logged):
+    params = {"warmup_max_lr": 0.1, "warmup_num_steps": 1, "total_num_steps": length}
+    config = {
+        "train_batch_size": BATCH,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
+        "scheduler": {"type": "WarmupDecayLR", "params": params},
+    }
+    script = f"""
+import torch
+import engine
+trainer, _, _, scheduler = engine.initialize(config={config}, model=torch.nn.Linear(2, 1))
+for _ in range({STEPS_PER_EPOCH}):
+    trainer.backward(trainer(torch.ones({BATCH}, 2)).mean())
+    trainer.step()
+{end}"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    text = (
+        f"training ended at step {STEPS_PER_EPOCH}; the schedule ends {40 - STEPS_PER_EPOCH} steps"
+    )
+    assert (text in done.stderr) == is_logged, done.stderr
+    assert ("training ended" in done.stderr) == is_logged
+
+
 def test_script_that_only_loads_a_checkpoint_does_not_log_the_end_of_training(tmp_path, caplog):
     trainer, loader = start(tmp_path)
     train_epoch(trainer, loader)

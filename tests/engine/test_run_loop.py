@@ -160,7 +160,27 @@ def test_run_that_is_over_trains_nothing_and_logs_it(tmp_path, caplog):
         again = start(tmp_path, max_duration="1ep")
         assert train(again) == []
     assert again.global_steps == STEPS_PER_EPOCH  # the last steps were saved
+    assert caplog.text.count(f"the run is already over at step {STEPS_PER_EPOCH}") == 1
+
+
+def test_resumed_run_that_is_over_logs_it_before_any_loop(tmp_path, caplog):
+    train(start(tmp_path, max_duration="1ep"))
+    with caplog.at_level(logging.INFO):
+        start(tmp_path, max_duration="1ep")
     assert f"the run is already over at step {STEPS_PER_EPOCH}" in caplog.text
+
+
+def test_epochs_after_the_end_of_the_run_warn_once(tmp_path, caplog):
+    trainer = start(tmp_path, max_duration="2ep")
+    epochs = []
+    for _ in range(5):
+        epochs.append(0)
+        for (x,) in trainer.training_dataloader:
+            trainer.backward(trainer(x).pow(2).mean())
+            trainer.step()
+            epochs[-1] += 1
+        assert caplog.text.count("this epoch has no batches") == (len(epochs) > 2)
+    assert epochs == [STEPS_PER_EPOCH] * 2 + [0] * 3
 
 
 BEST = {"metric": "val_loss", "mode": "min"}

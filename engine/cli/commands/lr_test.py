@@ -34,8 +34,9 @@ _END_REASONS = {"divergence": "divergence", "steps": "step limit"}
 _LINES_OF_FAILURE = 15
 _WHOLE_RUN = {"cycle_first_step_size": "0.3dur", "cycle_second_step_size": "0.7dur"}
 _DEFAULT_SIZES = (
-    "Set `cycle_first_step_size`: by default, the learning rate increases for 2,000 steps and then "
-    "decreases for 2,000 steps."
+    "By default, the learning rate increases for 2,000 steps and then decreases for 2,000 steps. "
+    "To fit your training, set `cycle_first_step_size` and `cycle_second_step_size`. If the config "
+    "sets `engine.max_duration`, `lr-test --write` sets them."
 )
 _GRACE = 30.0  # seconds to wait after the test before the script is killed
 

@@ -117,7 +117,7 @@ def test_lr_test_write_changes_only_the_scheduler_block(directory):
     assert main(["validate", str(config)], io.StringIO(), io.StringIO()) == 0
     highest = read_report()["suggestion"]["max_lr"]
     assert f'"cycle_max_lr": {highest}' in text
-    assert "Set `cycle_first_step_size`" in out
+    assert "increases for 2,000 steps" in out
 
 
 @pytest.mark.slow

@@ -105,6 +105,23 @@ def test_validate_named_code_is_checked_by_form_and_file(path, severity):
         assert (problem.rule, problem.severity) == ("named-code", severity)
 
 
+@pytest.mark.parametrize("where", ["beside the config", "in the current directory"])
+def test_validate_finds_the_module_next_to_the_script(tmp_path, monkeypatch, where):
+    (tmp_path / "configs").mkdir()
+    path = tmp_path / "configs" / "ds_config.json"
+    path.write_text(json.dumps(config_of({"type": "only_here:half"})))
+    module = path.parent if where == "beside the config" else tmp_path
+    monkeypatch.chdir(tmp_path)
+    out = io.StringIO()
+    assert main(["validate", str(path)], out) == 0
+    assert "its module was not found" in out.getvalue()
+    (module / "only_here.py").write_text("raise SystemExit('imported')")
+    out = io.StringIO()
+    assert main(["validate", str(path)], out) == 0
+    assert "not found" not in out.getvalue()
+    assert "cannot be checked without an import" in out.getvalue()
+
+
 def test_validate_param_names_of_a_torch_scheduler_are_checked_without_torch():
     block = {"type": "LambdaLR", "params": {"lr_lambd": 1}}
     (problem,) = engine.validate(config_of(block))

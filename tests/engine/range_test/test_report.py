@@ -55,7 +55,7 @@ def test_report_states_how_closely_the_rules_agree():
     )
     assert row == "confidence"
     rules = "end of descent, minimum, divergence / 10"
-    assert value == f"{rules}: they agree within a factor of {factor:.2g}"
+    assert value == f"{rules} differ by a factor of up to {factor:.2g}"
 
 
 def test_terminal_plot_of_a_constant_loss_that_diverges_has_short_labels():

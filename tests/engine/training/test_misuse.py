@@ -403,3 +403,47 @@ def test_destroy_removes_the_hook_from_the_optimizer():
     assert trainer.optimizer._optimizer_step_post_hooks
     trainer.destroy()
     assert not trainer.optimizer._optimizer_step_post_hooks
+
+
+def step_by_hand(optimizer, trainer):
+    optimizer.zero_grad()
+    trainer(X).mean().backward()
+    optimizer.step()
+
+
+def test_own_optimizer_instead_of_the_engine_raises():
+    trainer, _ = start(torch.nn.Linear(2, 1))
+    own = torch.optim.AdamW(trainer.parameters(), 0.1)
+    step_by_hand(own, trainer)
+    with pytest.raises(
+        MisuseError, match=r"own AdamW optimizer .* Call `trainer.backward\(loss\)`"
+    ):
+        step_by_hand(own, trainer)
+
+
+def test_own_optimizer_beside_the_engine_warns_once(caplog):
+    trainer, _ = start(torch.nn.Linear(2, 1))
+    own = torch.optim.AdamW(trainer.parameters(), 0.1)
+    for _ in range(3):
+        train(trainer)
+        step_by_hand(own, trainer)
+    assert caplog.text.count("The script's own AdamW optimizer steps parameters") == 1
+
+
+def test_own_optimizer_of_other_parameters_or_after_the_engine_is_accepted(caplog):
+    trainer, _ = start(torch.nn.Linear(2, 1))
+    other = torch.nn.Linear(2, 1)
+    for _ in range(3):
+        step_by_hand(torch.optim.AdamW(other.parameters(), 0.1), other)
+        torch.optim.AdamW(trainer.parameters(), 0.1).step()  # without gradients
+    trainer.destroy()
+    for _ in range(3):
+        step_by_hand(torch.optim.AdamW(trainer.module.parameters(), 0.1), trainer.module)
+    assert "own AdamW" not in caplog.text
+
+
+def test_own_optimizer_of_an_engine_without_optimizer_is_accepted():
+    trainer, *_ = engine.initialize(model=torch.nn.Linear(2, 1), config={"train_batch_size": 2})
+    own = torch.optim.AdamW(trainer.module.parameters(), 0.1)
+    for _ in range(3):
+        step_by_hand(own, trainer.module)
