@@ -217,7 +217,7 @@ class Engine(DeepSpeedAccessors):
             metrics: numbers or scalar tensors by name, such as ``{"val/loss": 0.25}``.
             named: more metrics, such as ``val_loss=0.25``.
         """
-        self._run.report({**(metrics or {}), **named})
+        self._run.report({**({} if metrics is None else metrics), **named})
         if self._run.accumulation.micro_batches == 0:
             self._automatic.save_best(self._run)
 

@@ -6,6 +6,8 @@ import atexit
 import logging
 import sys
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -51,6 +53,16 @@ class SteppedRun(RunState, Protocol):
         ...
 
 
+@dataclass
+class _End:
+    """What is known about the end of a run in this process."""
+
+    has_trained: bool = False
+    """Whether this process has taken a step."""
+    logged_step: int | None = None
+    """Step at which the end of the run was logged."""
+
+
 class AutomaticCheckpoints:
     """Manager that saves and loads the checkpoints of a run automatically.
 
@@ -70,8 +82,8 @@ class AutomaticCheckpoints:
         self._ranks = ranks
         self._signals: Signals | None = None
         self._is_resumed = False
-        self._has_trained = False  # whether this process has taken a step
-        self._logged_end: int | None = None  # step at which the end of the run was logged
+        self._end = _End()
+        self._end_logger: Callable[[], object] = lambda: None
 
     def resume(self, run: RunState) -> bool:
         """Resume from the newest complete checkpoint if ``engine.checkpoint.resume`` allows it.
@@ -88,8 +100,9 @@ class AutomaticCheckpoints:
                 "must" and the directory does not contain a checkpoint.
         """
         directory, plan = self._directory, self._plan
+        if self._ranks.rank == 0:
+            self._end_logger = weakref.finalize(self, _log_unfinished, run, self._end)
         if directory is None:
-            atexit.register(_log_end_at_exit, weakref.ref(self), weakref.ref(run))
             return False
         previous = _USERS.get(str(directory.resolve()))
         if previous is not None:
@@ -158,7 +171,7 @@ class AutomaticCheckpoints:
         directory, every = self._directory, self._plan.every
         if run.is_trial:
             return
-        self._has_trained = True
+        self._end.has_trained = True
         may_repeat_epochs = self._is_resumed and not run.length.is_loop_limited
         self._checkpointer.data.check_is_used(is_required=may_repeat_epochs)
         if directory is None:
@@ -173,7 +186,7 @@ class AutomaticCheckpoints:
             self._save(run, directory)
         if received is not None:
             self._checkpointer.wait()
-            step = self._logged_end = run.counters.global_steps
+            step = self._end.logged_step = run.counters.global_steps
             log.warning(
                 "saved a checkpoint at step %d; exiting because a rank received %s", step, received
             )
@@ -204,11 +217,11 @@ class AutomaticCheckpoints:
 
     def _log_end(self, run: RunState) -> None:
         directory, step = self._directory, run.counters.global_steps
-        if self._ranks.rank > 0 or self._logged_end == step:
+        if self._ranks.rank > 0 or self._end.logged_step == step:
             return
-        self._logged_end = step
+        self._end.logged_step = step
         parts = [f"training ended at step {step}"]
-        if not self._has_trained:
+        if not self._end.has_trained:
             parts = [f"the run is already over at step {step}"]
         left = _count_steps_left(run)
         # The last of n steps is step n - 1, so a schedule of n - 1 steps also fits the run.
@@ -218,10 +231,10 @@ class AutomaticCheckpoints:
         if directory is not None and self._checkpointer.is_saved(run, directory):
             state = "being saved to" if self._checkpointer.is_saving else "in"
             parts.append(f"the last checkpoint is {state} {directory}")
-        if directory is not None and not self._has_trained:
+        if directory is not None and not self._end.has_trained:
             parts.append("to start a new run, set another `engine.checkpoint.dir`")
         log.info("%s", "; ".join(parts))
-        if self._has_trained and run.best is not None and run.best.last_step < 0:
+        if self._end.has_trained and run.best is not None and run.best.last_step < 0:
             log.warning(
                 "no best checkpoint was saved, because `trainer.report` was never called with "
                 "`%s`, the metric of `engine.checkpoint.best`",
@@ -239,23 +252,16 @@ class AutomaticCheckpoints:
             # An exception that is being handled may have interrupted a step.
             if self._directory is not None and sys.exc_info()[0] is None:
                 self._save_unsaved(run, self._directory)
-            self.log_unfinished_schedule(run)
+            self._end_logger()
         finally:
             if self._signals is not None:
                 self._signals.restore_handlers()
-
-    def log_unfinished_schedule(self, run: RunState) -> None:
-        """Log the end of a run whose schedule has not ended, unless an exception was raised."""
-        has_failed = sys.exc_info()[0] is not None or hasattr(sys, "last_value")
-        is_unfinished = self._has_trained and not run.is_trial and _count_steps_left(run) > 0
-        if is_unfinished and not has_failed:
-            self._log_end(run)
 
     def _save_unsaved(self, run: RunState, directory: Path) -> None:
         if self._plan.every is None or run.is_trial or hasattr(sys, "last_value"):
             return
         if self._is_saved(run, directory):
-            if self._has_trained and self._checkpointer.is_saved(run, directory):
+            if self._end.has_trained and self._checkpointer.is_saved(run, directory):
                 self._log_end(run)
             return
         has_group = self._ranks.world_size == 1 or dist.is_initialized()
@@ -281,7 +287,7 @@ class AutomaticCheckpoints:
         if directory is None or hasattr(sys, "last_value"):
             return
         if self._is_saved(run, directory):
-            if self._has_trained and self._checkpointer.is_saved(run, directory):
+            if self._end.has_trained and self._checkpointer.is_saved(run, directory):
                 self._log_end(run)
             return
         if self._ranks.world_size > 1:
@@ -319,10 +325,10 @@ def _count_steps_left(run: RunState) -> int:
     return 0 if end is None else end - run.counters.applied_steps
 
 
-def _log_end_at_exit(
-    automatic: weakref.ref[AutomaticCheckpoints], run: weakref.ref[RunState]
-) -> None:
-    """Log the end of a run without checkpoints, if its engine still exists."""
-    checkpoints, state = automatic(), run()
-    if checkpoints is not None and state is not None:
-        checkpoints.log_unfinished_schedule(state)
+def _log_unfinished(run: RunState, end: _End) -> None:
+    """Log the end of a run whose schedule has not ended, unless an exception was raised."""
+    has_failed = sys.exc_info()[0] is not None or hasattr(sys, "last_value")
+    step, left = run.counters.global_steps, _count_steps_left(run)
+    if end.has_trained and end.logged_step != step and left > 0 and not has_failed:
+        steps = count_noun(left, "step")
+        log.info("training ended at step %d; the schedule ends %s later", step, steps)

@@ -103,11 +103,6 @@ def check_named_code(
         yield check_import(document, code)
 
 
-def _list_script_directories(document: Document) -> list[str]:
-    """Return the directories in which the training script, and modules next to it, may be."""
-    return [str(Path(document.name).absolute().parent), str(Path.cwd())]
-
-
 def check_import(document: Document, code: NamedCode) -> Problem:
     """Check an import path or entry point without importing the code that it names.
 
@@ -120,12 +115,13 @@ def check_import(document: Document, code: NamedCode) -> Problem:
     message = f"`{name}` refers to {quote_value(path)}, which cannot be checked without an import."
     hint = "If you trust the config, pass --allow-imports to import and check the code."
     try:
-        if ":" in path and not check_import_path(path, _list_script_directories(document)):
+        # A script is usually started in its own directory, next to its modules.
+        if ":" in path and not check_import_path(path, [str(Path.cwd())]):
             severity = "warning"
             message = f"`{name}` refers to {quote_value(path)}, but its module was not found."
             hint = (
-                "If the module is not in the training script's directory, add the module's "
-                "directory to PYTHONPATH."
+                "If the module is in neither the current directory nor the training script's "
+                "directory, add its directory to PYTHONPATH."
             )
     except ValueError:
         severity = "error"

@@ -219,6 +219,31 @@ def check_training_steps(is_refined: bool, training_steps: int | None) -> None:
         )
 
 
+def fit_cycle(block: Mapping[str, Any] | None, *, has_length: bool) -> dict[str, Any]:
+    """Return a OneCycle block with the params of ``block``, whose cycle fits the run.
+
+    If the config sets the length of the run but not that of the cycle, the cycle takes the whole
+    run: the learning rate increases for 30% of the steps and then decreases.
+
+    Args:
+        block: scheduler block of the config; None if it has none. The params of other types than
+            OneCycle are dropped.
+        has_length: whether the config sets ``engine.max_duration``.
+
+    >>> fit_cycle({"type": "WarmupLR", "params": {"warmup_num_steps": 100}}, has_length=True)
+    ... # doctest: +NORMALIZE_WHITESPACE
+    {'type': 'OneCycle', 'params': {'cycle_first_step_size': '0.3dur',
+     'cycle_second_step_size': '0.7dur'}}
+    >>> fit_cycle(None, has_length=False)
+    {'type': 'OneCycle', 'params': {}}
+    """
+    params = dict(block.get("params", {})) if block and block["type"] == "OneCycle" else {}
+    sizes = {"cycle_first_step_size": "0.3dur", "cycle_second_step_size": "0.7dur"}
+    if has_length and params.keys().isdisjoint(sizes):
+        params |= sizes
+    return {"type": "OneCycle", "params": params}
+
+
 def build_short_cycle(block: Mapping[str, Any], max_lr: float, steps: int) -> dict[str, Any]:
     """Build the scheduler block of a short cycle from a OneCycle block.
 

@@ -217,7 +217,7 @@ class LRRangeReport:
         if suggestion.band:
             low, high = suggestion.band
             rules = suggestion.edge_rules
-            shown = f"{', '.join(rules)} differ by a factor of up to {high / low:.2g}"
+            shown = f"{', '.join(rules)}: from {low:.2g} to {high:.2g}"
             table.add_row("confidence", shown if len(rules) > 1 else f"only {rules[0]} applies")
         if self.max_lrs:
             low, high = min(self.max_lrs), max(self.max_lrs)

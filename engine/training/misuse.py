@@ -86,9 +86,10 @@ class MisuseChecks:
         self._base_lrs: object = None
         self._micro_steps = 0  # at the end of the last epoch
         self._idle_epochs = 0
+        trained = _find_trained(backend)
         self._claim = ParameterClaim(
-            _find_trained(backend),
-            backend.basic_optimizer if self._has_optimizer else None,
+            trained or {each for each in backend.model.parameters() if each.requires_grad},
+            backend.basic_optimizer if self._has_optimizer and trained else None,
             is_main=backend.ranks.rank == 0,
         )
         self._steps_of_rivals: int | None = None
@@ -351,14 +352,11 @@ class _StepCounter:
 def _find_trained(backend: CheckedBackend) -> set[Any]:
     """Return the model parameters that the optimizer trains.
 
-    If the optimizer holds copies of the parameters, as DeepSpeed's optimizers do, return all
-    parameters that require gradients.
+    The set is empty if the optimizer holds copies of the parameters, as DeepSpeed's optimizers do.
     """
     groups = getattr(backend.optimizer, "param_groups", ())  # absent for DeepSpeed's inference
     optimized = {id(parameter) for group in groups for parameter in group["params"]}
-    parameters = list(backend.model.parameters())
-    trained = {parameter for parameter in parameters if id(parameter) in optimized}
-    return trained or {parameter for parameter in parameters if parameter.requires_grad}
+    return {parameter for parameter in backend.model.parameters() if id(parameter) in optimized}
 
 
 def _has_position(scheduler: object) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
-
-from engine.errors import MisuseError
 
 __all__ = ["EngineSteps", "ParameterClaim", "can_change_weights"]
 
@@ -28,7 +28,7 @@ class ParameterClaim:
 
     Args:
         parameters: parameters that the engine trains.
-        optimizer: optimizer of the engine; None if the script may train them with its own.
+        optimizer: optimizer of the engine; None to ignore the steps of the script's optimizers.
         is_main: whether this process logs warnings.
     """
 
@@ -39,6 +39,7 @@ class ParameterClaim:
         self._optimizer = optimizer
         self._is_main = is_main
         self._other_steps = 0  # of the script's own optimizers
+        self._has_warned = False
         shares = [each for each in _CLAIMS if not each.parameters.isdisjoint(parameters)]
         self.rivals = weakref.WeakSet(shares)
         for rival in shares:
@@ -58,30 +59,25 @@ class ParameterClaim:
         self.rivals.clear()
 
     def note_other_step(self, optimizer: Optimizer) -> None:
-        """Check a step of one of the script's optimizers.
+        """Log a warning at the second step that the script's own optimizers take.
 
-        Raises:
-            MisuseError: the optimizer has taken a second step on the engine's parameters, although
-                the engine has taken none.
+        Some scripts take one step to create the optimizer state.
         """
-        parameters = (
-            parameter for group in optimizer.param_groups for parameter in group["params"]
-        )
-        is_own = self._optimizer is None or optimizer is self._optimizer
-        if is_own or not any(parameter in self.parameters for parameter in parameters):
+        if self._optimizer is None or optimizer is self._optimizer or self._has_warned:
+            return
+        stepped = (each for each in _iterate_parameters(optimizer) if each.grad is not None)
+        if not any(each in self.parameters for each in stepped):
             return
         self._other_steps += 1
-        text = (
-            f"The script's own {type(optimizer).__name__} optimizer steps parameters that the "
-            "engine trains, without the engine's schedule and checkpoints. Call "
-            "`trainer.backward(loss)` and `trainer.step()` instead of `loss.backward()` and "
-            "`optimizer.step()`. To train with this optimizer, pass it to `initialize`."
-        )
-        # Some scripts take one step to create the optimizer state.
-        if self._other_steps > 1 and self.steps == 0:
-            raise MisuseError(text)
-        if self._other_steps == 1 and self.steps > 0 and self._is_main:
-            log.warning("%s", text)
+        self._has_warned = self._other_steps > 1
+        if self._has_warned and self._is_main:
+            log.warning(
+                "the script's own %s optimizer steps parameters that the engine trains, without "
+                "the engine's schedule and checkpoints; call `trainer.backward(loss)` and "
+                "`trainer.step()` instead of `loss.backward()` and `optimizer.step()`, and to use "
+                "your own optimizer, pass it to `initialize`",
+                type(optimizer).__name__,
+            )
 
 
 _CLAIMS: weakref.WeakSet[ParameterClaim] = weakref.WeakSet()
@@ -89,7 +85,9 @@ _HANDLES: list[Any] = []  # of the hook that is called after the step of any opt
 
 
 def _check_optimizer(optimizer: Optimizer, *_: object) -> None:
-    if EngineSteps.active or not _CLAIMS or not can_change_weights(optimizer):
+    if torch.compiler.is_compiling() or EngineSteps.active or not _CLAIMS:
+        return
+    if not can_change_weights(optimizer):
         return
     for claim in list(_CLAIMS):
         claim.note_other_step(optimizer)
@@ -101,8 +99,11 @@ def can_change_weights(optimizer: Optimizer) -> bool:
     Some steps only create the optimizer state: torch.distributed.checkpoint takes steps with a
     learning rate of 0, and some scripts take a step without gradients.
     """
-    groups = optimizer.param_groups
-    lrs = (group.get("lr") for group in groups)
+    lrs = (group.get("lr") for group in optimizer.param_groups)
     # Reading a tensor would wait for the device.
     can_change = any(isinstance(lr, Tensor) or lr != 0 for lr in lrs)
-    return can_change and any(p.grad is not None for group in groups for p in group["params"])
+    return can_change and any(each.grad is not None for each in _iterate_parameters(optimizer))
+
+
+def _iterate_parameters(optimizer: Optimizer) -> Iterator[Any]:
+    return (each for group in optimizer.param_groups for each in group["params"])

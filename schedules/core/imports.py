@@ -111,7 +111,8 @@ def check_import_path(path: str, directories: Sequence[str] = ()) -> bool:
             spec = importlib.machinery.PathFinder.find_spec(package, directories)
     except (ImportError, AttributeError, KeyError, ValueError):
         return True  # a module without a spec, or found by a custom finder: it cannot be checked
-    return spec is not None
+    # A directory without Python files is a package without a loader.
+    return spec is not None and spec.loader is not None
 
 
 def import_attribute(path: str) -> Any:

@@ -1,5 +1,7 @@
 """Epochs, the end of a run, and runs that cannot continue."""
 
+import gc
+import logging
 import math
 import os
 import signal
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -260,32 +263,56 @@ def test_end_of_training_is_not_reported_as_saved_while_the_save_is_running(
 
 
 @pytest.mark.parametrize(
-    ("length", "end", "is_logged"),
-    [(40, "", True), (40, "raise ValueError", False), (STEPS_PER_EPOCH, "", False)],
+    ("length", "end", "checkpoint", "is_logged"),
+    [
+        (40, "", {}, True),
+        (40, "raise ValueError", {}, False),
+        (STEPS_PER_EPOCH, "", {"dir": "saved"}, False),
+        (40, "trainer.destroy()", {"dir": "saved"}, True),
+    ],
 )
-def test_script_without_checkpoints_logs_that_its_schedule_has_not_ended(length, end, is_logged):
+def test_script_logs_that_its_schedule_has_not_ended(tmp_path, length, end, checkpoint, is_logged):
     params = {"warmup_max_lr": 0.1, "warmup_num_steps": 1, "total_num_steps": length}
     config = {
         "train_batch_size": BATCH,
         "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
         "scheduler": {"type": "WarmupDecayLR", "params": params},
+        "engine": {"checkpoint": checkpoint},
     }
     script = f"""
 import torch
 import engine
-trainer, _, _, scheduler = engine.initialize(config={config}, model=torch.nn.Linear(2, 1))
-for _ in range({STEPS_PER_EPOCH}):
-    trainer.backward(trainer(torch.ones({BATCH}, 2)).mean())
-    trainer.step()
-{end}"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
+
+def main():
+    trainer, *_ = engine.initialize(config={config}, model=torch.nn.Linear(2, 1))
+    for _ in range({STEPS_PER_EPOCH}):
+        trainer.backward(trainer(torch.ones({BATCH}, 2)).mean())
+        trainer.step()
+    {end}
+
+main()"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     text = (
         f"training ended at step {STEPS_PER_EPOCH}; the schedule ends {40 - STEPS_PER_EPOCH} steps"
     )
-    assert (text in done.stderr) == is_logged, done.stderr
-    assert ("training ended" in done.stderr) == is_logged
+    assert done.stderr.count(text) == is_logged, done.stderr
+    assert done.stderr.count("training ended") == is_logged
+
+
+def test_engine_that_is_deleted_is_freed_and_logs_that_its_schedule_has_not_ended(caplog):
+    caplog.set_level(logging.INFO, "onecycle")
+    config = {"train_batch_size": BATCH, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
+    config["scheduler"] = {"type": "OneCycle", "params": {"cycle_min_lr": 0.1, "cycle_max_lr": 1}}
+    trainer, _, loader, _ = engine.initialize(
+        config=config, model=torch.nn.Linear(2, 1), training_data=build_data()
+    )
+    train_epoch(trainer, loader)
+    freed = weakref.ref(trainer._run)
+    del trainer, loader
+    gc.collect()
+    assert freed() is None
+    assert f"training ended at step {STEPS_PER_EPOCH}" in caplog.text
 
 
 def test_script_that_only_loads_a_checkpoint_does_not_log_the_end_of_training(tmp_path, caplog):

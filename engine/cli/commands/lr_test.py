@@ -32,11 +32,9 @@ __all__ = ["add_arguments", "run"]
 
 _END_REASONS = {"divergence": "divergence", "steps": "step limit"}
 _LINES_OF_FAILURE = 15
-_WHOLE_RUN = {"cycle_first_step_size": "0.3dur", "cycle_second_step_size": "0.7dur"}
 _DEFAULT_SIZES = (
     "By default, the learning rate increases for 2,000 steps and then decreases for 2,000 steps. "
-    "To fit your training, set `cycle_first_step_size` and `cycle_second_step_size`. If the config "
-    "sets `engine.max_duration`, `lr-test --write` sets them."
+    "Set `cycle_first_step_size`, or set `engine.max_duration` before the test."
 )
 _GRACE = 30.0  # seconds to wait after the test before the script is killed
 
@@ -216,7 +214,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     )
     target = args.write or args.config
     # Read the config before the test, so that an unreadable file is reported immediately.
-    current = _read_block(Path(target), args.nproc, args.set) if target else None
+    current = _read_cycle(Path(target), args.nproc, args.set) if target else None
     console = Console(file=out, soft_wrap=not out.isatty())
     args.output.mkdir(parents=True, exist_ok=True)
 
@@ -301,19 +299,23 @@ def _read_range_test_block(args: argparse.Namespace) -> Any:
     return block if block and block.get("type") == "LRRangeTest" else None
 
 
-def _read_block(path: Path, nproc: int, assignments: Sequence[str] = ()) -> dict[str, Any] | None:
-    """Return the OneCycle or LRRangeTest block of a config.
+def _read_cycle(path: Path, nproc: int, assignments: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the OneCycle block whose params the suggested block keeps."""
+    from engine.config.source import load_document
+    from engine.range_test.refinement import fit_cycle
 
-    If it has neither, but sets the length of the run, return a cycle that takes the whole run.
-    """
+    block = _read_block(path, nproc, assignments)
+    # `--set` applies only to this command, so the length must be in the file.
+    section = load_document(path).value.get("engine") or {}
+    return fit_cycle(block, has_length=section.get("max_duration") is not None)
+
+
+def _read_block(path: Path, nproc: int, assignments: Sequence[str] = ()) -> dict[str, Any] | None:
     from engine.config import load_config
 
     config = load_config(path, world_size=nproc, assignments=assignments)
     block = config.raw.get("scheduler")
-    if block is not None and block["type"] in ("OneCycle", "LRRangeTest"):
-        return dict(block)
-    has_length = config.run.get("max_duration") is not None
-    return {"type": "OneCycle", "params": dict(_WHOLE_RUN)} if has_length else None
+    return None if block is None else dict(block)
 
 
 def _run_with_progress(

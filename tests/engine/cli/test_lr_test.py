@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 from engine import ConfigError
-from engine.cli.commands.lr_test import _build_command, _kill, _read_block, add_arguments
+from engine.cli.commands.lr_test import (
+    _build_command,
+    _kill,
+    _read_block,
+    _read_cycle,
+    add_arguments,
+)
 from engine.cli.main import main
 from engine.config import load_config
 from engine.config.edits import write_scheduler
@@ -332,6 +338,17 @@ def test_kill_of_torchrun_removes_its_temporary_directory(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_suggested_cycle_keeps_its_length_and_ignores_a_length_that_is_not_in_the_file(tmp_path):
+    path = tmp_path / "ds_config.json"
+    path.write_text(json.dumps({"train_batch_size": 8}))
+    assert _read_cycle(path, 1, ["engine.max_duration=10ep"])["params"] == {}
+    params = {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2, "cycle_first_step_size": 300}
+    cycle = {"type": "OneCycle", "params": params}
+    config = {"train_batch_size": 8, "engine": {"max_duration": 1000}, "scheduler": cycle}
+    path.write_text(json.dumps(config))
+    assert _read_cycle(path, 1) == cycle
+
+
 def test_read_block_validates_the_config_for_the_number_of_ranks(tmp_path):
     path = tmp_path / "ds_config.json"
     sizes = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
@@ -341,7 +358,15 @@ def test_read_block_validates_the_config_for_the_number_of_ranks(tmp_path):
         _read_block(path, 1)
 
 
-@pytest.mark.parametrize("scheduler", [{}, {"scheduler": {"type": "WarmupLR"}}])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        {},
+        {"scheduler": {"type": "WarmupLR"}},
+        {"scheduler": {"type": "LRRangeTest"}},
+        {"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2}}},
+    ],
+)
 def test_suggested_cycle_takes_the_whole_run_if_its_length_is_known(tmp_path, scheduler):
     path = tmp_path / "ds_config.json"
     config = {"train_batch_size": 8, "engine": {"max_duration": "10ep"}}
@@ -349,7 +374,7 @@ def test_suggested_cycle_takes_the_whole_run_if_its_length_is_known(tmp_path, sc
     lrs = [10 ** (-5 + k / 25) for k in range(150)]
     losses = [2.3 - 1.5 / (1 + (1e-3 / lr) ** 2) + (lr / 0.1) ** 2 for lr in lrs]
     report = LRRangeReport((Run(lrs, losses, [None] * 150),))
-    write_scheduler(path, report.block(_read_block(path, 1)))
+    write_scheduler(path, report.block(_read_cycle(path, 1)))
     schedule = from_config(load_config(path).raw["scheduler"])
     lrs = [schedule(step, horizon=Horizon(total_steps=100)) for step in range(101)]
     assert lrs.index(report.max_lr) == 30

@@ -50,12 +50,12 @@ def test_report_states_how_closely_the_rules_agree():
     factor = confidence["agree_within_factor"]
     assert factor == max(selected) / min(selected)
     (row, *_), (value, *_) = (
-        [cell for cell in column.cells if "confidence" in cell or "factor" in cell]
+        [cell for cell in column.cells if "confidence" in cell or "from" in cell]
         for column in report.table().columns
     )
     assert row == "confidence"
-    rules = "end of descent, minimum, divergence / 10"
-    assert value == f"{rules} differ by a factor of up to {factor:.2g}"
+    low, high = min(selected), max(selected)
+    assert value == f"end of descent, minimum, divergence / 10: from {low:.2g} to {high:.2g}"
 
 
 def test_terminal_plot_of_a_constant_loss_that_diverges_has_short_labels():

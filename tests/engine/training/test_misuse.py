@@ -411,23 +411,28 @@ def step_by_hand(optimizer, trainer):
     optimizer.step()
 
 
-def test_own_optimizer_instead_of_the_engine_raises():
+@pytest.mark.parametrize("loop", ["instead", "before", "after"])
+def test_own_optimizer_instead_of_or_beside_the_engine_warns_once(caplog, loop):
     trainer, _ = start(torch.nn.Linear(2, 1))
     own = torch.optim.AdamW(trainer.parameters(), 0.1)
-    step_by_hand(own, trainer)
-    with pytest.raises(
-        MisuseError, match=r"own AdamW optimizer .* Call `trainer.backward\(loss\)`"
-    ):
+    for step in range(4):
+        if loop == "before":
+            train(trainer)
         step_by_hand(own, trainer)
+        if loop == "after":
+            trainer.zero_grad()
+            train(trainer)
+        warnings = caplog.text.count("own AdamW optimizer steps parameters that the engine trains")
+        assert warnings == (step > 0)
 
 
-def test_own_optimizer_beside_the_engine_warns_once(caplog):
-    trainer, _ = start(torch.nn.Linear(2, 1))
-    own = torch.optim.AdamW(trainer.parameters(), 0.1)
+def test_own_optimizer_of_frozen_parameters_is_accepted(caplog):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    trainer, _ = start(model, model_parameters=model[0].parameters())
+    model[0].requires_grad_(False)
     for _ in range(3):
-        train(trainer)
-        step_by_hand(own, trainer)
-    assert caplog.text.count("The script's own AdamW optimizer steps parameters") == 1
+        step_by_hand(torch.optim.AdamW(model.parameters(), 0.1), trainer)
+    assert "own AdamW" not in caplog.text
 
 
 def test_own_optimizer_of_other_parameters_or_after_the_engine_is_accepted(caplog):
