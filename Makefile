@@ -58,7 +58,7 @@ check: $(READY)  ## check lint, types, import layers, wording, generated files a
 	$(BIN)/python tools/generate.py --check
 	$(BIN)/python -m pytest --doctest-modules onecycle engine schedules schemas --durations=0
 
-docs: $(READY) $(DOCS_READY)  ## build the documentation site in build/docs/html
+docs: $(DOCS_READY)  ## build the documentation site in build/docs/html
 	$(BIN)/python tools/build_site.py
 
 format: $(READY)  ## format the code and apply the linter's fixes
@@ -94,8 +94,9 @@ $(READY): $(DEMO_READY)
 	$(INSTALL) --quiet -e '.[dev,examples,plot,tensorboard,ui]'
 	touch $(READY)
 
-$(DOCS_READY): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+$(DOCS_READY): $(DEMO_READY)
+	@echo "Installing the packages of the documentation site ..."
+	$(INSTALL) --quiet -e '.[docs]'
 	touch $(DOCS_READY)
 
 $(GPU_READY): pyproject.toml

@@ -45,7 +45,7 @@ end=$(date +%s.%N)
 sleep {settle}
 left=$(for i in 0 1; do on $i pgrep -f 'worker.py|engine.launch'; done | wc -l)
 echo "ROW|$status|$start|$end|$left"
-grep -h 'first failure\\|cannot' printed | tail -n 1
+grep -h '^onecycle launch:\\|cannot' printed | tail -n 1
 """
 READY = "until [ -e pid.0 ] && [ -e pid.1 ]; do sleep 0.05; done; sleep 0.5"
 HOST_FAULTS = (
@@ -159,7 +159,7 @@ def describe_end(directory: Path) -> str:
     ]
     # The launcher repeats only the last lines of a long traceback.
     has_traceback = any('File "' in line for line in lines)
-    printed = lines[-1].removeprefix("onecycle launch: first failure: ")
+    printed = lines[-1].removeprefix("onecycle launch: ").removeprefix("first failure: ")
     printed = f"{lines[-2]}; {printed}" if has_traceback else printed
     found = storage.list_checkpoints(directory / "checkpoints")
     return f"{printed}; saved a checkpoint" if found else printed

@@ -157,12 +157,14 @@ def group_by_panel(columns: Iterable[str]) -> dict[str, list[str]]:
 def find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) -> dict[int, str]:
     """Return the name of each phase of a panel's curve, keyed by the first step of the phase.
 
-    Return an empty dict if the panel shows several curves or its curve is not in ``curves``.
+    A phase that starts at the last step is omitted. Return an empty dict if the panel shows several
+    curves or its curve is not in ``curves``.
     """
     if len(panel) > 1 or panel[0] not in curves:
         return {}
     named = curves[panel[0]].phases()
-    return {int(phase.start): phase.name for phase in named if 0 <= phase.start < steps}
+    end = max(1, steps - 1)
+    return {int(phase.start): phase.name for phase in named if 0 <= phase.start < end}
 
 
 def choose_styles(
@@ -319,18 +321,27 @@ def _draw_panel(
 def _mark_phases(axis: Axes, phases: Mapping[int, str], last: int, *, is_labeled: bool) -> None:
     """Mark the first step of each phase. If ``is_labeled``, write the phase names above the panel.
 
-    Names that would overlap are written in separate rows.
+    Names that would overlap are written in separate rows. A name that would extend beyond the right
+    edge of the panel is written to the left of the mark.
     """
     ends: list[float] = []  # where the last name of each row ends
     for start, name in phases.items():
         axis.axvline(start, color="gray", linestyle=":", linewidth=0.9)
         if not is_labeled:
             continue
+        width = _CHARACTER * (len(name) + 2)
         left = start / max(1, last)
+        is_beyond = left + width > 1  # the right edge of the panel
+        left -= width if is_beyond else 0
         row = next((row for row, end in enumerate(ends) if end < left), len(ends))
-        ends[row : row + 1] = [left + _CHARACTER * (len(name) + 2)]
-        position = ((start, 1.0), axis.get_xaxis_transform())
-        offset = (2, 3 + 12 * row)
+        ends[row : row + 1] = [left + width]
         axis.annotate(
-            name, position[0], offset, position[1], "offset points", fontsize=9, color="dimgray"
+            name,
+            (start, 1.0),
+            (-2 if is_beyond else 2, 3 + 12 * row),
+            axis.get_xaxis_transform(),
+            "offset points",
+            horizontalalignment="right" if is_beyond else "left",
+            fontsize=9,
+            color="dimgray",
         )

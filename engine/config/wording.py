@@ -13,12 +13,12 @@ _WIDTH = 60
 def count_noun(count: int, noun: str) -> str:
     """Format a count and a noun, in the plural if the count is not 1.
 
-    >>> count_noun(1, "rank"), count_noun(8, "rank"), count_noun(2, "batch")
-    ('1 rank', '8 ranks', '2 batches')
+    >>> count_noun(1, "rank"), count_noun(8, "rank"), count_noun(2000, "batch")
+    ('1 rank', '8 ranks', '2,000 batches')
     """
     if count == 1:
         return f"{count} {noun}"
-    return f"{count} {noun}es" if noun.endswith("tch") else f"{count} {noun}s"
+    return f"{count:,} {noun}es" if noun.endswith("tch") else f"{count:,} {noun}s"
 
 
 def quote_value(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import signal
@@ -31,6 +32,7 @@ _TICK = 0.1
 _BURST = 16  # agents to start before events are handled again
 _FILES_PER_HOST = 4  # two pipes, and two connections to the store
 _KEPT_LINES = 50  # last lines of output that are kept per rank: a whole traceback
+_VISIBLE_LINES = 20  # newer lines on the console after which a line is still easy to find
 # SIGHUP does not exist on Windows.
 _SIGNALS = tuple(
     signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
@@ -71,6 +73,8 @@ class _Output:
         self._console = console
         self._out = out
         self._kept: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=_KEPT_LINES))
+        self._printed = 0  # number of lines that were not excluded
+        self._last_printed: dict[str, int] = {}  # number of the last such line of each source
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._print_lines, daemon=True)
@@ -90,12 +94,12 @@ class _Output:
         prefix = line[1:].partition("]")[0] if line.startswith("[") else ""
         source = prefix if ":r" in prefix else host
         self._kept[source].append(line)
-        if self._console == "all" or self._is_printed_alone(source):
+        is_rank0 = ":r" not in source or source.endswith(":r0")
+        if self._console == "all" or (self._console == "rank0" and is_rank0):
             self._raise_error()
+            self._printed += 1
+            self._last_printed[source] = self._printed
             self._lines.put(line)
-
-    def _is_printed_alone(self, source: str) -> bool:
-        return self._console == "rank0" and (":r" not in source or source.endswith(":r0"))
 
     def close(self) -> None:
         """Wait until all lines have been printed.
@@ -121,12 +125,13 @@ class _Output:
     def get_last_lines(self, source: str) -> tuple[str, ...]:
         """Return the last output lines of a rank (``node0:r1``) or an agent (``node0``).
 
-        With the console setting "rank0", return no lines for rank 0 and the agents, because the
-        console already shows the lines. If standard error is redirected to another file, return
-        the lines anyway.
+        Return no lines if they were among the last that the console printed. If standard error is
+        redirected to another file, return the lines anyway.
         """
-        is_shown = self._is_printed_alone(source) and _is_same_file(self._out, sys.stderr)
-        return () if is_shown else tuple(self._kept[source])
+        shown = self._last_printed.get(source, -math.inf)
+        is_visible = self._printed - shown <= _VISIBLE_LINES
+        is_visible = is_visible and _is_same_file(self._out, sys.stderr)
+        return () if is_visible else tuple(self._kept[source])
 
 
 def _is_same_file(first: IO[str], second: IO[str]) -> bool:
@@ -246,7 +251,8 @@ def report_outcome(outcome: Outcome) -> int:
     for line in outcome.last_lines:
         print(line, file=sys.stderr)
     if outcome.reason:
-        print(f"onecycle launch: first failure: {outcome.reason}", file=sys.stderr, flush=True)
+        label = "first failure: " if outcome.source else ""  # a signal has no source
+        print(f"onecycle launch: {label}{outcome.reason}", file=sys.stderr, flush=True)
     return outcome.status
 
 

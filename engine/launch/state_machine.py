@@ -196,7 +196,7 @@ class LaunchStateMachine:
 
     def signal_received(self, number: int, now: float) -> list[Action]:
         """Record that the launcher received a signal."""
-        reason = f"the launcher received {signal.Signals(number).name}"
+        reason = f"stopped by {signal.Signals(number).name}"
         outcome = Outcome(to_exit_status(-number), reason)
         return self._apply(_Event.SIGNAL, _Details(now, outcome=outcome, failed_at=-math.inf))
 

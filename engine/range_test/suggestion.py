@@ -246,10 +246,12 @@ def _apply_rules(curve: SmoothedCurve, divergence: float | None) -> Suggestion:
             return Suggestion(
                 None, f"the loss diverges at learning rates >= {10**divergence:.3g}", {}, curve
             )
-        reason = (
-            f"the loss falls by only {max(fall, 0):.3g}, which is not significant with a standard "
-            f"error of {error:.2g}"
-        )
+        reason = "the loss does not fall"
+        if not np.isclose(loss[top], loss[low], rtol=1e-9):  # a difference due to rounding
+            reason = (
+                f"the loss falls by {fall:.3g}, which is not significant with a standard error of "
+                f"{error:.2g}"
+            )
         return Suggestion(None, reason, {}, curve)
     slope = np.gradient(loss, x)
     steepest = top + int(np.argmin(slope[top : low + 1]))

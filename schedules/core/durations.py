@@ -203,17 +203,18 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
         if horizon.scaled_steps is None:
             raise DurationError(
                 f"{duration!r} requires the length of the run. "
-                'Set "engine": {"max_duration": "10ep"} in the config, pass '
-                "horizon=Horizon(total_steps=…) in a custom loop, or specify the duration in steps."
+                'Set "engine": {"max_duration": "10ep"} in the config, or specify the duration in '
+                "steps. In a loop without the engine, pass horizon=Horizon(total_steps=…)."
             )
         return _convert_fraction(value, horizon, repr(duration))
     if unit == "ep":
         if horizon.steps_per_epoch is None:
             raise DurationError(
                 f"{duration!r} requires the number of steps per epoch. On the command line, use "
-                "`--steps-per-epoch`. In a script, pass `training_data` (a dataset or a data "
-                "loader) to `initialize`. In a custom loop, pass "
-                "horizon=Horizon(steps_per_epoch=…). Or specify the duration in steps."
+                "`--steps-per-epoch` with the number of samples divided by `train_batch_size`. In "
+                "a script, pass `training_data` (a dataset or a data loader) to `initialize`. Or "
+                "specify the duration in steps. In a loop without the engine, pass "
+                "horizon=Horizon(steps_per_epoch=…)."
             )
         steps = int(_check_length(value * horizon.steps_per_epoch, repr(duration)))
         return int(_check_length(steps * ratio, repr(duration)))
@@ -228,15 +229,15 @@ def _count_per_step(unit: str, horizon: Horizon, text: str) -> float:
     if unit == "tok" and horizon.tokens_per_sample is None:
         raise DurationError(
             f"{text} requires the number of tokens per sample, which must be the same for all "
-            'samples. Set it in the config, for example "engine": {"tokens_per_sample": 2048}. In '
-            "a custom loop, pass horizon=Horizon(samples_per_step=…, tokens_per_sample=…). Or "
-            'specify the duration in steps ("500ba").'
+            'samples. Set it in the config, for example "engine": {"tokens_per_sample": 2048}, or '
+            'specify the duration in steps ("500ba"). In a loop without the engine, pass '
+            "horizon=Horizon(samples_per_step=…, tokens_per_sample=…)."
         )
     if horizon.samples_per_step is None:
         raise DurationError(
-            f"{text} requires the number of samples per step. Set `train_batch_size`, pass "
-            "horizon=Horizon(samples_per_step=…) in a custom loop, or specify the duration in "
-            "steps."
+            f"{text} requires the number of samples per step. Set `train_batch_size`, or specify "
+            "the duration in steps. In a loop without the engine, pass "
+            "horizon=Horizon(samples_per_step=…)."
         )
     tokens = (horizon.tokens_per_sample or 1) if unit == "tok" else 1
     return horizon.samples_per_step * tokens

@@ -411,7 +411,7 @@ def test_initialize_logs_the_warnings_of_the_config(caplog):
     with caplog.at_level(logging.WARNING, "onecycle"):
         start(scheduler=decay, engine={"max_duration": 1000})
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "50 of 1000" in caplog.text
+    assert "50 of 1,000" in caplog.text
 
 
 @pytest.mark.parametrize("level", ["NOTSET", pytest.param("ERROR", marks=pytest.mark.slow)])

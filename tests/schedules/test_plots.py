@@ -109,6 +109,19 @@ def test_plot_names_of_short_phases_do_not_overlap():
     assert not [a for i, a in enumerate(names) for b in names[:i] if a.overlaps(b)]
 
 
+def test_plot_names_of_phases_stay_inside_the_panel():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    shapes = [{"shape": "constant", "duration": length} for length in (38, 7, 1, 1)]
+    figure = plot(Phases(lr=shapes), steps=46)
+    FigureCanvasAgg(figure).draw()
+    panel = figure.axes[0].get_window_extent()
+    names = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(names) == 2  # the third phase has only the last step
+    assert all(panel.x0 <= name.x0 and name.x1 <= panel.x1 for name in names)
+    assert not names[0].overlaps(names[1])
+
+
 def test_plot_length_is_that_of_the_run():
     decay = WarmupDecayLR(total_num_steps="1dur", warmup_num_steps="0.1dur", warmup_type="linear")
     ((values, _),) = read_lines(plot(decay, horizon=Horizon(total_steps=30))).values()

@@ -132,7 +132,7 @@ def _check_end(context: RuleContext) -> Iterator[Problem]:
     last, peak = curve(end), evaluated.get_range("lr")[1]
     if end > total and curve(total) != last:
         message = (
-            f"The schedule ends at step {end:g}, but the run ends at step {total:g} with a "
+            f"The schedule ends at step {end:,.10g}, but the run ends at step {total:,} with a "
             f"learning rate of {curve(total):.3g} instead of {last:.3g}."
         )
         hint = (
@@ -141,7 +141,7 @@ def _check_end(context: RuleContext) -> Iterator[Problem]:
         yield context.warning("end-of-schedule", pointer, message, hint)
     elif end < total and last < peak:
         message = (
-            f"The schedule ends at step {end:g} of {total:g}. The learning rate then stays at "
+            f"The schedule ends at step {end:,.10g} of {total:,}. The learning rate then stays at "
             f"{last:.3g}."
         )
         hint = (

@@ -373,7 +373,7 @@ def test_validate_checks_durations_in_epochs_for_the_number_of_steps(file):
     for arguments in ((), ("--steps-per-epoch", 30)):
         status, out = run("validate", *arguments, path)
         assert (status, "end-of-schedule" in out) == (0, False)
-    assert "ends at step 300 of 1000" in run("validate", "--steps-per-epoch", 100, path)[1]
+    assert "ends at step 300 of 1,000" in run("validate", "--steps-per-epoch", 100, path)[1]
 
 
 def test_validate_run_of_less_than_an_epoch_may_be_long_enough(file):

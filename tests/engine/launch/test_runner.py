@@ -61,21 +61,24 @@ def test_run_whose_output_is_not_read_keeps_the_job_running(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("console", "rank", "is_same_file", "is_repeated"),
+    ("console", "rank", "is_same_file", "newer_lines", "is_repeated"),
     [
-        ("rank0", 0, True, False),
-        ("rank0", 0, False, True),
-        ("rank0", 1, True, True),
-        ("all", 0, True, True),
-        ("none", 0, True, True),
+        ("rank0", 0, True, 0, False),
+        ("rank0", 0, False, 0, True),
+        ("rank0", 1, True, 0, True),
+        ("all", 1, True, 0, False),
+        ("all", 1, True, 20, False),
+        ("all", 1, True, 21, True),
+        ("none", 0, True, 0, True),
     ],
 )
 def test_run_repeats_the_last_lines_unless_they_end_the_console(
-    tmp_path, monkeypatch, console, rank, is_same_file, is_repeated
+    tmp_path, monkeypatch, console, rank, is_same_file, newer_lines, is_repeated
 ):
     line = f"[h0:r{rank}] ValueError: no"
     failure = format_failure(Failure(rank, 1, time.time()))
-    plan = plan_jobs(f"print({line!r}); print({failure!r}); raise SystemExit(1)")
+    script = f"print({line!r}); print('[h0:r2] lost\\n' * {newer_lines}, end='')"
+    plan = plan_jobs(f"{script}; print({failure!r}); raise SystemExit(1)")
     path = tmp_path / "output"
     with path.open("w") as out, (tmp_path / "errors").open("w") as errors:
         monkeypatch.setattr(sys, "stderr", out if is_same_file else errors)

@@ -118,13 +118,13 @@ CASES = {
         FIXED,
         [(interrupted(2), orders("term", "abc")), (interrupted(2), orders("kill", "abc")),
          (interrupted(15), orders("kill", "abc"))],
-        STOPPING, False, 130, "the launcher received SIGINT",
+        STOPPING, False, 130, "stopped by SIGINT",
     ),
     "a rank that fails after a signal does not change the outcome": (
         FIXED,
         [(interrupted(15), orders("term", "abc")),
          (ended("a", 7, Failure(0, 7, -1.0)), [])],
-        STOPPING, False, 143, "the launcher received SIGTERM",
+        STOPPING, False, 143, "stopped by SIGTERM",
     ),
     "a signal after a failure kills and keeps the outcome": (
         FIXED,
@@ -135,7 +135,7 @@ CASES = {
     "a signal after a host has succeeded": (
         FIXED,
         [(ended("a", 0), []), (interrupted(1), orders("term", "bc"))],
-        STOPPING, False, 129, "the launcher received SIGHUP",
+        STOPPING, False, 129, "stopped by SIGHUP",
     ),
     "hosts that do not stop in time are disconnected, remaining hosts only": (
         FIXED,
@@ -145,14 +145,14 @@ CASES = {
          (time_is(5.1 + KILL_AFTER), orders("drop", "bc")),
          (ended("b", -9, at=21.0), []),
          (time_is(5.2 + KILL_AFTER), orders("drop", "c"))],
-        STOPPING, False, 130, "the launcher received SIGINT",
+        STOPPING, False, 130, "stopped by SIGINT",
     ),
     "a second signal does not extend the time": (
         FIXED,
         [(interrupted(2, at=0.0), orders("term", "abc")),
          (interrupted(2, at=KILL_AFTER - 1), orders("kill", "abc")),
          (time_is(KILL_AFTER + 1), orders("drop", "abc"))],
-        STOPPING, False, 130, "the launcher received SIGINT",
+        STOPPING, False, 130, "stopped by SIGINT",
     ),
     "a lost host ends the launch without --rejoin": (
         FIXED,
@@ -248,13 +248,13 @@ CASES = {
     "a signal with every host lost ends the launch at once": (
         REJOIN,
         [(ended(host, SSH_LOST), report(host, WAIT)) for host in "abc"] + [(interrupted(2), [])],
-        STOPPING, True, 130, "the launcher received SIGINT",
+        STOPPING, True, 130, "stopped by SIGINT",
     ),
     "a signal while the launcher reconnects to a lost host": (
         REJOIN,
         [(ended("b", SSH_LOST), report("b", WAIT)), (time_is(2.0), orders("start", "b")),
          (interrupted(2, at=3.0), orders("term", "abc")), (started("b", at=3.1), [])],
-        STOPPING, False, 130, "the launcher received SIGINT",
+        STOPPING, False, 130, "stopped by SIGINT",
     ),
     "the launcher does not reconnect to a lost host once another has succeeded": (
         REJOIN,
@@ -279,19 +279,19 @@ CASES = {
         REJOIN,
         [(ended("b", SSH_LOST), report("b", WAIT)), (time_is(2.0), orders("start", "b")),
          (interrupted(2), orders("term", "abc")), (ended("a", 0), orders("kill", "b"))],
-        STOPPING, False, 130, "the launcher received SIGINT",
+        STOPPING, False, 130, "stopped by SIGINT",
     ),
     "a host that starts the job while the others stop has time to save": (
         REJOIN,
         [(ended("b", SSH_LOST), report("b", WAIT)), (time_is(2.0), orders("start", "b")),
          (interrupted(2), orders("term", "abc")), (started("b"), []), (ended("a", 0), [])],
-        STOPPING, False, 130, "the launcher received SIGINT",
+        STOPPING, False, 130, "stopped by SIGINT",
     ),
     "a late host is stopped with the others": (
         REJOIN,
         [(ended("b", SSH_LOST), report("b", WAIT)), (time_is(2.0), orders("start", "b")),
          (ended("a", 0), orders("kill", "b")), (interrupted(2), orders("term", "bc"))],
-        STOPPING, False, 130, "the launcher received SIGINT",
+        STOPPING, False, 130, "stopped by SIGINT",
     ),
 }  # fmt: skip
 
