@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.range_test.recorder import Run
+from schedules.core.durations import Horizon, convert_to_steps, get_unit
 
 __all__ = ["Refinement", "build_short_cycle", "check_training_steps", "refine"]
 
@@ -22,6 +22,8 @@ _FARTHEST = 6  # largest power of `_FACTOR` by which a maximum differs from the 
 _HORIZON = 0.32  # see Refinement.max_lr
 _HALVES = ("first", "second")
 _MOMENTUM = ("cycle_momentum", "cycle_min_mom", "cycle_max_mom")
+# The ratio of two durations of the same unit is the same in every run.
+_ANY_RUN = Horizon(total_steps=10**6, steps_per_epoch=1, samples_per_step=1, tokens_per_sample=1)
 
 Array = NDArray[np.float64]
 
@@ -269,19 +271,17 @@ def build_short_cycle(block: Mapping[str, Any], max_lr: float, steps: int) -> di
     return {"type": "OneCycle", "params": {**kept, **bounds, **sizes}}
 
 
-def _compute_climb_share(first: object, second: object) -> float:
-    """Return the share of a cycle in which the learning rate increases; 0.5 if unknown.
+def _compute_climb_share(first: float | str | None, second: float | str | None) -> float:
+    """Return the share of a cycle in which the learning rate increases.
+
+    Return 0.5 if a duration is not set, or if the durations have different units.
 
     >>> _compute_climb_share(300, 700), _compute_climb_share("0.3dur", "0.7dur")
     (0.3, 0.3)
-    >>> _compute_climb_share(300, None)
-    0.5
+    >>> _compute_climb_share("1ep", "3ep"), _compute_climb_share(300, None)
+    (0.25, 0.5)
     """
-    fractions = re.fullmatch(r"([\d.]+)dur ([\d.]+)dur", f"{first} {second}".lower())
-    if fractions:
-        climb, descent = map(float, fractions.groups())
-    elif isinstance(first, int) and isinstance(second, int):
-        climb, descent = first, second
-    else:
+    if first is None or second is None or get_unit(first) != get_unit(second):
         return 0.5
+    climb, descent = (convert_to_steps(each, _ANY_RUN, scaled=True) for each in (first, second))
     return climb / (climb + descent)

@@ -1,6 +1,5 @@
 """Every command ends in bounded time and memory, whatever the config and the file are."""
 
-import io
 import json
 import os
 import subprocess
@@ -8,17 +7,11 @@ import sys
 
 import pytest
 
-from engine.cli.main import main
 from engine.config import ConfigError, load_config
+from tests.testing.command_line import run
 from tests.testing.fuzz import TARGETS
 
 SGD = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
-
-
-def run(*arguments):
-    out, err = io.StringIO(), io.StringIO()
-    status = main([str(argument) for argument in arguments], out, err)
-    return status, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from engine.distributed.environment import INVALID, OK, USAGE
-from tests.engine.cli.test_main import run
+from tests.testing.command_line import run
 
 MODULE = """
 import torch

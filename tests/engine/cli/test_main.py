@@ -12,20 +12,8 @@ from engine.cli.main import main
 from engine.cli.parser import COMMANDS
 from engine.distributed.environment import INVALID, OK, USAGE
 from schedules import SCHEDULES, trace
+from tests.testing.command_line import run
 from tests.testing.schedule_instances import TUTORIAL
-
-
-def run(*arguments):
-    out, err = io.StringIO(), io.StringIO()
-    status = main([str(argument) for argument in arguments], out, err)
-    return status, out.getvalue(), err.getvalue()
-
-
-@pytest.fixture
-def tutorial(tmp_path):
-    path = tmp_path / "ds_config.json"
-    path.write_text(json.dumps({"scheduler": TUTORIAL}))
-    return path
 
 
 def test_validate_valid_config_prints_the_verdict(tmp_path):

@@ -1,27 +1,13 @@
 """The ``onecycle`` command: output in encodings that lack characters, and Ctrl-C."""
 
 import io
-import json
 
 import pytest
 
 from engine.cli.main import main
 from engine.cli.parser import import_command
 from engine.distributed.environment import INTERRUPTED, INVALID, OK
-from tests.testing.schedule_instances import TUTORIAL
-
-
-def run(*arguments):
-    out, err = io.StringIO(), io.StringIO()
-    status = main([str(argument) for argument in arguments], out, err)
-    return status, out.getvalue(), err.getvalue()
-
-
-@pytest.fixture
-def tutorial(tmp_path):
-    path = tmp_path / "ds_config.json"
-    path.write_text(json.dumps({"scheduler": TUTORIAL}))
-    return path
+from tests.testing.command_line import run
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
