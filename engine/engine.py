@@ -65,10 +65,11 @@ class Engine(DeepSpeedAccessors):
         self._run = TrainingRun.start(config, backend, lr_scheduler, monitors)
         if loader is not None:
             self._use_loader(loader)
-        elif not self._run.length.set_total(config, None) and backend.ranks.rank == 0:
+        elif (key := self._run.length.convert_durations(config, None)) and backend.ranks.rank == 0:
             log.warning(
-                "`engine.max_duration` has no effect until the data loader is passed to "
-                "`trainer.prepare`, because the length of an epoch is unknown"
+                "`%s` has no effect until the data loader is passed to `trainer.prepare`, because "
+                "the length of an epoch is unknown",
+                key,
             )
 
     def __getattr__(self, name: str) -> Any:
@@ -114,10 +115,11 @@ class Engine(DeepSpeedAccessors):
 
     def _use_loader(self, loader: RunLoader) -> None:
         run = self._run
-        if not run.length.set_total(run.config, count_steps_per_epoch(loader, run.config)):
+        steps_per_epoch = count_steps_per_epoch(loader, run.config)
+        if key := run.length.convert_durations(run.config, steps_per_epoch):
             raise ValueError(
-                "`engine.max_duration` must not be in epochs, because the data loader has no "
-                "length. Set it in steps or samples, or add `__len__` to the dataset."
+                f"`{key}` must not be in epochs, because the data loader has no length. Set it in "
+                "steps or samples, or add `__len__` to the dataset."
             )
         self.training_dataloader = loader
         loader.stop_when(lambda: self.run_is_over, lambda: self._automatic.end_run(self._run))

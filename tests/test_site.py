@@ -141,6 +141,17 @@ def test_pages_load_without_messages_and_fit_the_window(site, address, browser):
         ("how many steps per epoch", "guides/schedules"),
         ("use my own DataLoader", "guides/data"),
         ("gradient accumulation", "guides/batch_size"),
+        ("accumulate gradients over several batches", "guides/batch_size"),
+        ("can I use my existing DataLoader?", "guides/data"),
+        ("how to log to wandb", "guides/monitors"),
+        ("run on 2 machines", "guides/multi_node"),
+        ("lower learning rate for earlier layers", "guides/param_groups"),
+        ("scheduled weight decay", "guides/param_groups"),
+        ("does it work with the Hugging Face Trainer?", "from/transformers"),
+        ("how to stop early", "guides/evaluation"),
+        ("save a checkpoint every epoch", "guides/checkpoints"),
+        ("custom schedule", "guides/own_schedule"),
+        ("optimizer.step", "guides/troubleshooting"),
     ],
 )
 def test_search_finds_a_page(address, browser, words, page):

@@ -158,8 +158,9 @@ class AutomaticCheckpoints:
 
         Also log a warning if the script does not use the run's data loader.
 
-        The best checkpoint is due if the metric has improved. A regular checkpoint is due every
-        ``engine.checkpoint.every`` steps, and when a rank has received SIGINT, SIGTERM or SIGUSR1.
+        The best checkpoint is due if the metric has improved. A regular checkpoint is due at the
+        interval ``engine.checkpoint.every``, and when a rank has received SIGINT, SIGTERM or
+        SIGUSR1.
 
         Raises:
             CheckpointError: if another run writes to the checkpoint directory. Only the first call
@@ -168,7 +169,7 @@ class AutomaticCheckpoints:
                 it could train for too many epochs.
             SystemExit: after the save, if a rank has received one of these signals.
         """
-        directory, every = self._directory, self._plan.every
+        directory, every = self._directory, run.length.checkpoint_interval
         if run.is_trial:
             return
         self._end.has_trained = True

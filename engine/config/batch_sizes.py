@@ -216,11 +216,13 @@ def _divide(train: int, by: int, ranks: DataRanks, key: str) -> int:
     whole, rest = divmod(train, at_once)
     if rest:
         near = [size for size in (train - rest, train - rest + at_once) if size]
+        is_removable = train % ranks.number == 0
         raise BatchError(
             TRAIN,
             f"`{TRAIN}` must be a multiple of `{key}` ({by}) x "
             f"{count_noun(ranks.number, ranks.unit)}, got {train}.",
-            f"Set `{TRAIN}` to {' or '.join(map(str, near))}.",
+            f"Set `{TRAIN}` to {' or '.join(map(str, near))}"
+            f"{f', or remove `{key}`' if is_removable else ''}.",
         )
     return whole
 

@@ -83,7 +83,8 @@ class CheckpointPlan:
     """
 
     dir: str | None
-    every: int | None
+    every: int | str | None
+    """Interval between checkpoints: a number of steps or a time string."""
     keep: int | None
     keep_every: int | None
     is_async: bool

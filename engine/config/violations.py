@@ -173,7 +173,7 @@ def _suggest_plain_number(value: object, schema: Mapping[str, Any]) -> str:
     takes_number = "integer" in types or "number" in types
     if not isinstance(value, str) or not re.match(PATTERN, value) or not takes_number:
         return ""
-    return f"Write a number without the unit `{get_unit(value)}`."
+    return f"Write a number; the key does not accept the unit `{get_unit(value)}`."
 
 
 def _suggest_section(value: object, schema: Mapping[str, Any]) -> str:

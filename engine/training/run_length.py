@@ -1,4 +1,4 @@
-"""Determine when a run ends."""
+"""Determine when a run ends, and when its checkpoints are due."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from engine.config import Config
 from engine.training.progress import Counters
-from schedules.core.durations import DurationError, get_unit
+from schedules.core.durations import DurationError, convert_to_steps, get_unit
 
 __all__ = ["RunLength"]
 
 
 @dataclass
 class RunLength:
-    """Limits that determine when a run is over.
+    """Limits that determine when a run is over, and the interval between its checkpoints.
 
     >>> RunLength(steps_this_run=3).is_over(Counters(global_steps=3))
     True
@@ -31,6 +31,8 @@ class RunLength:
     schedule_steps: int | None = None
     """Length of the schedule in steps, not counting skipped steps; None if the run does not end
     with the schedule."""
+    checkpoint_interval: int | None = None
+    """``engine.checkpoint.every`` in optimizer steps; None if it is not set or not yet known."""
     steps_before: int = 0
     """Number of optimizer steps that had been applied when the loaded checkpoint was saved; 0 if no
     checkpoint was loaded. `steps_this_run` does not count them."""
@@ -38,31 +40,36 @@ class RunLength:
     """Whether the script has called `load_checkpoint` or read the engine's epoch or step count. If
     so, the script can resume at the right position."""
 
-    def set_total(self, config: Config, steps_per_epoch: int | None) -> bool:
-        """Set the length of the run to ``engine.max_duration``, if the config has this key.
+    def convert_durations(self, config: Config, steps_per_epoch: int | None) -> str | None:
+        """Convert ``engine.max_duration`` and ``engine.checkpoint.every``, if the config has them.
 
         Args:
             config: config of the run.
             steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
         Returns:
-            False if ``steps_per_epoch`` is required but None; True otherwise.
+            The key that is in epochs although ``steps_per_epoch`` is None; None if there is none.
 
         Raises:
             DurationError: the length is less than one step or exceeds the supported maximum.
         """
-        duration = config.run.get("max_duration")
+        duration, every = config.run.get("max_duration"), config.checkpoint.every
         try:
-            total = config.horizon(steps_per_epoch).scaled_steps
+            horizon = config.horizon(steps_per_epoch)
         except DurationError:
             if steps_per_epoch is not None:  # the length is known, but invalid
                 raise
-            return False
+            return "engine.max_duration"
+        total = horizon.scaled_steps
         if total is not None and get_unit(duration) not in {None, "ba"}:
             self.total_samples = total * config.batch.train
         else:
             self.total_steps = total
-        return True
+        if every is not None:
+            if get_unit(every) == "ep" and steps_per_epoch is None:
+                return "engine.checkpoint.every"
+            self.checkpoint_interval = max(1, int(convert_to_steps(every, horizon, scaled=False)))
+        return None
 
     def is_over(self, counters: Counters) -> bool:
         """Return whether the run has reached one of its limits."""

@@ -126,4 +126,5 @@ def _describe_checkpoints(config: Config) -> str:
         return "not saved automatically (`engine.checkpoint.dir` is not set)"
     if plan.every is None:
         return f"only after a signal, in {plan.dir} (`engine.checkpoint.every` is not set)"
-    return f"every {plan.every:,} steps, in {plan.dir}"
+    every = f"{plan.every:,} steps" if isinstance(plan.every, int) else plan.every
+    return f"every {every}, in {plan.dir}"

@@ -113,6 +113,39 @@ def test_resumed_batches_are_those_of_the_whole_run(tmp_path, stop_at):
     assert torch.equal(resumed.module.weight, expected.module.weight)
 
 
+@pytest.mark.parametrize(
+    ("every", "interval"),
+    [("1ep", STEPS_PER_EPOCH), ("2ep", 2 * STEPS_PER_EPOCH), (f"{3 * BATCH}sp", 3), ("2ba", 2)],
+)
+def test_checkpoints_are_saved_at_an_interval_in_any_unit(tmp_path, every, interval):
+    total = 4 * STEPS_PER_EPOCH
+    trainer = start(tmp_path, checkpoint={"every": every, "keep": None}, max_duration=total)
+    train(trainer)
+    steps = [manifest.step for _, manifest in storage.list_checkpoints(tmp_path)]
+    assert steps == sorted({*range(interval, total + 1, interval), total})
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"max_duration": "2ep"}, "engine.max_duration"),
+        ({"max_duration": 9, "checkpoint": {"every": "1ep"}}, "engine.checkpoint.every"),
+    ],
+)
+def test_durations_in_epochs_require_the_length_of_an_epoch(tmp_path, caplog, section, key):
+    with pytest.raises(ValueError, match=f"`{key}` must not be in epochs"):
+        start(tmp_path, data=ShortStream(), batch=1, **section)
+    model = torch.nn.Linear(2, 1)
+    section["checkpoint"] = {"dir": str(tmp_path)} | section.get("checkpoint", {})
+    config = {"train_batch_size": 4, "engine": section}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with caplog.at_level(logging.WARNING, "onecycle"):
+        trainer, *_ = engine.initialize(config=config, model=model, optimizer=optimizer)
+    assert f"`{key}` has no effect until the data loader is passed" in caplog.text
+    loader = torch.utils.data.DataLoader(build_data(), batch_size=4)
+    assert len(trainer.prepare(loader)) == len(loader)
+
+
 def train_epochs(trainer, epochs, limit):
     """Train on at most ``limit`` batches of each epoch."""
     for _ in range(trainer.epoch, epochs):

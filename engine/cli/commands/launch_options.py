@@ -17,9 +17,9 @@ S is a time in seconds. Options that torchrun or deepspeed call by another name,
 --nproc-per-node, --num_gpus and --master_port, are also accepted by that name.
 
 exit status: 0 all ranks succeeded; 1 the config is invalid; 2 usage error; 69 a host is unreachable
-or has different package versions; 75 a host was lost, or the run saved a checkpoint and exited
-after a signal; 124 the rendezvous timed out; 128 + n the launcher received signal n. If a rank
-fails, the status is that of the first failed rank (128 + n if signal n ended it).
+or has different package versions; 75 a host was lost; 124 the rendezvous timed out; 128 + n the
+launcher received signal n. If a rank fails, the status is that of the first failed rank: 128 + n if
+signal n ended it, or 75 if it saved a checkpoint and exited after SIGTERM or SIGUSR1.
 """
 
 EXAMPLES = (

@@ -44,13 +44,20 @@ def test_derive_batch_sizes_undetermined_accumulation_is_one(given_sizes, world_
         ({}, 1, "", "must be set", 'For example, add "train_batch_size": 32.'),
         ({ACCUMULATION: 2}, 1, "", "must be set", 'For example, add "train_batch_size": 32.'),
         (
-            {TRAIN: 32, MICRO: 5},
+            {TRAIN: 33, MICRO: 5},
             2,
             TRAIN,
-            "must be a multiple of `train_micro_batch_size_per_gpu` (5) x 2 ranks, got 32",
+            "must be a multiple of `train_micro_batch_size_per_gpu` (5) x 2 ranks, got 33",
             "Set `train_batch_size` to 30 or 40.",
         ),
         ({TRAIN: 2}, 4, TRAIN, "got 2.", "Set `train_batch_size` to 4."),
+        (
+            {TRAIN: 32, MICRO: 32},
+            2,
+            TRAIN,
+            "(32) x 2 ranks, got 32.",
+            "Set `train_batch_size` to 64, or remove `train_micro_batch_size_per_gpu`.",
+        ),
         (
             {TRAIN: 33, MICRO: 4, ACCUMULATION: 2},
             4,

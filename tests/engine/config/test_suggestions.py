@@ -220,9 +220,22 @@ def test_names_of_other_libraries_stand_for_known_schedules():
         ),
         ({"bf16": True}, "/bf16", 'Write {"enabled": true}.'),
         (
-            {"engine": {"checkpoint": {"dir": "run", "every": "2ep"}}},
+            {"engine": {"checkpoint": {"dir": "run", "keep_every": "2ep"}}},
+            "/engine/checkpoint/keep_every",
+            "Write a number; the key does not accept the unit `ep`.",
+        ),
+        (
+            {"engine": {"checkpoint": {"dir": "run", "every": "0.5dur"}}},
             "/engine/checkpoint/every",
-            "Write a number without the unit `ep`.",
+            (
+                'Write a number of steps, such as 200, or "200ba" (steps), "10ep" (epochs) or '
+                '"4096sp" (samples).'
+            ),
+        ),
+        (
+            {"engine": {"checkpoint": {"dir": "run", "every": "2 epochs"}}},
+            "/engine/checkpoint/every",
+            'Did you mean "2ep"?',
         ),
         (
             {"zero_optimization": {"stage": 3, "prefetch_bucket_size": "auto"}},
