@@ -65,11 +65,11 @@ class Engine(DeepSpeedAccessors):
         self._run = TrainingRun.start(config, backend, lr_scheduler, monitors)
         if loader is not None:
             self._use_loader(loader)
-        elif (key := self._run.length.convert_durations(config, None)) and backend.ranks.rank == 0:
+        elif (keys := self._run.length.convert_durations(config, None)) and backend.ranks.rank == 0:
             log.warning(
-                "`%s` has no effect until the data loader is passed to `trainer.prepare`, because "
-                "the length of an epoch is unknown",
-                key,
+                "the length of an epoch is unknown; pass the data loader to `trainer.prepare`, or "
+                "set `%s` in steps",
+                "` and `".join(keys),
             )
 
     def __getattr__(self, name: str) -> Any:
@@ -116,10 +116,10 @@ class Engine(DeepSpeedAccessors):
     def _use_loader(self, loader: RunLoader) -> None:
         run = self._run
         steps_per_epoch = count_steps_per_epoch(loader, run.config)
-        if key := run.length.convert_durations(run.config, steps_per_epoch):
+        if keys := run.length.convert_durations(run.config, steps_per_epoch):
             raise ValueError(
-                f"`{key}` must not be in epochs, because the data loader has no length. Set it in "
-                "steps or samples, or add `__len__` to the dataset."
+                f"`{'` and `'.join(keys)}` must not be in epochs, because the data loader has no "
+                "length. Use steps or samples, or add `__len__` to the dataset."
             )
         self.training_dataloader = loader
         loader.stop_when(lambda: self.run_is_over, lambda: self._automatic.end_run(self._run))

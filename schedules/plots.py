@@ -331,7 +331,7 @@ def _mark_phases(axis: Axes, phases: Mapping[int, str], last: int, *, is_labeled
             continue
         width = _CHARACTER * (len(name) + 2)
         left = start / max(1, last)
-        is_beyond = left + width > 1  # the right edge of the panel
+        is_beyond = left + width > 1 and left >= width  # the right edge of the panel
         left -= width if is_beyond else 0
         row = next((row for row, end in enumerate(ends) if end < left), len(ends))
         ends[row : row + 1] = [left + width]

@@ -216,7 +216,8 @@ def _divide(train: int, by: int, ranks: DataRanks, key: str) -> int:
     whole, rest = divmod(train, at_once)
     if rest:
         near = [size for size in (train - rest, train - rest + at_once) if size]
-        is_removable = train % ranks.number == 0
+        # Suggest only the removal of a micro-batch size that is too large: it becomes smaller then.
+        is_removable = key == MICRO and whole == 0 and train % ranks.number == 0
         raise BatchError(
             TRAIN,
             f"`{TRAIN}` must be a multiple of `{key}` ({by}) x "

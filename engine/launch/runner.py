@@ -32,7 +32,7 @@ _TICK = 0.1
 _BURST = 16  # agents to start before events are handled again
 _FILES_PER_HOST = 4  # two pipes, and two connections to the store
 _KEPT_LINES = 50  # last lines of output that are kept per rank: a whole traceback
-_VISIBLE_LINES = 20  # newer lines on the console after which a line is still easy to find
+_VISIBLE_LINES = 20  # last lines are not repeated if at most this many other lines follow them
 # SIGHUP does not exist on Windows.
 _SIGNALS = tuple(
     signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
@@ -72,9 +72,11 @@ class _Output:
     def __init__(self, console: Console, out: IO[str]) -> None:
         self._console = console
         self._out = out
-        self._kept: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=_KEPT_LINES))
-        self._printed = 0  # number of lines that were not excluded
-        self._last_printed: dict[str, int] = {}  # number of the last such line of each source
+        # Each line is stored with the number of lines sent to the console before it.
+        self._kept: dict[str, deque[tuple[float, str]]] = defaultdict(
+            lambda: deque(maxlen=_KEPT_LINES)
+        )
+        self._sent = 0  # number of lines sent to the console
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._print_lines, daemon=True)
@@ -93,12 +95,12 @@ class _Output:
         """
         prefix = line[1:].partition("]")[0] if line.startswith("[") else ""
         source = prefix if ":r" in prefix else host
-        self._kept[source].append(line)
         is_rank0 = ":r" not in source or source.endswith(":r0")
-        if self._console == "all" or (self._console == "rank0" and is_rank0):
+        is_sent = self._console == "all" or (self._console == "rank0" and is_rank0)
+        self._kept[source].append((self._sent if is_sent else -math.inf, line))
+        if is_sent:
             self._raise_error()
-            self._printed += 1
-            self._last_printed[source] = self._printed
+            self._sent += 1
             self._lines.put(line)
 
     def close(self) -> None:
@@ -125,13 +127,13 @@ class _Output:
     def get_last_lines(self, source: str) -> tuple[str, ...]:
         """Return the last output lines of a rank (``node0:r1``) or an agent (``node0``).
 
-        Return no lines if they were among the last that the console printed. If standard error is
-        redirected to another file, return the lines anyway.
+        Return no lines if the console has just shown them, with few other lines between or after
+        them. If standard error is redirected to another file, return the lines anyway.
         """
-        shown = self._last_printed.get(source, -math.inf)
-        is_visible = self._printed - shown <= _VISIBLE_LINES
-        is_visible = is_visible and _is_same_file(self._out, sys.stderr)
-        return () if is_visible else tuple(self._kept[source])
+        kept = self._kept[source]
+        others = self._sent - kept[0][0] - len(kept) if kept else 0
+        is_visible = others <= _VISIBLE_LINES and _is_same_file(self._out, sys.stderr)
+        return () if is_visible else tuple(line for _, line in kept)
 
 
 def _is_same_file(first: IO[str], second: IO[str]) -> bool:

@@ -23,7 +23,7 @@ _HORIZON = 0.32  # see Refinement.max_lr
 _HALVES = ("first", "second")
 _MOMENTUM = ("cycle_momentum", "cycle_min_mom", "cycle_max_mom")
 # The ratio of two durations of the same unit is the same in every run.
-_ANY_RUN = Horizon(total_steps=10**6, steps_per_epoch=1, samples_per_step=1, tokens_per_sample=1)
+_ANY_RUN = Horizon(total_steps=10**12, steps_per_epoch=1, samples_per_step=1, tokens_per_sample=1)
 
 Array = NDArray[np.float64]
 
@@ -264,24 +264,27 @@ def build_short_cycle(block: Mapping[str, Any], max_lr: float, steps: int) -> di
     """
     params = block["params"]
     kept = {name: value for name, value in params.items() if name in _MOMENTUM}
-    share = _compute_climb_share(*(params.get(f"cycle_{half}_step_size") for half in _HALVES))
-    climb = min(max(1, round(steps * share)), steps - 1)
+    fraction = _compute_climb_fraction(*(params.get(f"cycle_{half}_step_size") for half in _HALVES))
+    climb = min(max(1, round(steps * fraction)), steps - 1)
     sizes = {"cycle_first_step_size": climb, "cycle_second_step_size": steps - climb}
     bounds = {"cycle_min_lr": max_lr / 10, "cycle_max_lr": max_lr}
     return {"type": "OneCycle", "params": {**kept, **bounds, **sizes}}
 
 
-def _compute_climb_share(first: float | str | None, second: float | str | None) -> float:
-    """Return the share of a cycle in which the learning rate increases.
+def _compute_climb_fraction(first: float | str | None, second: float | str | None) -> float:
+    """Return the fraction of a cycle in which the learning rate increases.
 
     Return 0.5 if a duration is not set, or if the durations have different units.
 
-    >>> _compute_climb_share(300, 700), _compute_climb_share("0.3dur", "0.7dur")
+    >>> _compute_climb_fraction(300, 700), _compute_climb_fraction("0.3dur", "0.7dur")
     (0.3, 0.3)
-    >>> _compute_climb_share("1ep", "3ep"), _compute_climb_share(300, None)
-    (0.25, 0.5)
+    >>> _compute_climb_fraction("1ep", "3ep"), _compute_climb_fraction(300, "900ba")
+    (0.25, 0.25)
+    >>> _compute_climb_fraction(300, None), _compute_climb_fraction(300, "2ep")
+    (0.5, 0.5)
     """
-    if first is None or second is None or get_unit(first) != get_unit(second):
+    if first is None or second is None:
         return 0.5
     climb, descent = (convert_to_steps(each, _ANY_RUN, scaled=True) for each in (first, second))
-    return climb / (climb + descent)
+    is_same_unit = (get_unit(first) or "ba") == (get_unit(second) or "ba")
+    return climb / (climb + descent) if is_same_unit and climb + descent else 0.5

@@ -40,6 +40,7 @@ _CERTAIN = 7.0
 _BANDWIDTHS = (0.015, 0.025, 0.04, 0.06, 0.09, 0.13)  # fractions of the sweep
 _MOST_POINTS = 400
 _BASIN = 0.05  # fraction of the descent
+_ROUNDING = 1e-9  # relative differences up to this are rounding errors
 _SPIKE = 5.0  # standard deviations from the median of its neighbors
 
 
@@ -147,7 +148,7 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
         return Suggestion(None, reason)
     divergence = _find_divergence(x, finite)
     x, y = x[finite], y[finite]
-    if np.ptp(y) <= 1e-9 * np.abs(y).max():
+    if np.ptp(y) <= _ROUNDING * np.abs(y).max():
         return Suggestion(None, f"the loss does not fall: it is {y[0]:.4g} at every learning rate")
     if divergence is None and diverged_at is not None:
         divergence = math.log10(diverged_at)
@@ -246,12 +247,12 @@ def _apply_rules(curve: SmoothedCurve, divergence: float | None) -> Suggestion:
             return Suggestion(
                 None, f"the loss diverges at learning rates >= {10**divergence:.3g}", {}, curve
             )
-        reason = "the loss does not fall"
-        if not np.isclose(loss[top], loss[low], rtol=1e-9):  # a difference due to rounding
-            reason = (
-                f"the loss falls by {fall:.3g}, which is not significant with a standard error of "
-                f"{error:.2g}"
-            )
+        reason = (
+            f"the loss falls by {fall:.3g}, which is not significant with a standard error of "
+            f"{error:.2g}"
+        )
+        if fall <= _ROUNDING * abs(loss[top]):
+            reason = "the loss does not fall"
         return Suggestion(None, reason, {}, curve)
     slope = np.gradient(loss, x)
     steepest = top + int(np.argmin(slope[top : low + 1]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from engine.config import Config
 from engine.training.progress import Counters
-from schedules.core.durations import DurationError, convert_to_steps, get_unit
+from schedules.core.durations import DurationError, Horizon, convert_to_steps, get_unit
 
 __all__ = ["RunLength"]
 
@@ -40,7 +40,7 @@ class RunLength:
     """Whether the script has called `load_checkpoint` or read the engine's epoch or step count. If
     so, the script can resume at the right position."""
 
-    def convert_durations(self, config: Config, steps_per_epoch: int | None) -> str | None:
+    def convert_durations(self, config: Config, steps_per_epoch: int | None) -> list[str]:
         """Convert ``engine.max_duration`` and ``engine.checkpoint.every``, if the config has them.
 
         Args:
@@ -48,28 +48,30 @@ class RunLength:
             steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
         Returns:
-            The key that is in epochs although ``steps_per_epoch`` is None; None if there is none.
+            The keys that are in epochs, and thus not converted, if ``steps_per_epoch`` is None.
 
         Raises:
-            DurationError: the length is less than one step or exceeds the supported maximum.
+            DurationError: a duration exceeds the supported maximum, or the run is shorter than one
+                step.
         """
         duration, every = config.run.get("max_duration"), config.checkpoint.every
-        try:
-            horizon = config.horizon(steps_per_epoch)
-        except DurationError:
-            if steps_per_epoch is not None:  # the length is known, but invalid
-                raise
-            return "engine.max_duration"
-        total = horizon.scaled_steps
-        if total is not None and get_unit(duration) not in {None, "ba"}:
-            self.total_samples = total * config.batch.train
-        else:
-            self.total_steps = total
-        if every is not None:
-            if get_unit(every) == "ep" and steps_per_epoch is None:
-                return "engine.checkpoint.every"
-            self.checkpoint_interval = max(1, int(convert_to_steps(every, horizon, scaled=False)))
-        return None
+        durations = {"engine.max_duration": duration, "engine.checkpoint.every": every}
+        in_epochs = [key for key, value in durations.items() if get_unit(value) == "ep"]
+        unknown = in_epochs if steps_per_epoch is None else []
+        if "engine.max_duration" not in unknown:
+            total = config.horizon(steps_per_epoch).scaled_steps
+            if total is not None and get_unit(duration) not in {None, "ba"}:
+                self.total_samples = total * config.batch.train
+            else:
+                self.total_steps = total
+        if every is not None and "engine.checkpoint.every" not in unknown:
+            known = Horizon(steps_per_epoch=steps_per_epoch, samples_per_step=config.batch.train)
+            try:
+                steps = convert_to_steps(every, known, scaled=False)
+            except DurationError as error:
+                raise DurationError(f"`engine.checkpoint.every`: {error}") from None
+            self.checkpoint_interval = max(1, int(steps))
+        return unknown
 
     def is_over(self, counters: Counters) -> bool:
         """Return whether the run has reached one of its limits."""

@@ -126,5 +126,5 @@ def _describe_checkpoints(config: Config) -> str:
         return "not saved automatically (`engine.checkpoint.dir` is not set)"
     if plan.every is None:
         return f"only after a signal, in {plan.dir} (`engine.checkpoint.every` is not set)"
-    every = f"{plan.every:,} steps" if isinstance(plan.every, int) else plan.every
+    every = plan.every.strip() if isinstance(plan.every, str) else f"{plan.every:,.0f} steps"
     return f"every {every}, in {plan.dir}"

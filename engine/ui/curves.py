@@ -16,7 +16,7 @@ from engine.ui.settings import RunSettings
 from schedules import SCHEDULES
 from schedules.core.controller import Curves
 from schedules.core.curves import Curve
-from schedules.plots import LABELS
+from schedules.plots import LABELS, find_phases
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,12 +116,9 @@ class CurveSet:
 
     def _find_phases(self) -> list[dict[str, Any]]:
         first = self.columns[0] if self.columns else None
-        phases = first.curve.phases() if first is not None else ()
-        return [
-            {"step": int(phase.start), "name": phase.name}
-            for phase in phases
-            if 0 <= phase.start < self.steps
-        ]
+        curves = {first.label: first.curve} if first is not None else {}
+        phases = find_phases(curves, [*curves], self.steps) if curves else {}
+        return [{"step": step, "name": name} for step, name in phases.items()]
 
     def _list_constants(self) -> list[dict[str, Any]]:
         """Return the hyperparameters that the schedule does not change, with their values."""

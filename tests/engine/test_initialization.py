@@ -399,6 +399,23 @@ def test_setup_log_wraps_long_lines_and_keeps_them_aligned(caplog):
     assert max(map(len, lines)) < 100
 
 
+@pytest.mark.parametrize(
+    ("every", "interval"),
+    [
+        (1000, "every 1,000 steps, in run"),
+        (1e3, "every 1,000 steps, in run"),
+        (" 1ep ", "every 1ep, in run"),
+        (None, "only after a signal, in run (`engine.checkpoint.every` is not set)"),
+    ],
+)
+def test_setup_log_says_how_often_checkpoints_are_saved(caplog, every, interval):
+    config = engine.load_config(CONFIG | {"engine": {"checkpoint": {"dir": "run", "every": every}}})
+    names = {"backend": "PyTorch", "device": "cpu", "precision": "fp32", "optimizer": "SGD"}
+    with caplog.at_level(logging.INFO, "onecycle"):
+        log_setup(config, **names, num_parameters=8, scheduler=None)
+    assert f"checkpoints  {interval}" in caplog.messages
+
+
 def test_initialize_logs_the_keys_without_effect(caplog):
     with caplog.at_level(logging.INFO, "onecycle"):
         start(prescale_gradients=False, zero_optimization={"stage": 0, "overlap_comm": True})

@@ -141,9 +141,23 @@ def test_durations_in_epochs_require_the_length_of_an_epoch(tmp_path, caplog, se
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with caplog.at_level(logging.WARNING, "onecycle"):
         trainer, *_ = engine.initialize(config=config, model=model, optimizer=optimizer)
-    assert f"`{key}` has no effect until the data loader is passed" in caplog.text
-    loader = torch.utils.data.DataLoader(build_data(), batch_size=4)
-    assert len(trainer.prepare(loader)) == len(loader)
+    assert f"pass the data loader to `trainer.prepare`, or set `{key}` in steps" in caplog.text
+    loader = trainer.prepare(torch.utils.data.DataLoader(build_data(), batch_size=BATCH))
+    train(trainer)
+    expected = [STEPS_PER_EPOCH, 9] if key == "engine.checkpoint.every" else []
+    assert [manifest.step for _, manifest in storage.list_checkpoints(tmp_path)] == expected
+    assert loader is trainer.training_dataloader
+
+
+def test_checkpoints_are_saved_every_few_steps_while_the_length_of_an_epoch_is_unknown(tmp_path):
+    plan = {"checkpoint": {"dir": str(tmp_path), "every": 2, "keep": None}, "max_duration": "2ep"}
+    optimizer = {"type": "SGD", "params": {"lr": 0.01}}
+    config = {"train_batch_size": 1, "optimizer": optimizer, "engine": plan}
+    trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(2, 1))
+    for _ in range(5):
+        trainer.backward(trainer(torch.ones(1, 2)).mean())
+        trainer.step()
+    assert [manifest.step for _, manifest in storage.list_checkpoints(tmp_path)] == [2, 4]
 
 
 def train_epochs(trainer, epochs, limit):

@@ -1,6 +1,6 @@
-"""Rule for ``engine.checkpoint``.
+"""Rules for ``engine.checkpoint``.
 
-It reports keys that have no effect without ``dir``.
+They report keys that have no effect without ``dir``, and an interval that is too large.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from engine.config.rules.context import Rule, RuleContext
 from engine.errors import Problem
+from schedules.core.durations import DurationError, Horizon, convert_to_steps
 
 __all__ = ["RULES"]
 
@@ -27,4 +28,15 @@ def _check_directory(context: RuleContext) -> Iterator[Problem]:
             return
 
 
-RULES: tuple[Rule, ...] = (_check_directory,)
+def _check_interval(context: RuleContext) -> Iterator[Problem]:
+    every = context.get_section("engine").get("checkpoint", {}).get("every")
+    if every is None:
+        return
+    try:
+        convert_to_steps(every, Horizon(steps_per_epoch=1, samples_per_step=1), scaled=False)
+    except DurationError as error:
+        message = f"`engine.checkpoint.every`: {error}"
+        yield context.error("out-of-range", f"{_POINTER}/every", message)
+
+
+RULES: tuple[Rule, ...] = (_check_directory, _check_interval)

@@ -128,7 +128,7 @@ MISTAKES = [
         3,
         "batch-sizes",
         "/train_batch_size",
-        "Set `train_batch_size` to 6 or 9, or remove `train_micro_batch_size_per_gpu`.",
+        "Set `train_batch_size` to 6 or 9.",
     ),
     ("/gradient_clipping", "auto", "unresolved-auto", None, "only transformers or accelerate"),
     (

@@ -17,6 +17,7 @@ from engine.launch.failure import Failure, format_failure
 from engine.launch.hosts import Host
 from engine.launch.plan import LaunchPlan, build_plan
 from engine.launch.request import LaunchRequest
+from engine.launch.state_machine import Outcome
 
 AGENT = """
 import sys
@@ -86,6 +87,37 @@ def test_run_repeats_the_last_lines_unless_they_end_the_console(
     assert outcome.last_lines == ((line,) if is_repeated else ())
     is_printed = console == "all" or (console, rank) == ("rank0", 0)
     assert (line in path.read_text()) == is_printed
+
+
+@pytest.mark.parametrize(
+    ("outcome", "message"),
+    [
+        (Outcome(), ""),
+        (Outcome(3, "node1 exited with status 3", "node1"), "first failure: node1 exited"),
+        (Outcome(130, "stopped by SIGINT"), "onecycle launch: stopped by SIGINT"),
+    ],
+)
+def test_report_outcome_calls_only_a_failed_rank_or_host_a_failure(capsys, outcome, message):
+    assert runner.report_outcome(outcome) == outcome.status
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert bool(printed) == bool(message)
+
+
+def test_run_keeps_lines_that_are_mixed_with_others(tmp_path, monkeypatch):
+    failure = format_failure(Failure(1, 1, time.time()))
+    script = f"""
+        for line in range(15):
+            print('[h0:r1] line', line)
+            print('[h0:r2] line', line)
+            print('[h0:r3] line', line)
+        print({failure!r})
+        raise SystemExit(1)
+    """
+    with (tmp_path / "output").open("w") as out:
+        monkeypatch.setattr(sys, "stderr", out)
+        outcome = runner.run(plan_jobs(textwrap.dedent(script)), "all", out)
+    assert outcome.last_lines == tuple(f"[h0:r1] line {line}" for line in range(15))
 
 
 def test_run_whose_output_is_not_read_still_stops_the_other_hosts(tmp_path):
