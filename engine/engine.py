@@ -115,7 +115,7 @@ class Engine(DeepSpeedAccessors):
 
     def _use_loader(self, loader: RunLoader) -> None:
         run = self._run
-        steps_per_epoch = count_steps_per_epoch(loader, run.config)
+        steps_per_epoch = count_steps_per_epoch(loader, run.config, self._backend.ranks)
         if keys := run.length.convert_durations(run.config, steps_per_epoch):
             raise ValueError(
                 f"`{'` and `'.join(keys)}` must not be in epochs, because the data loader has no "

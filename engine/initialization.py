@@ -371,7 +371,7 @@ def _bind_schedule(
     loader: RunLoader | None,
 ) -> LRScheduler | None:
     if schedule is not None:
-        horizon = config.horizon(count_steps_per_epoch(loader, config))
+        horizon = config.horizon(count_steps_per_epoch(loader, config, backend.ranks))
         return bind(schedule, backend.optimizer, horizon=horizon)
     if given is None or isinstance(given, LRScheduler) or not callable(given):
         return given  # a custom scheduler may not derive from torch's class

@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
 from engine.config import Config
-from engine.distributed.ranks import Ranks
+from engine.distributed.ranks import Ranks, gather_if_different
 from engine.errors import MisuseError
 from engine.training.batch_sampler import order_dataset
 from engine.training.loader import RunLoader
@@ -80,10 +80,11 @@ def read_epoch(loader: RunLoader | None) -> int:
     return loader.epoch
 
 
-def count_steps_per_epoch(loader: RunLoader | None, config: Config) -> int | None:
-    """Return the number of optimizer steps per epoch.
+def count_steps_per_epoch(loader: RunLoader | None, config: Config, ranks: Ranks) -> int | None:
+    """Return the number of optimizer steps per epoch. It is the same on all ranks.
 
-    The result is None if there is no loader or its length is unknown.
+    If the script's loaders have different lengths on the ranks, the shortest one counts. The result
+    is None if there is no loader or its length is unknown. Every rank must call this function.
 
     Raises:
         ValueError: an epoch has fewer micro-batches than one optimizer step requires.
@@ -94,6 +95,8 @@ def count_steps_per_epoch(loader: RunLoader | None, config: Config) -> int | Non
         micro_batches = len(loader)
     except (TypeError, NotImplementedError):  # the length of an iterable dataset is optional
         return None
+    if not loader.has_same_length_on_all_ranks:
+        micro_batches = min(gather_if_different(ranks, micro_batches), default=micro_batches)
     # If the data ends in the middle of a step, the gradients of this step are discarded.
     steps = micro_batches // config.batch.accumulation
     if steps == 0:

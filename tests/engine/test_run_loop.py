@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import os
 
 import pytest
 import torch
@@ -80,6 +81,37 @@ def test_epoch_without_a_step_is_an_error():
         MisuseError, match=r"epoch .* without an optimizer step.*`trainer.step\(\)`"
     ):
         list(trainer.batches())
+
+
+class UnequalStream(IterableDataset):
+    """A dataset with 6 samples on rank 0 and 4 on rank 1."""
+
+    def __len__(self):
+        return 6 - 2 * int(os.environ["RANK"])
+
+    def __iter__(self):
+        yield from torch.full((len(self), 1, 2), 1.0 + int(os.environ["RANK"]))
+
+
+def train_on_an_unequal_stream(directory):
+    decay = {"warmup_num_steps": "1ep", "total_num_steps": "3ep", "warmup_min_lr": 0}
+    block = {"type": "WarmupDecayLR", "params": decay}
+    section = {"checkpoint": {"every": "1ep", "keep": None}, "max_duration": "3ep"}
+    trainer = start(directory, data=UnequalStream(), batch=2, scheduler=block, **section)
+    lrs = []
+    for (x,) in trainer.batches():
+        lrs.append(trainer.get_lr())
+        trainer.backward(trainer(x).pow(2).mean())
+        trainer.step()
+    return lrs
+
+
+def test_epoch_has_the_same_length_on_all_ranks(tmp_path):
+    first, second = run_distributed_test(train_on_an_unequal_stream, 2, tmp_path)
+    assert first == second
+    assert len(first) == 12
+    steps = [manifest.step for _, manifest in storage.list_checkpoints(tmp_path)]
+    assert steps == [4, 8, 12]
 
 
 class ShortStream(IterableDataset):
