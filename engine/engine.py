@@ -63,14 +63,7 @@ class Engine(DeepSpeedAccessors):
         self._automatic = AutomaticCheckpoints(config.checkpoint, self._checkpointer, backend.ranks)
         self._evaluator = Evaluator(backend.ranks)
         self._run = TrainingRun.start(config, backend, lr_scheduler, monitors)
-        if loader is not None:
-            self._use_loader(loader)
-        elif (keys := self._run.length.convert_durations(config, None)) and backend.ranks.rank == 0:
-            log.warning(
-                "the length of an epoch is unknown; pass the data loader to `trainer.prepare`, or "
-                "set `%s` in steps",
-                "` and `".join(keys),
-            )
+        self._use_loader(loader)
 
     def __getattr__(self, name: str) -> Any:
         # nn.Module looks up modules and parameters; `find_attribute` looks up all other names.
@@ -113,13 +106,18 @@ class Engine(DeepSpeedAccessors):
         self._use_loader(prepared)
         return cast("LoaderT", prepared)
 
-    def _use_loader(self, loader: RunLoader) -> None:
-        run = self._run
-        steps_per_epoch = count_steps_per_epoch(loader, run.config, self._backend.ranks)
-        if keys := run.length.convert_durations(run.config, steps_per_epoch):
+    def _use_loader(self, loader: RunLoader | None) -> None:
+        run, ranks = self._run, self._backend.ranks
+        steps_per_epoch = count_steps_per_epoch(loader, run.config, ranks)
+        keys = "` and `".join(run.length.convert_durations(run.config, steps_per_epoch))
+        if loader is None:
+            if keys and ranks.rank == 0:
+                log.warning("the run ignores `%s` until you call `trainer.prepare(loader)`", keys)
+            return
+        if keys:
             raise ValueError(
-                f"`{'` and `'.join(keys)}` must not be in epochs, because the data loader has no "
-                "length. Use steps or samples, or add `__len__` to the dataset."
+                f"`{keys}` must not be in epochs, because the data loader has no length. Use steps "
+                "or samples, or add `__len__` to the dataset."
             )
         self.training_dataloader = loader
         loader.stop_when(lambda: self.run_is_over, lambda: self._automatic.end_run(self._run))

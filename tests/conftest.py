@@ -58,9 +58,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def caplog(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """Capture the log of one test only: an engine of an earlier test logs when it is deleted."""
+    """Delete the engines of earlier tests first, because an engine logs when it is deleted."""
     gc.collect()
-    caplog.clear()
     return caplog
 
 

@@ -32,7 +32,7 @@ _TICK = 0.1
 _BURST = 16  # agents to start before events are handled again
 _FILES_PER_HOST = 4  # two pipes, and two connections to the store
 _KEPT_LINES = 50  # last lines of output that are kept per rank: a whole traceback
-_VISIBLE_LINES = 20  # last lines are not repeated if at most this many other lines follow them
+_VISIBLE_LINES = 20  # lines that are still easy to find, with as many others between or after them
 # SIGHUP does not exist on Windows.
 _SIGNALS = tuple(
     signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
@@ -128,10 +128,11 @@ class _Output:
         """Return the last output lines of a rank (``node0:r1``) or an agent (``node0``).
 
         Return no lines if the console has just shown them, with few other lines between or after
-        them. If standard error is redirected to another file, return the lines anyway.
+        the last of them. If standard error is redirected to another file, return the lines anyway.
         """
-        kept = self._kept[source]
-        others = self._sent - kept[0][0] - len(kept) if kept else 0
+        kept = list(self._kept[source])
+        last = kept[-_VISIBLE_LINES:]
+        others = self._sent - last[0][0] - len(last) if last else 0
         is_visible = others <= _VISIBLE_LINES and _is_same_file(self._out, sys.stderr)
         return () if is_visible else tuple(line for _, line in kept)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -83,20 +84,21 @@ def read_epoch(loader: RunLoader | None) -> int:
 def count_steps_per_epoch(loader: RunLoader | None, config: Config, ranks: Ranks) -> int | None:
     """Return the number of optimizer steps per epoch. It is the same on all ranks.
 
-    If the script's loaders have different lengths on the ranks, the shortest one counts. The result
-    is None if there is no loader or its length is unknown. Every rank must call this function.
+    If the loaders of the ranks have different lengths, the shortest one counts. The result is None
+    if no rank has a loader of a known length. Every rank must call this function.
 
     Raises:
         ValueError: an epoch has fewer micro-batches than one optimizer step requires.
     """
-    if loader is None:
+    own = None
+    with contextlib.suppress(
+        TypeError, NotImplementedError
+    ):  # an iterable dataset may have no length
+        own = None if loader is None else len(loader)
+    lengths = [each for each in gather_if_different(ranks, own) or [own] if each is not None]
+    if not lengths:
         return None
-    try:
-        micro_batches = len(loader)
-    except (TypeError, NotImplementedError):  # the length of an iterable dataset is optional
-        return None
-    if not loader.has_same_length_on_all_ranks:
-        micro_batches = min(gather_if_different(ranks, micro_batches), default=micro_batches)
+    micro_batches: int = min(lengths)
     # If the data ends in the middle of a step, the gradients of this step are discarded.
     steps = micro_batches // config.batch.accumulation
     if steps == 0:

@@ -92,11 +92,6 @@ class RunLoader:
         return len(self._batches)
 
     @property
-    def has_same_length_on_all_ranks(self) -> bool:
-        """Whether the engine splits the samples; if not, the script's loaders may differ."""
-        return self._sampler is not None
-
-    @property
     def epoch(self) -> int:
         """Index of the current epoch or, between two epochs, of the next epoch; starts at 0."""
         return self._epoch + 1 if self._is_finished else self._epoch

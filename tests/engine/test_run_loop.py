@@ -106,7 +106,7 @@ def train_on_an_unequal_stream(directory):
     return lrs
 
 
-def test_epoch_has_the_same_length_on_all_ranks(tmp_path):
+def test_durations_in_epochs_are_equal_on_all_ranks(tmp_path):
     first, second = run_distributed_test(train_on_an_unequal_stream, 2, tmp_path)
     assert first == second
     assert len(first) == 12
@@ -173,7 +173,7 @@ def test_durations_in_epochs_require_the_length_of_an_epoch(tmp_path, caplog, se
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with caplog.at_level(logging.WARNING, "onecycle"):
         trainer, *_ = engine.initialize(config=config, model=model, optimizer=optimizer)
-    assert f"pass the data loader to `trainer.prepare`, or set `{key}` in steps" in caplog.text
+    assert f"the run ignores `{key}` until you call `trainer.prepare(loader)`" in caplog.text
     loader = trainer.prepare(torch.utils.data.DataLoader(build_data(), batch_size=BATCH))
     train(trainer)
     expected = [STEPS_PER_EPOCH, 9] if key == "engine.checkpoint.every" else []
