@@ -28,6 +28,7 @@ from engine.checkpoint.fingerprint import build_identity, read_hyperparameters
 from engine.config import Config, ConfigError, Source, load_config
 from engine.config.batch_sizes import DataRanks, count_data_ranks
 from engine.config.resolve import drop_group_schedules
+from engine.config.schedule_context import END_HINT, EvaluatedSchedule
 from engine.display.param_groups import GroupRow
 from engine.distributed.environment import SET
 from engine.distributed.ranks import (
@@ -66,7 +67,6 @@ from engine.training.optimizers import (
 from engine.training.param_groups import divide_parameters
 from engine.training.setup_log import enable_logging, log_setup
 from schedules import Schedule, ScheduleBinder
-from schedules.core.durations import get_unit
 from schedules.families.per_group import PerGroup
 from schedules.torch_scheduler import bind
 
@@ -427,20 +427,19 @@ def _warn_of_repeated_samples(training_data: object, config: Config) -> None:
 
 
 def _warn_of_schedule_end(run: TrainingRun, config: Config) -> None:
-    """Log a warning if a schedule is over 2% longer than a run whose length is in epochs.
+    """Log a warning if the schedule ends much later or earlier than the run.
 
-    A length in any other unit is known before launch, so validation reports the problem.
+    If this does not depend on the length of an epoch, the warnings of the config contain it.
     """
-    samples, scheduler = run.length.total_samples, run.scheduler
-    is_in_epochs = get_unit(config.run.get("max_duration")) == "ep"
-    if samples is None or not is_in_epochs or not isinstance(scheduler, ScheduleBinder):
+    scheduler = run.scheduler
+    is_reported = any(problem.rule == "end-of-schedule" for problem in config.warnings)
+    steps_per_epoch = run.length.steps_per_epoch
+    if is_reported or steps_per_epoch is None or not isinstance(scheduler, ScheduleBinder):
         return
-    total, end = round(samples / config.batch.train), scheduler.length
-    if end is not None and end > 1.02 * total:
-        log.warning(
-            "the run ends at step %d, but the schedule %s ends at step %d; set its durations as "
-            'fractions of the run, such as "1dur", or change `engine.max_duration`',
-            total,
-            scheduler.schedule.type_name,
-            end,
-        )
+    curves = getattr(scheduler.controller, "curves", {})  # a schedule with feedback has none
+    horizon = config.horizon(steps_per_epoch)
+    schedule = scheduler.schedule
+    evaluated = EvaluatedSchedule(schedule, schedule.resolve(horizon), horizon, {}, curves)
+    mismatch = evaluated.find_end_mismatch()
+    if mismatch is not None and mismatch.is_harmful:
+        log.warning("%s %s", mismatch.describe(in_steps=True), END_HINT)

@@ -149,6 +149,8 @@ def test_pages_load_without_messages_and_fit_the_window(site, address, browser):
         ("scheduled weight decay", "guides/param_groups"),
         ("does it work with the Hugging Face Trainer?", "from/transformers"),
         ("how to stop early", "guides/evaluation"),
+        ("resume training after a crash", "guides/checkpoints"),
+        ("Can I use this with the HF Trainer?", "from/transformers"),
         ("save a checkpoint every epoch", "guides/checkpoints"),
         ("custom schedule", "guides/own_schedule"),
         ("optimizer.step", "guides/troubleshooting"),

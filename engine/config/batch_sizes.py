@@ -217,11 +217,13 @@ def _divide(train: int, by: int, ranks: DataRanks, key: str) -> int:
     if rest:
         near = [size for size in (train - rest, train - rest + at_once) if size]
         # Suggest only the removal of a micro-batch size that is too large: it becomes smaller then.
+        factors = f"`{key}` ({by}) x {count_noun(ranks.number, ranks.unit)}"
+        if by == 1:
+            factors = f"the number of {ranks.unit}s ({ranks.number:,})"
         is_removable = key == MICRO and whole == 0 and train % ranks.number == 0
         raise BatchError(
             TRAIN,
-            f"`{TRAIN}` must be a multiple of `{key}` ({by}) x "
-            f"{count_noun(ranks.number, ranks.unit)}, got {train}.",
+            f"`{TRAIN}` must be a multiple of {factors}, got {train}.",
             f"Set `{TRAIN}` to {' or '.join(map(str, near))}"
             f"{f', or remove `{key}`' if is_removable else ''}.",
         )

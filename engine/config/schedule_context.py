@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,14 @@ from schedules.core.pieces import find_next_step
 from schedules.core.schedule import Joint
 
 __all__ = [
+    "END_HINT",
     "POSSIBLE_LENGTHS",
+    "EndMismatch",
     "EvaluatedSchedule",
     "build_base_values",
     "build_horizon",
     "evaluate_schedule",
-    "find_horizon",
+    "find_end_mismatches",
     "get_train_batch_size",
     "list_possible_horizons",
 ]
@@ -33,6 +35,10 @@ __all__ = [
 _MAX_PIECES = 5000
 _JUMP = 0.01
 """Largest jump to ignore, as a fraction of the hyperparameter's maximum."""
+_NEAR = 0.02  # fraction of the run; smaller differences between the two ends are ignored
+_NEAR_ZERO = 0.01  # fraction of the peak; learning rates below it count as zero
+END_HINT = 'Specify durations as fractions of the run, such as "1dur", or change `max_duration`.'
+"""Advice if the ends of the schedule and of the run differ."""
 POSSIBLE_LENGTHS = (1000, 1, 30, 1_000_000)
 """Values to try for an unknown number of steps per epoch or samples per step."""
 
@@ -85,21 +91,6 @@ def build_horizon(
     )
 
 
-def find_horizon(
-    schedule: Schedule[Any],
-    config: Mapping[str, Any],
-    ranks: DataRanks | None = None,
-    steps_per_epoch: int | None = None,
-) -> Horizon | None:
-    """Return the run length, or None if a duration cannot be converted to steps before launch.
-
-    Durations in epochs require ``steps_per_epoch``. Durations in samples and tokens depend on the
-    batch size. Without ``train_batch_size``, the batch size depends on the number of ranks.
-    """
-    horizons = list_possible_horizons(schedule, config, ranks, steps_per_epoch)
-    return horizons[0] if len(horizons) == 1 else None
-
-
 def list_possible_horizons(
     schedule: Schedule[Any],
     config: Mapping[str, Any],
@@ -109,8 +100,9 @@ def list_possible_horizons(
     """Return the possible horizons of a run.
 
     There are several horizons if a duration is in epochs, samples or tokens, and the number of
-    steps per epoch or samples per step is unknown. A caller should reject a config only if the
-    config is invalid for every one of these horizons.
+    steps per epoch or samples per step is unknown. Without ``train_batch_size``, the samples per
+    step depend on the number of ranks. A caller should reject a config only if the config is
+    invalid for every one of these horizons.
 
     Args:
         schedule: schedule whose durations will be converted to steps.
@@ -274,24 +266,92 @@ class EvaluatedSchedule:
                 return None
         return None
 
+    def find_end_mismatch(self) -> EndMismatch | None:
+        """Compare the end of the schedule with the end of the run.
+
+        Return None if the difference is small or does not change the learning rate, or if one of
+        the ends is unknown.
+        """
+        if self.horizon.scaled_steps is None or (end := self.end) is None:
+            return None
+        total = int(self.horizon.scaled_steps)
+        # The last step of the run is step `total - 1`, which can already have the final value.
+        if end == total - 1 or abs(end - total) <= _NEAR * total:
+            return None
+        curve, peak = self.curves["lr"][0], self.get_range("lr")[1]
+        found = EndMismatch(total, end, last=curve(total), final=curve(end), peak=peak)
+        is_noticeable = found.last != found.final if found.is_cut else found.final < peak
+        return found if is_noticeable else None
+
+
+@dataclass(frozen=True)
+class EndMismatch:
+    """A noticeable difference between the end of a schedule and the end of the run."""
+
+    run: int
+    """Length of the run in optimizer steps."""
+    schedule: int
+    """Step from which the learning rate stays constant."""
+    last: float
+    """Learning rate at the end of the run."""
+    final: float
+    """Learning rate at the end of the schedule."""
+    peak: float
+    """Maximum learning rate of the schedule."""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the run ends before the schedule."""
+        return self.schedule > self.run
+
+    @property
+    def is_harmful(self) -> bool:
+        """Whether the run ends before the schedule, or continues with a rate of almost zero."""
+        return self.is_cut or self.final <= _NEAR_ZERO * self.peak
+
+    def describe(self, *, in_steps: bool) -> str:
+        """Return a message that compares the two ends, in steps or in percent."""
+        if self.is_cut:
+            place = f"The run ends after {self.run / self.schedule:.0%} of the schedule,"
+            if in_steps:
+                place = (
+                    f"The schedule ends at step {self.schedule:,}, but the run ends at step "
+                    f"{self.run:,}"
+                )
+            return f"{place} with a learning rate of {self.last:.3g} instead of {self.final:.3g}."
+        place = f"The schedule ends after {self.schedule / self.run:.0%} of the run"
+        if in_steps:
+            place = f"The schedule ends at step {self.schedule:,} of {self.run:,}"
+        return f"{place}. The learning rate then stays at {self.final:.3g}."
+
+
+def find_end_mismatches(
+    schedule: Schedule[Any], config: Mapping[str, Any], horizons: Iterable[Horizon]
+) -> list[EndMismatch]:
+    """Compare the end of a schedule with the end of the run, for each possible horizon.
+
+    Return an empty list unless there is a mismatch of the same kind for every horizon.
+
+    Raises:
+        ValueError: the schedule is invalid for a horizon or the optimizer.
+    """
+    found: list[EndMismatch] = []
+    for horizon in horizons:
+        mismatch = evaluate_schedule(schedule, config, horizon).find_end_mismatch()
+        if mismatch is None or (found and mismatch.is_cut != found[0].is_cut):
+            return []
+        found.append(mismatch)
+    return found
+
 
 def evaluate_schedule(
-    schedule: Schedule[Any],
-    config: Mapping[str, Any],
-    ranks: DataRanks | None,
-    steps_per_epoch: int | None = None,
-) -> EvaluatedSchedule | None:
+    schedule: Schedule[Any], config: Mapping[str, Any], horizon: Horizon
+) -> EvaluatedSchedule:
     """Compute a schedule's curves for a config's optimizer and run length.
-
-    Return None if the curves depend on the loss, on a metric, or on an unknown batch size or number
-    of steps per epoch.
 
     Raises:
         ValueError: the schedule is invalid for this run length or optimizer.
     """
-    horizon = find_horizon(schedule, config, ranks, steps_per_epoch)
-    if horizon is None or schedule.feedback is not None:
-        return None
     base = build_base_values(config, schedule)
     curves = schedule.build_curves(base, horizon)
     return EvaluatedSchedule(schedule, schedule.resolve(horizon), horizon, base, curves)

@@ -36,6 +36,9 @@ __all__ = ["Preview", "preview", "preview_document"]
 _MAX_SYNTHETIC_STEPS = 100_000
 _MAX_RUN_STEPS = 1_000_000
 _OTHERS = "other parameters"
+_EPOCHS_HINT = (
+    "Use `--steps-per-epoch N`, where N is the number of samples divided by `train_batch_size`."
+)
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ def preview_document(
     allow_imports: bool = False,
     auto: AutoValues | None = None,
     examined: tuple[Sequence[Problem], RuleContext | None] | None = None,
-    epochs_hint: str = "Use `--steps-per-epoch N`.",
+    epochs_hint: str = _EPOCHS_HINT,
 ) -> Preview:
     """Validate the schedule of a parsed config, and return a preview of it.
 
@@ -255,7 +258,10 @@ def preview_document(
 
 
 def _find_epochs(context: RuleContext, hint: str) -> Iterator[Problem]:
-    """Yield an error for each setting that contains a duration in epochs."""
+    """Yield an error for each setting that contains a duration in epochs.
+
+    Only the first one has the hint.
+    """
     durations = {"/engine/max_duration": context.get_section("engine").get("max_duration")}
     schedules = {"/scheduler": context.schedule}
     for group, own in context.group_schedules.items():
@@ -268,6 +274,7 @@ def _find_epochs(context: RuleContext, hint: str) -> Iterator[Problem]:
             name = f"`{dotted_name(pointer)}`"
             message = f"{name}: {quote_value(epochs)} requires the number of steps per epoch."
             yield context.document.build_problem("schedule", pointer, message, hint)
+            hint = ""
 
 
 def _list_epochs(value: Any) -> Iterator[str]:

@@ -31,6 +31,8 @@ class RunLength:
     schedule_steps: int | None = None
     """Length of the schedule in steps, not counting skipped steps; None if the run does not end
     with the schedule."""
+    steps_per_epoch: int | None = None
+    """Number of optimizer steps per epoch; None if unknown."""
     checkpoint_interval: int | None = None
     """``engine.checkpoint.every`` in optimizer steps; None if it is not set or not yet known."""
     steps_before: int = 0
@@ -54,6 +56,7 @@ class RunLength:
             DurationError: a duration exceeds the supported maximum, or the run is shorter than one
                 step.
         """
+        self.steps_per_epoch = steps_per_epoch
         duration, every = config.run.get("max_duration"), config.checkpoint.every
         durations = {"engine.max_duration": duration, "engine.checkpoint.every": every}
         in_epochs = [key for key, value in durations.items() if get_unit(value) == "ep"]

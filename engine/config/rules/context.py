@@ -21,8 +21,9 @@ from engine.config.schedule_context import (
 from engine.config.schema import Member
 from engine.config.structure import Structure
 from engine.errors import Problem
-from schedules import SCHEDULES, Schedule, ScheduleError
+from schedules import SCHEDULES, Horizon, Schedule, ScheduleError
 from schedules.core.controller import Base
+from schedules.core.durations import DurationError
 
 __all__ = ["Rule", "RuleContext"]
 
@@ -134,15 +135,37 @@ class RuleContext:
     @cached_property
     def evaluated_schedule(self) -> EvaluatedSchedule | None:
         """The schedule with its curves, or None if the curves cannot be computed before launch."""
-        if self.schedule is None or not self.is_run_resolved:
-            return None
-        if not _is_built_in(self.schedule):  # it may import torch or run user code
+        return self.example_schedule if len(self.possible_horizons) == 1 else None
+
+    @cached_property
+    def example_schedule(self) -> EvaluatedSchedule | None:
+        """The schedule with its curves for one of the possible horizons.
+
+        Use it only for checks that do not depend on the number of steps per epoch.
+        """
+        if self.schedule is None or not self.possible_horizons:
             return None
         try:
-            known = (self.data_ranks, self.structure.steps_per_epoch)
-            return evaluate_schedule(self.schedule, self.config, *known)
+            return evaluate_schedule(self.schedule, self.config, self.possible_horizons[0])
         except ValueError:  # another check, or the start of the run, reports the error
             return None
+
+    @cached_property
+    def possible_horizons(self) -> Sequence[Horizon]:
+        """The horizons for which the schedule's curves can be computed before launch.
+
+        There are several if the number of steps per epoch or samples per step matters but is
+        unknown. There is none if the curves cannot be computed.
+        """
+        if self.schedule is None or self.schedule.feedback is not None or not self.is_run_resolved:
+            return ()
+        if not _is_built_in(self.schedule):  # it may import torch or run user code
+            return ()
+        known = (self.data_ranks, self.structure.steps_per_epoch)
+        try:
+            return list_possible_horizons(self.schedule, self.config, *known)
+        except DurationError:  # another check reports the error
+            return ()
 
     def get_section(self, name: str) -> Mapping[str, Any]:
         """Return a section of the config.

@@ -14,7 +14,11 @@ from typing import Any
 
 from engine.config.param_groups import find_group_schedulers
 from engine.config.rules.context import Rule, RuleContext
-from engine.config.schedule_context import EvaluatedSchedule
+from engine.config.schedule_context import (
+    END_HINT,
+    EvaluatedSchedule,
+    find_end_mismatches,
+)
 from engine.errors import Problem
 from schedules import SCHEDULES
 from schedules.core.fields import read_fields
@@ -24,9 +28,7 @@ __all__ = ["RULES"]
 _PARAMS = "/scheduler/params"
 _DEEPSPEED_PEAK = 0.001
 _TOKENS = re.compile(r"\d\s*tok\b", re.IGNORECASE)
-_NEAR = 0.02  # fraction of the run; smaller differences between the two ends are ignored
 _MAX_PIECES = 5000
-_NEAR_ZERO = 0.01  # fraction of the peak; learning rates below it count as zero
 
 
 def _get_params(context: RuleContext, *types: str) -> Mapping[str, Any] | None:
@@ -70,7 +72,7 @@ def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
 
     Do not report an ``lr`` within the range of the schedule's learning rates.
     """
-    evaluated = context.evaluated_schedule
+    evaluated = context.example_schedule
     if evaluated is None:
         return
     params = context.get_section("optimizer").get("params", {})
@@ -119,37 +121,19 @@ def _list_bounds(evaluated: EvaluatedSchedule) -> set[float]:
 def _check_end(context: RuleContext) -> Iterator[Problem]:
     """Yield a problem if the schedule is noticeably shorter or longer than the run.
 
-    Yield nothing if the length of the schedule or of the run is unknown before launch.
+    If the number of steps per epoch is unknown, yield a problem only if it does not depend on it.
     """
-    evaluated = context.evaluated_schedule
-    if evaluated is None or evaluated.horizon.scaled_steps is None or evaluated.end is None:
+    horizons = context.possible_horizons
+    if context.schedule is None or not horizons:
         return
-    pointer, total, end = "/engine/max_duration", int(evaluated.horizon.scaled_steps), evaluated.end
-    # The last step of the run is step `total - 1`, which can already have the final value.
-    if end == total - 1 or abs(end - total) <= _NEAR * total:
+    try:
+        found = find_end_mismatches(context.schedule, context.config, horizons)
+    except ValueError:  # another check, or the start of the run, reports the error
         return
-    curve = evaluated.curves["lr"][0]
-    last, peak = curve(end), evaluated.get_range("lr")[1]
-    if end > total and curve(total) != last:
-        message = (
-            f"The schedule ends at step {end:,.10g}, but the run ends at step {total:,} with a "
-            f"learning rate of {curve(total):.3g} instead of {last:.3g}."
-        )
-        hint = (
-            'Specify durations as fractions of the run, such as "1dur", or change `max_duration`.'
-        )
-        yield context.warning("end-of-schedule", pointer, message, hint)
-    elif end < total and last < peak:
-        message = (
-            f"The schedule ends at step {end:,.10g} of {total:,}. The learning rate then stays at "
-            f"{last:.3g}."
-        )
-        hint = (
-            'Specify durations as fractions of the run, such as "1dur", or change `max_duration`.'
-        )
-        is_idle = last <= _NEAR_ZERO * peak
-        report = context.warning if is_idle else context.note
-        yield report("end-of-schedule", pointer, message, hint)
+    if found:
+        message = found[0].describe(in_steps=len(horizons) == 1)
+        report = context.warning if found[0].is_harmful else context.note
+        yield report("end-of-schedule", "/engine/max_duration", message, END_HINT)
 
 
 def _check_values(context: RuleContext) -> Iterator[Problem]:
