@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import torch
 from typing_extensions import override
@@ -136,4 +137,6 @@ def build_engine(backend=None, *, lr_scheduler=None, monitors=None, **sections):
     else:
         scheduler = lr_scheduler and lr_scheduler(backend.optimizer)
     identity = build_identity(config, scheduler, read_hyperparameters(backend.optimizer))
-    return Engine(config, backend, scheduler, None, identity, monitors)
+    # The other ranks of a fake backend exist only as numbers, so there is no process group.
+    with mock.patch("engine.training.data.gather_if_different", return_value=[]):
+        return Engine(config, backend, scheduler, None, identity, monitors)
