@@ -216,10 +216,10 @@ def _divide(train: int, by: int, ranks: DataRanks, key: str) -> int:
     whole, rest = divmod(train, at_once)
     if rest:
         near = [size for size in (train - rest, train - rest + at_once) if size]
-        # Suggest only the removal of a micro-batch size that is too large: it becomes smaller then.
         factors = f"`{key}` ({by}) x {count_noun(ranks.number, ranks.unit)}"
         if by == 1:
             factors = f"the number of {ranks.unit}s ({ranks.number:,})"
+        # Without its key, the micro-batch is train / ranks. Do not suggest a larger micro-batch.
         is_removable = key == MICRO and whole == 0 and train % ranks.number == 0
         raise BatchError(
             TRAIN,

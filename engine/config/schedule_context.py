@@ -27,7 +27,7 @@ __all__ = [
     "build_base_values",
     "build_horizon",
     "evaluate_schedule",
-    "find_end_mismatches",
+    "find_end_mismatch",
     "get_train_batch_size",
     "list_possible_horizons",
 ]
@@ -325,23 +325,24 @@ class EndMismatch:
         return f"{place}. The learning rate then stays at {self.final:.3g}."
 
 
-def find_end_mismatches(
+def find_end_mismatch(
     schedule: Schedule[Any], config: Mapping[str, Any], horizons: Iterable[Horizon]
-) -> list[EndMismatch]:
+) -> EndMismatch | None:
     """Compare the end of a schedule with the end of the run, for each possible horizon.
 
-    Return an empty list unless there is a mismatch of the same kind for every horizon.
+    Return the mismatch for the first horizon; None unless every horizon has a mismatch of the same
+    kind.
 
     Raises:
         ValueError: the schedule is invalid for a horizon or the optimizer.
     """
-    found: list[EndMismatch] = []
+    first = None
     for horizon in horizons:
         mismatch = evaluate_schedule(schedule, config, horizon).find_end_mismatch()
-        if mismatch is None or (found and mismatch.is_cut != found[0].is_cut):
-            return []
-        found.append(mismatch)
-    return found
+        first = first or mismatch
+        if mismatch is None or first is None or mismatch.is_cut != first.is_cut:
+            return None
+    return first
 
 
 def evaluate_schedule(

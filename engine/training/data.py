@@ -91,9 +91,8 @@ def count_steps_per_epoch(loader: RunLoader | None, config: Config, ranks: Ranks
         ValueError: an epoch has fewer micro-batches than one optimizer step requires.
     """
     own = None
-    with contextlib.suppress(
-        TypeError, NotImplementedError
-    ):  # an iterable dataset may have no length
+    # An iterable dataset may have no length.
+    with contextlib.suppress(TypeError, NotImplementedError):
         own = None if loader is None else len(loader)
     lengths = [each for each in gather_if_different(ranks, own) or [own] if each is not None]
     if not lengths:

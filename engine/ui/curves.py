@@ -116,8 +116,9 @@ class CurveSet:
 
     def _find_phases(self) -> list[dict[str, Any]]:
         first = self.columns[0] if self.columns else None
-        curves = {first.label: first.curve} if first is not None else {}
-        phases = find_phases(curves, [*curves], self.steps) if curves else {}
+        if first is None:
+            return []
+        phases = find_phases({first.label: first.curve}, [first.label], self.steps)
         return [{"step": step, "name": name} for step, name in phases.items()]
 
     def _list_constants(self) -> list[dict[str, Any]]:

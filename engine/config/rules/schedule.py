@@ -17,7 +17,7 @@ from engine.config.rules.context import Rule, RuleContext
 from engine.config.schedule_context import (
     END_HINT,
     EvaluatedSchedule,
-    find_end_mismatches,
+    find_end_mismatch,
 )
 from engine.errors import Problem
 from schedules import SCHEDULES
@@ -124,15 +124,15 @@ def _check_end(context: RuleContext) -> Iterator[Problem]:
     If the number of steps per epoch is unknown, yield a problem only if it does not depend on it.
     """
     horizons = context.possible_horizons
-    if context.schedule is None or not horizons:
+    if context.schedule is None:
         return
     try:
-        found = find_end_mismatches(context.schedule, context.config, horizons)
+        found = find_end_mismatch(context.schedule, context.config, horizons)
     except ValueError:  # another check, or the start of the run, reports the error
         return
-    if found:
-        message = found[0].describe(in_steps=len(horizons) == 1)
-        report = context.warning if found[0].is_harmful else context.note
+    if found is not None:
+        message = found.describe(in_steps=len(horizons) == 1)
+        report = context.warning if found.is_harmful else context.note
         yield report("end-of-schedule", "/engine/max_duration", message, END_HINT)
 
 
