@@ -4,19 +4,21 @@
 
 The script reproduces the "Batch Scaling Example" of DeepSpeed's 1Cycle tutorial on a small scale,
 with an MLP on Fashion-MNIST images downsampled to 14 x 14. The target is a test accuracy of 0.84.
-For a batch size of 64, the script tunes a fixed learning rate to reach the target after as few
-samples as possible. The script then trains with a batch size of 512 and each of four schedules:
+The script trains with a batch size of 64 and each of three base learning rates, which are similarly
+good for it. It then trains with a batch size of 512 and each of four schedules:
 
-- Fixed: the tuned learning rate;
-- LinearScale: eight times the tuned learning rate;
-- 1Cycle: a cycle between the bounds that the LR range test suggests for the batch size of 512;
+- Fixed: the base learning rate;
+- LinearScale: eight times the base learning rate;
 - 1Cycle above Fixed: a cycle whose learning rate is at least that of Fixed and briefly larger than
-  that of LinearScale, as in the tutorial's plot.
+  that of LinearScale, as in the tutorial's plot;
+- 1Cycle: a cycle between the bounds that the LR range test suggests for the batch size of 512. It
+  does not depend on the base learning rate.
 """
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 from experiment import Config, Experiment, Row, Task, train
 from pages import (
@@ -30,13 +32,15 @@ from pages import (
 )
 from torch import nn
 
-SMALL, FACTOR = 64, 8
-CANDIDATES = (0.01, 0.02, 0.04, 0.08)
+FACTOR = 8
+BASE_LRS = (0.02, 0.04, 0.08)
+PLOTTED_LR = 0.04
+"""The base learning rate of the runs in the plot."""
 TARGET = 0.84
 INTERVAL = 6144
 """Number of training samples between evaluations."""
-TUNING_SEED = 100
-RUNS = ("small batch", "Fixed", "LinearScale", "1Cycle", "1Cycle above Fixed")
+OF_BASE = ("small batch", "Fixed", "LinearScale", "1Cycle above Fixed")
+"""The runs that depend on the base learning rate."""
 
 
 def build_mlp() -> nn.Module:
@@ -70,55 +74,46 @@ def train_to_target(config: Config, task: Task, seed: int) -> Row:
     return row | {"batch": size, "samples": next(reached, None)}
 
 
+def build_configs(fixed: Config, one_cycle: Config, base: float) -> list[Config]:
+    """Return the configs of the runs in ``OF_BASE``."""
+    large = fixed["train_batch_size"]
+    above = copy.deepcopy(one_cycle)
+    above["scheduler"]["params"] |= {"cycle_min_lr": base, "cycle_max_lr": 1.25 * FACTOR * base}
+    return [
+        set_batch(fixed, large // FACTOR, base),
+        set_batch(fixed, large, base),
+        set_batch(fixed, large, FACTOR * base),
+        above,
+    ]
+
+
 def run_all(experiment: Experiment) -> None:
     results = experiment.results
     task = experiment.load_images(build_mlp, pooling=2)
     fixed, one_cycle = (experiment.read_config(name) for name in ("fixed", "one_cycle"))
-    large = fixed["train_batch_size"]
-    small = large // FACTOR
-
-    def tune() -> Row:
-        configs = [set_batch(fixed, small, lr) for lr in CANDIDATES]
-        samples = [train_to_target(config, task, TUNING_SEED)["samples"] for config in configs]
-        fewest = min((count for count in samples if count), default=None)
-        best = [lr for lr, count in zip(CANDIDATES, samples, strict=True) if count == fewest]
-        # Several candidates can be equally good. The middle one is the safest choice.
-        return {"lr": best[len(best) // 2], "candidates": CANDIDATES, "samples": samples}
-
-    tuned = results.get("tuned", tune)["lr"]
     bounds = results.get("bounds", lambda: experiment.suggest_bounds(one_cycle, task))
     one_cycle["scheduler"] = bounds["scheduler"]
-    above = copy.deepcopy(one_cycle)
-    above["scheduler"]["params"] |= {
-        "cycle_min_lr": tuned,
-        "cycle_max_lr": 1.25 * FACTOR * tuned,
-    }
-    configs = (
-        set_batch(fixed, small, tuned),
-        set_batch(fixed, large, tuned),
-        set_batch(fixed, large, FACTOR * tuned),
-        one_cycle,
-        above,
-    )
+    configs = {"1Cycle": one_cycle}
+    for base in BASE_LRS:
+        names = [f"{name} {base}" for name in OF_BASE]
+        configs |= zip(names, build_configs(fixed, one_cycle, base), strict=True)
     for seed in experiment.seeds:
-        for name, config in zip(RUNS, configs, strict=True):
-
-            def run(config: Config = config, seed: int = seed) -> Row:
-                return train_to_target(config, task, seed)
-
-            results.get(f"{name} {seed}", run)
+        for name, config in configs.items():
+            results.get(f"{name} {seed}", partial(train_to_target, config, task, seed))
 
 
 def report(experiment: Experiment) -> None:
     results = experiment.results
     figure, (accuracies, lrs) = build_figure(2)
+    runs = [(str(base), name, f"{name} {base}") for base in BASE_LRS for name in OF_BASE]
     table = []
-    for number, name in enumerate(RUNS):
-        rows = results.select(name)
+    for base, name, key in [*runs, ("none", "1Cycle", "1Cycle")]:
+        rows = results.select(key)
         size, used = rows[0]["batch"], rows[0]["lr"]
         reached = [row["samples"] for row in rows if row["samples"]]
         final = [max(entry["test_accuracy"] for entry in row["history"]) for row in rows]
         table.append([
+            base,
             name,
             str(size),
             " to ".join(f"{rate:.3g}" for rate in sorted({min(used), max(used)})),
@@ -126,9 +121,10 @@ def report(experiment: Experiment) -> None:
             format_mean(reached, digits=0),
             format_mean(final),
         ])  # fmt: skip
-        style = {"color": f"C{number}", "label": f"{name}, batch {size}"}
-        plot_history(accuracies, rows, scale=size / 1000, **style)
-        plot_lr(lrs, rows[0], scale=size / 1000, **style)
+        if base in (str(PLOTTED_LR), "none"):
+            style = {"color": f"C{len(lrs.lines)}", "label": f"{name}, batch {size}"}
+            plot_history(accuracies, rows, scale=size / 1000, **style)
+            plot_lr(lrs, rows[0], scale=size / 1000, **style)
     accuracies.axhline(TARGET, color="black", linestyle=":", linewidth=1)
     accuracies.set(xlabel="thousand samples", ylabel="test accuracy")
     if not experiment.is_smoke:
@@ -136,10 +132,16 @@ def report(experiment: Experiment) -> None:
     lrs.set(xlabel="thousand samples", ylabel="learning rate", yscale="log")
     lrs.legend(fontsize="small")
     save_figure(figure, experiment.output / f"{experiment.name}.png")
-    header = ("run", "batch", "learning rate", "runs that reach the target")
-    write_page(
-        experiment, format_table((*header, "samples to the target", "highest accuracy"), table)
+    header = (
+        "base learning rate",
+        "run",
+        "batch",
+        "learning rate",
+        "runs that reach the target",
+        "samples to the target",
+        "highest accuracy",
     )
+    write_page(experiment, format_table(header, table))
 
 
 def main() -> None:
