@@ -42,7 +42,7 @@ test-gpu: $(GPU_READY)  ## run the tests that need a GPU, with this machine's Py
 bench: $(READY)  ## rerun the speed benchmarks and print how long each takes
 	$(BIN)/python benchmarks/run.py speed
 
-evidence: $(READY)  ## rerun the trainings of docs/results and print how long each takes (hours on a CPU)
+evidence: $(READY)  ## rerun the training runs of docs/results and print how long each takes (40 to 90 minutes)
 	$(BIN)/python benchmarks/run.py evidence
 
 benchmark-gpu: $(GPU_READY)  ## measure speed and memory on a GPU (8 minutes; CPU: make benchmark-gpu DRY_RUN=1)

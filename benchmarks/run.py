@@ -85,7 +85,7 @@ def main() -> int:
     table = Table("command", "seconds", "result")
     failures = 0
     commands = [command + " --smoke" * args.smoke for command in GROUPS[args.group]]
-    # Speed is measured without other programs on the machine. The longest trainings start first.
+    # Speed is measured without other programs on the machine. The longest runs start first.
     workers = os.cpu_count() if args.group == "evidence" else 1
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(run, commands))

@@ -32,14 +32,16 @@ from pages import (
 )
 from torch import nn
 
-FACTOR = 8
+BATCH_FACTOR = 8
+PEAK_FACTOR = 1.25
+"""Ratio of the peak of "1Cycle above Fixed" to the learning rate of LinearScale."""
 BASE_LRS = (0.02, 0.04, 0.08)
 PLOTTED_LR = 0.04
 """The base learning rate of the runs in the plot."""
 TARGET = 0.84
 INTERVAL = 6144
 """Number of training samples between evaluations."""
-OF_BASE = ("small batch", "Fixed", "LinearScale", "1Cycle above Fixed")
+BASE_LR_RUNS = ("small batch", "Fixed", "LinearScale", "1Cycle above Fixed")
 """The runs that depend on the base learning rate."""
 
 
@@ -70,19 +72,20 @@ def train_to_target(config: Config, task: Task, seed: int) -> Row:
         every=max(1, INTERVAL // size),
         stop=lambda entry: entry["test_accuracy"] >= TARGET,
     )
-    reached = (e["step"] * size for e in row["history"] if e["test_accuracy"] >= TARGET)
-    return row | {"batch": size, "samples": next(reached, None)}
+    last = row["history"][-1]
+    reached = last["test_accuracy"] >= TARGET
+    return row | {"batch": size, "samples": last["step"] * size if reached else None}
 
 
 def build_configs(fixed: Config, one_cycle: Config, base: float) -> list[Config]:
-    """Return the configs of the runs in ``OF_BASE``."""
-    large = fixed["train_batch_size"]
+    """Return the configs of the runs in ``BASE_LR_RUNS``, in the same order."""
+    large, scaled = fixed["train_batch_size"], BATCH_FACTOR * base
     above = copy.deepcopy(one_cycle)
-    above["scheduler"]["params"] |= {"cycle_min_lr": base, "cycle_max_lr": 1.25 * FACTOR * base}
+    above["scheduler"]["params"] |= {"cycle_min_lr": base, "cycle_max_lr": PEAK_FACTOR * scaled}
     return [
-        set_batch(fixed, large // FACTOR, base),
+        set_batch(fixed, large // BATCH_FACTOR, base),
         set_batch(fixed, large, base),
-        set_batch(fixed, large, FACTOR * base),
+        set_batch(fixed, large, scaled),
         above,
     ]
 
@@ -95,8 +98,8 @@ def run_all(experiment: Experiment) -> None:
     one_cycle["scheduler"] = bounds["scheduler"]
     configs = {"1Cycle": one_cycle}
     for base in BASE_LRS:
-        names = [f"{name} {base}" for name in OF_BASE]
-        configs |= zip(names, build_configs(fixed, one_cycle, base), strict=True)
+        for name, config in zip(BASE_LR_RUNS, build_configs(fixed, one_cycle, base), strict=True):
+            configs[f"{name} {base}"] = config
     for seed in experiment.seeds:
         for name, config in configs.items():
             results.get(f"{name} {seed}", partial(train_to_target, config, task, seed))
@@ -105,21 +108,21 @@ def run_all(experiment: Experiment) -> None:
 def report(experiment: Experiment) -> None:
     results = experiment.results
     figure, (accuracies, lrs) = build_figure(2)
-    runs = [(str(base), name, f"{name} {base}") for base in BASE_LRS for name in OF_BASE]
+    runs = [(str(base), name, f"{name} {base}") for base in BASE_LRS for name in BASE_LR_RUNS]
     table = []
     for base, name, key in [*runs, ("none", "1Cycle", "1Cycle")]:
         rows = results.select(key)
-        size, used = rows[0]["batch"], rows[0]["lr"]
-        reached = [row["samples"] for row in rows if row["samples"]]
-        final = [max(entry["test_accuracy"] for entry in row["history"]) for row in rows]
+        size, rates = rows[0]["batch"], rows[0]["lr"]
+        reached = [row["samples"] for row in rows if row["samples"] is not None]
+        highest = [max(entry["test_accuracy"] for entry in row["history"]) for row in rows]
         table.append([
             base,
             name,
             str(size),
-            " to ".join(f"{rate:.3g}" for rate in sorted({min(used), max(used)})),
+            " to ".join(f"{rate:.3g}" for rate in sorted({min(rates), max(rates)})),
             f"{len(reached)} of {len(rows)}",
             format_mean(reached, digits=0),
-            format_mean(final),
+            format_mean(highest),
         ])  # fmt: skip
         if base in (str(PLOTTED_LR), "none"):
             style = {"color": f"C{len(lrs.lines)}", "label": f"{name}, batch {size}"}

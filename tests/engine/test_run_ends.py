@@ -437,7 +437,7 @@ def test_script_that_exits_saves_its_last_steps_unless_it_fails(tmp_path, case, 
     assert [manifest.step for _, manifest in found] == saved
 
 
-def test_second_ctrl_c_and_one_between_trainings_interrupt_at_once(tmp_path):
+def test_second_ctrl_c_and_one_between_runs_interrupt_at_once(tmp_path):
     trainer, loader = start(tmp_path)
     try:
         with pytest.raises(KeyboardInterrupt):
