@@ -148,16 +148,22 @@ def _apply_fixes(
     name = document.name
     can_ask = not args.diff and sys.stdin.isatty() and out.isatty()
     refused: list[tuple[str, Fix | None]] = []
+    replaced: set[str] = set()
     fixed, remaining = document, problems
 
     def accept(problem: Problem) -> bool:
         answered = (problem.pointer, problem.fix)
-        if answered in refused:
+        # A value that the user has agreed to is not replaced again by a guess of a later round.
+        if answered in refused or problem.pointer in replaced:
             return False
-        is_accepted = args.yes or (can_ask and _ask(fixed, problem, out))
+        is_accepted = args.yes or (can_ask and _ask(_describe_fix(fixed, problem, "Replace"), out))
         if not is_accepted:
             refused.append(answered)
-        return is_accepted
+            return False
+        if args.yes and not args.diff and args.format == "text":
+            print(escape(f"{_describe_fix(fixed, problem, 'Replaced')}."), file=out)
+        replaced.add(problem.pointer)
+        return True
 
     # A renamed key or a new type can reveal problems with other fixes.
     for _ in range(_MAX_FIX_ROUNDS):
@@ -181,15 +187,20 @@ def _apply_fixes(
     return fixed, remaining
 
 
-def _ask(document: Document, problem: Problem, out: TextIO) -> bool:
-    """Ask the user in the terminal whether to apply a fix, and return the answer."""
+def _describe_fix(document: Document, problem: Problem, verb: str) -> str:
+    """Return the position of a fix, and what it replaces."""
     assert problem.fix is not None
     if problem.fix.key:
         old, new = get_last_key(problem.pointer), problem.fix.key
     else:
         old, new = document.get_value(problem.pointer), problem.fix.value
     where = f"{document.name}:{problem.line}:{problem.column}"
-    print(escape(f"{where}: Replace `{old}` with `{new}`? [y/N] "), end="", file=out, flush=True)
+    return f"{where}: {verb} `{old}` with `{new}`"
+
+
+def _ask(change: str, out: TextIO) -> bool:
+    """Ask the user in the terminal whether to apply a fix, and return the answer."""
+    print(escape(f"{change}? [y/N] "), end="", file=out, flush=True)
     return sys.stdin.readline().strip().lower() in {"y", "yes"}
 
 

@@ -167,9 +167,22 @@ def test_validate_fix_without_terminal_applies_suggested_names_only_with_yes(fil
     assert path.read_text() == only_commas
     assert '\n+  "gradient_clipping": 1.0' in run("validate", "--diff", "--yes", path)[1]
     assert path.read_text() == only_commas
-    assert run("validate", "--fix", "--yes", path)[0] == 0
+    status, out = run("validate", "--fix", "--yes", path)
+    assert status == 0
+    assert f"{path}:3:3: Replaced `Gradient_Clipping` with `gradient_clipping`.\n" in out
+    assert out.count("Replaced") == 3
     assert path.read_text() == SPELLED
     assert run("validate", "--yes", path)[0] == 2
+
+
+def test_validate_fix_does_not_replace_an_accepted_schedule_by_another_one(file):
+    params = '{"min_lr": 0.1, "max_lr": 0.2}'  # parameters of AutoWU, not of OneCycle
+    path = file(f'{{"train_batch_size": 8, "scheduler": {{"type": "1Cycle", "params": {params}}}}}')
+    status, out = run("validate", "--fix", "--yes", path)
+    assert status == 1
+    assert "Replaced `1Cycle` with `OneCycle`." in out
+    assert "OneCycle has no parameters `min_lr`, `max_lr`" in out
+    assert '"OneCycle"' in path.read_text()
 
 
 class Terminal(io.StringIO):
